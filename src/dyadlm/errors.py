@@ -1,0 +1,9 @@
+"""The two ways a request can end badly. The command line maps them to exit codes; the library raises them."""
+
+
+class UserError(ValueError):
+    """The request was wrong (exit code 2). The message is one sentence that says what to do instead."""
+
+
+class RunFailed(RuntimeError):
+    """The request was right and ran, but failed (exit code 1): divergence, a failed check."""
