@@ -1,0 +1,57 @@
+"""Phase transport: the difference of two vectors, carried back along the minimal rotation between them.
+
+Dimension letters: D, the width of the vectors (any leading dimensions).
+"""
+
+import torch
+from torch import Tensor
+
+GUARD = 1e-2
+
+
+def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Tensor:
+    """The difference `current - previous`, turned into the frame of `previous` (design, section 1).
+
+    With q = current, p = previous and R the minimal rotation that carries q/|q| to p/|p|, this is R (q - p). It is
+    computed without cancellation as
+
+        (q - p) + (|p| - |q|) u + |u|^2 p,        u = q/|q| - p/|p|,
+
+    where |p| - |q| = (p - q)·(p + q) / (|p| + |q|) and |u|^2 = (|q - p|^2 - (|p| - |q|)^2) / (|q| |p|). It has the
+    length of q - p, commutes with every orthogonal map and with positive scaling, and is regular at the antipode.
+
+    Guard: where the shorter vector is less than `eps` times the longer, the rotation is ill-defined and the plain
+    difference is returned; up to `2 * eps` the two forms are blended smoothly.
+
+    Args:
+        current: (..., D), any floating dtype; norms must have representable squares (below 1e19 in float32).
+        previous: (..., D), broadcast against `current`.
+        eps: ratio of norms below which the rotation is dropped; dimensionless.
+
+    Returns:
+        (..., D) in the dtype of the inputs. Computed in float32 at least; values and gradients are finite everywhere,
+        at zero vectors too.
+    """
+    dtype = torch.promote_types(current.dtype, previous.dtype)
+    working = torch.promote_types(dtype, torch.float32)
+    q, p = current.to(working), previous.to(working)
+
+    difference = q - p
+    q_squared = (q * q).sum(-1, keepdim=True)
+    p_squared = (p * p).sum(-1, keepdim=True)
+    # Both branches of a `where` are differentiated: denominators must be safe where they are not used.
+    tiny = torch.finfo(working).tiny
+    present = (q_squared > tiny) & (p_squared > tiny)
+    q_norm = torch.where(present, q_squared, 1.0).sqrt()
+    p_norm = torch.where(present, p_squared, 1.0).sqrt()
+
+    norm_change = -(difference * (q + p)).sum(-1, keepdim=True) / (q_norm + p_norm)
+    turn_squared = ((difference * difference).sum(-1, keepdim=True) - norm_change * norm_change) / (q_norm * p_norm)
+
+    ratio = torch.minimum(q_norm, p_norm) / torch.maximum(q_norm, p_norm)
+    blend = (ratio / eps - 1.0).clamp(0.0, 1.0)
+    weight = torch.where(present, blend * blend * (3.0 - 2.0 * blend), 0.0)
+
+    along_current = weight * norm_change / q_norm
+    along_previous = weight * (turn_squared - norm_change / p_norm)
+    return (difference + along_current * q + along_previous * p).to(dtype)
