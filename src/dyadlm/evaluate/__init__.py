@@ -1,0 +1,20 @@
+"""Loss on real text: nats per token and bits per byte, alike for every Hugging Face causal language model."""
+
+from dyadlm.evaluate.evaluation import (
+    EvaluationResult,
+    evaluate,
+    prefix_token,
+    require_same_vocabulary,
+    require_vocabulary,
+)
+from dyadlm.evaluate.streams import Stream, TextStream
+
+__all__ = [
+    "EvaluationResult",
+    "Stream",
+    "TextStream",
+    "evaluate",
+    "prefix_token",
+    "require_same_vocabulary",
+    "require_vocabulary",
+]

@@ -1,0 +1,95 @@
+"""Negative log-likelihood of the targets of windows, in bounded memory, for any Hugging Face causal LM.
+
+Dimensions: B windows in a batch, C inputs in a chunk, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from dyadlm.errors import UserError
+from dyadlm.evaluate.streams import Stream
+from dyadlm.evaluate.windows import Window
+
+# Float32 logits held at once (B·C·V): 128 MiB, a few times that at the peak.
+LOGITS_AT_ONCE = 2**25
+# No chunk is longer than this, however small the vocabulary: activations count too.
+LONGEST_CHUNK = 4096
+
+NO_TARGET = -100
+
+
+def score(
+    model: PreTrainedModel, stream: Stream, windows: Iterable[Window], prefix_token: int, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (position of the first token, nats float32 (tokens,)) until every target is scored.
+
+    Windows are batched (at most `batch_size`, fewer where the logits would not fit) and padded on the right,
+    which a causal model cannot see. A window too long for the memory goes through in chunks, its state passed
+    on. Raises `UserError` on a token that the model has no embedding for.
+    """
+    vocabulary = vocabulary_size(model)
+    for batch in _batches(windows, batch_size, LOGITS_AT_ONCE // vocabulary):
+        longest = max(len(window) for window in batch)
+        chunk = max(1, min(longest, LONGEST_CHUNK, LOGITS_AT_ONCE // (len(batch) * vocabulary)))
+        state: dict[str, Any] = {"use_cache": chunk < longest}
+        for offset in range(0, longest, chunk):
+            ids, targets = _chunk(stream, batch, offset, min(offset + chunk, longest), prefix_token)
+            if (largest := int(max(ids.max(), targets.max()))) >= vocabulary:
+                raise UserError(
+                    f"The data holds token {largest} but the model knows only {vocabulary} tokens; "
+                    "prepare the data with the model's own tokenizer."
+                )
+            with torch.no_grad():
+                output = model(input_ids=torch.from_numpy(ids).to(model.device), **state)
+                nats = cross_entropy(
+                    output.logits.float().flatten(0, 1),
+                    torch.from_numpy(targets).to(model.device).flatten(),
+                    ignore_index=NO_TARGET,
+                    reduction="none",
+                ).view(targets.shape)
+            state["past_key_values"] = output.past_key_values
+            for window, row, scored in zip(batch, nats.cpu().numpy(), targets != NO_TARGET, strict=True):
+                if scored.any():
+                    yield window.start + 1 + offset + int(scored.argmax()), row[scored]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of tokens the model has embeddings for (the logits may not have more)."""
+    return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])
+
+
+def _batches(windows: Iterable[Window], most: int, inputs_at_once: int) -> Iterator[list[Window]]:
+    """Group neighbouring windows while their number and their padded inputs stay within bounds."""
+    batch: list[Window] = []
+    longest = 0
+    for window in windows:
+        longest = max(longest, len(window))
+        if batch and (len(batch) == most or (len(batch) + 1) * longest > inputs_at_once):
+            yield batch
+            batch, longest = [], len(window)
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _chunk(
+    stream: Stream, batch: list[Window], offset: int, end: int, prefix_token: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, int64 (B, C) each, of the inputs offset..end-1 of each window."""
+    ids = np.zeros((len(batch), end - offset), dtype=np.int64)
+    targets = np.full_like(ids, NO_TARGET)
+    for row, window in enumerate(batch):
+        start, stop = window.start + offset, min(window.start + end, window.stop - 1)
+        if stop <= start:
+            continue
+        opens = window.opening and offset == 0
+        tokens = stream.tokens(start + opens, stop + 1)  # from the first input to the last target
+        ids[row, : stop - start] = np.append(prefix_token, tokens[:-1]) if opens else tokens[:-1]
+        unscored = max(window.first - start - 1, 0)
+        targets[row, unscored : stop - start] = (tokens if opens else tokens[1:])[unscored:]
+    return ids, targets
