@@ -1,0 +1,8 @@
+"""What is published with weights: configuration, model, state, and the costs that follow from a configuration."""
+
+from dyadlm.model.cache import DyadCache
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.modeling import DyadForCausalLM, DyadModel, DyadOutput
+from dyadlm.model.presets import PRESETS
+
+__all__ = ["PRESETS", "DyadCache", "DyadConfig", "DyadForCausalLM", "DyadModel", "DyadOutput"]

@@ -94,7 +94,11 @@ class Windows(NamedTuple):
 
 
 def sliding_windows(
-    x: Tensor, levels: Sequence[int], channels: Sequence[int] | None, clock: Clock, rings: tuple[Tensor, ...] = ()
+    x: Tensor,
+    levels: Sequence[int],
+    channels: Sequence[int] | None,
+    clock: Clock,
+    rings: tuple[Tensor, ...] = (),
 ) -> tuple[list[Windows], tuple[Tensor, ...]]:
     """Sums over the last 2^k tokens and over the 2^k before them, at every token, by doubling.
 
@@ -135,12 +139,18 @@ class Nodes(NamedTuple):
     """One level of the block tree in a chunk: the four blocks before it, then the N that complete in it."""
 
     sums: Tensor  # (B, 4 + N, D)
-    ordinal: Tensor  # (B or 1, 4 + N) int64: 1 for the first block of its document; below 1: not of this document
+    ordinal: (
+        Tensor  # (B or 1, 4 + N) int64: 1 for the first block of its document; below 1: not of this document
+    )
     done: Tensor  # (B or 1, T) int64: blocks completed in the chunk up to each token, itself included
-    column: Tensor | None  # (B, N) int64: the token that completed each block; None if fresh (implied by the ordinal)
+    column: (
+        Tensor | None
+    )  # (B, N) int64: the token that completed each block; None if fresh (implied by the ordinal)
 
 
-def block_tree(x: Tensor, depth: int, clock: Clock, state: tuple[Tensor, ...] = ()) -> tuple[list[Nodes], tuple[Tensor, ...]]:
+def block_tree(
+    x: Tensor, depth: int, clock: Clock, state: tuple[Tensor, ...] = ()
+) -> tuple[list[Nodes], tuple[Tensor, ...]]:
     """Sums over aligned blocks of 1, 2, 4 ... 2^depth tokens, pairwise.
 
     Args:
@@ -364,10 +374,14 @@ def pyramid(
                 continue
             columns = node_columns(tree, k, alignments[k], early, clock.fresh)
             current[k] = broadcast(columns.sums[:, columns.lag :] * columns.current_share, tree[j], j, clock)
-            previous[k] = broadcast(columns.sums[:, : -columns.lag] * columns.previous_share, tree[j], j, clock)
+            previous[k] = broadcast(
+                columns.sums[:, : -columns.lag] * columns.previous_share, tree[j], j, clock
+            )
             paired[k] = seen // 2**j >= 2 * columns.lag
 
     def stack(levels: dict[int, Tensor]) -> Tensor:
         return torch.stack([levels[k].expand(batch, *levels[k].shape[1:]) for k in range(len(alignments))], 2)
 
-    return Pyramid(stack(current), stack(previous), stack(paired)), PyramidState(next_position(clock), rings, blocks)
+    return Pyramid(stack(current), stack(previous), stack(paired)), PyramidState(
+        next_position(clock), rings, blocks
+    )

@@ -46,7 +46,9 @@ def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Te
     p_norm = torch.where(present, p_squared, 1.0).sqrt()
 
     norm_change = -(difference * (q + p)).sum(-1, keepdim=True) / (q_norm + p_norm)
-    turn_squared = ((difference * difference).sum(-1, keepdim=True) - norm_change * norm_change) / (q_norm * p_norm)
+    turn_squared = ((difference * difference).sum(-1, keepdim=True) - norm_change * norm_change) / (
+        q_norm * p_norm
+    )
 
     ratio = torch.minimum(q_norm, p_norm) / torch.maximum(q_norm, p_norm)
     blend = (ratio / eps - 1.0).clamp(0.0, 1.0)

@@ -1,0 +1,175 @@
+"""The state of a model between chunks, and all that depends on the Hugging Face cache interface.
+
+The state mirrors the modules: one `TowerState` per block. Its size depends on the configuration alone.
+
+Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of the block tree the last four.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dyadlm.errors import UserError
+from dyadlm.files import write_atomically
+from dyadlm.model.configuration import DyadConfig
+
+
+class TowerState(NamedTuple):
+    """What one block carries: float32 sums (float64 in a float64 model)."""
+
+    rings: tuple[Tensor, ...] = ()  # ring j: (B, 2^j, ranks of the sliding levels >= j)
+    blocks: tuple[Tensor, ...] = ()  # level j of the tree: (B, 4, D)
+
+
+class DyadCache:
+    """The `past_key_values` of a dyadlm model: pass it back with the next tokens to continue where it stands.
+
+    It is updated in place by each forward pass. Its size is independent of how many tokens it has seen.
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.layers: list[TowerState] = []
+        self.position: Tensor | None = None  # (B,) int64, tokens of each row's open document
+        self.columns_seen = 0  # columns fed so far, padding included: what `generate` counts
+
+    def update(self, layers: list[TowerState], position: Tensor, columns: int) -> None:
+        """Take the state after a chunk of `columns` columns. Copies, so that no view keeps a whole chunk alive."""
+        self.layers = [_map_tensors(layer, torch.clone) for layer in layers]
+        self.position = position
+        self.columns_seen += columns
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been seen."""
+        return self.position is None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; 0 if empty."""
+        return 0 if self.position is None else self.position.shape[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, as `generate` counts them."""
+        return self.columns_seen
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def select_rows(self, rows: Tensor) -> "DyadCache":
+        """A new cache of the given rows (M,) int64, in that order; rows may repeat."""
+        chosen = DyadCache()
+        if self.position is not None:
+            chosen.layers = [
+                _map_tensors(layer, lambda t: t.index_select(0, rows.to(t.device))) for layer in self.layers
+            ]
+            chosen.position = self.position.index_select(0, rows.to(self.position.device))
+        chosen.columns_seen = self.columns_seen
+        return chosen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows in place, as beam search asks."""
+        self.__dict__.update(self.select_rows(beam_idx).__dict__)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times in place."""
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows in place."""
+        self.reorder_cache(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def to(self, device: torch.device | str) -> "DyadCache":
+        """Move every tensor to a device, in place."""
+        self.layers = [_map_tensors(layer, lambda t: t.to(device)) for layer in self.layers]
+        self.position = None if self.position is None else self.position.to(device)
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name: `position`, `layers.I.rings.J`, `layers.I.blocks.J`."""
+        named = {} if self.position is None else {"position": self.position}
+        for i, layer in enumerate(self.layers):
+            for field, group in zip(layer._fields, layer, strict=True):
+                named.update({f"layers.{i}.{field}.{j}": tensor for j, tensor in enumerate(group)})
+        return named
+
+    def state_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def save(self, path: str | Path, config: DyadConfig) -> None:
+        """Write the state as safetensors, atomically. The file names the shape of the model it belongs to."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
+        metadata = {
+            "format": "dyadlm-state",
+            "model": state_signature(config),
+            "columns_seen": str(self.columns_seen),
+        }
+        write_atomically(Path(path), save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, config: DyadConfig, device: torch.device | str = "cpu") -> "DyadCache":
+        """Read a state written by `save`.
+
+        Raises:
+            UserError: no such file, no state file, or the state of a model of another shape.
+        """
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except FileNotFoundError:
+            raise UserError(f"There is no state file {path}; write one with --state-out first.") from None
+        except (SafetensorError, OSError):
+            raise UserError(
+                f"{path} is not a readable state file; write a new one with --state-out."
+            ) from None
+        if metadata.get("format") != "dyadlm-state":
+            raise UserError(
+                f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out."
+            )
+        if metadata.get("model") != state_signature(config):
+            raise UserError(
+                f"{path} is the state of a model of another shape; use it with the model that wrote it."
+            )
+        cache = cls()
+        cache.columns_seen = int(metadata["columns_seen"])
+        cache.position = tensors.get("position")
+        count = config.num_hidden_layers if cache.position is not None else 0
+        cache.layers = [
+            TowerState(*(_numbered(tensors, f"layers.{i}.{field}.") for field in TowerState._fields))
+            for i in range(count)
+        ]
+        return cache
+
+
+def state_signature(config: DyadConfig) -> str:
+    """What two models must share for a state to fit both, as JSON."""
+    fields = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "alignments": config.alignments,
+        "ranks": config.ranks,
+        "transport_space": config.transport_space,
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def _map_tensors(state: TowerState, function: Any) -> TowerState:
+    return TowerState(*(tuple(function(tensor) for tensor in group) for group in state))
+
+
+def _numbered(tensors: dict[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
+    count = sum(name.startswith(prefix) for name in tensors)
+    return tuple(tensors[f"{prefix}{j}"] for j in range(count))
