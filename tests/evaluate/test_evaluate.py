@@ -11,8 +11,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dyadlm.data.streams import TokenStream
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.evaluate import TextStream, evaluate, require_same_vocabulary
+from dyadlm.evaluate import evaluate, require_same_vocabulary
 from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.scoring import score
 from dyadlm.evaluate.windows import disjoint_windows, one_window, rolling_windows
@@ -22,9 +23,7 @@ BEGIN, END = 27, 28
 
 def letters(extra: tuple[str, ...] = ("<|begin|>", "<|end|>")) -> PreTrainedTokenizerFast:
     """A tokenizer of the letters a..z and the euro sign (ids 0..26), then the given specials."""
-    tokenizer = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz€")}, unk_token="a")
-    )
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz€")}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     names = dict(zip(("bos_token", "eos_token"), extra, strict=False))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
@@ -63,37 +62,47 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def text_of(length: int) -> str:
-    generator = np.random.default_rng(length)
-    return "".join(chr(97 + i) for i in generator.integers(26, size=length))
+def letters_of(length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(26, size=length)
+
+
+def plain(ids) -> TokenStream:
+    """One document without an end; every token is one byte."""
+    return TokenStream.from_tokens(ids, byte_lengths=np.ones(len(ids)))
+
+
+def ended(*documents) -> TokenStream:
+    """Documents that end with `<|end|>`, as prepared data has them."""
+    ids = np.concatenate([[*document, END] for document in documents])
+    return TokenStream.from_tokens(ids, END, byte_lengths=ids != END)
 
 
 def test_known_distribution_gives_exact_nats():
     probabilities = torch.rand(29, 29).softmax(-1)
     model = KnownModel(probabilities.log())
-    ids = [ord(c) - 97 for c in text_of(37)]
+    ids = letters_of(37).tolist()
     expected = -sum(math.log(probabilities[a, b]) for a, b in zip([BEGIN, *ids], ids, strict=False))
     for options in ({}, {"window": 5}, {"mode": "rolling"}, {"mode": "stream"}, {"batch_size": 1}):
-        result = evaluate(model, text_of(37), letters(), **options)
+        result = evaluate(model, plain(letters_of(37)), letters(), **options)
         assert result.nats_per_token == pytest.approx(expected / 37, abs=1e-6)
         assert result.bits_per_byte == pytest.approx(expected / 37 / math.log(2), abs=1e-6)
         assert (result.tokens, result.bytes) == (37, 37)
 
 
 def test_uniform_model_scores_the_logarithm_of_the_vocabulary():
-    result = evaluate(KnownModel(torch.zeros(29, 29)), text_of(50), letters())
+    result = evaluate(KnownModel(torch.zeros(29, 29)), plain(letters_of(50)), letters())
     assert result.nats_per_token == pytest.approx(math.log(29), abs=1e-6)
 
 
 def test_a_window_is_shown_one_token_of_context_and_a_fresh_state():
     model = KnownModel(torch.zeros(29, 29))
-    evaluate(model, "abcdefgh", letters(), window=3)
+    evaluate(model, plain(range(8)), letters(), window=3)
     assert model.seen == [[BEGIN, 0, 1], [2, 3, 4], [5, 6, 0]]  # the last one is padded
 
 
 def test_rolling_moves_the_last_window_back():
     model = KnownModel(torch.zeros(29, 29))
-    evaluate(model, "abcdefgh", letters(), window=3, mode="rolling")
+    evaluate(model, plain(range(8)), letters(), window=3, mode="rolling")
     assert model.seen == [[BEGIN, 0, 1], [2, 3, 4], [4, 5, 6]]
 
 
@@ -112,7 +121,7 @@ def test_rolling_is_what_lm_eval_scores():
 
 
 def test_pieces_are_in_place_however_they_are_cut(llama, monkeypatch):
-    stream = TextStream(text_of(53), letters())
+    stream = plain(letters_of(53))
     ids = torch.tensor(np.append(BEGIN, stream.tokens(0, 53))).long()[None]
     with torch.no_grad():
         logp = llama(ids[:, :-1]).logits.log_softmax(-1)
@@ -128,24 +137,24 @@ def test_pieces_are_in_place_however_they_are_cut(llama, monkeypatch):
 
 def test_disjoint_equals_rolling_when_the_length_divides(llama):
     for length, equal in ((48, True), (51, False)):
-        a = evaluate(llama, text_of(length), letters())
-        b = evaluate(llama, text_of(length), letters(), mode="rolling")
+        a = evaluate(llama, plain(letters_of(length)), letters())
+        b = evaluate(llama, plain(letters_of(length)), letters(), mode="rolling")
         assert (a.nats_per_token == pytest.approx(b.nats_per_token, abs=1e-6)) is equal
 
 
 def test_stream_equals_one_long_window(llama, monkeypatch):
-    text = text_of(100)
-    whole = evaluate(llama, text, letters(), window=100).nats_per_token
+    stream = plain(letters_of(100))
+    whole = evaluate(llama, stream, letters(), window=100).nats_per_token
     monkeypatch.setattr("dyadlm.evaluate.scoring.LONGEST_CHUNK", 9)
-    assert evaluate(llama, text, letters(), mode="stream").nats_per_token == pytest.approx(whole, abs=1e-5)
+    assert evaluate(llama, stream, letters(), mode="stream").nats_per_token == pytest.approx(whole, abs=1e-5)
     stateful = KnownModel(torch.rand(29, 29), by_age=0.1)
-    carried = evaluate(stateful, text, letters(), mode="stream").nats_per_token
-    assert carried == pytest.approx(evaluate(stateful, text, letters(), window=100).nats_per_token, abs=1e-6)
-    assert carried != pytest.approx(evaluate(stateful, text, letters(), window=10).nats_per_token, abs=1e-2)
+    carried = evaluate(stateful, stream, letters(), mode="stream").nats_per_token
+    assert carried == pytest.approx(evaluate(stateful, stream, letters(), window=100).nats_per_token, abs=1e-6)
+    assert carried != pytest.approx(evaluate(stateful, stream, letters(), window=10).nats_per_token, abs=1e-2)
 
 
 def test_batches_and_memory_limit_change_nothing(llama, monkeypatch):
-    texts = TextStream([text_of(n) for n in (3, 40, 17, 16, 33)], letters())
+    texts = ended(*(letters_of(n) for n in (3, 40, 17, 16, 33)))
     expected = evaluate(llama, texts, letters(), mode="rolling", batch_size=1)
     assert evaluate(llama, texts, letters(), mode="rolling").nats_per_token == pytest.approx(
         expected.nats_per_token, abs=1e-6
@@ -159,52 +168,32 @@ def test_batches_and_memory_limit_change_nothing(llama, monkeypatch):
     assert max(sizes) <= 29 * 5
 
 
-class Prepared:
-    """Stands in for a prepared stream: documents that end with `<|end|>`."""
-
-    def __init__(self, texts):
-        self.ids = [i for text in texts for i in (*(ord(c) - 97 for c in text), END)]
-        edges = np.cumsum([0, *(len(text) + 1 for text in texts)]).tolist()
-        self.documents = [(a, b, "") for a, b in pairwise(edges)]
-
-    def __len__(self):
-        return len(self.ids)
-
-    def tokens(self, start, stop):
-        return np.array(self.ids[start:stop], dtype=np.int32)
-
-    def bytes_of(self, start, stop):
-        return sum(i != END for i in self.ids[start:stop])
-
-
 def test_documents_of_a_prepared_stream(llama):
-    texts = ["abcdef", "ghi", text_of(40)]
-    prepared, alone = Prepared(texts), TextStream(texts, letters())
+    documents = [range(6), range(6, 9), letters_of(40)]
+    prepared, alone = ended(*documents), [plain(document) for document in documents]
     rolling = evaluate(llama, prepared, letters(), mode="rolling")
-    assert rolling.to_dict() | {"seconds": 0} == (
-        evaluate(llama, alone, letters(), mode="rolling").to_dict() | {"seconds": 0}
-    )
+    apart = evaluate(llama, alone, letters(), mode="rolling")
+    assert (rolling.tokens, rolling.bytes, rolling.documents) == (49, 49, 3)
+    assert (apart.tokens, apart.bytes, apart.documents) == (49, 49, 3)
+    assert rolling.bits_per_byte == pytest.approx(apart.bits_per_byte, abs=1e-6)
     disjoint = evaluate(llama, prepared, letters())
     assert (disjoint.tokens, disjoint.bytes, disjoint.documents) == (52, 49, 3)
-    # Several streams: no window crosses from one to the next.
-    both = evaluate(llama, [alone, alone], letters(), mode="rolling")
-    assert (both.tokens, both.documents) == (98, 6)
-    assert both.nats_per_token == pytest.approx(rolling.nats_per_token, abs=1e-6)
+    # No window crosses from one stream to the next.
+    twice = evaluate(llama, [prepared, prepared], letters())
+    assert (twice.tokens, twice.documents) == (104, 6)
+    assert twice.nats_per_token == pytest.approx(disjoint.nats_per_token, abs=1e-6)
 
 
 def test_interval_is_over_documents_or_blocks(llama):
     model = KnownModel(torch.rand(29, 29) * 3)
-    few = evaluate(model, [TextStream(text_of(9000), letters())], letters(), window=64)
+    few = evaluate(model, [plain(letters_of(9000))], letters(), window=64)
     assert few.interval_over == "blocks of 2048 tokens"
     assert few.interval[0] < few.bits_per_byte < few.interval[1]
-    many = evaluate(model, TextStream([text_of(n) for n in range(40, 70)], letters()), letters())
+    many = evaluate(model, ended(*(letters_of(n) for n in range(40, 70))), letters())
     assert (many.interval_over, many.documents) == ("documents", 30)
     assert many.interval[0] < many.bits_per_byte < many.interval[1]
-    assert (
-        many.interval
-        == evaluate(model, TextStream([text_of(n) for n in range(40, 70)], letters()), letters()).interval
-    )
-    assert evaluate(model, "abc", letters()).interval is None
+    assert many.interval == evaluate(model, ended(*(letters_of(n) for n in range(40, 70))), letters()).interval
+    assert evaluate(model, plain(range(3)), letters()).interval is None
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
@@ -226,17 +215,16 @@ def test_interval_narrows_with_the_root_of_the_number_of_units():
         assert width[units] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(units), rel=0.25)
 
 
-def test_bytes_of_characters_wider_than_one_byte():
-    stream = TextStream(["a€b", "€"], letters())
-    assert stream.documents == [(0, 3, "text 1"), (3, 4, "text 2")]
-    assert [stream.bytes_of(i, i + 1) for i in range(4)] == [1, 3, 1, 3]
-    assert evaluate(KnownModel(torch.zeros(29, 29)), stream, letters()).bytes == 8
+def test_a_text_is_one_document():
+    result = evaluate(KnownModel(torch.zeros(29, 29)), "a€b", letters())
+    assert (result.tokens, result.bytes, result.documents) == (4, 5, 1)
+    assert evaluate(KnownModel(torch.zeros(29, 29)), "a€b", letters(), mode="rolling").tokens == 3
 
 
 def test_result_is_json_and_the_model_keeps_its_mode(llama):
     llama.train()
     calls = []
-    result = evaluate(llama, text_of(40), letters(), progress=lambda *done: calls.append(done))
+    result = evaluate(llama, plain(letters_of(40)), letters(), progress=lambda *done: calls.append(done))
     assert llama.training
     assert calls[-1] == (40, 40)
     assert json.loads(json.dumps(result.to_dict()))["window"] == 16
@@ -246,23 +234,23 @@ def test_wrong_requests_are_told(llama):
     with pytest.raises(UserError, match="no text"):
         evaluate(llama, "", letters())
     with pytest.raises(UserError, match="at least 1 token, not 0"):
-        evaluate(llama, "abc", letters(), window=0)
+        evaluate(llama, plain(range(3)), letters(), window=0)
     with pytest.raises(UserError, match="not both"):
-        evaluate(llama, "abc", letters(), window=3, mode="stream")
+        evaluate(llama, plain(range(3)), letters(), window=3, mode="stream")
     with pytest.raises(UserError, match="29 tokens but the model knows 28"):
-        evaluate(KnownModel(torch.zeros(28, 28)), "abc", letters())
+        evaluate(KnownModel(torch.zeros(28, 28)), plain(range(3)), letters())
     with pytest.raises(UserError, match="bos_token"):
-        evaluate(llama, "abc", letters(extra=()))
+        evaluate(llama, plain(range(3)), letters(extra=()))
     with pytest.raises(UserError, match="token 28 but the model knows only 28"):
-        evaluate(KnownModel(torch.zeros(28, 28)), Prepared(["ab"]), letters(extra=("<|begin|>",)))
+        evaluate(KnownModel(torch.zeros(28, 28)), ended(range(2)), letters(extra=("<|begin|>",)))
     with pytest.raises(UserError, match="another vocabulary"):
         require_same_vocabulary(letters(), letters(extra=("<|begin|>",)))
     model = KnownModel(torch.zeros(29, 29))
     del model.config.max_position_embeddings
     with pytest.raises(UserError, match="give the window"):
-        evaluate(model, "abc", letters())
+        evaluate(model, plain(range(3)), letters())
 
 
 def test_a_diverged_model_fails_rather_than_scores():
     with pytest.raises(RunFailed, match="not numbers"):
-        evaluate(KnownModel(torch.full((29, 29), torch.nan)), "abc", letters())
+        evaluate(KnownModel(torch.full((29, 29), torch.nan)), plain(range(3)), letters())

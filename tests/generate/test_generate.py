@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dyadlm.data.streams import TokenStream
 from dyadlm.data.tokenizer import byte_tokenizer, encode_bytes
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.evaluate import TextStream, evaluate
+from dyadlm.evaluate import evaluate
 from dyadlm.generate import Listener, Sampling, Session, generate_text, lines, load_model
 from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.model import DyadConfig, DyadForCausalLM
@@ -24,9 +25,7 @@ PROMPT = "To be, or not to be"
 def make(kind: str):
     torch.manual_seed(1)
     if kind == "dyadlm":
-        config = DyadConfig.from_preset(
-            "tiny", hidden_size=32, num_hidden_layers=2, max_position_embeddings=16
-        )
+        config = DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=2, max_position_embeddings=16)
         model = DyadForCausalLM(config)
     else:
         config = LlamaConfig(
@@ -93,9 +92,7 @@ def test_stop_strings_end_the_text(model):
     expected = whole[: whole.index(stop) + len(stop)]
     text = write(model, max_new_tokens=60, sampling=Sampling(temperature=0.0), stop=["never occurs", stop])
     assert text == expected
-    assert text == hugging_face(
-        model, max_new_tokens=60, do_sample=False, stop_strings=["never occurs", stop]
-    )
+    assert text == hugging_face(model, max_new_tokens=60, do_sample=False, stop_strings=["never occurs", stop])
 
 
 def test_end_of_text_ends(model):
@@ -183,9 +180,7 @@ def test_decoder_shows_whole_characters_only(text):
     assert all("\ufffd" not in piece for piece in pieces)
 
 
-@pytest.mark.parametrize(
-    "content", [b"a\xff\xfe\xfd\xfc\xfb\xc3\xa9z\xe2\x82", b"\xf0\x9f\x92a\xe2\x82\xe2\x82\xac"]
-)
+@pytest.mark.parametrize("content", [b"a\xff\xfe\xfd\xfc\xfb\xc3\xa9z\xe2\x82", b"\xf0\x9f\x92a\xe2\x82\xe2\x82\xac"])
 def test_decoder_replaces_what_is_no_text_as_a_whole_decoding_does(content):
     decoder = IncrementalDecoder(byte_tokenizer())
     text = "".join(map(decoder.push, content)) + decoder.finish()
@@ -202,7 +197,7 @@ def test_listening_gives_the_loss_of_evaluation(model):
     text = "First line, é.\n\nAnd a second one, without an end"
     listener = Listener(Session(model, byte_tokenizer()), byte_tokenizer(), prefix_token=257)
     told = [surprise for line in lines(io.BytesIO(text.encode())) for surprise in listener.hear(line)]
-    stream = evaluate(model, TextStream(text, byte_tokenizer()), byte_tokenizer(), mode="stream")
+    stream = evaluate(model, TokenStream.from_tokens(encode_bytes(text.encode())), byte_tokenizer(), mode="stream")
     assert len(told) == stream.tokens
     assert told[-1].mean_nats == pytest.approx(stream.nats_per_token, abs=1e-4)
     assert told[-1].bits_per_byte == pytest.approx(stream.bits_per_byte, abs=1e-4)

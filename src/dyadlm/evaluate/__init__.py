@@ -7,12 +7,11 @@ from dyadlm.evaluate.evaluation import (
     require_same_vocabulary,
     require_vocabulary,
 )
-from dyadlm.evaluate.streams import Stream, TextStream
+from dyadlm.evaluate.streams import Stream
 
 __all__ = [
     "EvaluationResult",
     "Stream",
-    "TextStream",
     "evaluate",
     "prefix_token",
     "require_same_vocabulary",

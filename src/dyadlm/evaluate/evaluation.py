@@ -12,10 +12,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.data.streams import TokenStream
+from dyadlm.data.tokenizer import tokenizer_identity
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.scoring import score, vocabulary_size
-from dyadlm.evaluate.streams import Stream, TextStream
+from dyadlm.evaluate.streams import Stream
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window, rolling_windows
 from dyadlm.version import __version__
 
@@ -69,7 +71,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Score every token of `data` exactly once, in evaluation mode on the model's own device.
 
-    data: a stream, several (no window crosses from one to the next), or a text.
+    data: a stream, several (no window crosses from one to the next), or a text (one document).
     window: targets per window; by default the length the model was trained at.
     mode:
         disjoint: windows side by side over the whole stream, each from a fresh state with one token of
@@ -82,7 +84,7 @@ def evaluate(
     Raises `UserError` for a window below 1, for data without text, and for tokens the model does not know.
     """
     if isinstance(data, str):
-        data = TextStream(data, tokenizer)
+        data = TokenStream.from_text(data, tokenizer)
     streams: list[Stream] = list(data) if isinstance(data, list | tuple) else [cast(Stream, data)]
     require_vocabulary(model, tokenizer)
     prefix = prefix_token(tokenizer)
@@ -160,16 +162,13 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     known = vocabulary_size(model)
     if len(tokenizer) > known:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens but the model knows {known}; "
-            "use the model's own tokenizer."
+            f"The tokenizer has {len(tokenizer)} tokens but the model knows {known}; use the model's own tokenizer."
         )
 
 
-def require_same_vocabulary(
-    model_tokenizer: PreTrainedTokenizerBase, data_tokenizer: PreTrainedTokenizerBase
-) -> None:
+def require_same_vocabulary(model_tokenizer: PreTrainedTokenizerBase, data_tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `UserError` if token ids of the data would mean something else to the model."""
-    if model_tokenizer.get_vocab() != data_tokenizer.get_vocab():
+    if tokenizer_identity(model_tokenizer) != tokenizer_identity(data_tokenizer):
         raise UserError(
             f"The data was prepared with another vocabulary ({len(data_tokenizer)} tokens) than the model's "
             f"({len(model_tokenizer)}); prepare it again with --tokenizer set to the model's folder."
