@@ -1,0 +1,19 @@
+"""Training: from settings to a model folder, resumable at any moment."""
+
+from dyadlm.train.export import export
+from dyadlm.train.interrupt import RunInterrupted
+from dyadlm.train.run import TrainingData, TrainResult, dry_run, train
+from dyadlm.train.settings import NAMESPACES, DataOptions, TrainOptions, TrainSettings
+
+__all__ = [
+    "NAMESPACES",
+    "DataOptions",
+    "RunInterrupted",
+    "TrainOptions",
+    "TrainResult",
+    "TrainSettings",
+    "TrainingData",
+    "dry_run",
+    "export",
+    "train",
+]

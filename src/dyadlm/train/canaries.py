@@ -1,0 +1,102 @@
+"""Canaries: random strings planted in the training text, to measure later what a model memorises.
+
+Each member is planted a known number of times; its twin is drawn the same way and never shown to the model,
+so that exposure can be told from chance. Everything follows from the seed.
+"""
+
+import random
+import string
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dyadlm.errors import UserError
+
+REPETITIONS = (1, 4, 16, 64)
+# Letters and digits are text under every tokenizer; 24 of them carry 124 bits.
+ALPHABET = string.ascii_lowercase + string.digits
+LENGTH = 24
+
+
+@dataclass(frozen=True)
+class Canary:
+    """text and its tokens; windows: the training windows that hold it at `offsets` (none for a twin)."""
+
+    text: str
+    tokens: list[int]
+    repetitions: int
+    windows: list[int]
+    offsets: list[int]
+
+
+@dataclass(frozen=True)
+class CanaryPlan:
+    """members[i] and twins[i] are drawn alike; only members are planted."""
+
+    seed: int
+    members: list[Canary]
+    twins: list[Canary]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_canaries(
+    count: int, seed: int, tokenizer: PreTrainedTokenizerBase, windows: int, sequence_length: int
+) -> CanaryPlan:
+    """Draw `count` canaries and twins for each number of repetitions and place them, at most one in a window.
+
+    Raises `UserError` if the run has fewer windows than plantings, or windows too short for a canary.
+    """
+    needed = count * sum(REPETITIONS)
+    if needed > windows:
+        raise UserError(
+            f"data.canaries={count} needs {needed} training windows and the run has {windows}; "
+            "plant fewer or train for more steps."
+        )
+    draw = random.Random(f"canaries {seed}")
+    places = draw.sample(range(windows), needed)
+    members: list[Canary] = []
+    twins: list[Canary] = []
+    for repetitions in REPETITIONS:
+        for _ in range(count):
+            texts = ["".join(draw.choices(ALPHABET, k=LENGTH)) for _ in range(2)]
+            tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            room = sequence_length - max(map(len, tokens))
+            if room < 1:
+                needed = sequence_length - room + 1
+                raise UserError(f"Canaries need windows of {needed} tokens; set data.sequence_length to that.")
+            mine, places = sorted(places[:repetitions]), places[repetitions:]
+            offsets = [draw.randint(1, room) for _ in mine]
+            members.append(Canary(texts[0], tokens[0], repetitions, mine, offsets))
+            twins.append(Canary(texts[1], tokens[1], repetitions, [], []))
+    return CanaryPlan(seed, members, twins)
+
+
+class PlantedWindows(Dataset[dict[str, torch.Tensor]]):
+    """The windows of `base` with the members of a plan written over the text at their places."""
+
+    def __init__(self, base: Dataset[dict[str, torch.Tensor]], plan: CanaryPlan):
+        self.base = base
+        self._planted = {
+            window: (offset, canary.tokens)
+            for canary in plan.members
+            for window, offset in zip(canary.windows, canary.offsets, strict=True)
+        }
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.base[index]
+        if index not in self._planted:
+            return item
+        offset, tokens = self._planted[index]
+        planted = dict(item)
+        for name in ("input_ids", "labels"):
+            planted[name] = item[name].clone()
+            planted[name][offset : offset + len(tokens)] = torch.tensor(tokens)
+        return planted

@@ -1,0 +1,155 @@
+"""What a run shows while it works, and what it leaves in RUN/metrics.jsonl and RUN/tensorboard."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from dyadlm.files import write_atomically
+
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends every log as a line {"step": …, name: number …} to RUN/metrics.jsonl and to TensorBoard."""
+
+    def __init__(self, run: Path, from_step: int):
+        """from_step: what was logged after it belongs to steps that will be done again, and is dropped."""
+        path = run / METRICS_NAME
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= from_step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=from_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        self._file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, state.global_step)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+@contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """Saving and loading draw bars of their own, which would break ours."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class ProgressDisplay(TrainerCallback):
+    """Loss, bits per byte, tokens/s and time left: a bar on a terminal, else one plain line a log."""
+
+    def __init__(self, console: Console, total: int):
+        self._console = console
+        self._latest: dict[str, float] = {}
+        self._total = total
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("train", total=total, figures="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+            self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        self._latest |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        text = _figures(self._latest)
+        if self._bar is not None:
+            self._bar.update(self._task, figures=text)
+            return
+        rate = self._latest.get("steps_per_second", 0.0)
+        left = f"  {_duration((self._total - state.global_step) / rate)} left" if rate else ""
+        self._console.print(f"step {state.global_step}/{self._total}  {text}{left}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _figures(logs: Mapping[str, float]) -> str:
+    parts = []
+    for name, title in (("loss", "loss"), ("eval_loss", "validation")):
+        if name in logs:
+            bits = logs.get(name.replace("loss", "bits_per_byte"))
+            parts.append(f"{title} {logs[name]:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else ""))
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

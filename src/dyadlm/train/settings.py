@@ -1,0 +1,382 @@
+"""What a training run is told: one flat list of keys, from the command line, a file or an earlier run alike.
+
+Keys are the names of `transformers.TrainingArguments` (`max_steps`, `learning_rate`, …), `model.FIELD` for
+the configuration of the model, and one namespace for each part of ours (`data.FIELD`, `train.FIELD`, see
+`NAMESPACES`).
+"""
+
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from transformers import TrainingArguments
+
+from dyadlm.errors import UserError
+
+RECORD_NAME = "dyadlm.json"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Keys `data.FIELD`.
+
+    sequence_length: tokens of a training window.
+    document_reset: send `position_ids` that restart at 0 with every document: nothing crosses its edge.
+    tokenizer: for a new model: "byte", a Hugging Face name or a folder; none takes what the data says.
+    canaries: random strings planted for each number of repetitions (`dyadlm.train.canaries`); 0 is none.
+    validation_tokens: tokens of the validation split scored during training, spread evenly over it.
+    """
+
+    sequence_length: int = 256
+    document_reset: bool = False
+    tokenizer: str | None = None
+    canaries: int = 0
+    validation_tokens: int = 65_536
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 2, "data.sequence_length must be at least 2")
+        _require(self.canaries >= 0, "data.canaries must be 0 or more")
+        _require(self.validation_tokens >= 1, "data.validation_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Keys `train.FIELD`.
+
+    schedule: the learning rate after its linear warm-up; wsd is stable and then decays linearly.
+    final_learning_rate: the fraction of `learning_rate` at which the schedule ends.
+    decay_fraction: the fraction of all steps that the decay of wsd takes.
+    log_spaced_checkpoints: also save at steps 1, 2, 4 … 512; `save_total_limit` does not touch these.
+    divergence_rise: nats by which the mean loss between two logs may exceed the lowest one; 0: no check.
+    """
+
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    final_learning_rate: float = 0.1
+    decay_fraction: float = 0.2
+    log_spaced_checkpoints: bool = False
+    divergence_rise: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
+        _require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")
+        _require(self.divergence_rise >= 0, "train.divergence_rise must be 0 or more")
+
+
+# A mechanism with settings of its own adds its record here.
+NAMESPACES: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
+
+# Every value that differs from the defaults of TrainingArguments and of the records above.
+COMMON_DEFAULTS: dict[str, Any] = {
+    "adam_beta2": 0.99,
+    "eval_steps": 250,
+    "logging_steps": 10,
+    "max_grad_norm": 1.0,
+    "save_steps": 250,
+    "save_total_limit": 2,
+    "seed": 42,
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+}
+PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
+    "tiny": {"max_steps": 1500, "learning_rate": 3e-3, "per_device_train_batch_size": 16},
+    "small": {
+        "max_steps": 10_000,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 16,
+        "data.sequence_length": 1024,
+    },
+    "base": {
+        "max_steps": 50_000,
+        "learning_rate": 6e-4,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 8,
+        "data.sequence_length": 2048,
+    },
+    # Continuing from the weights of a folder.
+    None: {"max_steps": 1000, "learning_rate": 3e-4, "per_device_train_batch_size": 8},
+}
+
+# Keys of TrainingArguments that would break what a run promises, or that another option decides.
+DECIDED_ELSEWHERE = {
+    "output_dir": "use --output",
+    "resume_from_checkpoint": "use --resume",
+    "use_cpu": "use --device cpu",
+    "fp16": "use --dtype bfloat16",
+    "fp16_full_eval": "use --dtype bfloat16",
+    "bf16_full_eval": "use --dtype bfloat16",
+    "do_train": "`dyadlm train` trains",
+    "do_eval": "set eval_steps",
+    "do_predict": "use `dyadlm evaluate`",
+    "save_strategy": "set save_steps",
+    "save_only_model": "checkpoints are always complete for resuming",
+    "load_best_model_at_end": "every RUN/checkpoint-N can be loaded or exported by itself",
+    "lr_scheduler_type": "set train.schedule",
+    "lr_scheduler_kwargs": "set train.final_learning_rate and train.decay_fraction",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "push_to_hub": "use `dyadlm export` and upload the folder",
+    "auto_find_batch_size": "set per_device_train_batch_size, so that the run can be repeated",
+    "ignore_data_skip": "a resumed run always goes on with the text that follows",
+    "train_sampling_strategy": "the order of the text follows from seed",
+    "remove_unused_columns": "windows hold only what the model takes",
+    "label_names": "the labels of a language model are `labels`",
+    "enable_jit_checkpoint": "a signal already saves a checkpoint",
+    "deepspeed": "set fsdp and fsdp_config",
+    "report_to": "metrics go to metrics.jsonl and TensorBoard",
+    "disable_tqdm": "progress is shown by dyadlm",
+    "local_rank": "start with torchrun",
+}
+_TOP = ("preset", "model", "data", "device", "dtype")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything a run is told; `to_dict` is written to RUN/dyadlm.json and reads back as a configuration.
+
+    output: the folder RUN. resume: go on with what RUN holds, or begin if it holds nothing.
+    preset, model: the name of a preset, or the folder of a model to continue from; exactly one of them.
+    sources: what `--data` names, each optionally with `:weight`.
+    device: auto, cpu, cuda or mps. dtype: auto, float32 or bfloat16 (autocast; weights stay float32).
+    arguments: by name of `TrainingArguments`. model_fields: by field of the model's configuration.
+    options: by namespace, a record of `NAMESPACES`.
+    """
+
+    output: Path
+    sources: tuple[str, ...]
+    preset: str | None = None
+    model: str | None = None
+    resume: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    model_fields: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=lambda: {name: kind() for name, kind in NAMESPACES.items()})
+
+    @property
+    def data(self) -> DataOptions:
+        return cast(DataOptions, self.options["data"])
+
+    @property
+    def train(self) -> TrainOptions:
+        return cast(TrainOptions, self.options["train"])
+
+    @classmethod
+    def create(
+        cls,
+        output: str | Path,
+        *,
+        preset: str | None = None,
+        model: str | Path | None = None,
+        data: Iterable[str] = (),
+        resume: bool = False,
+        config: str | Path | None = None,
+        assignments: Iterable[str] = (),
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> "TrainSettings":
+        """Put together defaults, the run to resume, a YAML (JSON) file and `key=value` texts; the last wins.
+
+        Raises `UserError` for an unknown key or value, naming the nearest one.
+        """
+        output = Path(output)
+        given: dict[str, Any] = {}
+        if resume and (output / RECORD_NAME).is_file():
+            given |= read_record(output)["settings"]
+        started = {name: given.get(name) for name in ("preset", "model")}
+        if config is not None:
+            given |= _flatten(_read_config(Path(config)))
+        given |= dict(_parse_assignment(text) for text in assignments)
+        flags = {"preset": preset, "model": model and str(model), "device": device, "dtype": dtype}
+        given |= {name: value for name, value in flags.items() if value is not None}
+        sources = tuple(data) or given.get("data", ())
+        given["data"] = (sources,) if isinstance(sources, str) else tuple(sources)
+        for name, value in started.items():
+            if value is not None and given.get(name) != value:
+                raise UserError(f"{output} was started with {name} {value}; choose another --output.")
+        return cls.from_dict(given, output=output, resume=resume)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any], *, output: str | Path, resume: bool = False) -> "TrainSettings":
+        """Build from flat keys (what `to_dict` returns), checking every key and value."""
+        preset, model = given.get("preset"), given.get("model")
+        if (preset is None) == (model is None):
+            raise UserError("Choose either --preset NAME (a new model) or --model DIR (continue from weights).")
+        if not given.get("data"):
+            raise UserError("There is nothing to train on; name a corpus, a file or a folder with --data.")
+        if preset is not None and preset not in PRESET_DEFAULTS:
+            known = [name for name in PRESET_DEFAULTS if name]
+            raise UserError(f"There is no preset {preset!r}{_nearest(preset, known)}.")
+        values = COMMON_DEFAULTS | PRESET_DEFAULTS[preset] | dict(given)
+        if "num_train_epochs" in given and "max_steps" not in given:
+            del values["max_steps"]
+        arguments, model_fields = {}, {}
+        options: dict[str, dict[str, Any]] = {name: {} for name in NAMESPACES}
+        for key, value in values.items():
+            namespace, _, name = key.partition(".")
+            if key in _TOP:
+                continue
+            if not name:
+                arguments[key] = _argument(key, value)
+            elif namespace == "model":
+                model_fields[name] = value
+            elif namespace in NAMESPACES:
+                hints = typing.get_type_hints(NAMESPACES[namespace])
+                known = [f"{namespace}.{entry.name}" for entry in fields(NAMESPACES[namespace])]
+                if key not in known:
+                    raise UserError(f"There is no key {key}{_nearest(key, known)}.")
+                options[namespace][name] = coerce(value, hints[name], key)
+            else:
+                raise UserError(f"There is no key {key}{_nearest(namespace, ['model', *NAMESPACES])}.")
+        _check_arguments(arguments)
+        return cls(
+            output=Path(output),
+            sources=tuple(given["data"]),
+            preset=preset,
+            model=None if model is None else str(model),
+            resume=resume,
+            device=coerce(given.get("device", "auto"), Literal["auto", "cpu", "cuda", "mps"], "--device"),
+            dtype=coerce(given.get("dtype", "auto"), Literal["auto", "float32", "bfloat16"], "--dtype"),
+            arguments=arguments,
+            model_fields=model_fields,
+            options={name: kind(**options[name]) for name, kind in NAMESPACES.items()},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat keys, ready for JSON or YAML; `output` and `resume` belong to a call, not in it."""
+        start = {"preset": self.preset} if self.model is None else {"model": self.model}
+        top = start | {"data": list(self.sources), "device": self.device, "dtype": self.dtype}
+        ours = {
+            f"{namespace}.{entry.name}": getattr(record, entry.name)
+            for namespace, record in self.options.items()
+            for entry in fields(record)
+        }
+        model = {f"model.{name}": value for name, value in self.model_fields.items()}
+        return top | self.arguments | model | ours
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """RUN/dyadlm.json. Raises `UserError` if it cannot be read."""
+    try:
+        record = json.loads((run / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / RECORD_NAME} cannot be read ({error}); is {run} a run of dyadlm?") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise UserError(f"{run / RECORD_NAME} is not the record of a run.")
+    return record
+
+
+def coerce(value: Any, annotation: Any, key: str) -> Any:
+    """`value` as the type that `annotation` asks for; raises `UserError` if it is no such thing."""
+    if typing.get_origin(annotation) is Literal:
+        if value in (literals := typing.get_args(annotation)):
+            return value
+        raise UserError(f"{key} cannot be {value!r}{_nearest(value, literals)}.")
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    for kind in typing.get_args(annotation) if union else (annotation,):
+        origin = typing.get_origin(kind) or kind
+        if origin is Any or (origin is type(None) and value is None):
+            return value
+        if isinstance(origin, type) and issubclass(origin, Enum):
+            choices = [member.value for member in origin]
+            if value in choices:
+                return value
+            raise UserError(f"{key} cannot be {value!r}{_nearest(value, choices)}.")
+        if origin is bool and isinstance(value, bool):
+            return value
+        if origin is int and _number(value) is not None and float(value) == int(float(value)):
+            return int(float(value))
+        if origin is float and _number(value) is not None:
+            return value if isinstance(value, int) else float(value)
+        if origin in (str, dict, list) and isinstance(value, origin):
+            return value
+    raise UserError(f"{key} cannot be {value!r}; it takes {_names(annotation)}.")
+
+
+def _number(value: Any) -> float | None:
+    """YAML reads 1e-3 as a text, so texts that are numbers count."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _names(annotation: Any) -> str:
+    kinds: tuple[Any, ...] = typing.get_args(annotation) or (annotation,)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words[type(None)] = "null"
+    return " or ".join(words.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+
+
+def _argument(key: str, value: Any) -> Any:
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [entry.name for entry in fields(TrainingArguments) if entry.init]
+    if key in DECIDED_ELSEWHERE or key.startswith(("hub_", "trackio_")):
+        reason = DECIDED_ELSEWHERE.get(key, "nothing is uploaded")
+        raise UserError(f"The key {key} is not for --set: {reason}.")
+    if key not in known:
+        ours = [f"{name}.{entry.name}" for name, kind in NAMESPACES.items() for entry in fields(kind)]
+        raise UserError(f"There is no key {key}{_nearest(key, [*known, *ours])}.")
+    return coerce(value, hints[key], key)
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"):
+        _require(arguments.get(key, 1) >= 1, f"{key} must be at least 1")
+    _require(arguments["learning_rate"] > 0, "learning_rate must be above 0")
+    limit = arguments.get("save_total_limit")
+    _require(limit is None or limit >= 1, "save_total_limit must be at least 1")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"{what}.")
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    known = list(known)
+    found = difflib.get_close_matches(str(name), known, n=1)
+    if found:
+        return f"; the nearest is {found[0]}"
+    return f"; choose one of {', '.join(sorted(known))}" if len(known) <= 12 else ""
+
+
+def _parse_assignment(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set takes key=value, not {text!r}.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of {key.strip()} cannot be read: {value!r}.") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {path} cannot be read as YAML or JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"The configuration {path} must be a mapping of keys to values.")
+    settings: dict[str, Any] = content.get("settings", content)
+    return settings
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`data: {canaries: 1}` means `data.canaries: 1`; `data: [shakespeare]` are sources."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key in ("model", *NAMESPACES):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[str(key)] = value
+    return flat

@@ -1,0 +1,310 @@
+"""Hugging Face's Trainer, with checkpoints that are complete or absent, and runs that stop in time.
+
+What differs from `transformers.Trainer`: it logs, then saves, and only then evaluates; a checkpoint takes its
+name when it is complete and on disk; everything is read back with `weights_only=True`; text comes in the
+order of the data set; a loss that is not finite, or that rises far, ends the run.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+
+from dyadlm.errors import RunFailed
+from dyadlm.files import STAGING_PREFIX, staged_folder, sync
+from dyadlm.train.checkpoint import (
+    checkpoint_path,
+    discard,
+    last_complete,
+    read_manifest,
+    remove_leftovers,
+    remove_old,
+    write_manifest,
+)
+from dyadlm.train.export import CARD_NAME
+from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
+from dyadlm.train.progress import without_bars_of_transformers
+from dyadlm.train.settings import TrainOptions
+from dyadlm.train.validation import ValidationSample
+
+# Steps of the log-spaced checkpoints.
+LOG_SPACED = frozenset(2**power for power in range(10))
+
+
+def stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of windows: (T,) each becomes (B, T)."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+class LogSpacedSaves(TrainerCallback):
+    """Asks for a checkpoint at the steps of `LOG_SPACED`, where most is learned in little time."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step in LOG_SPACED:
+            control.should_save = True
+
+
+class LanguageModelTrainer(Trainer):
+    """Trains any causal LM of transformers on windows of text.
+
+    windows: map-style, `len(windows)` = steps × global batch; item i is the i-th window that the run sees.
+    bytes_per_token: of the training text, for bits per byte. identity: what a checkpoint must share to be
+    resumed from. options: what `train.FIELD` says.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        options: TrainOptions,
+        windows: Dataset[dict[str, torch.Tensor]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        validation: ValidationSample | None = None,
+        bytes_per_token: float = 1.0,
+        identity: Mapping[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.output = Path(arguments.output_dir or ".")
+        self.options = options
+        self.tokenizer = tokenizer
+        self.validation = validation
+        self.bytes_per_token = bytes_per_token
+        self.identity = dict(identity or {})
+        # Trainer switches the cache off in the configuration, which would end up in what is published.
+        self._published_use_cache = model.config.use_cache
+        self._lowest_loss: float | None = None
+        self._clock_step: int | None = None
+        self._paused = 0.0
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=stack,
+            train_dataset=windows,
+            eval_dataset=validation,  # only `evaluate`, below, reads it
+            callbacks=[LogSpacedSaves(), *(callbacks or [])] if options.log_spaced_checkpoints else callbacks,
+        )
+        for shown_by_us in (PrinterCallback, ProgressCallback):
+            self.remove_callback(shown_by_us)
+
+    # ---- Order of text, optimizer, schedule ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(step, warmup_steps=warmup, max_steps=num_training_steps, options=self.options)
+
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None, "the optimizer comes before its schedule"
+        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def tokens_per_step(self) -> int:
+        windows = cast(Dataset[dict[str, torch.Tensor]], self.train_dataset)
+        return self.get_total_train_batch_size(self.args) * windows[0]["input_ids"].numel()
+
+    # ---- Loss, logs, evaluation ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._clock = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._fail(f"the loss of the step after {self.state.global_step} is {loss.item()}")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add bits per byte and speed; stop a run whose loss has risen far above its lowest."""
+        if "loss" in logs:
+            now, step = time.perf_counter(), self.state.global_step
+            begin = self._initial_global_step if self._clock_step is None else self._clock_step
+            rate = (step - begin) / max(now - self._clock - self._paused, 1e-9)
+            per_step = self.tokens_per_step()
+            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+            logs["tokens"] = step * per_step
+            logs["tokens_per_second"] = rate * per_step
+            logs["steps_per_second"] = rate
+            self._clock, self._clock_step, self._paused = now, step, 0.0
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._require_no_divergence(logs["loss"])
+
+    def _require_no_divergence(self, loss: float) -> None:
+        if self._lowest_loss is None:
+            earlier = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            self._lowest_loss = min(earlier)
+        rise = self.options.divergence_rise
+        if rise and loss > self._lowest_loss + rise:
+            self._fail(
+                f"the loss rose from {self._lowest_loss:.3f} to {loss:.3f} nats (train.divergence_rise={rise:g})"
+            )
+        self._lowest_loss = min(self._lowest_loss, loss)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the validation sample: `eval_loss` in nats per token, `eval_bits_per_byte`."""
+        assert self.validation is not None, "the Trainer evaluates only where there is a validation sample"
+        model = cast(PreTrainedModel, self.model)
+        was_training = model.training
+        model.eval()  # type: ignore[no-untyped-call]
+        processes = self.args.world_size
+        totals = self.validation.measure(model, self.args.process_index, processes, self.args.eval_batch_size)
+        if processes > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum")
+        nats, tokens, size = totals.tolist()
+        model.train(was_training)
+        metrics = {"eval_loss": nats / tokens}
+        if size:
+            metrics["eval_bits_per_byte"] = nats / math.log(2) / size
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, save, evaluate, in this order: a crash in the evaluation costs no training."""
+        wanted = {name: getattr(self.control, name) for name in ("should_log", "should_save", "should_evaluate")}
+        for name in wanted:
+            begin = time.perf_counter()
+            for other in wanted:
+                setattr(self.control, other, wanted[other] and other == name)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            if name != "should_log":
+                self._paused += time.perf_counter() - begin
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        path = checkpoint_path(self.output, step)
+        if path.exists():
+            complete = read_manifest(path) is not None
+            self.accelerator.wait_for_everyone()
+            if complete:
+                return
+            if self.is_world_process_zero():
+                discard(path)
+        self._require_finite_weights()
+        self.store_flos()
+        try:
+            with self.shared_staging(path) as staging:
+                self.save_model(str(staging), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    write_manifest(staging, step, self.identity)
+        except Exception as error:  # torch, safetensors and the system each have their own
+            raise RunFailed(
+                f"The checkpoint of step {step} could not be written ({error}); {self._last_good()}. "
+                "Make room and go on with --resume."
+            ) from error
+        if self.is_world_process_zero():
+            exempt = LOG_SPACED if self.options.log_spaced_checkpoints else frozenset()
+            remove_old(self.output, self.args.save_total_limit, exempt)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def shared_staging(self, path: Path) -> Iterator[Path]:
+        """`staged_folder` for all processes: each writes its part, the first one publishes."""
+        if not self.is_world_process_zero():
+            name = broadcast_object_list([None])
+            yield Path(name[0])
+            self.accelerator.wait_for_everyone()
+            return
+        remove_leftovers(self.output)
+        with staged_folder(path) as staging:
+            broadcast_object_list([str(staging)])
+            yield staging
+            self.accelerator.wait_for_everyone()
+
+    def publish(self, card: str) -> None:
+        """Put weights, configuration, tokenizer and README.md into the output folder, file by file."""
+        staging = self.output / f"{STAGING_PREFIX}model"
+        if self.is_world_process_zero():
+            remove_leftovers(self.output)
+            staging.mkdir()
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staging), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (staging / CARD_NAME).write_text(card, encoding="utf-8")
+            for file in staging.iterdir():
+                sync(file)
+                file.replace(self.output / file.name)
+            staging.rmdir()
+            sync(self.output)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights, configuration and tokenizer: a loadable folder, without Trainer's pickled arguments."""
+        if not self.args.should_save or output_dir is None:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        switched_off, model.config.use_cache = model.config.use_cache, self._published_use_cache
+        try:
+            with without_bars_of_transformers():
+                model.save_pretrained(output_dir, state_dict=state_dict)
+        finally:
+            model.config.use_cache = switched_off
+        self.tokenizer.save_pretrained(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the moments and the position in the schedule, but keep the values that this run was told."""
+        groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
+        told = [{name: group[name] for name in group if name != "params"} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # Loading replaced the optimizer's groups.
+        groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
+        scheduler = cast(LambdaLR, self.lr_scheduler)
+        scheduler.base_lrs = [values["initial_lr"] for values in told]
+        for group, values, factor in zip(groups, told, scheduler.lr_lambdas, strict=True):
+            group.update(values)
+            group["lr"] = values["initial_lr"] * factor(scheduler.last_epoch)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights are saved once and so are missing; anything else means another model."""
+        missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        if missing or load_result.unexpected_keys:
+            names = ", ".join(sorted(missing | set(load_result.unexpected_keys)))
+            raise RunFailed(f"The checkpoint does not hold the weights of this model (these differ: {names}).")
+
+    # ---- Stopping ----
+
+    def _require_finite_weights(self) -> None:
+        for name, weight in cast(PreTrainedModel, self.model).named_parameters():
+            local = weight.to_local() if hasattr(weight, "to_local") else weight
+            if not torch.isfinite(local).all():
+                self._fail(f"the weights {name} are no longer finite after step {self.state.global_step}")
+
+    def _fail(self, what: str) -> None:
+        raise RunFailed(
+            f"Training stopped because {what}; {self._last_good()}. "
+            "Go on from there with --resume and a lower learning_rate."
+        )
+
+    def _last_good(self) -> str:
+        path = last_complete(self.output)
+        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"

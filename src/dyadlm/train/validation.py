@@ -1,0 +1,51 @@
+"""The validation figure shown during training: an even sample of the windows `dyadlm evaluate` scores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from transformers import PreTrainedModel
+
+from dyadlm.evaluate.scoring import score
+from dyadlm.evaluate.streams import Stream
+from dyadlm.evaluate.windows import Window, disjoint_windows
+
+
+@dataclass(frozen=True)
+class ValidationSample:
+    """Disjoint windows of the trained length, each scored with a fresh state.
+
+    prefix_token: the input before the first token of a stream (`<|begin|>`).
+    """
+
+    parts: list[tuple[Stream, list[Window]]]
+    prefix_token: int
+
+    @classmethod
+    def draw(cls, streams: Sequence[Stream], length: int, tokens: int, prefix_token: int) -> "ValidationSample":
+        """Take every n-th window of `length` targets, so that about `tokens` are scored."""
+        total = sum(len(stream) for stream in streams)
+        every = max(1, math.ceil(total / tokens))
+        parts = [(stream, list(islice(disjoint_windows(0, len(stream), length), 0, None, every))) for stream in streams]
+        return cls([(stream, windows) for stream, windows in parts if windows], prefix_token)
+
+    def __len__(self) -> int:
+        return sum(len(windows) for _, windows in self.parts)
+
+    def measure(self, model: PreTrainedModel, rank: int, processes: int, batch_size: int) -> torch.Tensor:
+        """This process's share as float64 (3,): nats, tokens, bytes. The shares of all processes add up.
+
+        Every process runs equally many windows (one may count nothing), as sharded models require.
+        """
+        totals = torch.zeros(3, dtype=torch.float64)
+        for stream, windows in self.parts:
+            mine, last = windows[rank::processes], windows[-1]
+            filled = len(mine) < math.ceil(len(windows) / processes)
+            for position, nats in score(model, stream, mine + [last] * filled, self.prefix_token, batch_size):
+                if filled and position >= last.first:
+                    continue
+                size = stream.bytes_of(position, position + len(nats))
+                totals += torch.tensor([nats.sum(dtype="float64"), len(nats), size], dtype=torch.float64)
+        return totals

@@ -1,0 +1,63 @@
+"""Small runs: a text made from a seed, a model of a few thousand weights.
+
+As a program (`python program.py OUTPUT [--resume] key=value …`) it is the process that tests kill or distribute.
+"""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dyadlm.data import TokenStream, byte_tokenizer
+from dyadlm.errors import RunFailed
+from dyadlm.train import TrainingData, TrainSettings, train
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "watch"]
+SMALL = [
+    "model.hidden_size=16",
+    "model.num_hidden_layers=2",
+    "model.dropout=0.1",
+    "data.sequence_length=32",
+    "data.validation_tokens=512",
+    "per_device_train_batch_size=4",
+    "learning_rate=1e-2",
+    "max_steps=6",
+    "logging_steps=2",
+    "save_steps=2",
+    "eval_steps=2",
+]
+
+
+def words(seed: int = 0) -> TrainingData:
+    """About 10 kB to train on and 1 kB to validate on."""
+    draw = random.Random(seed)
+    tokenizer = byte_tokenizer()
+    train, validation = (
+        TokenStream.from_text(" ".join(draw.choices(WORDS, k=number)), tokenizer) for number in (2000, 200)
+    )
+    return TrainingData(tokenizer, [(train, 1.0)], [validation], id=f"words {seed}", licences=["CC0-1.0"])
+
+
+def small(output: Path, *assignments: str, **options: Any) -> TrainSettings:
+    if "model" not in options:
+        options = {"preset": "tiny"} | options
+        assignments = (*SMALL, *assignments)
+    else:
+        assignments = (*[text for text in SMALL if not text.startswith("model.")], *assignments)
+    return TrainSettings.create(output, assignments=assignments, **{"data": ["words"], "device": "cpu"} | options)
+
+
+if __name__ == "__main__":
+    target, *rest = sys.argv[1:]
+    resume = "--resume" in rest
+    try:
+        train(
+            small(Path(target), *[text for text in rest if text != "--resume"], resume=resume),
+            words(),
+            Console(file=sys.stdout, width=200),
+        )
+    except RunFailed as error:
+        print(error, flush=True)
+        sys.exit(getattr(error, "exit_code", 1))

@@ -1,0 +1,97 @@
+"""A run killed with SIGKILL, again and again, ends with the weights of one that was left alone."""
+
+import signal
+import subprocess
+import time
+
+import torch
+from safetensors.torch import load_file
+
+from dyadlm.train import train
+from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest
+
+ASSIGNMENTS = ("max_steps=60", "save_steps=10", "eval_steps=15", "logging_steps=5", "save_total_limit=2")
+
+
+def run_until(program, output, seen, *options):
+    """Start the program and kill it with SIGKILL as soon as `seen()`; it must not have ended by itself."""
+    process = subprocess.Popen([*program, str(output), *ASSIGNMENTS, *options], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not seen():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def staging(output):
+    return list(output.glob(".staging-*"))
+
+
+def test_killed_runs_resume_bit_equal(tmp_path, small, words, console, program):
+    output = tmp_path / "killed"
+    # Before the first checkpoint.
+    run_until(program, output, lambda: (output / "metrics.jsonl").exists())
+    assert last_complete(output) is None
+    # While the second checkpoint is being written.
+    first = output / "checkpoint-10"
+    run_until(program, output, lambda: first.exists() and any(path.is_dir() for path in staging(output)), "--resume")
+    # Between checkpoints.
+    lines = output / "metrics.jsonl"
+    run_until(program, output, lambda: '"step": 35' in lines.read_text(), "--resume")
+    complete = [path for path in checkpoints(output).values() if read_manifest(path)]
+    assert complete == list(checkpoints(output).values())
+    assert 30 <= int(last_complete(output).name.removeprefix("checkpoint-")) < 60
+
+    resumed = train(small(output, *ASSIGNMENTS, resume=True), words(), console)
+    assert f"Going on from {output}" in console.file.getvalue()
+    assert not staging(output)
+    whole = train(small(tmp_path / "whole", *ASSIGNMENTS), words(), console)
+    first, second = (load_file(result.output / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The record of the run has no gaps and nothing twice.
+    for name in ("loss", "eval_loss"):
+        kept = [(line["step"], line[name]) for line in resumed.metrics if name in line]
+        assert kept == [(line["step"], line[name]) for line in whole.metrics if name in line]
+
+
+def test_terminated_program_saves_and_ends_with_143(tmp_path, program):
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [*program, str(output), "max_steps=100000", "save_steps=100000", "eval_steps=100000"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        shown, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 143
+    assert last_complete(output) is not None
+    assert f"go on with: dyadlm train --output {output} --resume" in shown
+
+
+def test_disk_that_takes_no_more_loses_no_earlier_checkpoint(tmp_path, program):
+    """RLIMIT_FSIZE stands for the full disk: the third checkpoint's optimizer state does not fit."""
+    output = tmp_path / "run"
+    subprocess.run([*program, str(output), "max_steps=2"], check=True, stdout=subprocess.DEVNULL)
+    optimizer = (output / "checkpoint-2" / "optimizer.pt").stat().st_size
+    limit = (optimizer - 1) // 1024
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *program, str(output), "--resume", "max_steps=6"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"the last good checkpoint is {output / 'checkpoint-2'}" in done.stdout
+    assert last_complete(output) == output / "checkpoint-2"
+    assert not staging(output)

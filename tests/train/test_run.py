@@ -1,0 +1,402 @@
+"""Runs in this process: what they leave, how they resume, how they stop."""
+
+import errno
+import json
+import math
+import os
+import re
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dyadlm import RunFailed, UserError
+from dyadlm.evaluate.evaluation import evaluate
+from dyadlm.train import RunInterrupted, dry_run, export, train
+from dyadlm.train.checkpoint import last_complete, read_manifest
+from dyadlm.train.trainer import LanguageModelTrainer
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def llama(tmp_path, words):
+    """A folder with an ordinary Hugging Face model."""
+    folder = tmp_path / "llama"
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=257, eos_token_id=258, pad_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words().tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_run_leaves_a_loadable_model_and_complete_checkpoints(tmp_path, small, words, console):
+    output = tmp_path / "run"
+    result = train(small(output), words(), console)
+    assert names(output) == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "dyadlm.json", "metrics.jsonl", "tensorboard", "checkpoint-4", "checkpoint-6",
+    }  # fmt: skip
+    assert not list(output.rglob("training_args.bin"))
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.use_cache is True
+    assert AutoTokenizer.from_pretrained(output).encode("Abc") == [65, 98, 99]
+    assert_same_weights(output, output / "checkpoint-6")
+
+    assert (result.steps, result.tokens, result.checkpoint) == (6, 6 * 4 * 32, output / "checkpoint-6")
+    assert 0 < result.loss < math.log(259)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.metrics
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
+    assert list((output / "tensorboard").iterdir())
+    record = json.loads((output / "dyadlm.json").read_text())
+    assert record["settings"]["data.sequence_length"] == 32
+    assert record["training_arguments"]["max_steps"] == 6
+    assert record["model"]["hidden_size"] == 16
+    card = (output / "README.md").read_text()
+    assert "768" in card
+    assert "CC0-1.0" in card
+    shown = console.file.getvalue()
+    assert re.search(r"step 6/6 .*bits/byte.*tokens/s.*left", shown)
+    assert "device cpu: as asked" in shown
+    assert "dtype float32" in shown
+
+
+def test_validation_during_training_is_that_of_evaluate(tmp_path, small, words, console):
+    data = words()
+    result = train(small(tmp_path / "run", "data.validation_tokens=100000"), data, console)
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    expected = evaluate(model, data.validation[0], data.tokenizer, window=32)
+    assert result.validation_loss == pytest.approx(expected.nats_per_token, rel=1e-6)
+    assert result.validation_bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-6)
+
+
+def test_checkpoints_are_read_back_without_pickles(tmp_path, small, words, console, monkeypatch):
+    train(small(tmp_path / "run", "max_steps=2"), words(), console)
+    load, seen = torch.load, []
+
+    def checked_load(path, *args, **kwargs):
+        seen.append(os.path.basename(path))
+        assert kwargs.get("weights_only") is True
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", checked_load)
+    train(small(tmp_path / "run", "max_steps=4", resume=True), words(), console)
+    assert sorted(seen) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
+
+
+def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, small, words, console):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(small(whole), words(), console)
+
+    class Crash(Exception):
+        pass
+
+    def crash(self, *args, **kwargs):
+        raise Crash  # after the save at step 4, before its evaluation
+
+    trainer = LanguageModelTrainer
+    evaluations = iter([trainer.evaluate, crash])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "evaluate", lambda self, *a, **k: next(evaluations)(self, *a, **k))
+        with pytest.raises(Crash):
+            train(small(parts), words(), console)
+    assert last_complete(parts) == parts / "checkpoint-4"
+    (parts / ".staging-left").mkdir()
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 5, "lo')
+    result = train(small(parts, resume=True), words(), console)
+    assert_same_weights(whole, parts)
+    assert not (parts / ".staging-left").exists()
+    evaluated = [line["step"] for line in result.metrics if "eval_loss" in line]
+    assert evaluated == [2, 4, 6]
+    assert 5 not in [line["step"] for line in result.metrics]
+
+
+def test_resume_passes_over_damaged_checkpoints(tmp_path, small, words, console):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    train(small(whole), words(), console)
+    train(small(damaged, "max_steps=4", "save_total_limit=null"), words(), console)
+    file = damaged / "checkpoint-4" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (damaged / "checkpoint-5").mkdir()  # what Trainer would leave half-written
+    assert last_complete(damaged) == damaged / "checkpoint-2"
+    train(small(damaged, "save_total_limit=null", resume=True), words(), console)
+    assert read_manifest(damaged / "checkpoint-6")
+    assert read_manifest(damaged / "checkpoint-4")
+
+
+def test_resume_takes_settings_from_the_run_and_returns_a_finished_one(tmp_path, small, words, console):
+    output = tmp_path / "run"
+    first = train(small(output), words(), console)
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    settings = type(small(output)).create(output, resume=True)
+    assert settings.to_dict() == small(output).to_dict()
+    assert train(settings, words(), console) == first
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_changed_learning_rate_holds_after_resume(tmp_path, small, words, console):
+    output = tmp_path / "run"
+    options = ("train.schedule=constant", "warmup_steps=0")
+    train(small(output, *options, "max_steps=2"), words(), console)
+    result = train(small(output, *options, "learning_rate=1e-3", resume=True), words(), console)
+    rates = {line["step"]: line["learning_rate"] for line in result.metrics if "learning_rate" in line}
+    assert rates == {2: 1e-2, 4: 1e-3, 6: 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "seed", "named"),
+    [
+        ("model.hidden_size=24", 0, "another model .*hidden_size: 16 there, 24 here"),
+        ("max_steps=8", 1, "another data"),
+        ("data.sequence_length=16", 0, "sequence_length"),
+        ("seed=7", 0, "another order of text .*seed: 42 there, 7 here"),
+    ],
+)
+def test_resume_refuses_another_run(tmp_path, small, words, console, assignment, seed, named):
+    output = tmp_path / "run"
+    train(small(output, "max_steps=2"), words(), console)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=named):
+        train(small(output, assignment, resume=True), words(seed), console)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_output_that_holds_something_is_left_alone(tmp_path, small, words, console):
+    output = tmp_path / "run"
+    train(small(output, "max_steps=2"), words(), console)
+    with pytest.raises(UserError, match="already holds a run; add --resume"):
+        train(small(output), words(), console)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="already exists"):
+            train(small(other, resume=resume), words(), console)
+    assert names(other) == {"thesis.txt"}
+
+
+def test_user_errors_leave_nothing_behind(tmp_path, small, words, console, llama):
+    output = tmp_path / "run"
+    data = words()
+    for settings, message in (
+        (small(output, "data.sequence_length=100000"), "less than one window"),
+        (small(output, "data.canaries=3"), "plant fewer or train for more steps"),
+        (small(output, "model.level_feature=nothing"), "level_feature"),
+        (small(output, "model.hiden_size=16"), "hidden_size"),
+        (small(output, model=tmp_path), "no config.json"),
+        (small(output, "dataloader_prefetch_factor=2"), "do not fit together"),
+        (small(output, "bf16=false", dtype="bfloat16"), "contradict"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(settings, data, console)
+        assert not output.exists()
+    larger = AutoTokenizer.from_pretrained(llama)
+    larger.add_tokens(["<|extra|>"])
+    with pytest.raises(UserError, match="260 tokens but the model knows 259"):
+        train(small(output, model=llama), replace(data, tokenizer=larger), console)
+    assert not output.exists()
+
+
+def test_checkpoint_is_complete_before_evaluation_begins(tmp_path, small, words, console, monkeypatch):
+    seen = []
+    evaluate_ = LanguageModelTrainer.evaluate
+
+    def spy(self, *args, **kwargs):
+        seen.append(last_complete(self.output).name)
+        return evaluate_(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModelTrainer, "evaluate", spy)
+    train(small(tmp_path / "run"), words(), console)
+    assert seen == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tmp_path, small, words, console, monkeypatch):
+    output = tmp_path / "run"
+    compute = LanguageModelTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        return compute(self, *args, **kwargs) * (math.nan if self.state.global_step == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTrainer, "compute_loss", poisoned)
+        with pytest.raises(RunFailed, match=r"is nan; the last good checkpoint is .*checkpoint-2\b"):
+            train(small(output), words(), console)
+    assert not (output / "model.safetensors").exists()
+    train(small(output, resume=True), words(), console)
+    assert all(torch.isfinite(value).all() for value in weights(output).values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, small, words, console, monkeypatch):
+    output = tmp_path / "run"
+    step = torch.optim.AdamW.step
+    calls = iter(range(100))
+
+    def poisoned(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if next(calls) == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][0, 0] = math.inf
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    with pytest.raises(RunFailed, match=r"no longer finite after step 4; .*checkpoint-2\b"):
+        train(small(output), words(), console)
+    assert "checkpoint-4" not in names(output)
+
+
+def test_divergence_stops(tmp_path, small, words, console):
+    options = ("learning_rate=30", "train.schedule=constant", "max_grad_norm=0", "logging_steps=1")
+    with pytest.raises(RunFailed, match=r"the loss rose from .* to .*; there is no checkpoint yet"):
+        train(small(tmp_path / "run", *options, "max_steps=50", "save_steps=100"), words(), console)
+    assert names(tmp_path / "run") == {"dyadlm.json", "metrics.jsonl", "tensorboard"}
+
+
+def test_full_disk_loses_no_earlier_checkpoint(tmp_path, small, words, console, monkeypatch):
+    output = tmp_path / "run"
+    save = torch.save
+
+    def full(content, path, *args, **kwargs):
+        if path.endswith("optimizer.pt") and (output / "checkpoint-2").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunFailed, match=r"No space left on device.*last good checkpoint is .*checkpoint-2\b"):
+            train(small(output), words(), console)
+    assert last_complete(output) == output / "checkpoint-2"
+    assert not [name for name in names(output) if name.startswith(".staging-")]
+    train(small(output, resume=True), words(), console)
+    whole = tmp_path / "whole"
+    train(small(whole), words(), console)
+    assert_same_weights(whole, output)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monkeypatch, number, code):
+    output = tmp_path / "run"
+    step = LanguageModelTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTrainer, "training_step", interrupted)
+        with pytest.raises(RunInterrupted, match=r"Stopped at step 3 of 6 .* --resume") as caught:
+            train(small(output), words(), console)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is handler
+    assert last_complete(output) == output / "checkpoint-3"
+    train(small(output, resume=True), words(), console)
+    whole = tmp_path / "whole"
+    train(small(whole), words(), console)
+    assert_same_weights(whole, output)
+
+
+def test_log_spaced_checkpoints_stay(tmp_path, small, words, console):
+    options = ("train.log_spaced_checkpoints=true", "save_total_limit=1", "save_steps=3", "max_steps=10")
+    train(small(tmp_path / "run", *options), words(), console)
+    kept = {name for name in names(tmp_path / "run") if name.startswith("checkpoint-")}
+    assert kept == {"checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-8", "checkpoint-10"}
+
+
+def test_canaries_are_planted_and_recorded(tmp_path, small, words, console):
+    options = ("data.canaries=1", "data.sequence_length=48", "max_steps=25", "save_steps=25", "eval_steps=25")
+    train(small(tmp_path / "run", *options), words(), console)
+    plan = json.loads((tmp_path / "run" / "canaries.json").read_text())
+    assert [canary["repetitions"] for canary in plan["members"]] == [1, 4, 16, 64]
+    assert [len(canary["windows"]) for canary in plan["members"]] == [1, 4, 16, 64]
+    assert len({canary["text"] for canary in plan["members"] + plan["twins"]}) == 8
+
+
+def test_ordinary_hugging_face_model_trains_on(tmp_path, small, words, console, llama):
+    output = tmp_path / "run"
+    result = train(small(output, "data.document_reset=true", model=llama), words(), console)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert isinstance(model, LlamaForCausalLM)
+    before = load_file(llama / "model.safetensors")
+    assert any(not torch.equal(before[name], value) for name, value in weights(output).items())
+    assert result.loss < math.log(259)
+
+
+def test_gradient_checkpointing_changes_memory_not_weights(tmp_path, small, words, console):
+    options = ("model.dropout=0", "max_steps=2")
+    train(small(tmp_path / "plain", *options), words(), console)
+    train(small(tmp_path / "checkpointed", *options, "gradient_checkpointing=true"), words(), console)
+    plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_autocasts_and_keeps_float32_weights(tmp_path, small, words, console):
+    exact = train(small(tmp_path / "exact", "max_steps=2"), words(), console)
+    rounded = train(small(tmp_path / "rounded", "max_steps=2", dtype="bfloat16"), words(), console)
+    assert rounded.loss != exact.loss
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
+    assert {value.dtype for value in weights(tmp_path / "rounded").values()} == {torch.float32}
+    assert "dtype bfloat16: as asked" in console.file.getvalue()
+
+
+def test_epochs_become_steps(tmp_path, small, words):
+    settings = small(tmp_path / "run", "num_train_epochs=0.5")
+    del settings.arguments["max_steps"]
+    assert dry_run(settings, words())["steps"] == math.ceil(0.5 * len(words().train[0][0]) / (4 * 32))
+
+
+def test_dry_run_leaves_nothing_and_counts(tmp_path, small, words):
+    estimate = dry_run(small(tmp_path / "run"), words())
+    assert not (tmp_path / "run").exists()
+    train(small(tmp_path / "run", "max_steps=1"), words())
+    total = sum(value.numel() for value in weights(tmp_path / "run").values())
+    assert estimate["parameters"] == total
+    assert (estimate["steps"], estimate["tokens"], estimate["static_memory_bytes"]) == (6, 768, 16 * total)
+    assert estimate["seconds"] == pytest.approx(6 * estimate["seconds_per_step"])
+    assert estimate["peak_memory_bytes"] > estimate["static_memory_bytes"]
+
+
+def test_export_copies_the_model_alone(tmp_path, small, words, console):
+    run, output = tmp_path / "run", tmp_path / "exported"
+    train(small(run, "max_steps=2"), words(), console)
+    export(run, output)
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names(output) == {*model, "README.md"}
+    assert_same_weights(run, output)
+    export(run / "checkpoint-2", tmp_path / "early")
+    assert names(tmp_path / "early") == model
+    with pytest.raises(UserError, match="already exists"):
+        export(run, output)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no trained model"):
+        export(tmp_path / "empty", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_progress_bar_on_a_terminal(tmp_path, small, words, console):
+    console._force_terminal = True
+    train(small(tmp_path / "run"), words(), console)
+    assert "6/6" in console.file.getvalue()
