@@ -132,17 +132,13 @@ class DyadCache:
         except FileNotFoundError:
             raise UserError(f"There is no state file {path}; write one with --state-out first.") from None
         except (SafetensorError, OSError):
-            raise UserError(
-                f"{path} is not a readable state file; write a new one with --state-out."
-            ) from None
+            raise UserError(f"{path} is not a readable state file; write a new one with --state-out.") from None
         if metadata.get("format") != "dyadlm-state":
             raise UserError(
                 f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out."
             )
         if metadata.get("model") != state_signature(config):
-            raise UserError(
-                f"{path} is the state of a model of another shape; use it with the model that wrote it."
-            )
+            raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
         cache = cls()
         cache.columns_seen = int(metadata["columns_seen"])
         cache.position = tensors.get("position")

@@ -1,6 +1,6 @@
 """The configuration: few fields, the rest derived, everything validated together.
 
-Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_rank; level k has windows of w = 2^k tokens.
+Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_rank; level k has windows of 2^k tokens.
 """
 
 import difflib
@@ -32,7 +32,8 @@ class DyadConfig(PreTrainedConfig):
         hidden_size: D, width of the residual stream.
         num_hidden_layers: L, blocks.
         intermediate_size: width of the SwiGLU; None: 8/3 of D, rounded up to a multiple of 16.
-        max_position_embeddings: the length trained on, in tokens. Longer contexts work; evaluation windows default to it.
+        max_position_embeddings: the length trained on, in tokens. Longer contexts work; evaluation windows default to
+            it.
         tie_word_embeddings: whether the head shares the embedding's weight.
         num_levels: K; None: as many as make the two widest windows span `max_position_embeddings`.
         level_rank: R, the width of each level's bottleneck, one number or one per level; None: D / 4.
@@ -113,19 +114,13 @@ class DyadConfig(PreTrainedConfig):
         levels = self.num_levels or 0
         if self.level_alignment == "hybrid":
             return ["sliding" if 2**k <= HYBRID_SLIDING_WIDTH else "dual" for k in range(levels)]
-        return (
-            [self.level_alignment] * levels
-            if isinstance(self.level_alignment, str)
-            else list(self.level_alignment)
-        )
+        return [self.level_alignment] * levels if isinstance(self.level_alignment, str) else list(self.level_alignment)
 
     @property
     def ranks(self) -> list[int]:
         """The bottleneck's rank at each level."""
         return (
-            self.level_rank
-            if isinstance(self.level_rank, list)
-            else [int(self.level_rank or 1)] * len(self.alignments)
+            self.level_rank if isinstance(self.level_rank, list) else [int(self.level_rank or 1)] * len(self.alignments)
         )
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dyadlm.errors import UserError
 from dyadlm.model.cache import DyadCache, TowerState
@@ -89,6 +89,7 @@ class DyadBlock(GradientCheckpointingLayer):
 class DyadPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by the models of this family."""
 
+    config: DyadConfig
     config_class = DyadConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -104,10 +105,11 @@ class DyadPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
-        elif isinstance(module, DyadBlock):  # after its children: what it adds starts at zero
+        elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
             init.constant_(module.tower_identity, 0.1)
             init.constant_(module.mlp_identity, 0.1)
-            init.zeros_(module.mlp.down.weight)
+        elif isinstance(module, SwiGLU):
+            init.zeros_(module.down.weight)
         elif isinstance(module, Tower):
             for up in [
                 *module.up_nodes.values(),
@@ -162,9 +164,7 @@ class DyadModel(DyadPreTrainedModel):
         if order is not None:
             inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
 
-        states = (
-            cache.layers if cache is not None and not cache.is_empty else [TowerState()] * len(self.layers)
-        )
+        states = cache.layers if cache is not None and not cache.is_empty else [TowerState()] * len(self.layers)
         outputs, states = self.stack(inputs_embeds, clock, states)
         if cache is not None and use_cache:
             cache.update(states, next_position(clock), time)
@@ -174,9 +174,7 @@ class DyadModel(DyadPreTrainedModel):
         hidden_states = tuple(outputs) if output_hidden_states else (outputs[-1],)
         return DyadOutput(past_key_values=cache if use_cache else None, hidden_states=hidden_states)
 
-    def stack(
-        self, embedded: Tensor, clock: Clock, states: list[TowerState]
-    ) -> tuple[list[Tensor], list[TowerState]]:
+    def stack(self, embedded: Tensor, clock: Clock, states: list[TowerState]) -> tuple[list[Tensor], list[TowerState]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
         identity = self.identity_norm(embedded)  # written by no block
         angles = ages(clock, self.config)
@@ -205,7 +203,8 @@ class DyadModel(DyadPreTrainedModel):
         outputs, _ = self.stack(embedded, clock, [TowerState()] * len(self.layers))
         identity = self.identity_norm(embedded)
         lengths = []
-        for layer, hidden in zip(self.layers, outputs, strict=False):
+        for layer, hidden in zip(self.layers, outputs[:-1], strict=True):
+            assert isinstance(layer, DyadBlock)
             read = layer.tower_norm(hidden) + layer.tower_identity * identity
             lengths.append(layer.tower.contributions(read, clock, angles)[0].T)
         return torch.stack(lengths)
@@ -315,16 +314,12 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = DyadOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states
-            if output_hidden_states or self.config.output_hidden_states
-            else None,
+            hidden_states=outputs.hidden_states if output_hidden_states or self.config.output_hidden_states else None,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 

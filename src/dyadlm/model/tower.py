@@ -53,9 +53,7 @@ class Tower(nn.Module):
         self.sliding = [k for k, a in enumerate(self.alignments) if a == "sliding"]
         self.prefix = [k for k, a in enumerate(self.alignments) if a == "prefix"]
         self.token_levels = sorted(self.sliding + self.prefix)
-        self.node_levels = {
-            k: granularity(k, a) for k, a in enumerate(self.alignments) if a in ("block", "dual")
-        }
+        self.node_levels = {k: granularity(k, a) for k, a in enumerate(self.alignments) if a in ("block", "dual")}
         self.tree_depth = max([*self.node_levels.values(), *self.prefix], default=-1)
 
         self.bottlenecks = nn.ModuleList(nn.Linear(width, rank, bias=False) for rank in self.ranks)
@@ -67,6 +65,11 @@ class Tower(nn.Module):
         self.gate = nn.Linear(width, width, bias=False)
         aged = len(self.alignments) - len(self.sliding)
         self.age = nn.Linear(2 * aged, width, bias=False) if aged else None
+
+    def ups(self) -> list[nn.Linear]:
+        """Every up-projection: what the tower writes goes through one of them."""
+        nodes = [self.up_nodes[str(k)] for k in self.node_levels]
+        return [up for up in (self.up_tokens, *nodes) if isinstance(up, nn.Linear)]
 
     def forward(self, x: Tensor, clock: Clock, ages: Tensor, state: TowerState) -> tuple[Tensor, TowerState]:
         """x (B, T, D), normalised → (B, T, D) and the state after the chunk."""
@@ -81,9 +84,7 @@ class Tower(nn.Module):
             gate = gate + self.age(ages.to(x.dtype))
         return nn.functional.silu(gate)
 
-    def features(
-        self, x: Tensor, clock: Clock, state: TowerState
-    ) -> tuple[dict[int, Tensor], list[Nodes], TowerState]:
+    def features(self, x: Tensor, clock: Clock, state: TowerState) -> tuple[dict[int, Tensor], list[Nodes], TowerState]:
         """What each level says, where it changes.
 
         Returns:
@@ -91,7 +92,8 @@ class Tower(nn.Module):
             before the chunk; the block tree; the new state.
         """
         features: dict[int, Tensor] = {}
-        rings, blocks, tree = state.rings, state.blocks, []
+        rings, blocks = state.rings, state.blocks
+        tree: list[Nodes] = []
         early, seen = self.config.early, clock.index + 1
 
         if self.sliding:
@@ -115,7 +117,7 @@ class Tower(nn.Module):
                 complete = (clock.index // 2**k).clamp(max=1)
                 before = self.project(k, before * share(complete, 1, 2**k, early, before.dtype), x.dtype)
                 features[k] = self.feature(k, now, before, complete[..., None] == 1, x.dtype)
-        for k, j in self.node_levels.items():
+        for k in self.node_levels:
             columns = node_columns(tree, k, self.alignments[k], early, clock.fresh)
             sums = self.project(k, columns.sums, x.dtype)
             now = sums[:, columns.lag :] * columns.current_share
@@ -127,9 +129,7 @@ class Tower(nn.Module):
         """Through the level's bottleneck, unless transport is taken before it: (..., D) → (..., R or D)."""
         return pooled if self.in_model_space else self.bottlenecks[level](pooled.to(dtype))
 
-    def feature(
-        self, level: int, current: Tensor, previous: Tensor, paired: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def feature(self, level: int, current: Tensor, previous: Tensor, paired: Tensor, dtype: torch.dtype) -> Tensor:
         """What a level says of two centroids (..., R or D), as `level_feature` tells → (..., F R)."""
         parts = []
         for name in self.config.feature_parts:
@@ -139,9 +139,7 @@ class Tower(nn.Module):
                 part = previous
             else:
                 part = phase_transport(current, previous) if name == "transport" else current - previous
-                if (
-                    self.config.early == "mask"
-                ):  # a change needs two windows; absent is absent, not a change from zero
+                if self.config.early == "mask":  # a change needs two windows; absent is absent, not a change from zero
                     part = part * paired
             parts.append(part.to(dtype))
         if self.in_model_space:

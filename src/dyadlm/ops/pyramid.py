@@ -3,15 +3,16 @@
 One function serves training, chunked prefill and token-by-token decoding: chunk and state in, chunk and state out.
 Two trees of pairwise sums in float32 hold everything (a running sum drifts; pairwise sums do not):
 
-- `sliding_windows`: the window ends at t. S_{j+1}(t) = S_j(t) + S_j(t - 2^j); the state is a ring of 2^j sums per level.
+- `sliding_windows`: the window ends at t. S_{j+1}(t) = S_j(t) + S_j(t - 2^j); the state is a ring of 2^j sums a level.
 - `block_tree`: aligned blocks, each the sum of two below. The state is the last four blocks per level. Block, dual and
   prefix windows are read from it.
 
-Dimension letters: B batch, T time (columns of the chunk), N nodes (blocks that complete in the chunk), D width, K levels.
+Dimension letters: B batch, T time (columns of the chunk), N nodes (blocks complete in the chunk), D width, K levels.
 Level k has windows of w = 2^k tokens. A level of granularity h = 2^j changes every h tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ EARLY = ("zero", "partial", "mask")
 HISTORY = 4  # blocks kept per level of the tree: two windows of two half-blocks
 
 
-class Clock(NamedTuple):
+@dataclass(frozen=True)
+class Clock:
     """Where each column of a chunk stands: nodes pair by document and index in it, never by batch column.
 
     Real tokens come first in a row; columns from `length` on are padding, which neither counts nor writes.
@@ -139,13 +141,9 @@ class Nodes(NamedTuple):
     """One level of the block tree in a chunk: the four blocks before it, then the N that complete in it."""
 
     sums: Tensor  # (B, 4 + N, D)
-    ordinal: (
-        Tensor  # (B or 1, 4 + N) int64: 1 for the first block of its document; below 1: not of this document
-    )
+    ordinal: Tensor  # (B or 1, 4 + N) int64: 1 for the first block of its document; below 1: not of this document
     done: Tensor  # (B or 1, T) int64: blocks completed in the chunk up to each token, itself included
-    column: (
-        Tensor | None
-    )  # (B, N) int64: the token that completed each block; None if fresh (implied by the ordinal)
+    column: Tensor | None  # (B, N) int64: the token that completed each block; None if fresh (implied by the ordinal)
 
 
 def block_tree(
@@ -253,7 +251,7 @@ def node_columns(tree: Sequence[Nodes], level: int, alignment: str, early: str, 
 
 
 def broadcast(values: Tensor, nodes: Nodes, j: int, clock: Clock, delay: int = 0) -> Tensor:
-    """What each token sees of values at nodes of granularity 2^j: the last node complete at it, or zero before the first.
+    """What each token sees of values at nodes of granularity 2^j: the last complete node, or zero before the first.
 
     Args:
         values: (B, N + 1, D), the first for the last node before the chunk.
@@ -374,14 +372,10 @@ def pyramid(
                 continue
             columns = node_columns(tree, k, alignments[k], early, clock.fresh)
             current[k] = broadcast(columns.sums[:, columns.lag :] * columns.current_share, tree[j], j, clock)
-            previous[k] = broadcast(
-                columns.sums[:, : -columns.lag] * columns.previous_share, tree[j], j, clock
-            )
+            previous[k] = broadcast(columns.sums[:, : -columns.lag] * columns.previous_share, tree[j], j, clock)
             paired[k] = seen // 2**j >= 2 * columns.lag
 
     def stack(levels: dict[int, Tensor]) -> Tensor:
         return torch.stack([levels[k].expand(batch, *levels[k].shape[1:]) for k in range(len(alignments))], 2)
 
-    return Pyramid(stack(current), stack(previous), stack(paired)), PyramidState(
-        next_position(clock), rings, blocks
-    )
+    return Pyramid(stack(current), stack(previous), stack(paired)), PyramidState(next_position(clock), rings, blocks)

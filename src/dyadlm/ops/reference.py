@@ -39,9 +39,7 @@ def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Te
             carried = (q_norm + p_norm) * p_hat
         else:
             generator = torch.outer(p_hat, q_hat) - torch.outer(q_hat, p_hat)
-            rotation = (
-                torch.eye(len(q), dtype=torch.float64) + generator + generator @ generator / (1.0 + cosine)
-            )
+            rotation = torch.eye(len(q), dtype=torch.float64) + generator + generator @ generator / (1.0 + cosine)
             carried = rotation @ plain
         rows.append(plain + weight * (carried - plain))
     return torch.stack(rows)
@@ -98,9 +96,7 @@ def pyramid(x: Tensor, alignments: Sequence[str], early: str = "zero") -> tuple[
         for level, alignment in enumerate(alignments):
             width = 2**level
             current_window, previous_window = windows_at(index, level, alignment)
-            current, current_complete = centroid(
-                x, current_window, width, early, running=alignment == "prefix"
-            )
+            current, current_complete = centroid(x, current_window, width, early, running=alignment == "prefix")
             previous, previous_complete = centroid(x, previous_window, width, early, running=False)
             currents.append(current)
             previouses.append(previous)

@@ -37,22 +37,20 @@ def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Te
     q, p = current.to(working), previous.to(working)
 
     difference = q - p
-    q_squared = (q * q).sum(-1, keepdim=True)
-    p_squared = (p * p).sum(-1, keepdim=True)
-    # Both branches of a `where` are differentiated: denominators must be safe where they are not used.
-    tiny = torch.finfo(working).tiny
-    present = (q_squared > tiny) & (p_squared > tiny)
-    q_norm = torch.where(present, q_squared, 1.0).sqrt()
-    p_norm = torch.where(present, p_squared, 1.0).sqrt()
+    q_squared, p_squared = (q * q).sum(-1, keepdim=True), (p * p).sum(-1, keepdim=True)
+    larger, smaller = torch.maximum(q_squared, p_squared), torch.minimum(q_squared, p_squared)
+    # Both branches of a `where` are differentiated: where the rotation is dropped, its inputs must be harmless.
+    turned = (smaller > eps * eps * larger) & (smaller > torch.finfo(working).tiny)
+    q_norm = torch.where(turned, q_squared, 1.0).sqrt()
+    p_norm = torch.where(turned, p_squared, 1.0).sqrt()
+    product = torch.where(turned, (difference * (q + p)).sum(-1, keepdim=True), 0.0)
+    squared = torch.where(turned, (difference * difference).sum(-1, keepdim=True), 0.0)
 
-    norm_change = -(difference * (q + p)).sum(-1, keepdim=True) / (q_norm + p_norm)
-    turn_squared = ((difference * difference).sum(-1, keepdim=True) - norm_change * norm_change) / (
-        q_norm * p_norm
-    )
-
+    norm_change = -product / (q_norm + p_norm)
+    turn_squared = (squared - norm_change * norm_change) / (q_norm * p_norm)
     ratio = torch.minimum(q_norm, p_norm) / torch.maximum(q_norm, p_norm)
     blend = (ratio / eps - 1.0).clamp(0.0, 1.0)
-    weight = torch.where(present, blend * blend * (3.0 - 2.0 * blend), 0.0)
+    weight = torch.where(turned, blend * blend * (3.0 - 2.0 * blend), 0.0)
 
     along_current = weight * norm_change / q_norm
     along_previous = weight * (turn_squared - norm_change / p_norm)

@@ -1,0 +1,44 @@
+"""Predictions from the configuration equal the real model."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.model import PRESETS
+from dyadlm.model.accounting import forward_flops, parameters, state_bytes, training_flops_per_token
+
+SHAPES = [
+    {},
+    {"tie_word_embeddings": False, "level_feature": "transport+pair"},
+    {"level_alignment": "prefix", "level_rank": [3, 4, 5, 6, 7, 8]},
+    {"level_alignment": "block", "transport_space": "model", "level_feature": "transport+centroid"},
+    {"level_alignment": ["sliding", "dual", "prefix", "block", "sliding", "dual"], "level_feature": "transport"},
+    {"level_alignment": "sliding", "transport_space": "model", "level_feature": "transport+pair"},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_predictions_equal_the_model(shape):
+    config = DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=2, num_levels=6, **shape)
+    model = DyadForCausalLM(config)
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
+    for length in (1, 50, 64):
+        ids = torch.randint(0, 259, (1, length))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            cache = model.eval()(ids, use_cache=True).past_key_values
+        assert counter.get_total_flops() == forward_flops(config, length)
+        assert cache.state_bytes() == state_bytes(config)
+    with FlopCounterMode(display=False) as counter:
+        model.train()(ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == pytest.approx(64 * training_flops_per_token(config, 64), rel=0.02)
+
+
+@pytest.mark.parametrize(("preset", "size"), [("tiny", 1e6), ("small", 1e7), ("base", 1.2e8)])
+def test_presets_have_the_size_they_promise(preset, size):
+    config = DyadConfig.from_preset(preset)
+    with torch.device("meta"):
+        model = DyadForCausalLM(config)
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
+    assert 0.8 * size <= parameters(config) <= 1.2 * size
+    assert set(PRESETS) == {"tiny", "small", "base"}
