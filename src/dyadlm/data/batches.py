@@ -1,0 +1,143 @@
+"""Training windows: which tokens the model sees at which moment, as a pure function of a seed and a number."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dyadlm.data.streams import TokenStream
+from dyadlm.errors import UserError
+
+IGNORED_LABEL = -100
+WEIGHT_STEPS = 1 << 32  # mixing weights are whole multiples of 1 / WEIGHT_STEPS: counting stays exact
+
+
+class TrainingWindows(Dataset):
+    """`length` windows of `sequence_length` tokens from weighted streams; item i depends on (seed, i) alone.
+
+    Of the first n items, each of two streams holds its share of n to within one window (of more streams, to
+    within one for each that comes before it), so resuming means skipping items and a longer run begins with the
+    same items. A stream is a ring that an epoch enters at a random place and cuts into disjoint windows, seen in
+    random order; only the remainder that fills no window is left out, another one in each epoch.
+
+    Items are dictionaries of int64 tensors (sequence_length,); `transformers.default_data_collator` batches them.
+        input_ids, labels   equal (Hugging Face models shift the labels themselves)
+        position_ids        with `document_reset`: restart at 0 with every document, as Hugging Face models
+                            expect of packed documents; a document's first token is then no target (label -100)
+        index               with `with_index`: the global index of each token
+        segments            with `with_segments`: the number of each token's segment; see `segment`
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[tuple[TokenStream, float]],
+        sequence_length: int,
+        length: int,
+        seed: int = 0,
+        document_reset: bool = False,
+        with_index: bool = False,
+        with_segments: bool = False,
+    ):
+        """Raises `UserError` if there is no stream, a weight is not positive, or a stream is below one window."""
+        if not streams:
+            raise UserError("There is nothing to train on; give at least one source of text.")
+        if sequence_length < 2:
+            raise UserError(f"A training window needs at least 2 tokens, not {sequence_length}.")
+        for stream, weight in streams:
+            if not 0 < weight < float("inf"):
+                raise UserError(f"The weight of {stream.name} is {weight}; give a positive number.")
+            if len(stream) < sequence_length:
+                raise UserError(
+                    f"{stream.name} has {len(stream)} tokens, less than one window of {sequence_length}; "
+                    "give more text or a smaller data.sequence_length."
+                )
+        self.streams = [stream for stream, _ in streams]
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.document_reset = document_reset
+        self.with_index = with_index
+        self.with_segments = with_segments
+        self._length = length
+        self._shares = _shares([weight for _, weight in streams])
+        self._epochs: dict[int, tuple[int, int, np.ndarray]] = {}  # the latest of each stream
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        if not 0 <= number < self._length:
+            raise IndexError(f"Window {number} of {self._length}.")
+        source, start = self.place(number)
+        stream = self.streams[source]
+        stop = start + self.sequence_length
+        pieces = [(start, min(stop, len(stream)))]
+        if stop > len(stream):  # around the ring
+            pieces.append((0, stop - len(stream)))
+        tokens = _tensor([stream.tokens(*piece) for piece in pieces])
+        item = {"input_ids": tokens, "labels": tokens.clone()}
+        if self.document_reset:
+            positions = _document_positions(stream, pieces)
+            item["position_ids"] = positions
+            item["labels"][positions == 0] = IGNORED_LABEL
+        if self.with_index:
+            item["index"] = _tensor([stream.index(*piece) for piece in pieces])
+        if self.with_segments:
+            before = sum(len(other.segments) for other in self.streams[:source])
+            item["segments"] = before + _tensor([stream.segment_numbers(*piece) for piece in pieces])
+        return item
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Which stream window `number` is taken from, and the position of its first token there."""
+        source, rank = _choose(self._shares, number)
+        size = len(self.streams[source])
+        windows = size // self.sequence_length
+        epoch, position = divmod(rank, windows)
+        if source not in self._epochs or self._epochs[source][0] != epoch:
+            random = np.random.default_rng([self.seed, source, epoch])
+            self._epochs[source] = (epoch, int(random.integers(size)), random.permutation(windows))
+        _, phase, order = self._epochs[source]
+        return source, (phase + int(order[position]) * self.sequence_length) % size
+
+    def segment(self, number: int) -> tuple[str, str, str]:
+        """Document, section and kind behind a number in an item's `segments`."""
+        for stream in self.streams:
+            if number < len(stream.segments):
+                _, document, section, kind = stream.segments[number]
+                return document, section, kind
+            number -= len(stream.segments)
+        raise IndexError("There are fewer segments than that.")
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """For each stream its share of what the streams before it leave, in units of 1 / WEIGHT_STEPS."""
+    exact = [Fraction(weight) for weight in weights]
+    return [max(1, round(weight / sum(exact[position:]) * WEIGHT_STEPS)) for position, weight in enumerate(exact)]
+
+
+def _choose(shares: Sequence[int], number: int) -> tuple[int, int]:
+    """The stream of item `number`, and how many items before it came from that stream.
+
+    Bresenham's line: among the first n items that reach a stream, it takes floor(n · share).
+    """
+    for source, share in enumerate(shares):
+        taken = number * share // WEIGHT_STEPS
+        if (number + 1) * share // WEIGHT_STEPS > taken:
+            return source, taken
+        number -= taken
+    raise AssertionError("the last stream takes everything that is left")
+
+
+def _document_positions(stream: TokenStream, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Positions within the document, counted from where the document enters the window."""
+    positions = []
+    for start, stop in pieces:
+        at = np.arange(start, stop)
+        begins = stream.document_starts[np.searchsorted(stream.document_starts, at, side="right") - 1]
+        positions.append(at - np.maximum(begins, start))
+    return _tensor(positions)
+
+
+def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))

@@ -1,0 +1,164 @@
+"""A prepared folder: its manifest, and its splits as memory-mapped streams.
+
+FOLDER/manifest.json     what is in the folder (`Manifest`)
+FOLDER/tokenizer/        the tokenizer
+FOLDER/SPLIT/shard-*.arrow
+                         rows of tokens; `datasets.Dataset.from_file` reads a shard, memory-mapped
+A row holds
+    input_ids    int32   up to ROW_TOKENS consecutive tokens of the split (only its last row is shorter)
+    index_start  int64   the global index of its first token; indices are unique over all splits
+    segments     list of {start, document, section, kind}: the tags of its tokens. start counts from the row's
+                 first token; it is negative for the segment that an earlier row began
+    byte_lengths int32   for tokenizers of text only: the bytes of text that each token stands for
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from dyadlm.data.sources import MANIFEST_NAME
+from dyadlm.data.streams import SegmentTable, TokenStream
+from dyadlm.data.tokenizer import load_tokenizer
+from dyadlm.errors import UserError
+from dyadlm.files import sha256_of
+
+FORMAT = 1
+ROW_TOKENS = 4_096
+
+
+@dataclass(frozen=True)
+class Shard:
+    """file: its path in the folder; sha256: of the file, hexadecimal."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """tokens: with one end-of-document token a document; bytes: of text; index_start: of its first token."""
+
+    tokens: int
+    bytes: int
+    bytes_per_token: float
+    documents: int
+    index_start: int
+    shards: list[Shard]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds.
+
+    dataset_id: a digest of the tokenizer and of every shard: equal ids, equal data. tokenizer: `identity`
+    (`tokenizer_identity`), `name`, `vocabulary_size` and `end_id`. sources: `name` and `licence` of each.
+    """
+
+    dataset_id: str
+    tokenizer: dict[str, Any]
+    sources: list[dict[str, str]]
+    splits: dict[str, Split]
+    format: int = field(default=FORMAT)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises `UserError` if the folder is no prepared one."""
+        path = folder / MANIFEST_NAME
+        if not path.exists():
+            raise UserError(f"{folder} is no prepared data (it has no {MANIFEST_NAME}); use `dyadlm data prepare`.")
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise UserError(f"{folder} has format {content['format']}, not {FORMAT}; prepare it again.")
+            splits = {
+                name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+                for name, split in content.pop("splits").items()
+            }
+            return cls(splits=splits, **content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is damaged ({error}); remove {folder} and prepare the data again.") from error
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class PreparedDataset:
+    """A prepared folder: its `path` and `manifest`, its tokenizer, and its splits as streams."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self.path / "tokenizer"))
+
+    def split(self, name: str) -> TokenStream:
+        """One split, memory-mapped. Raises `UserError` if there is no such split."""
+        if name not in self.manifest.splits:
+            raise UserError(f"{self.path} has no split {name!r}; it has {', '.join(self.manifest.splits)}.")
+        split = self.manifest.splits[name]
+        tables = [datasets.Dataset.from_file(str(self.path / shard.file)).data for shard in split.shards]
+        columns = tables[0].column_names
+        return TokenStream(
+            _values(tables, "input_ids"),
+            partial(_read_segments, tables),
+            _values(tables, "byte_lengths") if "byte_lengths" in columns else None,
+            split.index_start,
+            f"{self.title} ({name})",
+        )
+
+    @property
+    def title(self) -> str:
+        return " + ".join(source["name"] for source in self.manifest.sources)
+
+
+def open_dataset(path: str | Path, verify: bool = True) -> PreparedDataset:
+    """Open a prepared folder. `verify` compares every shard with its checksum.
+
+    Raises `UserError` if the folder is no prepared one, or names the first shard that is missing or damaged.
+    """
+    path = Path(path)
+    manifest = Manifest.read(path)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            file = path / shard.file
+            if not file.exists():
+                raise UserError(f"{file} is missing; remove {path} and prepare the data again.")
+            if verify and sha256_of(file) != shard.sha256:
+                raise UserError(
+                    f"{file} is damaged (its checksum is not the manifest's); remove {path} and prepare the data again."
+                )
+    return PreparedDataset(path, manifest)
+
+
+def _values(tables: Sequence[Any], column: str) -> list[np.ndarray]:
+    """Views of the values of a column of lists."""
+    return [chunk.flatten().to_numpy(zero_copy_only=True) for table in tables for chunk in table.column(column).chunks]
+
+
+def _read_segments(tables: Sequence[Any]) -> SegmentTable:
+    """Every segment once, where it begins; starts counted from the split's first token."""
+    index_start, lists = (
+        pa.chunked_array([chunk for table in tables for chunk in table.column(name).chunks]).combine_chunks()
+        for name in ("index_start", "segments")
+    )
+    segments = lists.flatten()
+    in_row = segments.field("start").to_numpy()
+    rows = np.repeat(index_start.to_numpy() - index_start[0].as_py(), lists.value_lengths().to_numpy())
+    begins = in_row >= 0
+    tags = segments.filter(pa.array(begins))
+    return SegmentTable.from_arrow(
+        (rows + in_row)[begins], tags.field("document"), tags.field("section"), tags.field("kind")
+    )

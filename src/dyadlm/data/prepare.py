@@ -1,0 +1,306 @@
+"""From sources to a prepared folder (`dyadlm.data.dataset`): tokenised, cut into rows and shards, checksummed."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
+
+from dyadlm.data.corpora import CORPORA, open_corpus
+from dyadlm.data.dataset import ROW_TOKENS, Manifest, Shard, Split
+from dyadlm.data.sources import (
+    MANIFEST_NAME,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Passage,
+    Source,
+    open_source,
+    with_validation,
+)
+from dyadlm.data.tokenizer import TextEncoder, load_tokenizer
+from dyadlm.errors import UserError
+from dyadlm.files import require_new, sha256_of, staged_folder, write_atomically
+
+ROWS_PER_WRITE = 64
+SHARD_TOKENS = 1 << 26
+WORK_BYTES = 1 << 20  # text that is tokenised at once
+
+
+def prepare(
+    sources: Sequence[str | Path | Source],
+    output: str | Path,
+    tokenizer: str | PreTrainedTokenizerBase = "byte",
+    validation: str | Path | Source | None = None,
+    text_field: str = "text",
+    num_proc: int = 1,
+) -> Manifest:
+    """Tokenise sources (corpora, files, folders, `-`, hub datasets) into the new folder `output`.
+
+    A source's own validation and test splits are kept; of a source without, the last tenth of bytes becomes
+    validation, unless `validation` names a source for it. Memory is bounded; `num_proc` workers tokenise at
+    once and change nothing in the result. The folder appears when it is complete, or not at all.
+    Raises `UserError`, for text that the tokenizer cannot read with the place of the first bad byte.
+    """
+    output = Path(output)
+    require_new(output, "the prepared data")
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    encoder = TextEncoder(loaded)
+    opened = [find_source(source, text_field) for source in sources]
+    held_out = None if validation is None else find_source(validation, text_field)
+    if not opened:
+        raise UserError("There is nothing to prepare; name at least one source.")
+
+    name = tokenizer if isinstance(tokenizer, str) else loaded.name_or_path or "custom"
+    with staged_folder(output) as staging:
+        splits: dict[str, Split] = {}
+        index = 0
+        for split, passages in _splits(opened, held_out).items():
+            written = _write_split(staging, split, passages, encoder, index, num_proc)
+            if written.tokens:
+                splits[split] = written
+                index += written.tokens
+            elif split != TEST:
+                raise UserError(f"There is no text for the {split} split; give a source with more text in it.")
+        loaded.save_pretrained(staging / "tokenizer")
+        shards = [shard.sha256 for split in splits.values() for shard in split.shards]
+        manifest = Manifest(
+            dataset_id=hashlib.sha256("\0".join([encoder.identity, *shards]).encode()).hexdigest(),
+            tokenizer={
+                "identity": encoder.identity,
+                "name": name,
+                "vocabulary_size": len(loaded),
+                "end_id": encoder.end_id,
+            },
+            sources=[
+                {"name": source.name, "licence": source.licence}
+                for source in [*opened, *([held_out] if held_out else [])]
+            ],
+            splits=splits,
+        )
+        write_atomically(staging / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def find_source(source: str | Path | Source, text_field: str = "text") -> Source:
+    """The corpus of that name, or what `open_source` makes of it."""
+    if isinstance(source, Source):
+        return source
+    return open_corpus(str(source)) if str(source) in CORPORA else open_source(source, text_field)
+
+
+def _splits(sources: Sequence[Source], held_out: Source | None) -> dict[str, Iterator[Passage]]:
+    if held_out is None:
+        sources = [with_validation(source) for source in sources]
+        validation = [source.splits[VALIDATION] for source in sources]
+    else:
+        validation = [held_out.splits.get(VALIDATION, held_out.splits[TRAIN])]
+    readers = {
+        TRAIN: [source.splits[TRAIN] for source in sources],
+        VALIDATION: validation,
+        TEST: [source.splits[TEST] for source in sources if TEST in source.splits],
+    }
+    return {split: (passage for read in all_ for passage in read()) for split, all_ in readers.items()}
+
+
+# ---- writing
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a document; passages: where in them each passage begins, and the passage."""
+
+    ids: np.ndarray
+    byte_lengths: np.ndarray
+    passages: list[tuple[int, Passage]]
+
+
+def _write_split(
+    folder: Path, split: str, passages: Iterator[Passage], encoder: TextEncoder, index: int, num_proc: int
+) -> Split:
+    writer = _SplitWriter(folder, split, encoder, index)
+    for pieces in _ordered_map(partial(_encode, encoder), _work(passages), num_proc):
+        for piece in pieces:
+            writer.add(piece)
+    return writer.finish()
+
+
+def _work(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    """Passages in lists of about WORK_BYTES."""
+    work: list[Passage] = []
+    size = 0
+    for passage in passages:
+        work.append(passage)
+        size += len(passage.content)
+        if size >= WORK_BYTES:
+            yield work
+            work, size = [], 0
+    if work:
+        yield work
+
+
+def _encode(encoder: TextEncoder, work: list[Passage]) -> list[_Piece]:
+    """Each document of the work, or what there is of it, is tokenised as one text."""
+    starts = [at for at, passage in enumerate(work) if passage.starts or at == 0]
+    return [
+        _encode_document(encoder, work[start:stop])
+        for start, stop in zip(starts, [*starts[1:], len(work)], strict=True)
+    ]
+
+
+def _encode_document(encoder: TextEncoder, passages: list[Passage]) -> _Piece:
+    content = b"".join(passage.content for passage in passages)
+    try:
+        ids, byte_starts = encoder.encode(content)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{passages[0].document} is not UTF-8 text: byte {passages[0].offset + error.start} is "
+            f"0x{content[error.start]:02x} ({error.reason}); convert it, or use the byte tokenizer."
+        ) from error
+    edges = np.cumsum([0, *[len(passage.content) for passage in passages[:-1]]])
+    places = np.searchsorted(byte_starts, edges).tolist()
+    lengths = np.diff(byte_starts, append=len(content)).astype(np.int32)
+    return _Piece(ids, lengths, list(zip(places, passages, strict=True)))
+
+
+def _ordered_map(function: Any, items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`map` on threads (the tokenizers leave Python while they work), with few items in flight, in order."""
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class _SplitWriter:
+    """Cuts the tokens of a split into rows and the rows into shards; ends every document."""
+
+    def __init__(self, folder: Path, split: str, encoder: TextEncoder, index_start: int):
+        self._folder, self._split, self._encoder = folder, split, encoder
+        self._index_start = index_start
+        self._features = _features(with_byte_lengths=not encoder.is_byte)
+        self._shards: list[Shard] = []
+        self._writer: ArrowWriter | None = None
+        self._shard_tokens = 0
+        self._ids: list[np.ndarray] = []  # not yet written, `_held` tokens in all
+        self._byte_lengths: list[np.ndarray] = []
+        self._segments: list[tuple[int, str, str, str]] = []  # of these; starts count from the split's first token
+        self._held = self._written = 0
+        self._bytes = self._documents = 0
+        self._name = self._unique_name = ""
+
+    def add(self, piece: _Piece) -> None:
+        first = piece.passages[0][1]
+        if first.starts or self._documents == 0:
+            self._end_document()
+            self._documents += 1
+            repeated = first.document == self._name  # neighbours are told apart by their names
+            self._unique_name = f"{first.document}#{self._documents}" if repeated else first.document
+            self._name = first.document
+        for place, passage in piece.passages:
+            tags = (self._unique_name, passage.section, passage.kind)
+            if not self._segments or self._segments[-1][1:] != tags:
+                self._segments.append((self._written + self._held + place, *tags))
+        self._append(piece.ids, piece.byte_lengths)
+
+    def finish(self) -> Split:
+        if self._documents:
+            self._end_document()
+            self._flush(everything=True)
+            self._close_shard()
+        ratio = self._bytes / max(self._written, 1)
+        return Split(self._written, self._bytes, ratio, self._documents, self._index_start, self._shards)
+
+    def _end_document(self) -> None:
+        if self._documents:
+            self._append(np.array([self._encoder.end_id], np.int32), np.zeros(1, np.int32))
+
+    def _append(self, ids: np.ndarray, byte_lengths: np.ndarray) -> None:
+        self._ids.append(ids)
+        self._byte_lengths.append(byte_lengths)
+        self._held += len(ids)
+        self._bytes += int(byte_lengths.sum(dtype=np.int64)) if len(byte_lengths) else 0
+        if self._held >= ROW_TOKENS * ROWS_PER_WRITE:
+            self._flush()
+
+    def _flush(self, everything: bool = False) -> None:
+        """Write what is held in whole rows, at the end with the rest."""
+        ids, lengths = np.concatenate(self._ids), np.concatenate(self._byte_lengths)
+        size = len(ids) if everything else len(ids) // ROW_TOKENS * ROW_TOKENS
+        row_starts = range(0, size, ROW_TOKENS)
+        segment_starts = np.array([segment[0] for segment in self._segments]) - self._written
+        columns: dict[str, Any] = {
+            "input_ids": _rows(ids[:size]),
+            "index_start": pa.array([self._index_start + self._written + start for start in row_starts], pa.int64()),
+            "segments": [
+                self._row_segments(segment_starts, start, min(start + ROW_TOKENS, size)) for start in row_starts
+            ],
+        }
+        if not self._encoder.is_byte:
+            columns["byte_lengths"] = _rows(lengths[:size])
+        if size:
+            self._write(pa.table(columns, schema=self._features.arrow_schema.remove_metadata()), size)
+        self._segments = self._segments[max(int(np.searchsorted(segment_starts, size, side="right")) - 1, 0) :]
+        self._ids, self._byte_lengths = [ids[size:]], [lengths[size:]]
+        self._held -= size
+        self._written += size
+
+    def _row_segments(self, segment_starts: np.ndarray, start: int, stop: int) -> list[dict[str, Any]]:
+        first = max(int(np.searchsorted(segment_starts, start, side="right")) - 1, 0)
+        last = int(np.searchsorted(segment_starts, stop, side="left"))
+        return [
+            {"start": int(segment_starts[at]) - start, "document": document, "section": section, "kind": kind}
+            for at, (_, document, section, kind) in enumerate(self._segments[first:last], first)
+        ]
+
+    def _write(self, table: pa.Table, tokens: int) -> None:
+        if self._writer is None:
+            self._path = self._folder / self._split / f"shard-{len(self._shards):05}.arrow"
+            self._path.parent.mkdir(exist_ok=True)
+            self._writer = ArrowWriter(path=str(self._path), features=self._features)
+        self._writer.write_table(table)
+        self._shard_tokens += tokens
+        if self._shard_tokens >= SHARD_TOKENS:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.finalize()
+            self._writer = None
+            file = self._path.relative_to(self._folder).as_posix()
+            self._shards.append(Shard(file, self._shard_tokens, sha256_of(self._path)))
+            self._shard_tokens = 0
+
+
+def _features(with_byte_lengths: bool) -> datasets.Features:
+    text = datasets.Value("string")
+    segment = {"start": datasets.Value("int64"), "document": text, "section": text, "kind": text}
+    columns = {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "index_start": datasets.Value("int64"),
+        "segments": datasets.List(segment),
+    }
+    if with_byte_lengths:
+        columns["byte_lengths"] = datasets.List(datasets.Value("int32"))
+    return datasets.Features(columns)
+
+
+def _rows(values: np.ndarray) -> pa.ListArray:
+    """Values in rows of ROW_TOKENS, the last one shorter."""
+    edges = [*range(0, len(values), ROW_TOKENS), len(values)]
+    return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), pa.array(values, pa.int32()))

@@ -1,0 +1,116 @@
+"""What `--data DIR|CORPUS|FILE[:weight] ...` means for training and evaluation."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dyadlm.data.corpora import cache_folder
+from dyadlm.data.dataset import FORMAT, PreparedDataset, open_dataset
+from dyadlm.data.prepare import find_source, prepare
+from dyadlm.data.sources import MANIFEST_NAME, TEST, TRAIN, VALIDATION, Source
+from dyadlm.data.streams import TokenStream
+from dyadlm.data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_identity
+from dyadlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ResolvedData:
+    """The streams of all sources under one tokenizer; their global indices do not overlap.
+
+    datasets are the prepared folders in the order of the arguments, for their manifests.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: list[tuple[TokenStream, float]]
+    validation: list[TokenStream]
+    test: list[TokenStream]
+    datasets: list[PreparedDataset]
+
+    def split(self, name: str) -> list[TokenStream]:
+        """The streams of a split. Raises `UserError` if no source has it."""
+        splits = {TRAIN: [stream for stream, _ in self.train], VALIDATION: self.validation, TEST: self.test}
+        if not splits.get(name):
+            there = ", ".join(known for known, streams in splits.items() if streams)
+            raise UserError(f"The data has no split {name!r}; it has {there}.")
+        return splits[name]
+
+
+def resolve_data(
+    arguments: Sequence[str],
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    text_field: str = "text",
+    num_proc: int = 1,
+) -> ResolvedData:
+    """Open prepared folders; fetch, and prepare into the cache, what is not prepared.
+
+    An argument is a prepared folder, or a source that `prepare` takes, with an optional `:weight` behind it.
+    The tokenizer is the one given (a model's own, or a name); else that of the first prepared folder; else the
+    byte tokenizer. Raises `UserError`, also if a prepared folder has another tokenizer.
+    """
+    if not arguments:
+        raise UserError("There is no data; name a corpus, a file or a folder.")
+    parsed = [parse_weight(argument) for argument in arguments]
+    opened = [
+        open_dataset(name) if (Path(name) / MANIFEST_NAME).exists() else find_source(name, text_field)
+        for name, _ in parsed
+    ]
+    if tokenizer is None:
+        tokenizer = next((data.tokenizer for data in opened if isinstance(data, PreparedDataset)), byte_tokenizer())
+    elif isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
+    identity = tokenizer_identity(tokenizer)
+    prepared = [
+        data if isinstance(data, PreparedDataset) else _prepare_once(data, tokenizer, text_field, num_proc)
+        for data in opened
+    ]
+    for data in prepared:
+        if data.manifest.tokenizer["identity"] != identity:
+            raise UserError(
+                f"{data.path} was prepared with another tokenizer ({data.manifest.tokenizer['name']}) than this "
+                "model or the other data; prepare it again with the same one."
+            )
+
+    resolved = ResolvedData(tokenizer, [], [], [], prepared)
+    offset = 0
+    for data, (_, weight) in zip(prepared, parsed, strict=True):
+        streams = {name: data.split(name).shifted(offset) for name in data.manifest.splits}
+        resolved.train.append((streams[TRAIN], weight))
+        resolved.validation.append(streams[VALIDATION])
+        if TEST in streams:
+            resolved.test.append(streams[TEST])
+        offset += sum(split.tokens for split in data.manifest.splits.values())
+    return resolved
+
+
+def parse_weight(argument: str) -> tuple[str, float]:
+    """Split `NAME:weight`; what exists under its whole name, or ends in no number, has weight 1."""
+    name, colon, end = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return argument, 1.0
+    try:
+        weight = float(end)
+    except ValueError:
+        return argument, 1.0
+    if not 0 < weight < float("inf"):
+        raise UserError(f"The weight of {name} is {end}; give a positive number.")
+    return name, weight
+
+
+def _prepare_once(
+    source: Source, tokenizer: PreTrainedTokenizerBase, text_field: str, num_proc: int
+) -> PreparedDataset:
+    """The source, prepared in the cache under a name that changes with its content and the tokenizer."""
+    parts = [str(FORMAT), source.name, source.key, text_field, tokenizer_identity(tokenizer)]
+    digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+    folder = cache_folder() / "prepared" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{digest[:16]}"
+    if not (folder / MANIFEST_NAME).exists():
+        try:
+            prepare([source], folder, tokenizer, text_field=text_field, num_proc=num_proc)
+        except (OSError, UserError):
+            if not (folder / MANIFEST_NAME).exists():  # else another process was first
+                raise
+    return open_dataset(folder)
