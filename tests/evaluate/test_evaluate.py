@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np

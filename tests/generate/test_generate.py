@@ -201,7 +201,7 @@ def test_listening_gives_the_loss_of_evaluation(model):
     assert len(told) == stream.tokens
     assert told[-1].mean_nats == pytest.approx(stream.nats_per_token, abs=1e-4)
     assert told[-1].bits_per_byte == pytest.approx(stream.bits_per_byte, abs=1e-4)
-    assert told[-1].mean_nats == pytest.approx(math.fsum(s.nats for s in told) / len(told))
+    assert told[-1].mean_nats == pytest.approx(math.log(2) * math.fsum(s.bits for s in told) / len(told))
     assert [s.position for s in told] == list(range(len(told)))
     assert [s.token for s in told] == list(text.encode())
 

@@ -40,7 +40,5 @@ class IncrementalDecoder:
         return rest
 
     def _decode(self) -> str:
-        text = self._tokenizer.decode(
-            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)

@@ -38,9 +38,7 @@ class Session:
         It is NaN for a first token that nothing predicted (nothing was read before, or the state was loaded).
         """
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self._model.device)
-        return np.concatenate(
-            [np.empty(0, np.float32), *(self._read(chunk) for chunk in torch.split(ids, CHUNK))]
-        )
+        return np.concatenate([np.empty(0, np.float32), *(self._read(chunk) for chunk in torch.split(ids, CHUNK))])
 
     def read_prompt(self, text: str) -> None:
         """Read a text as `generate` is given it: at the beginning with the specials its tokenizer adds."""
@@ -97,9 +95,7 @@ class Session:
             return np.empty(0, np.float32)
         output = self._model(input_ids=ids[None], past_key_values=self._state, use_cache=True)
         logits = output.logits[0].float()
-        before = (
-            logits.new_full((1, logits.shape[-1]), torch.nan) if self._logits is None else self._logits[None]
-        )
+        before = logits.new_full((1, logits.shape[-1]), torch.nan) if self._logits is None else self._logits[None]
         self._state, self._logits = output.past_key_values, logits[-1].clone()
         return cross_entropy(torch.cat([before, logits[:-1]]), ids, reduction="none").cpu().numpy()
 
@@ -112,8 +108,7 @@ def require_saveable_state(model: PreTrainedModel) -> DyadConfig:
     """The configuration of one of our models; raises `UserError` for others, whose state fits no file."""
     if not isinstance(model.config, DyadConfig):
         raise UserError(
-            f"A {model.config.model_type} model keeps no state that can be saved; "
-            "leave out --state-in and --state-out."
+            f"A {model.config.model_type} model keeps no state that can be saved; leave out --state-in and --state-out."
         )
     return model.config
 

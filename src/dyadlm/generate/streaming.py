@@ -1,9 +1,9 @@
 """Reading bytes without end, at constant memory, and telling the surprise at each token."""
 
+import math
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dyadlm.data.tokenizer import TextEncoder
@@ -12,29 +12,40 @@ from dyadlm.generate.session import Session
 
 # A line longer than this is read in several parts, so that input without line ends stays bounded too.
 LONGEST_LINE = 4096
-NATS_TO_BITS = 1.0 / np.log(2.0)
 
 
 class Surprise(NamedTuple):
-    """One token read: its number from 0, id, text, surprise, and the means over all tokens so far."""
+    """One token read: its number from 0, its id and text, its surprisal, and the means over all so far."""
 
     position: int
     token: int
     text: str
-    nats: float
+    bits: float
     mean_nats: float
     bits_per_byte: float
 
 
 class Listener:
-    """Reads text into a session, piece by piece, and keeps the running means."""
+    """Reads text into a session, piece by piece, and keeps the running means.
+
+    tokens: read so far. mean_nats: per token. bits_per_byte: over the bytes they stand for.
+    """
 
     def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase, prefix_token: int):
         """`prefix_token` is read first, as the context of the first token of the text."""
         self._session = session
         self._encoder = TextEncoder(tokenizer)
-        self._tokens, self._nats, self._bytes = 0, 0.0, 0
+        self._nats, self._bytes = 0.0, 0
+        self.tokens = 0
         session.read([prefix_token])
+
+    @property
+    def mean_nats(self) -> float:
+        return self._nats / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self._nats / math.log(2) / max(self._bytes, 1)
 
     def hear(self, content: bytes) -> Iterator[Surprise]:
         """Read bytes; yields the surprise at each token. They are tokenised by themselves.
@@ -48,20 +59,17 @@ class Listener:
                 "The input is not UTF-8 text, which the tokenizer of this model needs; "
                 "convert it (with iconv, say) or use a byte-level model."
             ) from error
-        stops = np.append(starts[1:], len(content))
-        for token, nats, start, stop in zip(ids, self._session.read(ids), starts, stops, strict=True):
-            self._tokens, self._nats, self._bytes = (
-                self._tokens + 1,
-                self._nats + float(nats),
-                self._bytes + stop - start,
-            )
+        bounds = [*starts.tolist(), len(content)]
+        for number, (token, nats) in enumerate(zip(ids.tolist(), self._session.read(ids).tolist(), strict=True)):
+            text = content[bounds[number] : bounds[number + 1]]
+            self.tokens, self._nats, self._bytes = self.tokens + 1, self._nats + nats, self._bytes + len(text)
             yield Surprise(
-                self._tokens - 1,
-                int(token),
-                content[start:stop].decode(errors="replace"),
-                float(nats),
-                self._nats / self._tokens,
-                float(self._nats * NATS_TO_BITS / max(self._bytes, 1)),
+                self.tokens - 1,
+                token,
+                text.decode(errors="replace"),
+                nats / math.log(2),
+                self.mean_nats,
+                self.bits_per_byte,
             )
 
 

@@ -1,0 +1,62 @@
+# `make demo` shows everything at once, `make test` checks everything. Both make .venv when it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+DYADLM := $(VENV)/bin/dyadlm
+INSTALLED := $(VENV)/.installed
+DEMO := demo
+RUN := $(DEMO)/run
+# The optional dependencies to install and so to test: dev, and peft or lm-eval beside it.
+EXTRAS ?= dev
+
+.DELETE_ON_ERROR:
+.PHONY: demo setup test lint types clean-demo
+
+# ---- Environment: made once, and again when what it follows from changes
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+# ---- Demo: every step leaves a file, so that an interrupted demo goes on where it was
+
+demo: $(DEMO)/report/README.md
+	@cat $(DEMO)/evaluation.txt $(DEMO)/sample.txt
+	@echo "Read $(DEMO)/report/README.md, and go on: $(DYADLM) generate $(RUN) --prompt 'HAMLET:'"
+
+$(DEMO)/corpus: | $(INSTALLED)
+	mkdir -p $(DEMO)
+	$(DYADLM) data fetch shakespeare > $@
+
+# --resume begins at step 0 where there is nothing to resume.
+$(DEMO)/trained: $(DEMO)/corpus
+	$(DYADLM) train --preset tiny --data shakespeare --output $(RUN) --device cpu --resume
+	touch $@
+
+$(DEMO)/evaluation.txt: $(DEMO)/trained
+	$(DYADLM) evaluate $(RUN) --data shakespeare --device cpu > $@
+
+$(DEMO)/sample.txt: $(DEMO)/trained
+	$(DYADLM) generate $(RUN) --prompt 'HAMLET:' --seed 1 --device cpu > $@
+
+$(DEMO)/report/README.md: $(DEMO)/evaluation.txt $(DEMO)/sample.txt
+	rm -rf $(DEMO)/report
+	$(DYADLM) report $(RUN) --output $(DEMO)/report --prompt 'HAMLET:' --device cpu
+
+clean-demo:
+	rm -rf $(DEMO)
+
+# ---- Checks
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(INSTALLED)
+	$(VENV)/bin/mypy

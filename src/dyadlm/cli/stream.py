@@ -1,0 +1,96 @@
+"""`dyadlm stream`: read for ever at constant memory."""
+
+import json as json_format
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dyadlm.cli.shared import Device, Dtype, Model, errors, load, reader_may_leave
+
+if TYPE_CHECKING:
+    from dyadlm.generate import Listener, Sampling, Session, Surprise
+
+MARKER = "<|continue|>"
+
+
+def stream(
+    model: Model,
+    continuation: Annotated[
+        int,
+        typer.Option(
+            "--continue",
+            metavar="N",
+            min=0,
+            help="Instead of surprisals write N tokens at every marker line and at the end of the input. "
+            "They become part of what was read.",
+        ),
+    ] = 0,
+    marker: Annotated[str, typer.Option(help="The line that asks for a continuation; it is not read.")] = MARKER,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON a token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of continuations; 0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Of continuations.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Read standard input, line by line, without end, and print the surprisal of every token.
+
+    Columns: position, surprisal in bits, mean bits per byte so far, token. The state has constant size (that of
+    a transformer grows). Ctrl-C ends.
+    """
+    from dyadlm.evaluate import prefix_token
+    from dyadlm.generate import Listener, Sampling, Session, lines
+
+    sampling = Sampling(temperature, seed=seed)
+    loaded, tokenizer = load(model, device, dtype)
+    session = Session(loaded, tokenizer)
+    listener = Listener(session, tokenizer, prefix_token(tokenizer))
+    with reader_may_leave():
+        try:
+            if continuation:
+                _continue(session, listener, lines(sys.stdin.buffer), continuation, marker, sampling)
+            else:
+                for line in lines(sys.stdin.buffer):
+                    for surprise in listener.hear(line):
+                        typer.echo(json_format.dumps(surprise._asdict()) if json else _row(surprise))
+        except KeyboardInterrupt:
+            errors.print()
+    if listener.tokens and not json:
+        errors.print(
+            f"{listener.tokens:,} tokens read: {listener.mean_nats:.4f} nats per token, "
+            f"{listener.bits_per_byte:.4f} bits per byte"
+        )
+
+
+def _row(surprise: "Surprise") -> str:
+    bits = surprise.bits_per_byte
+    return f"{surprise.position:>10} {surprise.bits:8.3f} {bits:8.3f}  {surprise.text!r}"
+
+
+def _continue(
+    session: "Session",
+    listener: "Listener",
+    input_lines: Iterable[bytes],
+    tokens: int,
+    marker: str,
+    sampling: "Sampling",
+) -> None:
+    unanswered = False
+    for line in input_lines:
+        if line.rstrip(b"\r\n").decode(errors="replace") == marker:
+            _write(session, tokens, sampling)
+            unanswered = False
+        else:
+            for _ in listener.hear(line):
+                unanswered = True
+    if unanswered:
+        _write(session, tokens, sampling)
+
+
+def _write(session: "Session", tokens: int, sampling: "Sampling") -> None:
+    for piece in session.write(tokens, sampling):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()

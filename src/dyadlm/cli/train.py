@@ -1,0 +1,96 @@
+"""`dyadlm train`: a model from a preset, or on from the weights of another."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dyadlm.cli.shared import errors
+
+if TYPE_CHECKING:
+    from dyadlm.train import TrainResult
+
+
+def train(
+    output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run; it becomes the model.")],
+    preset: Annotated[str | None, typer.Option(help="Begin a new model: tiny, small or base.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="Go on from the weights of a model.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR|CORPUS|FILE[:weight] ...", help="What to train on; several, with weights, are mixed."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where RUN was stopped.")] = False,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys and values in YAML or JSON.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="key=value ...",
+            help="TrainingArguments by name (max_steps=500), model.FIELD, data.FIELD or train.FIELD.",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time a few steps, print the cost, leave nothing.")
+    ] = False,
+) -> None:
+    """Train a model and leave it in RUN, which any Hugging Face program loads. Ctrl-C saves; --resume goes on."""
+    from dyadlm.train import TrainSettings
+    from dyadlm.train import dry_run as measure
+    from dyadlm.train import train as run
+
+    settings = TrainSettings.create(
+        output,
+        preset=preset,
+        model=model,
+        data=data or (),
+        resume=resume,
+        config=config,
+        assignments=assignments or (),
+        device=device,
+        dtype=dtype,
+    )
+    if dry_run:
+        _print_cost(measure(settings))
+    else:
+        _print_result(run(settings, console=errors))
+
+
+def _print_cost(cost: dict[str, Any]) -> None:
+    for choice in cost["choices"]:
+        typer.echo(choice)
+    typer.echo(f"parameters: {cost['parameters']:,}")
+    typer.echo(
+        f"memory: {_mebibytes(cost['static_memory_bytes'])} for weights and optimizer, "
+        f"{_mebibytes(cost['peak_memory_bytes'])} at the peak"
+    )
+    typer.echo(f"tokens: {cost['tokens']:,} in {cost['steps']:,} steps of {cost['tokens_per_step']:,}")
+    typer.echo(f"time: about {duration(cost['seconds'])} ({1000 * cost['seconds_per_step']:.0f} ms a step)")
+
+
+def _print_result(result: "TrainResult") -> None:
+    figures = [
+        f"{title} {loss:.4f} nats" + ("" if bits is None else f", {bits:.4f} bits per byte")
+        for title, loss, bits in (
+            ("training loss", result.loss, result.bits_per_byte),
+            ("validation", result.validation_loss, result.validation_bits_per_byte),
+        )
+        if loss is not None
+    ]
+    typer.echo("; ".join([f"{result.steps:,} steps, {result.tokens:,} tokens", *figures]))
+    typer.echo(f"The model is in {result.output}.")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as far as they count."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(hours or minutes) + [f"{rest} s"] * (not hours)
+    return " ".join(parts)

@@ -1,0 +1,147 @@
+"""A run on one page of Markdown, with pictures, figures and a sample."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dyadlm.data import resolve_data
+from dyadlm.errors import UserError
+from dyadlm.evaluate import EvaluationResult, evaluate
+from dyadlm.files import require_new, staged_folder, write_atomically
+from dyadlm.generate import Sampling, generate_text
+from dyadlm.model import DyadForCausalLM
+from dyadlm.report.figures import draw_losses, draw_tower
+from dyadlm.train.progress import METRICS_NAME, read_metrics
+from dyadlm.train.settings import read_record
+
+SUMMARY_NAME = "README.md"
+LOSSES_NAME, TOWER_NAME, EVALUATION_NAME = "loss.png", "tower.png", "evaluation.json"
+SAMPLE_TOKENS = 400
+# Of the sample, tokens shown in the picture of the tower.
+PICTURED = 72
+
+
+def write_report(
+    run: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    prompt: str = "The ",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Evaluate the model of a finished run on its validation text, sample from it, and write the new folder.
+
+    The folder holds README.md, loss.png, tower.png (of dyadlm models) and evaluation.json; it appears when it is
+    complete. progress: of the evaluation. Returns the path of README.md. Raises `UserError` if `run` is no
+    finished run, `output` holds something, or the prompt is empty.
+    """
+    require_new(output, "the report")
+    record = read_record(run)
+    if "result" not in record:
+        raise UserError(f"The run in {run} is not finished; go on with `dyadlm train --output {run} --resume`.")
+    data = resolve_data(record["settings"]["data"], tokenizer)
+    figures = evaluate(model, data.split("validation"), tokenizer, progress=progress)
+    sample = "".join(
+        generate_text(
+            model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(0.8, top_p=0.95, seed=seed)
+        )
+    )
+    with staged_folder(output) as folder:
+        draw_losses(read_metrics(run / METRICS_NAME), folder / LOSSES_NAME, f"Loss of {run.resolve().name}")
+        has_tower = isinstance(model, DyadForCausalLM)
+        if has_tower:
+            draw_tower(model, tokenizer, (prompt + sample)[:PICTURED], folder / TOWER_NAME)
+        write_atomically(folder / EVALUATION_NAME, json.dumps(figures.to_dict(), indent=2) + "\n")
+        page = _page(run, record, model, data.datasets, figures, prompt, sample, seed, has_tower)
+        write_atomically(folder / SUMMARY_NAME, page)
+    return output / SUMMARY_NAME
+
+
+def _page(
+    run: Path,
+    record: Mapping[str, Any],
+    model: PreTrainedModel,
+    datasets: list[Any],
+    figures: EvaluationResult,
+    prompt: str,
+    sample: str,
+    seed: int,
+    has_tower: bool,
+) -> str:
+    settings, result = record["settings"], record["result"]
+    interval = "a single block, so no interval"
+    if figures.interval is not None:
+        low, high = figures.interval
+        interval = f"95% interval {low:.4f} to {high:.4f}, over {figures.interval_over}"
+    sections = [
+        f"# {run.resolve().name}\n\n**{figures.bits_per_byte:.4f} bits per byte** on the validation text ({interval}).",
+        f"![Training and validation loss over the tokens seen]({LOSSES_NAME})",
+        "## Validation\n\n"
+        + _table(
+            {
+                "Bits per byte": f"{figures.bits_per_byte:.4f}",
+                "Nats per token": f"{figures.nats_per_token:.4f}",
+                "Scored": f"{figures.tokens:,} tokens, {figures.bytes:,} bytes, {figures.documents:,} documents",
+                "How": f"disjoint windows of {figures.window} tokens, each from a fresh state, every token once",
+                "Computed in": f"{figures.dtype} on {figures.device}",
+            }
+        ),
+        "## Training\n\n"
+        + _table(
+            {
+                "Steps": f"{result['steps']:,}",
+                "Tokens seen": f"{result['tokens']:,}",
+                "Time": f"{result['seconds'] / 60:.1f} minutes (in the last call)",
+                "Window": f"{settings['data.sequence_length']:,} tokens",
+                "Learning rate": f"{settings['learning_rate']:g}",
+                "Windows a step": f"{record['order_of_text']['windows_per_step']:,}",
+                "Seed": settings["seed"],
+                "Choices": "; ".join(record["choices"]),
+                "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+            }
+        ),
+        "## Data\n\n" + "\n\n".join(_data_table(data.manifest) for data in datasets),
+        "## Model\n\n" + _table({"Parameters": f"{model.num_parameters():,}"} | _model_rows(record["model"])),
+        f"## Sample\n\nSeed {seed}, temperature 0.8, top-p 0.95; the prompt is `{prompt!r}`.\n\n"
+        + _fenced(prompt + sample),
+    ]
+    if has_tower:
+        sections.append(
+            "## The tower\n\nHow much each level adds to the hidden state, along the beginning of the sample.\n\n"
+            f"![Levels by time: which levels speak at which token]({TOWER_NAME})"
+        )
+    return "\n\n".join(sections) + "\n"
+
+
+def _data_table(manifest: Any) -> str:
+    rows = {"Sources": ", ".join(f"{source['name']} ({source['licence']})" for source in manifest.sources)}
+    for name, split in manifest.splits.items():
+        rows[name.capitalize()] = (
+            f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes_per_token:.2f} bytes per token"
+        )
+    return _table(rows | {"Tokenizer": manifest.tokenizer["name"], "Id": f"`{manifest.dataset_id[:16]}`"})
+
+
+def _model_rows(config: Mapping[str, Any]) -> dict[str, str]:
+    """The plain fields of the configuration."""
+    return {
+        name: str(value)
+        for name, value in config.items()
+        if value is not None and not isinstance(value, dict) and not name.endswith("_token_id")
+    }
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _fenced(text: str) -> str:
+    """A code block whose fence the text cannot close."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
