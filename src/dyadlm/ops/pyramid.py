@@ -77,10 +77,15 @@ def take(sequence: Tensor, where: Tensor) -> Tensor:
 
 
 def latest(history: Tensor, count: int, clock: Clock) -> Tensor:
-    """The last `count` of a (B, count + T, D) history of all tokens, as of each row's last real token."""
+    """The last `count` of a (B, count + T, D) history of all tokens, as of each row's last real token.
+
+    What belongs to an earlier document is dropped: the state after a document is that of the document alone.
+    """
     if clock.fresh:
         return history[:, -count:]
-    return take(history, clock.length[:, None] + torch.arange(count, device=history.device))
+    slots = torch.arange(count, device=history.device)
+    own = next_position(clock)[:, None] >= count - slots
+    return take(history, clock.length[:, None] + slots) * own[..., None]
 
 
 def accumulator(x: Tensor) -> Tensor:
@@ -189,7 +194,8 @@ def block_tree(
             before = clock.position[:, None] // 2**j - (HISTORY - 1 - slots)
             ordinal = torch.cat([before, (clock.index.gather(1, column) + 1) // 2**j], 1)
             nodes = Nodes(torch.cat([history, sums], 1), ordinal, done, column)
-            carried.append(take(nodes.sums, done[:, -1:] + slots))
+            own = next_position(clock)[:, None] // 2**j >= HISTORY - slots
+            carried.append(take(nodes.sums, done[:, -1:] + slots) * own[..., None])
         tree.append(nodes)
     return tree, tuple(carried)
 

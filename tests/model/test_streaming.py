@@ -1,0 +1,198 @@
+"""One state contract: full ≡ chunked ≡ token by token ≡ padded ≡ packed ≡ saved and restored (design, section 9)."""
+
+import pytest
+import torch
+
+from dyadlm import DyadCache, UserError
+from dyadlm.model.accounting import state_bytes
+
+from .conftest import make_model, random_ids
+
+EXACT = 1e-9
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def state_distance(a: DyadCache, b: DyadCache) -> float:
+    left, right = a.tensors(), b.tensors()
+    assert left.keys() == right.keys()
+    return max(distance(left[name], right[name]) for name in left)
+
+
+def read(model, ids, cuts=(), mask=None, cache=None):
+    """Logits over all columns and the final state, read in chunks."""
+    cache, parts = cache or DyadCache(), []
+    for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
+        part = None if mask is None else mask[:, start:stop]
+        out = model(ids[:, start:stop], attention_mask=part, past_key_values=cache, use_cache=True)
+        parts.append(out.logits)
+    return torch.cat(parts, 1), cache
+
+
+def test_chunks_and_single_tokens_equal_the_whole(variant):
+    model, ids = make_model(**variant), random_ids(2, 150)
+    full = model(ids, use_cache=True)
+    generator = torch.Generator().manual_seed(1)
+    random_cuts = sorted(set(torch.randint(1, 150, (9,), generator=generator).tolist()))
+    for cuts in (random_cuts, range(1, 150), [64], [63, 65]):
+        logits, cache = read(model, ids, cuts)
+        assert distance(logits, full.logits) < EXACT
+        assert state_distance(cache, full.past_key_values) < EXACT
+
+
+def test_float32_token_by_token_equals_the_whole(variant):
+    model, ids = make_model(torch.float32, **variant), random_ids(1, 140)
+    logits, cache = read(model, ids, range(1, 140))
+    full = model(ids, use_cache=True)
+    assert distance(logits, full.logits) < 1e-4
+    assert state_distance(cache, full.past_key_values) < 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_padding_changes_nothing(variant, side):
+    """Ragged rows, also cut into chunks in the middle of the padding, also with a carried state."""
+    model = make_model(**variant)
+    lengths, width = (17, 40, 64), 70
+    ids, mask = torch.full((3, width), 256), torch.zeros(3, width, dtype=torch.long)
+    rows = [random_ids(1, n, seed=n) for n in lengths]
+    places = []
+    for b, row in enumerate(rows):
+        n = row.shape[1]
+        if side == "left":
+            place = torch.arange(width - n, width)
+        elif side == "right":
+            place = torch.arange(n)
+        else:
+            place = torch.randperm(width, generator=torch.Generator().manual_seed(b))[:n].sort().values
+        ids[b, place], mask[b, place] = row[0], 1
+        places.append(place)
+    follow = random_ids(3, 9, seed=7)
+    for cuts in ([], [5, 30, 66]):
+        logits, cache = read(model, ids, cuts, mask)
+        continued, after = read(model, follow, cache=cache)
+        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+            alone = model(torch.cat([row, follow[b : b + 1]], 1), use_cache=True)
+            n = row.shape[1]
+            assert distance(logits[b, place], alone.logits[0, :n]) < EXACT
+            assert distance(continued[b], alone.logits[0, n:]) < EXACT
+            assert state_distance(after.select_rows(torch.tensor([b])), alone.past_key_values) < EXACT
+
+
+def test_packed_documents_equal_each_alone(variant):
+    model = make_model(**variant)
+    sizes = (1, 30, 2, 64, 23)
+    documents = [random_ids(1, n, seed=n) for n in sizes]
+    packed = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(n) for n in sizes])[None]
+    for cut in (None, 31, 40):
+        cache, logits = DyadCache(), []
+        for part in ([slice(None)] if cut is None else [slice(0, cut), slice(cut, None)]):
+            out = model(packed[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+        alone = [model(document, use_cache=True) for document in documents]
+        assert distance(torch.cat(logits, 1), torch.cat([out.logits for out in alone], 1)) < EXACT
+        assert state_distance(cache, alone[-1].past_key_values) < EXACT
+
+
+def test_packed_and_left_padded_at_once():
+    model = make_model()
+    first, second = random_ids(1, 12, seed=1), random_ids(1, 33, seed=2)
+    ids = torch.cat([torch.full((1, 6), 256), first, second], 1)
+    mask = torch.cat([torch.zeros(1, 6), torch.ones(1, 45)], 1).long()
+    positions = torch.cat([torch.zeros(6), torch.arange(12), torch.arange(33)])[None].long()
+    out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    assert distance(out.logits[:, 18:], model(second).logits) < EXACT
+    assert distance(out.logits[:, 6:18], model(first).logits) < EXACT
+
+
+def test_saved_and_restored_state_continues_as_if_never_interrupted(variant, tmp_path):
+    model, ids = make_model(**variant), random_ids(2, 90)
+    _, cache = read(model, ids[:, :50])
+    cache.save(tmp_path / "state.safetensors", model.config)
+    restored = DyadCache.load(tmp_path / "state.safetensors", model.config)
+    assert restored.get_seq_length() == 50
+    logits, after = read(model, ids[:, 50:], cache=restored)
+    full = model(ids, use_cache=True)
+    assert distance(logits, full.logits[:, 50:]) < EXACT
+    assert state_distance(after, full.past_key_values) < EXACT
+
+
+def test_state_files_of_other_models_and_other_files_are_refused(tmp_path):
+    model = make_model()
+    _, cache = read(model, random_ids(1, 5))
+    cache.save(tmp_path / "state", model.config)
+    with pytest.raises(UserError, match="another shape"):
+        DyadCache.load(tmp_path / "state", make_model(num_levels=6).config)
+    with pytest.raises(UserError, match="no state file"):
+        DyadCache.load(tmp_path / "missing", model.config)
+    (tmp_path / "text").write_text("not a state")
+    with pytest.raises(UserError, match="not a readable state"):
+        DyadCache.load(tmp_path / "text", model.config)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="holds no dyadlm state"):
+        DyadCache.load(tmp_path / "model" / "model.safetensors", model.config)
+
+
+def test_rows_can_be_reordered_repeated_and_sliced():
+    model, ids = make_model(), random_ids(3, 41)
+    _, cache = read(model, ids)
+    follow = random_ids(3, 5, seed=4)
+    order = torch.tensor([2, 0, 0])
+    expected = model(torch.cat([ids[order], follow], 1)).logits[:, 41:]
+    chosen = cache.select_rows(order)
+    assert distance(model(follow, past_key_values=chosen).logits, expected) < EXACT
+    cache.reorder_cache(order)
+    assert distance(model(follow, past_key_values=cache).logits, expected) < EXACT
+
+
+def test_state_size_is_constant_and_as_predicted(variant):
+    model = make_model(torch.float32, **variant)
+    sizes = {read(model, random_ids(1, n))[1].state_bytes() for n in (1, 2, 100, 513)}
+    assert sizes == {state_bytes(model.config)}
+
+
+def test_reading_without_use_cache_leaves_the_state_alone():
+    model, ids = make_model(), random_ids(1, 30)
+    _, cache = read(model, ids[:, :20])
+    before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
+    logits = model(ids[:, 20:], past_key_values=cache, use_cache=False).logits
+    assert distance(logits, model(ids).logits[:, 20:]) < EXACT
+    assert all(torch.equal(before[name], tensor) for name, tensor in cache.tensors().items())
+
+
+def test_a_state_does_not_leak_between_calls():
+    model, ids = make_model(), random_ids(1, 30)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    first = model(ids, use_cache=True).past_key_values
+    second = model(ids, use_cache=True).past_key_values
+    assert first is not second
+    assert state_distance(first, second) == 0
+
+
+def test_wrong_states_and_masks_are_refused():
+    model, ids = make_model(), random_ids(2, 5)
+    _, cache = read(model, ids)
+    with pytest.raises(UserError, match="rows"):
+        model(ids[:1], past_key_values=cache)
+    with pytest.raises(UserError, match="DyadCache"):
+        model(ids, past_key_values=[])
+    with pytest.raises(UserError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 1, 5, 5))
+
+
+def test_bfloat16_keeps_a_float32_state_and_stays_near():
+    model = make_model(torch.float32)
+    ids = random_ids(1, 200)
+    exact = model(ids).logits.log_softmax(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, use_cache=True)
+    state = out.past_key_values.tensors()
+    assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name != "position")
+    assert (out.logits.float().log_softmax(-1) - exact).abs().mean() < 0.1
+    half = make_model(torch.bfloat16)
+    logits, cache = read(half, ids, range(1, 200))
+    assert all(tensor.dtype == torch.float32 for name, tensor in cache.tensors().items() if name != "position")
+    assert (logits.float().log_softmax(-1) - exact).abs().mean() < 0.1
