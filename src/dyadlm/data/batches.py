@@ -14,7 +14,7 @@ IGNORED_LABEL = -100
 WEIGHT_STEPS = 1 << 32  # mixing weights are whole multiples of 1 / WEIGHT_STEPS: counting stays exact
 
 
-class TrainingWindows(Dataset):
+class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     """`length` windows of `sequence_length` tokens from weighted streams; item i depends on (seed, i) alone.
 
     Of the first n items, each of two streams holds its share of n to within one window (of more streams, to

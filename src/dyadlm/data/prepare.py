@@ -128,10 +128,13 @@ def _write_split(
     folder: Path, split: str, passages: Iterator[Passage], encoder: TextEncoder, index: int, num_proc: int
 ) -> Split:
     writer = _SplitWriter(folder, split, encoder, index)
-    for pieces in _ordered_map(partial(_encode, encoder), _work(passages), num_proc):
-        for piece in pieces:
-            writer.add(piece)
-    return writer.finish()
+    try:
+        for pieces in _ordered_map(partial(_encode, encoder), _work(passages), num_proc):
+            for piece in pieces:
+                writer.add(piece)
+        return writer.finish()
+    finally:
+        writer.close()
 
 
 def _work(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
@@ -178,7 +181,7 @@ def _ordered_map(function: Any, items: Iterable[Any], workers: int) -> Iterator[
         yield from map(function, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future] = deque()
+        pending: deque[Future[Any]] = deque()
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 2 * workers:
@@ -214,15 +217,18 @@ class _SplitWriter:
             self._name = first.document
         for place, passage in piece.passages:
             tags = (self._unique_name, passage.section, passage.kind)
+            start = self._written + self._held + place
+            if self._segments and self._segments[-1][0] == start:
+                self._segments.pop()  # it got no token of its own
             if not self._segments or self._segments[-1][1:] != tags:
-                self._segments.append((self._written + self._held + place, *tags))
+                self._segments.append((start, *tags))
         self._append(piece.ids, piece.byte_lengths)
 
     def finish(self) -> Split:
         if self._documents:
             self._end_document()
             self._flush(everything=True)
-            self._close_shard()
+            self.close()
         ratio = self._bytes / max(self._written, 1)
         return Split(self._written, self._bytes, ratio, self._documents, self._index_start, self._shards)
 
@@ -276,9 +282,10 @@ class _SplitWriter:
         self._writer.write_table(table)
         self._shard_tokens += tokens
         if self._shard_tokens >= SHARD_TOKENS:
-            self._close_shard()
+            self.close()
 
-    def _close_shard(self) -> None:
+    def close(self) -> None:
+        """Finish the shard that is being written, if there is one."""
         if self._writer is not None:
             self._writer.finalize()
             self._writer = None

@@ -127,9 +127,9 @@ def _after(passages: Callable[[], Iterator[Passage]], cut: int) -> Iterator[Pass
 
 
 def _character_edge(content: bytes, cut: int) -> int:
-    """The first place at or after `cut` where a character of UTF-8 begins; `cut` itself in other bytes."""
-    for edge in range(cut, min(cut + 4, len(content))):
-        if content[edge] & 0xC0 != 0x80:
+    """The first place at or after `cut` where a character of UTF-8 begins or all ends; `cut` in other bytes."""
+    for edge in range(cut, cut + 4):
+        if edge in (0, len(content)) or content[edge] & 0xC0 != 0x80:
             return edge
     return cut
 
@@ -192,7 +192,7 @@ def _decompressed(path: Path) -> Iterator[BinaryIO]:
                     yield file  # type: ignore[misc]
             case ".zst":
                 with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-                    yield io.BufferedReader(file)  # type: ignore[arg-type,misc]
+                    yield io.BufferedReader(file)
             case _:
                 yield raw
 
@@ -281,7 +281,7 @@ def _standard_input() -> Source:
         yield from _text(spool, "standard input")
 
     spool.seek(0)
-    key = hashlib.file_digest(spool, "sha256").hexdigest()  # type: ignore[arg-type]
+    key = hashlib.file_digest(spool, "sha256").hexdigest()
     return Source("standard input", "unknown", key, {TRAIN: passages})
 
 

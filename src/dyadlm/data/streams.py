@@ -104,9 +104,9 @@ class TokenStream:
     ) -> "TokenStream":
         """A stream in memory. Each `end_id` ends a document; without it, everything is one document."""
         array = np.asarray(tokens, dtype=np.int32)
-        ends = [] if end_id is None else np.flatnonzero(array[:-1] == end_id) + 1
+        ends: list[int] = [] if end_id is None else (np.flatnonzero(array[:-1] == end_id) + 1).tolist()
         segments = [
-            Segment(int(start), _numbered(name, number), "", "text") for number, start in enumerate([0, *ends], start=1)
+            Segment(start, _numbered(name, number), "", "text") for number, start in enumerate([0, *ends], start=1)
         ]
         return cls(
             [array],
@@ -158,24 +158,23 @@ class TokenStream:
 
     def segment_numbers(self, start: int, stop: int) -> np.ndarray:
         """For each token start..stop-1 the number of its segment in `segments`, int64 (stop - start,)."""
-        return np.searchsorted(self.segments.starts, np.arange(start, stop), side="right") - 1
+        numbers: np.ndarray = np.searchsorted(self.segments.starts, np.arange(start, stop), side="right") - 1
+        return numbers
 
     @cached_property
     def document_starts(self) -> np.ndarray:
         """Where documents begin, int64 (documents,)."""
-        table = self.segments
-        return table.starts[np.diff(table.documents, prepend=-1) != 0]
+        starts: np.ndarray = self.segments.starts[np.diff(self.segments.documents, prepend=-1) != 0]
+        return starts
 
     @cached_property
     def documents(self) -> list[Document]:
         """All documents in order; together they cover the stream."""
-        table = self.segments
-        first = np.flatnonzero(np.diff(table.documents, prepend=-1) != 0)
-        starts = table.starts[first].tolist()
-        names = [table.document_names[code] for code in table.documents[first]]
+        starts = self.document_starts.tolist()
+        codes = self.segments.documents[np.searchsorted(self.segments.starts, starts)]
         return [
-            Document(start, stop, name)
-            for start, stop, name in zip(starts, [*starts[1:], len(self)], names, strict=True)
+            Document(start, stop, self.segments.document_names[code])
+            for start, stop, code in zip(starts, [*starts[1:], len(self)], codes, strict=True)
         ]
 
     def shifted(self, offset: int) -> "TokenStream":

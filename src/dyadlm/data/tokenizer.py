@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (PAD_TOKEN, BEGIN_TOKEN, END_TOKEN)]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
         bos_token=BEGIN_TOKEN,
@@ -111,7 +111,8 @@ class TextEncoder:
         if self.is_byte:
             return encode_bytes(content), np.arange(len(content), dtype=np.int64)
         text = content.decode()
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        # A batch, even of one, leaves Python's lock to other threads; `encode` would hold it.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
         ids = np.asarray(encoding.ids, dtype=np.int32)
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
