@@ -52,7 +52,6 @@ def prepare(
     manifest = prepare(sources, output, tokenizer, validation, text_field=text_field, num_proc=processes)
     for name, split in manifest.splits.items():
         typer.echo(
-            f"{name}: {split.tokens:,} tokens of {split.documents:,} documents, "
-            f"{split.bytes_per_token:.2f} bytes per token"
+            f"{name}: {split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), documents: {split.documents:,}"
         )
     typer.echo(f"Wrote {output}.")

@@ -52,4 +52,4 @@ def evaluate(
         interval = f"  (95% interval {low:.4f} to {high:.4f}, over {result.interval_over})"
     typer.echo(f"{result.bits_per_byte:.4f} bits per byte{interval}")
     typer.echo(f"{result.nats_per_token:.4f} nats per token")
-    typer.echo(f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents; {how}")
+    typer.echo(f"{result.tokens:,} tokens, {result.bytes:,} bytes, documents: {result.documents:,}; {how}")

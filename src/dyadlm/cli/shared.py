@@ -32,8 +32,11 @@ errors = Console(stderr=True, highlight=False)
 
 def load(model: str, device: str, dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model and its tokenizer, without the bars that transformers shows while loading."""
+    from transformers.utils import logging
+
     from dyadlm.generate import load_model
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load_model(model, device, dtype)
 
 

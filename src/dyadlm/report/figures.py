@@ -115,11 +115,11 @@ def _draw_contributions(lengths: np.ndarray, pieces: Sequence[str], path: Path) 
         above, below = cast(Any, figure.subfigures(2, 1, height_ratios=[tall, rows * (0.12 * levels + 0.6)]))
         axes = above.add_subplot()
         image = _heat(axes, lengths.mean(axis=0), high=float(lengths.mean(axis=0).max()))
-        axes.set_title("Which levels speak: length of what each adds, mean over layers")
+        axes.set_title("Which levels speak: how much each adds to the hidden state, mean over layers")
         axes.set_yticks(range(levels), [_span(level) for level in range(levels)])
         axes.set_ylabel("tokens that a level averages")
         _write_tokens(axes, pieces)
-        above.colorbar(image, ax=axes, pad=0.01, aspect=30).outline.set_visible(False)
+        above.colorbar(image, ax=axes, pad=0.01, aspect=30, label="length").outline.set_visible(False)
         grid = below.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for layer, small in enumerate(grid.flat):
             if layer >= layers:

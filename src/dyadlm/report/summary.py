@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.data import resolve_data
 from dyadlm.errors import UserError
@@ -85,7 +85,8 @@ def _page(
             {
                 "Bits per byte": f"{figures.bits_per_byte:.4f}",
                 "Nats per token": f"{figures.nats_per_token:.4f}",
-                "Scored": f"{figures.tokens:,} tokens, {figures.bytes:,} bytes, {figures.documents:,} documents",
+                "Scored": f"{figures.tokens:,} tokens, {figures.bytes:,} bytes",
+                "Documents": f"{figures.documents:,}",
                 "How": f"disjoint windows of {figures.window} tokens, each from a fresh state, every token once",
                 "Computed in": f"{figures.dtype} on {figures.device}",
             }
@@ -121,17 +122,18 @@ def _data_table(manifest: Any) -> str:
     rows = {"Sources": ", ".join(f"{source['name']} ({source['licence']})" for source in manifest.sources)}
     for name, split in manifest.splits.items():
         rows[name.capitalize()] = (
-            f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes_per_token:.2f} bytes per token"
+            f"{split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), documents: {split.documents:,}"
         )
     return _table(rows | {"Tokenizer": manifest.tokenizer["name"], "Id": f"`{manifest.dataset_id[:16]}`"})
 
 
 def _model_rows(config: Mapping[str, Any]) -> dict[str, str]:
-    """The plain fields of the configuration."""
+    """The fields that make this model, without those that every Hugging Face configuration has."""
+    common = PreTrainedConfig().to_dict().keys() - {"model_type"}
     return {
         name: str(value)
         for name, value in config.items()
-        if value is not None and not isinstance(value, dict) and not name.endswith("_token_id")
+        if value is not None and name not in common and not name.endswith("_token_id")
     }
 
 

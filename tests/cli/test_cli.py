@@ -1,0 +1,366 @@
+"""The verbs from end to end, on text made here and a model that trains in a second."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dyadlm.cli import main
+from dyadlm.cli.app import spread_lists
+from dyadlm.cli.train import duration
+from dyadlm.version import __version__
+
+SMALL = [
+    "--set", "model.hidden_size=16", "model.num_hidden_layers=2", "data.sequence_length=32", "max_steps=4",
+    "per_device_train_batch_size=2", "save_steps=2", "eval_steps=2", "logging_steps=1", "data.validation_tokens=256",
+]  # fmt: skip
+WORDS = ["the", "king", "queen", "speaks", "of", "love", "and", "war", "in", "a", "dark", "wood", "by", "night"]
+
+
+def words(count: int) -> str:
+    chosen = np.random.default_rng(count).choice(WORDS, count)
+    return " ".join(chosen) + ".\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with texts, a finished run, and nothing else; the cache is elsewhere."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "text.txt").write_text(words(600))
+    (place / "other.txt").write_text(words(500))
+    (place / "empty.txt").write_text("")
+    (place / "short.txt").write_text("short")
+    (place / "bytes.bin").write_bytes(bytes(range(256)) * 20)
+    (place / "no-model").mkdir()
+    (place / "no-model" / "notes.md").write_text("nothing here")
+    word_tokenizer().save_pretrained(place / "words")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYADLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.chdir(place)
+        call("train", "--preset", "tiny", "--data", "text.txt", "--output", "run", *SMALL)
+        call("data", "prepare", "other.txt", "--output", "word-data", "--tokenizer", "words")
+        yield place
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate([*WORDS, " ", ".", "\n"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def call(*arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    code = ended.value.code or 0
+    assert code in (0, 1, 2)
+    return code
+
+
+def contents(place) -> dict:
+    return {path: path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+
+
+def start(place, *arguments) -> subprocess.Popen:
+    """A process of its own, for what only signals and pipes can tell."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-m", "dyadlm", *arguments], cwd=place, text=True, **pipes)
+
+
+# ---- Errors
+
+
+REQUESTS = {
+    "unknown preset": ("train --preset huge --data text.txt --output new", "huge"),
+    "unknown corpus": ("train --preset tiny --data shakespear --output new", "shakespear"),
+    "unknown corpus to fetch": ("data fetch shakespear", "shakespear"),
+    "unknown key": ("train --preset tiny --data text.txt --output new --set max_step=3", "max_steps"),
+    "unknown key of ours": ("train --preset tiny --data text.txt --output new --set data.canary=3", "canaries"),
+    "unknown field": ("train --preset tiny --data text.txt --output new --set model.levels=3", "levels"),
+    "unknown value": ("train --preset tiny --data text.txt --output new --set max_steps=many", "max_steps"),
+    "unknown value of a field": (
+        "train --preset tiny --data text.txt --output new --set model.level_feature=sum", "level_feature",
+    ),
+    "key without value": ("train --preset tiny --data text.txt --output new --set max_steps", "key=value"),
+    "unknown device": ("train --preset tiny --data text.txt --output new --device abacus", "abacus"),
+    "no preset and no model": ("train --data text.txt --output new", "--preset"),
+    "no data": ("train --preset tiny --output new", "--data"),
+    "missing configuration": ("train --preset tiny --data text.txt --output new --config none.yaml", "none.yaml"),
+    "missing file": ("train --preset tiny --data none.txt --output new", "none.txt"),
+    "empty file": ("train --preset tiny --data empty.txt --output new", "empty.txt"),
+    "empty file to prepare": ("data prepare empty.txt --output new", "empty.txt"),
+    "missing file to evaluate": ("evaluate run --data none.txt", "none.txt"),
+    "shorter than one window": ("train --preset tiny --data short.txt --output new", "short"),
+    "no text for a text tokenizer": ("data prepare bytes.bin --output new --tokenizer words", "bytes.bin"),
+    "unknown tokenizer": ("data prepare text.txt --output new --tokenizer none/none", "none/none"),
+    "no model": ("generate no-model --prompt a", "no-model"),
+    "no model to evaluate": ("evaluate no-model --data text.txt", "no-model"),
+    "no model to train on from": ("train --model no-model --data text.txt --output new", "no-model"),
+    "no model to export": ("export no-model --output new", "no-model"),
+    "no run to report on": ("report no-model --output new", "no-model"),
+    "missing model": ("generate none --prompt a", "none"),
+    "checkpoint of another config": (
+        "train --preset tiny --data text.txt --output run --resume --set model.hidden_size=32", "run",
+    ),
+    "output holds a run": (f"train --preset tiny --data text.txt --output run {' '.join(SMALL)}", "--resume"),
+    "output holds something else": ("train --preset tiny --data text.txt --output no-model", "no-model"),
+    "prepared already": ("data prepare text.txt --output word-data", "word-data"),
+    "exported already": ("export run --output no-model", "no-model"),
+    "reported already": ("report run --output no-model", "no-model"),
+    "picture already": ("inspect run --text abc --output picture.png", "picture.png"),
+    "picture that is none": ("inspect run --text abc --output picture.jpg", ".png"),
+    "no text to inspect": ("inspect run --text= --output new.png", "1 to 512"),
+    "vocabulary mismatch": ("evaluate run --data word-data", "tokenizer"),
+    "vocabulary mismatch in training": ("train --model run --data word-data --output new", "tokenizer"),
+    "empty prompt": ("generate run --prompt=", "prompt"),
+    "temperature": ("generate run --prompt a --temperature=-1", "temperature"),
+    "state of nothing": ("generate run --prompt a --state-in none.safetensors", "none.safetensors"),
+    "state that is none": ("generate run --prompt a --state-in text.txt", "text.txt"),
+    "state already there": ("generate run --prompt a --state-out text.txt", "text.txt"),
+    "window of nothing": ("evaluate run --data text.txt --window 0", "at least 1"),
+    "window of a stream": ("evaluate run --data text.txt --window 8 --stream", "not both"),
+    "unknown split": ("evaluate run --data text.txt --split training", "training"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_wrong_requests_end_with_one_sentence_and_change_nothing(name, place, capsys):
+    request, named = REQUESTS[name]
+    if name == "picture already":
+        (place / "picture.png").write_bytes(b"a picture")
+    before = contents(place)
+    assert call(*request.split(" ")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *told, sentence = err.splitlines()
+    assert sentence.startswith("dyadlm: ")
+    assert all(line.startswith(("device", "dtype")) for line in told)  # what a run says when it begins
+    assert named in sentence
+    assert "Traceback" not in err
+    assert contents(place) == before
+    assert not (place / "new").exists()
+    assert not list(place.glob(".staging-*"))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    ["nonsense", "train", "train --output", "evaluate", "evaluate run", "generate run", "data prepare text.txt"],
+)
+def test_incomplete_requests(request_, place, capsys):
+    assert call(*request_.split()) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_failed_runs_end_with_1(place, capsys):
+    diverging = ["--set", "learning_rate=1e9", "max_grad_norm=0", "train.divergence_rise=0.1", "max_steps=40"]
+    assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", "diverged", *SMALL, *diverging) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "checkpoint" in err.splitlines()[-1]
+
+
+# ---- What works
+
+
+def test_version_and_help(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"dyadlm {__version__}\n"
+    for verb in (
+        (),
+        ("train",),
+        ("evaluate",),
+        ("generate",),
+        ("stream",),
+        ("inspect",),
+        ("export",),
+        ("data", "list"),
+    ):
+        assert call(*verb, "--help") == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+def test_lists_of_values():
+    assert spread_lists(["train", "--data", "a", "b:2", "-", "--set", "x=1", "y=2", "--resume"]) == (
+        ["train", "--data", "a", "--data", "b:2", "--data", "-", "--set", "x=1", "--set", "y=2", "--resume"]
+    )
+    assert spread_lists(["evaluate", "run", "--data", "a", "--json"]) == ["evaluate", "run", "--data", "a", "--json"]
+    assert spread_lists(["--data", "a", "--", "b"]) == ["--data", "a", "--", "b"]
+
+
+def test_durations():
+    assert [duration(s) for s in (4.4, 60, 3725)] == ["4 s", "1 min 0 s", "1 h 2 min"]
+
+
+def test_corpora_are_listed(capsys):
+    assert call("data", "list") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("shakespeare", "kjv", "sotu"))
+
+
+def test_a_dry_run_leaves_nothing(place, capsys):
+    before = contents(place)
+    assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", "new", "--dry-run", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("parameters", "memory", "tokens: 256 in 4 steps of 64", "time"))
+    assert contents(place) == before
+    assert not (place / "new").exists()
+
+
+def test_training_goes_on(place, capsys):
+    before = contents(place / "run")
+    assert call("train", "--output", "run", "--resume") == 0
+    assert "4 steps, 256 tokens" in capsys.readouterr().out
+    assert contents(place / "run") == before
+    assert (
+        call(
+            "train", "--model", "run", "--data", "text.txt:2", "other.txt", "--output", "longer", *SMALL[:1], *SMALL[4:]
+        )
+        == 0
+    )
+    assert (place / "longer" / "model.safetensors").is_file()
+
+
+def test_three_ways_to_evaluate(place, capsys):
+    results = {}
+    for options in ((), ("--window", "16"), ("--stream",)):
+        assert call("evaluate", "run", "--data", "text.txt", "--json", *options) == 0
+        result = json.loads(capsys.readouterr().out)
+        results[result["mode"]] = result
+        assert result["split"] == "validation"
+        assert result["model"] == "run"
+    assert {mode: result["window"] for mode, result in results.items()} == {
+        "disjoint": 32,
+        "rolling": 16,
+        "stream": None,
+    }
+    assert results["disjoint"]["tokens"] == results["rolling"]["tokens"] + 1  # the end of the document
+    assert call("evaluate", "run", "--data", "text.txt", "--split", "train") == 0
+    out = capsys.readouterr().out
+    assert "bits per byte" in out
+    assert "95% interval" in out
+
+
+def test_generation_prints_and_repeats(place, capsys):
+    arguments = ["generate", "run", "--prompt", "the king", "--max-new-tokens", "12", "--seed", "3"]
+    assert call(*arguments) == 0
+    first = capsys.readouterr().out
+    assert call(*arguments) == 0
+    assert capsys.readouterr().out == first
+    assert first.startswith("the king")
+    assert first.endswith("\n")
+    assert call(*arguments[:4], "--max-new-tokens", "5", "--state-out", "state.safetensors") == 0
+    assert call("generate", "run", "--prompt", " speaks", "--state-in", "state.safetensors", "--top-k", "3") == 0
+
+
+def give_input(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_prompt_on_standard_input(place, capsys, monkeypatch):
+    give_input(monkeypatch, "the queen é".encode())
+    assert call("generate", "run", "--prompt", "-", "--max-new-tokens", "3") == 0
+    assert capsys.readouterr().out.startswith("the queen é")
+    give_input(monkeypatch, b"\xff\xfe")
+    assert call("generate", "run", "--prompt", "-") == 2
+    assert "UTF-8" in capsys.readouterr().err
+
+
+def test_streaming_surprisals_as_they_come_until_interrupted(place):
+    with start(place, "stream", "run", "--json") as process:
+        process.stdin.write("the\n")
+        process.stdin.flush()
+        told = [json.loads(process.stdout.readline()) for _ in range(4)]  # while the input is open
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert [surprise["text"] for surprise in told] == ["t", "h", "e", "\n"]
+    assert told[-1]["mean_nats"] == pytest.approx(np.log(2) * np.mean([surprise["bits"] for surprise in told]))
+    assert (process.returncode, out, err.strip()) == (0, "", "")
+
+
+def test_streaming_a_table_of_any_bytes(place, capsys, monkeypatch):
+    give_input(monkeypatch, b"a\xff\n")
+    assert call("stream", "run") == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["0", "1", "2"]
+    assert [line.split()[-1] for line in out.splitlines()] == ["'a'", "'\ufffd'", "'\\n'"]
+    assert err.startswith("3 tokens read: ")
+
+
+def test_streaming_on_demand(place, capsys, monkeypatch):
+    written = []
+    for content in (b"the king\n", b"the king\ngo\n", b"the king\ngo\nand the queen\n"):
+        give_input(monkeypatch, content)
+        assert call("stream", "run", "--continue", "4", "--marker", "go", "--temperature", "0") == 0
+        out, err = capsys.readouterr()
+        written.append(out)
+        assert err.startswith(f"{len(content.replace(b'go' + bytes([10]), b''))} tokens read")
+    # At the end of the input, or at the marker: once for what was read, and again when more was.
+    assert written[0] == written[1]
+    assert written[2].startswith(written[0])
+    assert len(written[2]) > len(written[0])
+
+
+def test_a_reader_may_leave(place):
+    with start(place, "generate", "run", "--prompt", "a", "--max-new-tokens", "100000") as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_an_interrupted_generation_ends_without_a_traceback(place):
+    with start(place, "generate", "run", "--prompt", "a", "--max-new-tokens", "100000") as process:
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_inspecting_draws_a_picture(place):
+    assert call("inspect", "run", "--text", "the dark wood", "--output", "tower.png") == 0
+    assert (place / "tower.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exporting_leaves_training_behind(place, capsys):
+    assert call("export", "run", "--output", "exported") == 0
+    names = {path.name for path in (place / "exported").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not names & {"dyadlm.json", "metrics.jsonl", "tensorboard", "checkpoint-4"}
+    capsys.readouterr()
+    assert call("evaluate", "exported", "--data", "text.txt") == 0
+    assert call("evaluate", "run", "--data", "text.txt") == 0
+    first, second = capsys.readouterr().out.split("bits per byte")[:2]
+    assert first.split()[0] == second.split("\n")[-1].split()[0] or first in second
+
+
+def test_a_report_says_it_all(place):
+    assert call("report", "run", "--output", "report", "--prompt", "the ") == 0
+    page = (place / "report" / "README.md").read_text()
+    for said in (
+        "bits per byte",
+        "no interval",
+        "text.txt",
+        "hidden_size | 16",
+        "loss.png",
+        "tower.png",
+        "```text\nthe ",
+    ):
+        assert said in page
+    figures = json.loads((place / "report" / "evaluation.json").read_text())
+    assert f"{figures['bits_per_byte']:.4f}" in page
+    for picture in ("loss.png", "tower.png"):
+        assert (place / "report" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_prepared_data_trains_and_evaluates(place, capsys):
+    assert call("data", "prepare", "text.txt", "--output", "data", "--validation", "other.txt") == 0
+    assert "train: " in capsys.readouterr().out
+    assert call("train", "--preset", "tiny", "--data", "data", "--output", "prepared-run", *SMALL) == 0
+    assert call("evaluate", "prepared-run", "--data", "data") == 0
