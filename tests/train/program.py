@@ -1,6 +1,6 @@
 """Small runs: a text made from a seed, a model of a few thousand weights.
 
-As a program (`python program.py OUTPUT [--resume] key=value …`) it is the process that tests kill or distribute.
+As a program (`python program.py OUTPUT [--resume] key=value … [-- OUTPUT …]`) it is what tests kill or distribute.
 """
 
 import random
@@ -49,15 +49,16 @@ def small(output: Path, *assignments: str, **options: Any) -> TrainSettings:
     return TrainSettings.create(output, assignments=assignments, **{"data": ["words"], "device": "cpu"} | options)
 
 
-if __name__ == "__main__":
-    target, *rest = sys.argv[1:]
-    resume = "--resume" in rest
+def main(target: str, *rest: str) -> None:
+    assignments = [text for text in rest if text != "--resume"]
+    settings = small(Path(target), *assignments, resume="--resume" in rest)
     try:
-        train(
-            small(Path(target), *[text for text in rest if text != "--resume"], resume=resume),
-            words(),
-            Console(file=sys.stdout, width=200),
-        )
+        train(settings, words(), Console(file=sys.stdout, width=200))
     except RunFailed as error:
         print(error, flush=True)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    for run in " ".join(sys.argv[1:]).split(" -- "):
+        main(*run.split())

@@ -1,55 +1,59 @@
-"""Two processes on one machine (gloo): the same run as one process."""
+"""Two processes on one machine (gloo) train like one: replicated, and sharded by FSDP."""
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from dyadlm.train import train
 from dyadlm.train.checkpoint import last_complete
 
-
-def torchrun(program, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program[1], *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+SHARED = ("model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null")
 
 
-def losses(result):
-    return [line[name] for line in result for name in ("loss", "eval_loss") if name in line]
+def metrics(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
-def test_two_processes_give_the_loss_of_one(tmp_path, small, words, console, program):
-    output = tmp_path / "two"
-    shared = ("model.dropout=0", "data.canaries=0", "logging_steps=1", "max_steps=4")
-    done = torchrun(program, str(output), *shared, "per_device_train_batch_size=2")
+def test_two_processes_train_like_one(tmp_path, small, words, console, program):
+    """One launch for all, because importing torch takes longest."""
+    replicated, sharded = tmp_path / "replicated", tmp_path / "sharded"
+    halved = (*SHARED, "per_device_train_batch_size=2")
+    runs = [
+        (replicated, *halved, "max_steps=4"),
+        (sharded, *halved, "fsdp=true", "max_steps=1"),
+        (sharded, *halved, "fsdp=true", "max_steps=2", "--resume"),
+    ]
+    command = " -- ".join(" ".join(map(str, run)) for run in runs)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program[1]]
+    done = subprocess.run([*launcher, *command.split()], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    one = train(small(tmp_path / "one", *shared), words(), console)
-    two = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert losses(two) == pytest.approx(losses(one.metrics), rel=1e-5)
-    assert len(losses(two)) == 6
+
+    train(small(tmp_path / "one", *SHARED, "max_steps=4"), words(), console)
+    for name, count in (("loss", 4), ("eval_loss", 2)):
+        expected = metrics(tmp_path / "one", name)
+        assert len(expected) == count
+        assert metrics(replicated, name) == pytest.approx(expected, rel=1e-5)
+    assert metrics(sharded, "loss") == pytest.approx(metrics(tmp_path / "one", "loss")[:2], rel=1e-5)
+
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    two = load_file(replicated / "model.safetensors")
+    after_two_steps = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors", "cpu")
+    from_shards = load_file(sharded / "model.safetensors")
+    assert one.keys() == from_shards.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(from_shards[name], after_two_steps[name], rtol=1e-4, atol=1e-5)
+
+    # FSDP really sharded: its own checkpoint is there, and is what the second part resumed from.
+    assert (sharded / "checkpoint-1" / "pytorch_model_fsdp.bin").is_file()
+    assert f"Going on from {sharded / 'checkpoint-1'}" in done.stdout
+    assert last_complete(sharded) == sharded / "checkpoint-2"
     # Only the first process writes and prints.
-    assert len(re.findall(r"^step 4/4 ", done.stdout, re.MULTILINE)) == len(
-        re.findall(r"^step 4/4 ", console.file.getvalue(), re.MULTILINE)
-    )
-    assert len(list((output / "tensorboard").iterdir())) == 1
-    first, second = (load_file(folder / "model.safetensors") for folder in (one.output, output))
-    for name in first:
-        torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5)
-
-
-def test_fsdp_trains_saves_and_resumes(tmp_path, program):
-    output = tmp_path / "run"
-    shared = ("model.dropout=0", "per_device_train_batch_size=2", "fsdp=true", "save_steps=1")
-    done = torchrun(program, str(output), *shared, "max_steps=1")
-    assert done.returncode == 0, done.stderr
-    assert last_complete(output) == output / "checkpoint-1"
-    AutoModelForCausalLM.from_pretrained(output)
+    shown = [line for line in done.stdout.splitlines() if line.startswith("step 4/4 ")]
+    assert len(shown) == len([line for line in console.file.getvalue().splitlines() if line.startswith("step 4/4 ")])
+    assert len(list((replicated / "tensorboard").iterdir())) == 1

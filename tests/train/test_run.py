@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +29,20 @@ def assert_same_weights(first, second):
     first, second = weights(first), weights(second)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of six steps that nothing disturbed."""
+    return tmp_path_factory.mktemp("undisturbed") / "run"
+
+
+@pytest.fixture
+def undisturbed(whole, small, words):
+    """`whole`, trained at its first use under the fixtures of a test."""
+    if not whole.exists():
+        train(small(whole), words(), Console(quiet=True))
+    return whole
 
 
 def names(folder):
@@ -103,9 +118,8 @@ def test_checkpoints_are_read_back_without_pickles(tmp_path, small, words, conso
     assert sorted(seen) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
 
 
-def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, small, words, console):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(small(whole), words(), console)
+def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, small, words, console, undisturbed):
+    parts = tmp_path / "parts"
 
     class Crash(Exception):
         pass
@@ -124,16 +138,15 @@ def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, small, wo
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 1.0}\n{"step": 5, "lo')
     result = train(small(parts, resume=True), words(), console)
-    assert_same_weights(whole, parts)
+    assert_same_weights(undisturbed, parts)
     assert not (parts / ".staging-left").exists()
     evaluated = [line["step"] for line in result.metrics if "eval_loss" in line]
     assert evaluated == [2, 4, 6]
     assert 5 not in [line["step"] for line in result.metrics]
 
 
-def test_resume_passes_over_damaged_checkpoints(tmp_path, small, words, console):
-    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    train(small(whole), words(), console)
+def test_resume_passes_over_damaged_checkpoints(tmp_path, small, words, console, undisturbed):
+    damaged = tmp_path / "damaged"
     train(small(damaged, "max_steps=4", "save_total_limit=null"), words(), console)
     file = damaged / "checkpoint-4" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -144,6 +157,7 @@ def test_resume_passes_over_damaged_checkpoints(tmp_path, small, words, console)
     train(small(damaged, "save_total_limit=null", resume=True), words(), console)
     assert read_manifest(damaged / "checkpoint-6")
     assert read_manifest(damaged / "checkpoint-4")
+    assert_same_weights(undisturbed, damaged)
 
 
 def test_resume_takes_settings_from_the_run_and_returns_a_finished_one(tmp_path, small, words, console):
@@ -273,7 +287,7 @@ def test_divergence_stops(tmp_path, small, words, console):
     assert names(tmp_path / "run") == {"dyadlm.json", "metrics.jsonl", "tensorboard"}
 
 
-def test_full_disk_loses_no_earlier_checkpoint(tmp_path, small, words, console, monkeypatch):
+def test_full_disk_loses_no_earlier_checkpoint(tmp_path, small, words, console, monkeypatch, undisturbed):
     output = tmp_path / "run"
     save = torch.save
 
@@ -289,13 +303,11 @@ def test_full_disk_loses_no_earlier_checkpoint(tmp_path, small, words, console, 
     assert last_complete(output) == output / "checkpoint-2"
     assert not [name for name in names(output) if name.startswith(".staging-")]
     train(small(output, resume=True), words(), console)
-    whole = tmp_path / "whole"
-    train(small(whole), words(), console)
-    assert_same_weights(whole, output)
+    assert_same_weights(undisturbed, output)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monkeypatch, number, code):
+def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monkeypatch, undisturbed, number, code):
     output = tmp_path / "run"
     step = LanguageModelTrainer.training_step
 
@@ -313,9 +325,7 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monk
     assert signal.getsignal(number) is handler
     assert last_complete(output) == output / "checkpoint-3"
     train(small(output, resume=True), words(), console)
-    whole = tmp_path / "whole"
-    train(small(whole), words(), console)
-    assert_same_weights(whole, output)
+    assert_same_weights(undisturbed, output)
 
 
 def test_log_spaced_checkpoints_stay(tmp_path, small, words, console):

@@ -318,7 +318,8 @@ def _names(annotation: Any) -> str:
 
 
 def _argument(key: str, value: Any) -> Any:
-    hints = typing.get_type_hints(TrainingArguments)
+    # FSDP is switched on with true, although its annotation still says text.
+    hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str | None}
     known = [entry.name for entry in fields(TrainingArguments) if entry.init]
     if key in DECIDED_ELSEWHERE or key.startswith(("hub_", "trackio_")):
         reason = DECIDED_ELSEWHERE.get(key, "nothing is uploaded")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -96,6 +97,15 @@ class LanguageModelTrainer(Trainer):
         )
         for shown_by_us in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_us)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate passes over FSDP on CPUs without a word, though torch shards over gloo just as well.
+            PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     # ---- Order of text, optimizer, schedule ----
 
@@ -261,6 +271,10 @@ class LanguageModelTrainer(Trainer):
         if not self.args.should_save or output_dir is None:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is not None:
+            # Gathered from shards, tied weights no longer share memory, by which they are told and saved once.
+            tied = self._tied_names()
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         switched_off, model.config.use_cache = model.config.use_cache, self._published_use_cache
         try:
             with without_bars_of_transformers():
@@ -268,6 +282,10 @@ class LanguageModelTrainer(Trainer):
         finally:
             model.config.use_cache = switched_off
         self.tokenizer.save_pretrained(output_dir)
+
+    def _tied_names(self) -> set[str]:
+        """Names of weights that are other weights under a second name."""
+        return set(cast(PreTrainedModel, self.model).all_tied_weights_keys or {})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the moments and the position in the schedule, but keep the values that this run was told."""
@@ -286,7 +304,7 @@ class LanguageModelTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once and so are missing; anything else means another model."""
-        missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        missing = set(load_result.missing_keys) - self._tied_names()
         if missing or load_result.unexpected_keys:
             names = ", ".join(sorted(missing | set(load_result.unexpected_keys)))
             raise RunFailed(f"The checkpoint does not hold the weights of this model (these differ: {names}).")
