@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -203,7 +204,7 @@ def _text(file: BinaryIO, name: str) -> Iterator[Passage]:
     rest = b""
     while block := file.read(BLOCK_BYTES):
         content = rest + block
-        edge = content.rfind(b"\n") + 1 or _last_character(content)
+        edge = content.rfind(b"\n") + 1 or _whole_characters(content)
         content, rest = content[:edge], content[edge:]
         if content:
             yield Passage(name, content, offset=offset, starts=offset == 0)
@@ -212,11 +213,13 @@ def _text(file: BinaryIO, name: str) -> Iterator[Passage]:
         yield Passage(name, rest, offset=offset, starts=offset == 0)
 
 
-def _last_character(content: bytes) -> int:
-    """Where the last character of UTF-8 begins, so that a cut there splits none; the end in other bytes."""
-    for edge in range(len(content) - 1, max(len(content) - 5, 0), -1):
-        if content[edge] & 0xC0 != 0x80:
-            return edge
+def _whole_characters(content: bytes) -> int:
+    """Where a character of UTF-8 that ends beyond `content` begins; else the end."""
+    for back in range(1, min(4, len(content)) + 1):
+        byte = content[-back]
+        if byte & 0xC0 != 0x80:
+            size = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(content) - back if size > back else len(content)
     return len(content)
 
 
@@ -273,13 +276,14 @@ def _key(files: Mapping[str, Path]) -> str:
 
 def _standard_input() -> Source:
     """Standard input, kept in a temporary file, because a source is read more than once."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the source is gone
     shutil.copyfileobj(sys.stdin.buffer, spool)
 
     def passages() -> Iterator[Passage]:
         spool.seek(0)
         yield from _text(spool, "standard input")
 
+    weakref.finalize(passages, spool.close)
     spool.seek(0)
     key = hashlib.file_digest(spool, "sha256").hexdigest()
     return Source("standard input", "unknown", key, {TRAIN: passages})

@@ -184,11 +184,11 @@ class TokenStream:
     def _slice(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"Tokens {start}..{stop} of {self.name}, which has {len(self)}.")
-        first = max(int(np.searchsorted(self._edges, start, side="right")) - 1, 0)
-        last = max(int(np.searchsorted(self._edges, stop, side="left")), first + 1)
+        first = int(np.searchsorted(self._edges, start, side="right")) - 1
+        last = int(np.searchsorted(self._edges, stop, side="left"))
         parts = [
-            array[max(start - edge, 0) : stop - edge]
-            for array, edge in zip(arrays[first:last], self._edges[first:last], strict=True)
+            arrays[number][max(start - self._edges[number], 0) : stop - self._edges[number]]
+            for number in range(first, last)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.int32)])
 

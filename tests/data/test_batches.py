@@ -1,0 +1,139 @@
+"""Laws of training windows: pure, disjoint, covering, in proportion; and of streams in memory."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer
+from dyadlm.errors import UserError
+
+
+def numbers(size: int, name: str = "numbers") -> TokenStream:
+    """A stream in which every token says where it is."""
+    return TokenStream.from_tokens(np.arange(size), byte_lengths=np.ones(size), name=name)
+
+
+@given(size=st.integers(2, 300), length=st.integers(2, 40), seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
+@settings(deadline=None)
+def test_windows_of_an_epoch_are_disjoint_and_cover(size, length, seed, epoch):
+    if size < length:
+        size, length = length, size
+    count = size // length
+    windows = TrainingWindows([(numbers(size), 1.0)], length, 4 * count, seed)
+    seen = torch.cat([windows[number]["input_ids"] for number in range(epoch * count, (epoch + 1) * count)])
+    assert len(set(seen.tolist())) == len(seen) == count * length > size - length
+    for number in range(epoch * count, (epoch + 1) * count):
+        window = windows[number]["input_ids"]
+        assert torch.equal(window, (window[0] + torch.arange(length)) % size)
+
+
+def test_epochs_differ_in_phase_and_order():
+    windows = TrainingWindows([(numbers(1000), 1.0)], 10, 300, seed=3)
+    epochs = [[windows.place(number)[1] for number in range(start, start + 100)] for start in (0, 100, 200)]
+    assert len({start % 10 for epoch in epochs for start in epoch}) > 1
+    assert epochs[0] != sorted(epochs[0])
+    assert all(first != second for first, second in zip(epochs, epochs[1:], strict=False))
+
+
+@given(seed=st.integers(0, 2**32), other=st.integers(0, 2**32))
+@settings(deadline=None, max_examples=20)
+def test_an_item_depends_on_seed_and_number_alone(seed, other):
+    streams = [(numbers(500), 1.0), (numbers(90), 0.3)]
+    windows = TrainingWindows(streams, 8, 400, seed)
+    order = list(range(400))
+    np.random.default_rng(0).shuffle(order)
+    jumbled = {number: windows[number]["input_ids"] for number in order}
+    longer = TrainingWindows(streams, 8, 4000, seed)
+    assert all(torch.equal(jumbled[number], longer[number]["input_ids"]) for number in range(400))
+    different = TrainingWindows(streams, 8, 400, other)
+    same = all(torch.equal(jumbled[number], different[number]["input_ids"]) for number in range(400))
+    assert same == (seed == other)
+
+
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5), length=st.integers(1, 400))
+@settings(deadline=None)
+def test_sources_are_mixed_in_proportion_at_every_moment(weights, length):
+    windows = TrainingWindows([(numbers(40), weight) for weight in weights], 4, length)
+    taken = Counter()
+    for number in range(length):
+        taken[windows.place(number)[0]] += 1
+        for source, weight in enumerate(weights):
+            share = weight / sum(weights) * (number + 1)
+            assert abs(taken[source] - share) < source + 1 + 1e-3
+
+
+def test_each_source_goes_through_its_own_windows():
+    first, second = numbers(100, "first"), TokenStream.from_tokens(np.arange(1000, 1050))
+    windows = TrainingWindows([(first, 2.0), (second, 1.0)], 10, 15)
+    seen = torch.cat([windows[number]["input_ids"] for number in range(15)]).tolist()
+    assert sorted(seen) == [*range(100), *range(1000, 1050)]
+
+
+def test_documents_reset():
+    stream = TokenStream.from_text(["abc", "de", "fghij"], byte_tokenizer())
+    windows = TrainingWindows([(stream, 1.0)], 13, 3, document_reset=True, with_index=True, with_segments=True)
+    for number in range(3):
+        item = windows[number]
+        start = windows.place(number)[1]
+        position = 0
+        for at in range(13):
+            token = (start + at) % 13
+            fresh = at == 0 or token in (0, 4, 7)
+            position = 0 if fresh else position + 1
+            assert item["position_ids"][at] == position
+            assert item["labels"][at] == (-100 if fresh else item["input_ids"][at])
+            assert item["index"][at] == token
+            document = "text" if token < 4 else "text#2" if token < 7 else "text#3"
+            assert windows.segment(int(item["segments"][at])) == (document, "", "text")
+
+
+def test_items_are_batched_by_the_default_collator():
+    windows = TrainingWindows([(numbers(64), 1.0)], 8, 6, with_index=True)
+    batches = list(DataLoader(windows, batch_size=3, collate_fn=default_data_collator))
+    assert [batch["input_ids"].shape for batch in batches] == [(3, 8), (3, 8)]
+    assert all(value.dtype == torch.int64 for batch in batches for value in batch.values())
+    assert torch.equal(batches[0]["labels"], batches[0]["input_ids"])
+    assert len(windows) == 6
+    with pytest.raises(IndexError):
+        windows[6]
+
+
+def test_requests_that_are_wrong():
+    with pytest.raises(UserError, match="numbers has 7 tokens, less than one window of 8"):
+        TrainingWindows([(numbers(7), 1.0)], 8, 1)
+    with pytest.raises(UserError, match="positive"):
+        TrainingWindows([(numbers(9), 0.0)], 8, 1)
+    with pytest.raises(UserError, match="nothing to train on"):
+        TrainingWindows([], 8, 1)
+    with pytest.raises(UserError, match="at least 2"):
+        TrainingWindows([(numbers(9), 1.0)], 1, 1)
+
+
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), data=st.data())
+@settings(deadline=None)
+def test_slices_across_chunks(sizes, data):
+    whole = np.arange(sum(sizes), dtype=np.int32)
+    chunks = np.split(whole, np.cumsum(sizes)[:-1])
+    table = numbers(max(len(whole), 1)).segments
+    stream = TokenStream(chunks, lambda: table, chunks, index_start=50)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    assert stream.tokens(start, stop).tolist() == whole[start:stop].tolist()
+    assert stream.tokens(start, stop).dtype == np.int32
+    assert stream.index(start, stop).tolist() == list(range(50 + start, 50 + stop))
+    assert stream.bytes_of(start, stop) == whole[start:stop].sum()
+    with pytest.raises(IndexError):
+        stream.tokens(start, len(whole) + 1)
+
+
+def test_documents_of_a_stream_in_memory():
+    stream = TokenStream.from_text(["abc", "", b"\xff"], byte_tokenizer(), name="page")
+    assert stream.documents == [(0, 4, "page"), (4, 5, "page#2"), (5, 7, "page#3")]
+    assert stream.bytes_of(0, 7) == 4
+    assert TokenStream.from_tokens([1, 2, 3]).documents == [(0, 3, "tokens")]
