@@ -1,6 +1,7 @@
 """Laws of training windows: pure, disjoint, covering, in proportion; and of streams in memory."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_epochs_differ_in_phase_and_order():
     epochs = [[windows.place(number)[1] for number in range(start, start + 100)] for start in (0, 100, 200)]
     assert len({start % 10 for epoch in epochs for start in epoch}) > 1
     assert epochs[0] != sorted(epochs[0])
-    assert all(first != second for first, second in zip(epochs, epochs[1:], strict=False))
+    assert all(first != second for first, second in pairwise(epochs))
 
 
 @given(seed=st.integers(0, 2**32), other=st.integers(0, 2**32))

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from dyadlm.data import fetch_corpus, list_corpora
 from dyadlm.data import corpora as corpora_module
+from dyadlm.data import fetch_corpus, list_corpora
 from dyadlm.data.corpora import open_corpus
 from dyadlm.errors import UserError
 from dyadlm.files import sha256_of
@@ -76,7 +76,8 @@ Now it came to pass.
     {1001001: 1, 1001002: 18, 1002001: 36, 8001001: 45},
     {1001001: 18, 1001002: 35, 1002001: 44, 8001001: 65},
     {Book.GENESIS: {1: 2, 2: 1}, Book.RUTH: {1: 1}},
-    {Book.GENESIS: "Genesis", Book.B2: "", Book.B3: "", Book.B4: "", Book.B5: "", Book.B6: "", Book.B7: "", Book.RUTH: "Ruth"},
+    {Book.GENESIS: "Genesis", Book.B2: "",
+     Book.B3: "", Book.B4: "", Book.B5: "", Book.B6: "", Book.B7: "", Book.RUTH: "Ruth"},
     {},
     False,
 )

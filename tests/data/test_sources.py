@@ -66,13 +66,17 @@ def test_damaged_files(tmp_path, suffix, content):
 def test_truncated_gzip(tmp_path):
     path = tmp_path / "page.gz"
     path.write_bytes(gzip.compress(make_text(2000).encode())[:-50])
-    with pytest.raises(UserError, match="page.gz cannot be read"):
+    with pytest.raises(UserError, match=r"page.gz cannot be read"):
         read(open_source(path))
 
 
 def test_json_lines(tmp_path):
     path = tmp_path / "pages.jsonl.gz"
-    records = [{"body": "one", "section": "first", "kind": "prose"}, {"body": ""}, {"body": "zwei \ud800", "section": 3}]
+    records = [
+        {"body": "one", "section": "first", "kind": "prose"},
+        {"body": ""},
+        {"body": "zwei \ud800", "section": 3},
+    ]
     path.write_bytes(gzip.compress("\n\n".join(json.dumps(record) for record in records).encode()))
     passages = read(open_source(path, text_field="body"))
     assert passages == [

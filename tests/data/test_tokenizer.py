@@ -11,7 +11,9 @@ from dyadlm.data.tokenizer import TextEncoder
 from dyadlm.errors import UserError
 
 TOKENIZER = byte_tokenizer()
-TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<|end|>", "a<|pad|>\r\n <|begin|>", "", " "])
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    ["<|end|>", "a<|pad|>\r\n <|begin|>", "", " "]
+)
 
 
 def test_ids_are_the_bytes_and_specials_lie_above():

@@ -1,0 +1,235 @@
+"""Prepared folders: what is in them, that workers and shards change nothing, and that damage is named."""
+
+import json
+import sys
+from itertools import pairwise
+
+import datasets
+import numpy as np
+import pytest
+
+from dyadlm.data import Passage, Source, TrainingWindows, byte_tokenizer, open_dataset, prepare
+from dyadlm.data.dataset import ROW_TOKENS
+from dyadlm.data.tokenizer import decode_bytes
+from dyadlm.errors import UserError
+
+from .conftest import make_text
+
+SPLITS = ("train", "validation", "test")
+
+
+def made_up(documents: int = 12, words: int = 700) -> Source:
+    """Documents of several passages, with sections and kinds, and one repeated name."""
+
+    def passages(split):
+        for number in range(documents):
+            for part in range(3):
+                text = make_text(words, seed=100 * SPLITS.index(split) + 3 * number + part)
+                name = f"{split} {max(number, 1)}"
+                yield Passage(name, text.encode(), f"part {part}", "song" if part == 2 else "prose", starts=part == 0)
+
+    splits = {split: (lambda split=split: passages(split)) for split in SPLITS}
+    return Source("made up", "CC0", "1", splits)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Many rows, writes, shards and pieces of work even in small data."""
+    module = sys.modules["dyadlm.data.prepare"]  # the name in the package is the function
+    monkeypatch.setattr(module, "ROWS_PER_WRITE", 2)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 5 * ROW_TOKENS)
+    monkeypatch.setattr(module, "WORK_BYTES", 5_000)
+
+
+@pytest.mark.parametrize("kind", ["byte", "text"])
+def test_streams_hold_the_text_and_its_tags(tmp_path, kind, text_tokenizer, small_shards):
+    tokenizer = byte_tokenizer() if kind == "byte" else text_tokenizer
+    source = made_up()
+    manifest = prepare([source], tmp_path / "out", tokenizer)
+    data = open_dataset(tmp_path / "out")
+    assert data.manifest == manifest
+    assert data.manifest.sources == [{"name": "made up", "licence": "CC0"}]
+    assert len(manifest.splits["train"].shards) > 1
+    index = 0
+    for name in SPLITS:
+        stream, split = data.split(name), manifest.splits[name]
+        assert stream.index_start == split.index_start == index
+        index += len(stream)
+        tokens = stream.tokens(0, len(stream))
+        assert len(tokens) == split.tokens
+        passages = list(source.splits[name]())
+        size = sum(len(passage.content) for passage in passages)
+        assert size == split.bytes == stream.bytes_of(0, len(stream))
+        assert split.bytes_per_token == split.bytes / split.tokens
+        assert (kind == "byte") == (split.bytes_per_token <= 1)
+
+        documents = stream.documents
+        assert len(documents) == split.documents == 12
+        assert [document.name for document in documents[:3]] == [f"{name} 1", f"{name} 1#2", f"{name} 2"]
+        assert documents[0].start == 0
+        assert documents[-1].stop == len(stream)
+        assert all(first.stop == second.start for first, second in pairwise(documents))
+        for number, document in enumerate(documents):
+            ids = tokens[document.start : document.stop]
+            assert ids[-1] == tokenizer.eos_token_id
+            text = b"".join(passage.content for passage in passages[3 * number : 3 * number + 3])
+            assert tokenizer.decode(ids[:-1]).encode() == text
+            assert stream.bytes_of(document.start, document.stop) == len(text)
+
+        segments = [stream.segments[number] for number in range(len(stream.segments))]
+        assert [segment[2:] for segment in segments[:4]] == [
+            ("part 0", "prose"),
+            ("part 1", "prose"),
+            ("part 2", "song"),
+            ("part 0", "prose"),
+        ]
+        assert len(segments) == len(passages)
+        edges = [segment.start for segment in segments]
+        for (start, stop), passage in zip(pairwise([*edges, len(stream)]), passages, strict=True):
+            # A token across the edge of two passages belongs to the first.
+            assert abs(stream.bytes_of(start, stop) - len(passage.content)) <= (0 if kind == "byte" else 8)
+        numbers = stream.segment_numbers(0, len(stream))
+        assert np.array_equal(np.flatnonzero(np.diff(numbers)) + 1, edges[1:])
+
+
+def test_rows_are_readable_with_datasets(tmp_path, small_shards):
+    manifest = prepare([made_up()], tmp_path / "out")
+    expected = 0
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            rows = datasets.Dataset.from_file(str(tmp_path / "out" / shard.file))
+            assert rows.features["input_ids"].feature.dtype == "int32"
+            assert rows.features["index_start"].dtype == "int64"
+            for row in rows:
+                assert row["index_start"] == expected
+                expected += len(row["input_ids"])
+                starts = [segment["start"] for segment in row["segments"]]
+                assert starts[0] <= 0
+                assert all(0 < start < len(row["input_ids"]) for start in starts[1:])
+                assert set(row["segments"][0]) == {"start", "document", "section", "kind"}
+    assert expected == sum(split.tokens for split in manifest.splits.values())
+
+
+def test_workers_change_nothing(tmp_path, text_tokenizer, small_shards):
+    serial = prepare([made_up()], tmp_path / "serial", text_tokenizer)
+    parallel = prepare([made_up()], tmp_path / "parallel", text_tokenizer, num_proc=3)
+    assert serial == parallel
+    for split in serial.splits.values():
+        for shard in split.shards:
+            assert (tmp_path / "serial" / shard.file).read_bytes() == (tmp_path / "parallel" / shard.file).read_bytes()
+
+
+def test_the_identity_follows_the_content(tmp_path):
+    (tmp_path / "one.txt").write_text(make_text(100))
+    (tmp_path / "two.txt").write_text(make_text(100, seed=1))
+    ids = [
+        prepare([tmp_path / name], tmp_path / str(number)).dataset_id
+        for number, name in enumerate(("one.txt", "one.txt", "two.txt"))
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_one_file_gives_its_last_tenth(tmp_path):
+    content = make_text(500).encode()
+    (tmp_path / "page.txt").write_bytes(content)
+    prepare([tmp_path / "page.txt"], tmp_path / "out")
+    data = open_dataset(tmp_path / "out")
+    train, validation = data.split("train"), data.split("validation")
+    assert decode_bytes(train.tokens(0, len(train))) + decode_bytes(validation.tokens(0, len(validation))) == content
+    assert abs(len(validation) - len(content) / 10) < 6
+    assert train.name == "page.txt (train)"
+    with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
+        data.split("test")
+
+
+def test_a_source_for_validation(tmp_path):
+    (tmp_path / "page.txt").write_text("all of it")
+    (tmp_path / "other.txt").write_text("elsewhere")
+    prepare([tmp_path / "page.txt"], tmp_path / "out", validation=tmp_path / "other.txt")
+    data = open_dataset(tmp_path / "out")
+    assert decode_bytes(data.split("train").tokens(0, 10)) == b"all of it"
+    assert decode_bytes(data.split("validation").tokens(0, 10)) == b"elsewhere"
+    assert [source["name"] for source in data.manifest.sources] == ["page.txt", "other.txt"]
+
+
+def test_any_bytes_but_only_with_the_byte_tokenizer(tmp_path, text_tokenizer, small_shards):
+    content = make_text(4000).encode() + b"caf\xe9 is Latin-1\n" + make_text(100).encode()
+    (tmp_path / "page.txt").write_bytes(content)
+    prepare([tmp_path / "page.txt"], tmp_path / "bytes")
+    place = content.index(b"\xe9")
+    with pytest.raises(UserError, match=rf"page.txt is not UTF-8 text: byte {place} is 0xe9 .*byte tokenizer"):
+        prepare(
+            [tmp_path / "page.txt"], tmp_path / "out", text_tokenizer, validation=tmp_path / "bytes" / "manifest.json"
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "page.txt"]
+
+
+def test_specials_in_data_stay_text(tmp_path):
+    (tmp_path / "page.txt").write_text("<|end|> or <|begin|>" * 5)
+    prepare([tmp_path / "page.txt"], tmp_path / "out")
+    stream = open_dataset(tmp_path / "out").split("train")
+    tokens = stream.tokens(0, len(stream))
+    assert (tokens >= 256).sum() == 1
+    assert tokens[-1] == 258
+
+
+def test_nothing_is_overwritten_or_left_behind(tmp_path):
+    (tmp_path / "page.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match="already exists"):
+        prepare([tmp_path / "page.txt"], tmp_path / "taken")
+    with pytest.raises(UserError, match=r"empty.txt holds 0 bytes"):
+        prepare([tmp_path / "empty.txt"], tmp_path / "out")
+    with pytest.raises(UserError, match="no text for the validation split"):
+        prepare([tmp_path / "page.txt"], tmp_path / "out", validation=tmp_path / "empty.txt")
+    with pytest.raises(UserError, match="name at least one source"):
+        prepare([], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
+
+
+def test_damage_is_named(tmp_path):
+    folder = tmp_path / "out"
+    manifest = prepare([made_up(documents=2)], folder)
+    shard = folder / manifest.splits["validation"].shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"validation/shard-00000.arrow is damaged"):
+        open_dataset(folder)
+    assert open_dataset(folder, verify=False).manifest == manifest
+    shard.unlink()
+    with pytest.raises(UserError, match=r"validation/shard-00000.arrow is missing"):
+        open_dataset(folder)
+
+
+def test_folders_that_are_not_prepared(tmp_path):
+    with pytest.raises(UserError, match="no prepared data"):
+        open_dataset(tmp_path)
+    folder = tmp_path / "out"
+    prepare([made_up(documents=2)], folder)
+    with pytest.raises(UserError, match="is prepared already"):
+        prepare([folder], tmp_path / "again")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for content, message in [
+        (json.dumps(manifest | {"format": 99}), "has format 99"),
+        (json.dumps(manifest | {"splits": 1}), "damaged"),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+    ]:
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            open_dataset(folder)
+
+
+def test_windows_over_shards(tmp_path, small_shards):
+    prepare([made_up()], tmp_path / "out")
+    stream = open_dataset(tmp_path / "out").split("train")
+    windows = TrainingWindows([(stream, 1.0)], 512, 40, with_index=True)
+    tokens = stream.tokens(0, len(stream))
+    for number in range(40):
+        item = windows[number]
+        assert np.array_equal(item["input_ids"].numpy(), tokens[item["index"].numpy() - stream.index_start])
