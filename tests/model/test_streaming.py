@@ -89,7 +89,7 @@ def test_packed_documents_equal_each_alone(variant):
     positions = torch.cat([torch.arange(n) for n in sizes])[None]
     for cut in (None, 31, 40):
         cache, logits = DyadCache(), []
-        for part in ([slice(None)] if cut is None else [slice(0, cut), slice(cut, None)]):
+        for part in [slice(None)] if cut is None else [slice(0, cut), slice(cut, None)]:
             out = model(packed[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True)
             logits.append(out.logits)
         alone = [model(document, use_cache=True) for document in documents]

@@ -108,14 +108,8 @@ class DyadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
             init.constant_(module.tower_identity, 0.1)
             init.constant_(module.mlp_identity, 0.1)
-        elif isinstance(module, SwiGLU):
-            init.zeros_(module.down.weight)
-        elif isinstance(module, Tower):
-            for up in [
-                *module.up_nodes.values(),
-                *([module.up_tokens] if module.up_tokens is not None else []),
-            ]:
-                init.zeros_(up.weight)
+            for last in (*module.tower.ups(), module.mlp.down):
+                init.zeros_(last.weight)
 
 
 class DyadModel(DyadPreTrainedModel):

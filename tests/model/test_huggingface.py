@@ -1,0 +1,274 @@
+"""What a Hugging Face user expects of a causal language model."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
+
+from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
+from dyadlm.data import byte_tokenizer
+
+from .conftest import make_model, random_ids
+
+
+def generate(model, ids, mask=None, **options):
+    torch.manual_seed(11)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 256, **options}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
+    "beams": {"num_beams": 4},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "beams returned": {"num_beams": 4, "num_return_sequences": 3},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_with_the_state_equals_generate_without(mode):
+    model, ids = make_model(), random_ids(2, 21)
+    with_state = generate(model, ids, use_cache=True, **MODES[mode])
+    assert torch.equal(with_state, generate(model, ids, use_cache=False, **MODES[mode]))
+    assert with_state.shape[1] == 41
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_left_padded_batches_generate_what_each_row_does_alone(mode):
+    model = make_model()
+    rows = [random_ids(1, n, seed=n) for n in (5, 18, 30)]
+    ids, mask = torch.full((3, 30), 256), torch.zeros(3, 30, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, 30 - row.shape[1] :], mask[b, 30 - row.shape[1] :] = row[0], 1
+    together = generate(model, ids, mask, **MODES[mode])
+    for b, row in enumerate(rows):
+        assert torch.equal(together[b, 30:], generate(model, row, **MODES[mode])[0, row.shape[1] :])
+
+
+def test_generation_continues_from_a_returned_state():
+    model, ids = make_model(), random_ids(2, 12)
+    once = generate(model, ids, max_new_tokens=30)
+    first = generate(model, ids, max_new_tokens=12, return_dict_in_generate=True)
+    assert isinstance(first.past_key_values, DyadCache)
+    second = generate(model, first.sequences, max_new_tokens=18, past_key_values=first.past_key_values)
+    assert torch.equal(second, once)
+
+
+def test_the_first_token_can_come_from_embeddings():
+    model, ids = make_model(), random_ids(1, 9)
+    embedded = model.get_input_embeddings()(ids)
+    out = model.generate(inputs_embeds=embedded, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=256)
+    assert torch.equal(out, generate(model, ids, max_new_tokens=6)[:, 9:])
+
+
+def test_assisted_decoding_is_refused_rather_than_wrong():
+    model = make_model()
+    with pytest.raises(ValueError, match="stateful"):
+        generate(model, random_ids(1, 5), assistant_model=make_model(seed=1))
+
+
+def test_save_and_load_through_the_auto_classes(tmp_path):
+    model = make_model(torch.float32)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, DyadForCausalLM)
+    ids = random_ids(2, 30)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, DyadConfig)
+    assert config.to_dict() == loaded.config.to_dict()
+
+
+def test_weights_are_tied_unless_told_otherwise(tmp_path):
+    tied = make_model(torch.float32)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    untied = make_model(torch.float32, tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    untied.save_pretrained(tmp_path)
+    ids = random_ids(1, 5)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, untied(ids).logits)
+
+
+def test_resize_token_embeddings():
+    model, ids = make_model(torch.float32), random_ids(1, 11)
+    before = model(ids).logits
+    model.resize_token_embeddings(300)
+    after = model(ids)
+    assert after.logits.shape[-1] == model.config.vocab_size == 300
+    assert torch.allclose(after.logits[..., :259], before, atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_outputs_by_convention():
+    model, ids = make_model(), random_ids(2, 14)
+    out = model(ids, labels=ids, output_hidden_states=True, use_cache=False)
+    assert out.past_key_values is None
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    labels = ids.clone()
+    labels[:, :8] = -100
+    expected = torch.nn.functional.cross_entropy(out.logits[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
+    assert torch.allclose(model(ids, labels=labels).loss.double(), expected, atol=1e-6)
+    assert torch.allclose(model(ids, logits_to_keep=3).logits, out.logits[:, -3:])
+    assert torch.allclose(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, out.logits[:, [0, 5]])
+    assert isinstance(model(ids, return_dict=False), tuple)
+    assert (out.routes, out.boundaries, out.metrics) == (None, None, None)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+
+
+def test_pipeline_generates_text(tmp_path):
+    make_model(torch.float32).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    writer = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert isinstance(writer.tokenizer, PreTrainedTokenizerFast)
+    texts = writer(["To be", "or"], max_new_tokens=8, do_sample=False, batch_size=2, pad_token_id=256)
+    assert texts[0][0]["generated_text"].startswith("To be")
+    assert texts[1][0]["generated_text"].startswith("or")
+
+
+def test_plain_trainer_trains_it(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(1, 32).repeat(16, 1)]
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=2))
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=30,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    result = Trainer(model, arguments, train_dataset=rows).train()
+    with torch.no_grad():
+        final = model.eval()(rows[0]["input_ids"][None], labels=rows[0]["labels"][None]).loss
+    assert final < 0.5 * result.training_loss
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, ids = make_model().train(), random_ids(2, 40)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable()
+    assert model.model.layers[0].gradient_checkpointing
+    for a, b in zip(plain, gradients(), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_the_core_compiles_without_a_graph_break():
+    """Captured whole, forward and backward; the default backend also needs a C++ compiler (benchmarks measure it)."""
+    model, ids = make_model(torch.float32).train(), random_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.model.stack = torch.compile(model.model.stack, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, of torch's deprecated parts
+        model(ids, labels=ids).loss.backward()
+    for a, b in zip(expected, (p.grad for p in model.parameters()), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_identity_channel_is_written_by_no_block_and_read_by_all():
+    model, ids = make_model(), random_ids(1, 20)
+    seen = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: seen.append((args[1], args[1].clone())))
+        for layer in model.model.layers
+    ]
+    before = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 3
+    for tensor, copy in seen:
+        assert torch.equal(tensor, seen[0][1])
+        assert torch.equal(copy, seen[0][1])  # bit-equal at every depth, before and after
+    for depth in range(3):  # zeroing it at any one depth changes the logits
+        hook = model.model.layers[depth].register_forward_pre_hook(
+            lambda module, args: (args[0], torch.zeros_like(args[1]), *args[2:])
+        )
+        assert not torch.equal(model(ids).logits, before)
+        hook.remove()
+
+
+def test_contexts_longer_than_trained_work():
+    model = make_model(max_position_embeddings=32)
+    assert model(random_ids(1, 500)).logits.isfinite().all()
+
+
+def test_level_contributions_show_each_level_and_add_up():
+    model, ids = make_model(), random_ids(1, 50)
+    loud = model.model.level_contributions(ids)
+    assert loud.shape == (3, 7, 50)
+    assert loud.isfinite().all()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.tower.up_nodes["5"].weight.zero_()
+    silent = model.model.level_contributions(ids)
+    assert (silent[:, 5] == 0).all()
+    assert (loud[:, 5, 32:] > 0).all()
+    assert torch.equal(loud[0, 3], silent[0, 3])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # read by peft, not by us
+def test_lora_on_the_projections_trains(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, ids = make_model(torch.float32), random_ids(2, 40)
+    before = model(ids).logits
+    names = ["bottlenecks.0", "bottlenecks.6", "up_tokens", "tower.gate", "mlp.down"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    adapted.save_pretrained(tmp_path)
+    restored = peft.PeftModel.from_pretrained(make_model(torch.float32), tmp_path).eval()
+    assert torch.allclose(restored(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(restored(input_ids=ids).logits, before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "huge"}, "no preset 'huge'"),
+        ({"hiden_size": 3}, "did you mean 'hidden_size'"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"level_alignment": "dual"}, "level 0"),
+        ({"level_alignment": ["sliding"]}, "num_levels is 8"),
+        ({"level_rank": [1, 2]}, "num_levels is 8"),
+        ({"level_feature": "magic"}, "level_feature is 'magic'"),
+        ({"early": "late"}, "early is 'late'"),
+        ({"transport_space": "outer"}, "transport_space"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_wrong_configurations_are_named_in_one_sentence(wrong, message):
+    wrong = {"name": "tiny", **wrong}
+    with pytest.raises(UserError, match=message) as error:
+        DyadConfig.from_preset(wrong.pop("name"), **wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_keep_a_preset_consistent():
+    config = DyadConfig.from_preset("tiny", hidden_size=64, max_position_embeddings=1024)
+    assert (config.intermediate_size, config.level_rank, config.num_levels) == (176, 16, 10)
+    assert config.alignments == ["sliding"] * 4 + ["dual"] * 6
+    assert DyadConfig.from_preset("tiny", hidden_size=64, intermediate_size=100).intermediate_size == 100
