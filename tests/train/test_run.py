@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dyadlm import RunFailed, UserError
@@ -410,3 +410,36 @@ def test_progress_bar_on_a_terminal(tmp_path, small, words, console):
     console._force_terminal = True
     train(small(tmp_path / "run"), words(), console)
     assert "6/6" in console.file.getvalue()
+
+
+def test_files_become_a_model_and_the_data_is_told_apart(tmp_path, small, words, console, monkeypatch, llama):
+    """The whole way: text files, prepared into the cache with the tokenizer of the model."""
+    monkeypatch.setenv("DYADLM_CACHE", str(tmp_path / "cache"))
+    stream = words().train[0][0]
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    content = bytes(token for token in stream.tokens(0, len(stream)).tolist() if token < 256)
+    first.write_bytes(content)
+    second.write_bytes(content[::-1])
+    output = tmp_path / "run"
+    options = ("max_steps=2", "data.validation_tokens=128")
+    result = train(small(output, *options, data=[f"{first}:2", str(second)]), console=console)
+    assert result.validation_bits_per_byte > 0
+    with pytest.raises(UserError, match="another data"):
+        train(small(output, "max_steps=4", data=[str(first), str(second)], resume=True), console=console)
+    train(small(tmp_path / "llama-run", *options, model=llama, data=[str(first)]), console=console)
+    with pytest.raises(UserError, match="has its own tokenizer"):
+        train(small(tmp_path / "other", "data.tokenizer=byte", model=llama, data=[str(first)]), console=console)
+
+
+def test_damaged_model_folder_is_refused(tmp_path, small, words, console, llama):
+    tensors = load_file(llama / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack model\.norm\.weight"):
+        train(small(tmp_path / "run", model=llama), words(), console)
+
+
+def test_evaluation_can_be_turned_off(tmp_path, small, words, console):
+    result = train(small(tmp_path / "run", "eval_steps=0", "max_steps=2"), words(), console)
+    assert result.validation_loss is None
+    assert "not measured" in (tmp_path / "run" / "README.md").read_text()

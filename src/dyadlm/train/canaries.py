@@ -96,7 +96,9 @@ class PlantedWindows(Dataset[dict[str, torch.Tensor]]):
             return item
         offset, tokens = self._planted[index]
         planted = dict(item)
+        place = slice(offset, offset + len(tokens))
         for name in ("input_ids", "labels"):
             planted[name] = item[name].clone()
-            planted[name][offset : offset + len(tokens)] = torch.tensor(tokens)
+            # A label that does not count (at the beginning of a document) goes on not counting.
+            planted[name][place] = torch.where(item[name][place] < 0, item[name][place], torch.tensor(tokens))
         return planted

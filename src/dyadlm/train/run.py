@@ -1,6 +1,7 @@
 """A training run from its settings to the finished model folder."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -125,8 +126,9 @@ def train(settings: TrainSettings, data: TrainingData | None = None, console: Co
     output, first = settings.output, _rank() == 0
     console = console or Console(stderr=True)
     console.quiet = console.quiet or not first
-    finished = _examine_output(settings) if first else None
-    if finished is not None:
+    if first:
+        _require_own_output(settings)
+    if (finished := _finished(settings)) is not None:
         console.print(f"{output} is already finished.")
         return finished
     plan = _plan(settings, data, output)
@@ -231,15 +233,20 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _examine_output(settings: TrainSettings) -> TrainResult | None:
-    """Refuse an output that holds something else; return the result of a run that is already finished."""
+def _require_own_output(settings: TrainSettings) -> None:
+    """Refuse an output that holds something else than a run to resume; a cut-off beginning counts as empty."""
     output = settings.output
-    begun = (output / RECORD_NAME).is_file()
-    if begun and not settings.resume:
-        raise UserError(f"{output} already holds a run; add --resume to go on, or choose another --output.")
-    if not begun:
-        if not output.is_dir() or not all(p.name.startswith(STAGING_PREFIX) for p in output.iterdir()):
-            require_new(output, "the run")
+    if (output / RECORD_NAME).is_file():
+        if not settings.resume:
+            raise UserError(f"{output} already holds a run; add --resume to go on, or choose another --output.")
+    elif not output.is_dir() or not all(path.name.startswith(STAGING_PREFIX) for path in output.iterdir()):
+        require_new(output, "the run")
+
+
+def _finished(settings: TrainSettings) -> TrainResult | None:
+    """The result of a run that is already finished with these settings."""
+    output = settings.output
+    if not settings.resume or not (output / RECORD_NAME).is_file():
         return None
     record = read_record(output)
     if "result" not in record or record["settings"] != settings.to_dict():
@@ -286,7 +293,8 @@ def _plan(settings: TrainSettings, data: TrainingData | None, output: Path) -> _
         validation = ValidationSample.draw(
             streams, options.sequence_length, options.validation_tokens, prefix_token(data.tokenizer)
         )
-    arguments.eval_strategy = transformers.IntervalStrategy("no" if validation is None else "steps")
+    evaluated = validation is not None and arguments.eval_steps
+    arguments.eval_strategy = transformers.IntervalStrategy("steps" if evaluated else "no")
     order = {
         "seed": arguments.seed,
         "sequence_length": options.sequence_length,
@@ -333,10 +341,12 @@ def _training_arguments(settings: TrainSettings, output: Path) -> tuple[Training
     """The arguments for Hugging Face, and why device and dtype were chosen."""
     device, why_device = _choose_device(settings.device)
     values = dict(settings.arguments)
-    # The former names of these keys, which transformers still takes but warns about.
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        if name in values:
-            values[name.replace("gradient", "activation")] = values.pop(name)
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    for former in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        # Newer transformers take the former name too, but warn.
+        name = former.replace("gradient", "activation")
+        if former in values and name in known:
+            values[name] = values.pop(former)
     dtype, why_dtype = _choose_dtype(settings.dtype, values.pop("bf16", None), device)
     try:
         arguments = TrainingArguments(
@@ -409,16 +419,21 @@ def load_model(folder: Path, **fields: Any) -> PreTrainedModel:
         raise UserError(f"{folder} is no model folder: it holds no config.json.")
     try:
         with without_bars_of_transformers():
-            return AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                output_loading_info=True,
                 **fields,
             )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise UserError(f"The model in {folder} cannot be loaded: {error}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise UserError(f"The weights in {folder} lack {min(report['missing_keys'])}; the folder is damaged.")
+    return cast(PreTrainedModel, model)
 
 
 def _configuration(model: PreTrainedModel) -> dict[str, Any]:
@@ -556,6 +571,6 @@ def _disk_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         last = last_complete(output)
         raise RunFailed(
-            f"Writing to {output} failed ({error}); the last good checkpoint is {last or 'none'}. "
-            "Make room and go on with --resume."
+            f"A file could not be read or written ({error}); the last good checkpoint is {last or 'none'}. "
+            "Remove the cause and go on with --resume."
         ) from error

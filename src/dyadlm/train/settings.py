@@ -116,6 +116,9 @@ DECIDED_ELSEWHERE = {
     "do_eval": "set eval_steps",
     "do_predict": "use `dyadlm evaluate`",
     "save_strategy": "set save_steps",
+    "eval_strategy": "set eval_steps (0 turns evaluation off)",
+    "logging_strategy": "set logging_steps",
+    "data_seed": "the order of the text follows from seed",
     "save_only_model": "checkpoints are always complete for resuming",
     "load_best_model_at_end": "every RUN/checkpoint-N can be loaded or exported by itself",
     "lr_scheduler_type": "set train.schedule",
@@ -331,8 +334,11 @@ def _argument(key: str, value: Any) -> Any:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"):
+    counts = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+    for key in (*counts, "gradient_accumulation_steps", "save_steps"):
         _require(arguments.get(key, 1) >= 1, f"{key} must be at least 1")
+    _require(arguments["logging_steps"] > 0, "logging_steps must be above 0")
+    _require(arguments["eval_steps"] >= 0, "eval_steps must be 0 (never) or more")
     _require(arguments["learning_rate"] > 0, "learning_rate must be above 0")
     limit = arguments.get("save_total_limit")
     _require(limit is None or limit >= 1, "save_total_limit must be at least 1")

@@ -1,0 +1,162 @@
+"""Schedules, decay groups, canaries, checkpoints on disk, metrics files: each part alone."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from dyadlm import DyadConfig, DyadForCausalLM, UserError
+from dyadlm.train.canaries import REPETITIONS, PlantedWindows, plan_canaries
+from dyadlm.train.checkpoint import (
+    checkpoint_path,
+    checkpoints,
+    last_complete,
+    read_manifest,
+    remove_leftovers,
+    remove_old,
+    write_manifest,
+)
+from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
+from dyadlm.train.progress import read_metrics
+from dyadlm.train.settings import TrainOptions
+
+
+def factors(schedule, steps=100, warmup=10, **options):
+    options = TrainOptions(schedule=schedule, **options)
+    return [
+        learning_rate_factor(step, warmup_steps=warmup, max_steps=steps, options=options) for step in range(steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
+def test_schedules_warm_up_from_above_zero(schedule):
+    values = factors(schedule)
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert values[10] == pytest.approx(1.0)
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values[10:]))
+    assert values[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_shapes_of_schedules():
+    assert factors("cosine")[55] == pytest.approx(0.55)  # half-way between 10 and 100
+    wsd = factors("wsd", decay_fraction=0.2, final_learning_rate=0.0)
+    assert wsd[10:81] == [1.0] * 71
+    assert wsd[90] == pytest.approx(0.5)
+    assert factors("cosine", steps=5, warmup=0)[0] == 1.0
+
+
+def test_only_matrices_decay():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+            self.norm = nn.LayerNorm(4)
+            self.project = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.table.weight
+
+    assert decayed_parameters(Small()) == ["project.weight"]
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=1))
+    decayed = set(decayed_parameters(model))
+    assert decayed
+    for name, value in model.named_parameters():
+        assert (name in decayed) == (value.ndim >= 2 and name != "model.embed_tokens.weight")
+
+
+class Windows:
+    """Windows of zeros, every seventh label ignored."""
+
+    def __init__(self, count, length):
+        self.count, self.length = count, length
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        labels = torch.zeros(self.length, dtype=torch.int64)
+        labels[::7] = -100
+        return {"input_ids": torch.zeros(self.length, dtype=torch.int64), "labels": labels}
+
+
+def test_canaries_follow_from_the_seed_and_members_alone_are_planted(words):
+    tokenizer = words().tokenizer
+    plan = plan_canaries(2, 5, tokenizer, 300, 40)
+    assert plan == plan_canaries(2, 5, tokenizer, 300, 40)
+    assert plan != plan_canaries(2, 6, tokenizer, 300, 40)
+    assert [canary.repetitions for canary in plan.members] == [r for r in REPETITIONS for _ in range(2)]
+    base = Windows(300, 40)
+    planted = PlantedWindows(base, plan)
+    texts = [bytes(planted[i]["input_ids"].tolist()) for i in range(len(planted))]
+    for canary in plan.members:
+        found = [i for i, text in enumerate(texts) if canary.text.encode() in text]
+        assert found == canary.windows
+        assert len(found) == canary.repetitions
+        item = planted[found[0]]
+        place = slice(canary.offsets[0], canary.offsets[0] + len(canary.tokens))
+        counts = torch.arange(40)[place] % 7 != 0
+        assert item["input_ids"][place].tolist() == canary.tokens
+        assert item["labels"][place].tolist() == torch.where(counts, item["input_ids"][place], -100).tolist()
+    assert not [twin for twin in plan.twins if any(twin.text.encode() in text for text in texts)]
+    with pytest.raises(UserError, match="plant fewer"):
+        plan_canaries(4, 5, tokenizer, 300, 40)
+    with pytest.raises(UserError, match=r"set data\.sequence_length"):
+        plan_canaries(1, 5, tokenizer, 300, 24)
+
+
+def make_checkpoint(run, step):
+    folder = checkpoint_path(run, step)
+    (folder / "part").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(step))
+    (folder / "part" / "state").write_text("state")
+    write_manifest(folder, step, {"data": "id"})
+    return folder
+
+
+def test_manifest_tells_complete_from_damaged(tmp_path):
+    folder = make_checkpoint(tmp_path, 3)
+    assert read_manifest(folder)["step"] == 3
+    (folder / "extra").write_text("more files do not matter")
+    assert read_manifest(folder)["identity"] == {"data": "id"}
+    damages = {
+        "weights": lambda file: file.write_bytes(b"\1\0\0"),
+        "part/state": lambda file: file.unlink(),
+        "checkpoint.json": lambda file: file.write_text('{"step": 3'),
+    }
+    for name, damage in damages.items():
+        damage(folder / name)
+        assert read_manifest(folder) is None
+        assert last_complete(tmp_path) is None
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        folder.rmdir()
+        make_checkpoint(tmp_path, 3)
+    assert last_complete(tmp_path / "nowhere") is None
+
+
+def test_old_checkpoints_go_and_exempt_ones_stay(tmp_path):
+    for step in (1, 2, 10, 20, 30):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    remove_old(tmp_path, None, ())
+    assert list(checkpoints(tmp_path)) == [1, 2, 10, 20, 30]
+    remove_old(tmp_path, 2, {1, 2})
+    assert list(checkpoints(tmp_path)) == [1, 2, 20, 30]
+    remove_old(tmp_path, 1, ())
+    assert list(checkpoints(tmp_path)) == [30]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-30", "checkpoint-best"}
+
+
+def test_leftovers_are_removed(tmp_path):
+    (tmp_path / ".staging-a" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / ".staging-b").write_text("half")
+    (tmp_path / "kept").write_text("kept")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_metrics_cut_short_are_read_up_to_there(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
