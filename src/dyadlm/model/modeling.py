@@ -108,8 +108,11 @@ class DyadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
             init.constant_(module.tower_identity, 0.1)
             init.constant_(module.mlp_identity, 0.1)
-            for last in (*module.tower.ups(), module.mlp.down):
-                init.zeros_(last.weight)
+            silent = [*module.tower.ups(), module.mlp.down]
+            if module.tower.age is not None:  # and so does the clock's say in the gate
+                silent.append(module.tower.age)
+            for linear in silent:
+                init.zeros_(linear.weight)
 
 
 class DyadModel(DyadPreTrainedModel):

@@ -1,0 +1,197 @@
+"""What the studies share: models to compare, one trainer, resumable cells, and the circumstances of a figure."""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import dyadlm
+from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer
+from dyadlm.evaluate import evaluate
+from dyadlm.files import write_atomically
+from dyadlm.model.accounting import parameters
+from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
+from dyadlm.train.settings import TrainOptions
+
+ROOT = Path(__file__).resolve().parent.parent
+PARITY_TESTS = ("tests/ops/test_pyramid.py", "tests/ops/test_transport.py", "tests/model/test_streaming.py")
+
+
+def require_green() -> None:
+    """Refuse to measure code whose parity tests fail. A pass is remembered for as long as the code is the same."""
+    code = hashlib.sha256()
+    for path in sorted([*(ROOT / "src/dyadlm/ops").glob("*.py"), *(ROOT / "src/dyadlm/model").glob("*.py")]):
+        code.update(path.read_bytes())
+    stamp = ROOT / ".pytest_cache" / "parity" / code.hexdigest()
+    if stamp.exists():
+        return
+    print("running the parity tests first ...", flush=True)
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-x", *PARITY_TESTS], cwd=ROOT, check=False)
+    if tests.returncode:
+        raise SystemExit("The parity tests fail; a figure of this code would mean nothing.")
+    write_atomically(stamp, "passed\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """What a figure needs beside it: commit, device, dtype, versions."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "device": "cpu",
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "versions": {
+            "dyadlm": dyadlm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def dyad(preset: str = "tiny", **overrides: Any) -> dyadlm.DyadForCausalLM:
+    """One of our presets."""
+    return dyadlm.DyadForCausalLM(dyadlm.DyadConfig.from_preset(preset, **overrides))
+
+
+def llama(like: int, layers: int = 5, width: int = 128, heads: int = 4, positions: int = 256) -> LlamaForCausalLM:
+    """A Llama over bytes with as near to `like` parameters as its feed-forward width allows."""
+    vocabulary = 259
+    rest = vocabulary * width + width + layers * (4 * width * width + 2 * width)
+    intermediate = max(8, round((like - rest) / (3 * layers * width * 8)) * 8)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=positions,
+            tie_word_embeddings=True,
+            bos_token_id=257,
+            eos_token_id=258,
+            pad_token_id=256,
+        )
+    )
+
+
+def matched_llama(**options: Any) -> LlamaForCausalLM:
+    """The Llama with the parameters of the tiny preset."""
+    return llama(parameters(dyadlm.DyadConfig.from_preset("tiny")), **options)
+
+
+def size(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    *,
+    tokens: int,
+    batch_size: int,
+    sequence_length: int,
+    learning_rate: float,
+    seed: int,
+) -> dict[str, float]:
+    """AdamW, 5 % warm-up, cosine to a tenth, clipping at 1: the defaults of `dyadlm train`, without its bookkeeping."""
+    steps = tokens // (batch_size * sequence_length)
+    windows = TrainingWindows([(stream, 1.0)], sequence_length, steps * batch_size, seed=seed)
+    names = set(decayed_parameters(model))
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n in names], "weight_decay": 0.1},
+        {"params": [p for n, p in model.named_parameters() if n not in names], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
+    options, warmup = TrainOptions(), max(1, math.ceil(0.05 * steps))
+    model.train()
+    started, losses = time.perf_counter(), []
+    for step, batch in enumerate(DataLoader(windows, batch_size)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor(
+                step, warmup_steps=warmup, max_steps=steps, options=options
+            )
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    seconds = time.perf_counter() - started
+    tail = losses[-max(1, steps // 20) :]
+    return {
+        "steps": steps,
+        "tokens": steps * batch_size * sequence_length,
+        "seconds": round(seconds, 1),
+        "milliseconds_per_step": round(1000 * seconds / steps, 2),
+        "training_nats": round(statistics.fmean(tail), 4),
+    }
+
+
+def validation_nats(model: PreTrainedModel, stream: TokenStream, window: int) -> dict[str, Any]:
+    """The primary figure of `dyadlm evaluate`: disjoint windows, fresh state, every token once."""
+    result = evaluate(model, stream, byte_tokenizer(), window=window)
+    return {"nats": round(result.nats_per_token, 4), "bits_per_byte": round(result.bits_per_byte, 4)}
+
+
+class Cells:
+    """Results by name in one JSON file; a cell that is there is not measured again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.results: dict[str, dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else {}
+
+    def missing(self, names: list[str]) -> Iterator[str]:
+        """The names not yet measured, with a line of progress for each."""
+        todo = [name for name in names if name not in self.results]
+        started = time.monotonic()
+        for number, name in enumerate(todo):
+            rest = (
+                ""
+                if not number
+                else f", about {(time.monotonic() - started) / number * (len(todo) - number):.0f} s left"
+            )
+            print(f"[{number + 1}/{len(todo)}] {name}{rest}", flush=True)
+            yield name
+
+    def store(self, name: str, result: dict[str, Any]) -> None:
+        """Keep a result and write the file."""
+        self.results[name] = {**result, "circumstances": circumstances()}
+        print(f"    {json.dumps(result)}", flush=True)
+        write_atomically(self.path, json.dumps({"cells": self.results}, indent=1) + "\n")
+
+
+def arguments(description: str, default_output: str, text: bool = False) -> argparse.ArgumentParser:
+    """The options every study has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / default_output)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    if text:
+        parser.add_argument("--text", type=Path, required=True, help="a text file; its last tenth is for validation")
+    return parser
+
+
+def split_text(path: Path) -> tuple[TokenStream, TokenStream]:
+    """Training and validation bytes of one file, 90 to 10, without ends of document."""
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).numpy()
+    cut = int(len(data) * 0.9)
+    return TokenStream.from_tokens(data[:cut], name="training"), TokenStream.from_tokens(data[cut:], name="validation")
+
+
+def median_and_spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.4f} ({min(values):.4f} to {max(values):.4f}, {len(values)} seeds)"

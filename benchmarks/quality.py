@@ -1,0 +1,55 @@
+"""Loss on one text at a fixed budget: the tiny preset beside a Llama of its size, learning rates swept alike.
+
+    python benchmarks/quality.py --text tinyshakespeare.txt
+
+Windows of 256 bytes, at most 1.54M training tokens, whole validation split, three seeds at each family's best rate.
+"""
+
+import torch
+
+from common import (
+    Cells,
+    arguments,
+    dyad,
+    matched_llama,
+    median_and_spread,
+    require_green,
+    size,
+    split_text,
+    train,
+    validation_nats,
+)
+
+FAMILIES = {"dyad": dyad, "llama": matched_llama}
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (0, 1, 2)
+BUDGET = {"tokens": 1_536_000, "batch_size": 4, "sequence_length": 256}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "quality.json", text=True)
+    parser.add_argument("--family", choices=FAMILIES, help="measure this family only")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    require_green()
+    training, validation = split_text(options.text)
+    cells = Cells(options.output)
+
+    def measure(names: list[str]) -> None:
+        for name in cells.missing(names):
+            family, rate, seed = name.split()
+            torch.manual_seed(int(seed))
+            model = FAMILIES[family]()
+            cost = train(model, training, learning_rate=float(rate), seed=int(seed), **BUDGET)
+            cells.store(name, {"parameters": size(model), **validation_nats(model, validation, 256), **cost})
+
+    for family in [options.family] if options.family else FAMILIES:
+        measure([f"{family} {rate:g} 0" for rate in LEARNING_RATES])
+        best = min(LEARNING_RATES, key=lambda rate: cells.results[f"{family} {rate:g} 0"]["nats"])
+        measure([f"{family} {best:g} {seed}" for seed in SEEDS])
+        nats = [cells.results[f"{family} {best:g} {seed}"]["nats"] for seed in SEEDS]
+        print(f"{family}: {median_and_spread(nats)} nats at {best:g}")
+
+
+if __name__ == "__main__":
+    main()

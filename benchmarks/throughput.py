@@ -1,0 +1,129 @@
+"""Training steps against a Llama of the same parameters (SDPA), by sequence length: time and peak memory, as ratios.
+
+    python benchmarks/throughput.py            # times and memory
+    python benchmarks/throughput.py --profile  # where our time goes
+    python benchmarks/throughput.py --compile  # torch.compile of the core against eager
+
+A step is forward, backward and AdamW. The two models take turns within a round, and the ratio is formed in each round.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from common import Cells, arguments, dyad, matched_llama, require_green
+from streaming import interval
+
+LENGTHS = (256, 1024, 4096, 16384)
+FEWEST_TOKENS = 4096
+FAMILIES = {"dyad": lambda length: dyad(), "llama": lambda length: matched_llama(positions=length)}
+
+
+def stepper(model: torch.nn.Module, length: int) -> Callable[[], float]:
+    """A function that takes one training step on random bytes and returns its seconds."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, 256, (max(1, FEWEST_TOKENS // length), length))
+
+    def step() -> float:
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        return time.perf_counter() - started
+
+    model.train()
+    return step
+
+
+def peak_memory(family: str, length: int, threads: int) -> float:
+    """MiB that two steps add to the peak of a process of their own."""
+    command = [sys.executable, __file__, "--measure-memory", family, str(length), "--threads", str(threads)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def measure_memory(family: str, length: int) -> None:
+    stepper(FAMILIES[family](256), 256)()  # libraries and their buffers are not the model's
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = stepper(FAMILIES[family](length), length)
+    step(), step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def compare(options: argparse.Namespace) -> None:
+    cells = Cells(options.output)
+    for name in cells.missing([f"length {length}" for length in LENGTHS]):
+        length = int(name.split()[1])
+        torch.manual_seed(0)
+        steps = {family: stepper(build(length), length) for family, build in FAMILIES.items()}
+        times: dict[str, list[float]] = {family: [] for family in FAMILIES}
+        for number in range(options.rounds + 1):
+            for family, step in steps.items():
+                taken = step()
+                if number:
+                    times[family].append(taken)
+        memory = {family: peak_memory(family, length, options.threads) for family in FAMILIES}
+        cells.store(
+            name,
+            {
+                "tokens_per_step": max(length, FEWEST_TOKENS),
+                "seconds_per_step": {f: round(statistics.median(values), 4) for f, values in times.items()},
+                "llama_over_dyad": interval([b / a for a, b in zip(times["dyad"], times["llama"], strict=True)]),
+                "peak_mebibytes": {family: round(value) for family, value in memory.items()},
+                "rounds": options.rounds,
+            },
+        )
+
+
+def show_profile() -> None:
+    for length in (256, 4096):
+        step = stepper(dyad(), length)
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            step()
+        print(f"T = {length}")
+        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+
+
+def compare_compiled(rounds: int) -> None:
+    model = dyad()
+    eager = stepper(model, 256)
+    eager()
+    compiled_model = dyad()
+    compiled_model.model.stack = torch.compile(compiled_model.model.stack)
+    compiled = stepper(compiled_model, 256)
+    first = compiled()
+    ratios = [eager() / compiled() for _ in range(rounds)]
+    print(json.dumps({"first_step_seconds": round(first, 1), "eager_over_compiled": interval(ratios)}))
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "throughput.json")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--measure-memory", nargs=2, metavar=("FAMILY", "LENGTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.measure_memory:
+        family, length = options.measure_memory
+        measure_memory(family, int(length))
+        return
+    require_green()
+    if options.profile:
+        show_profile()
+    elif options.compile:
+        compare_compiled(options.rounds)
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
