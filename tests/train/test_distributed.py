@@ -45,9 +45,11 @@ def test_two_processes_train_like_one(tmp_path, small, words, console, program):
     after_two_steps = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors", "cpu")
     from_shards = load_file(sharded / "model.safetensors")
     assert one.keys() == from_shards.keys()
+    # The first steps of AdamW move every weight by the learning rate (1e-2), whatever the size of its gradient,
+    # so that rounding shows in weights whose gradient is nearly zero.
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(from_shards[name], after_two_steps[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=5e-4)
+        torch.testing.assert_close(from_shards[name], after_two_steps[name], rtol=1e-4, atol=5e-4)
 
     # FSDP really sharded: its own checkpoint is there, and is what the second part resumed from.
     assert (sharded / "checkpoint-1" / "pytorch_model_fsdp.bin").is_file()
