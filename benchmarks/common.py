@@ -154,7 +154,12 @@ class Cells:
 
     def __init__(self, path: Path):
         self.path = path
-        self.results: dict[str, dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.exists():
+            self.results |= json.loads(self.path.read_text())["cells"]
 
     def missing(self, names: list[str]) -> Iterator[str]:
         """The names not yet measured, with a line of progress for each."""
@@ -170,7 +175,8 @@ class Cells:
             yield name
 
     def store(self, name: str, result: dict[str, Any]) -> None:
-        """Keep a result and write the file."""
+        """Keep a result and write the file, with what another process has put there meanwhile."""
+        self._read()
         self.results[name] = {**result, "circumstances": circumstances()}
         print(f"    {json.dumps(result)}", flush=True)
         write_atomically(self.path, json.dumps({"cells": self.results}, indent=1) + "\n")
