@@ -48,8 +48,9 @@ class Session:
         """Continue, yielding text as it comes. What is written has been read, too: the state includes it.
 
         Ends after `max_new_tokens`, at an end of text (which is not read), or with the token that completes
-        one of the `stop` strings (which is yielded, as in Hugging Face). Raises `UserError` if there is
-        nothing to continue from, and `RunFailed` if the model's logits are not numbers.
+        one of the `stop` strings in what is written (it is yielded, as in Hugging Face, where the end of the
+        prompt may be part of it). Raises `UserError` if there is nothing to continue from, and `RunFailed` if
+        the model's logits are not numbers.
         """
         if self._logits is None:
             raise UserError("There is nothing to continue from; give a prompt of at least one character.")
