@@ -1,9 +1,11 @@
 """Writing files so that neither a crash nor a full disk costs what was there before."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 from dyadlm.errors import UserError
 
 STAGING_PREFIX = ".staging-"
+# Workers of a process that was killed hold its lock until they notice, some seconds later.
+LOCK_PATIENCE_SECONDS = 10.0
 
 
 def sync(path: Path) -> None:
@@ -46,21 +50,61 @@ def staged_folder(path: Path) -> Iterator[Path]:
     """Fill a folder under a staging name beside `path`; it takes its name only when the block ends well.
 
     `path` must not exist, or must be an empty folder. On any error the staging folder is removed.
+    Raises `UserError` if there can be no folder there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
+    make_folder(path.parent)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
+    except OSError as error:
+        raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
     staging.chmod(0o777 & ~_umask())
     try:
         yield staging
         for file in staging.rglob("*"):
             sync(file)
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+        require_new(path, "what was written meanwhile")
         staging.rename(path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there. Raises `UserError` if there can be none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"There can be no folder {path} ({error}); choose another place.") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and keep other processes that ask for this lock out of it.
+
+    The lock leaves no file and ends with the process, however that ends. Raises `UserError` if another process
+    has it. Where the file system knows no locks, nothing is locked.
+    """
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another process is at work in {folder}; wait until it has ended, or choose another place."
+                    ) from error
+                time.sleep(0.1)
+            except OSError:
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def require_new(path: Path, what: str) -> None:

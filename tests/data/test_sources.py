@@ -63,11 +63,20 @@ def test_damaged_files(tmp_path, suffix, content):
         read(open_source(path))
 
 
-def test_truncated_gzip(tmp_path):
-    path = tmp_path / "page.gz"
-    path.write_bytes(gzip.compress(make_text(2000).encode())[:-50])
-    with pytest.raises(UserError, match=r"page.gz cannot be read"):
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_files_cut_short_are_never_taken_for_whole_ones(tmp_path, suffix):
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}[suffix]
+    path = tmp_path / f"page{suffix}"
+    path.write_bytes(pack(make_text(2000).encode())[:-50])
+    with pytest.raises(UserError, match=rf"page{suffix} cannot be read"):
         read(open_source(path))
+
+
+def test_zstd_of_several_frames(tmp_path):
+    parts = [make_text(200, seed=number).encode() for number in range(3)]
+    path = tmp_path / "page.zst"
+    path.write_bytes(b"".join(map(zstandard.compress, parts)))
+    assert joined(read(open_source(path))) == b"".join(parts)
 
 
 def test_json_lines(tmp_path):

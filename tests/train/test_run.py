@@ -219,7 +219,7 @@ def test_user_errors_leave_nothing_behind(tmp_path, small, words, console, llama
         (small(output, "data.canaries=3"), "plant fewer or train for more steps"),
         (small(output, "model.level_feature=nothing"), "level_feature"),
         (small(output, "model.hiden_size=16"), "hidden_size"),
-        (small(output, model=tmp_path), "no config.json"),
+        (small(output, model=tmp_path), "is no model folder"),
         (small(output, "dataloader_prefetch_factor=2"), "do not fit together"),
         (small(output, "bf16=false", dtype="bfloat16"), "contradict"),
     ):

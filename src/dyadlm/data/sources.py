@@ -192,10 +192,37 @@ def _decompressed(path: Path) -> Iterator[BinaryIO]:
                 with bz2.open(raw) as file:
                     yield file  # type: ignore[misc]
             case ".zst":
-                with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-                    yield io.BufferedReader(file)
+                yield io.BufferedReader(_ZstdFile(raw))
             case _:
                 yield raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed zstd, frame after frame. The library's own reader takes a file cut short for a whole one."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self._frame: Any = None
+        self._compressed = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._raw.read(1 << 14)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends before its compressed data does")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def _text(file: BinaryIO, name: str) -> Iterator[Passage]:

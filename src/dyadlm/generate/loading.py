@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dyadlm.data import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.model.loading import load_weights
 
@@ -24,7 +23,13 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose auto or one of {', '.join(DTYPES)}.")
     model = load_weights(path_or_name, DTYPES.get(dtype))
-    tokenizer = load_tokenizer(str(path_or_name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The tokenizer of {path_or_name} cannot be loaded ({reason}); save the model's tokenizer beside it."
+        ) from error
     return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
 
 

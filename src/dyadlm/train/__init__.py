@@ -1,8 +1,10 @@
 """Training: from settings to a model folder, resumable at any moment."""
 
+from dyadlm.train.cost import dry_run
 from dyadlm.train.export import export
 from dyadlm.train.interrupt import RunInterrupted
-from dyadlm.train.run import TrainingData, TrainResult, dry_run, train
+from dyadlm.train.plan import TrainingData
+from dyadlm.train.run import TrainResult, train
 from dyadlm.train.settings import NAMESPACES, DataOptions, TrainOptions, TrainSettings
 
 __all__ = [

@@ -337,9 +337,18 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     counts = ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
     for key in (*counts, "gradient_accumulation_steps", "save_steps"):
         _require(arguments.get(key, 1) >= 1, f"{key} must be at least 1")
-    _require(arguments["logging_steps"] > 0, "logging_steps must be above 0")
-    _require(arguments["eval_steps"] >= 0, "eval_steps must be 0 (never) or more")
-    _require(arguments["learning_rate"] > 0, "learning_rate must be above 0")
+    for key in ("learning_rate", "logging_steps", "num_train_epochs"):
+        _require(arguments.get(key, 1) > 0, f"{key} must be above 0")
+    for key in ("adam_epsilon", "dataloader_num_workers", "max_grad_norm", "warmup_steps", "weight_decay"):
+        _require(arguments.get(key, 0) >= 0, f"{key} must be 0 or more")
+    for key in ("adam_beta1", "adam_beta2"):
+        _require(0 <= arguments.get(key, 0) < 1, f"{key} must be at least 0 and below 1")
+    every = arguments["eval_steps"]
+    _require(
+        every is not None and every >= 0 and (every < 1 or every == int(every)),
+        "eval_steps must be a whole number, a fraction of all steps below 1, or 0 (never)",
+    )
+    _require(0 <= arguments["seed"] < 2**32, f"seed must be at least 0 and below {2**32}")
     limit = arguments.get("save_total_limit")
     _require(limit is None or limit >= 1, "save_total_limit must be at least 1")
 

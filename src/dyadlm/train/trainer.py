@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from dyadlm.errors import RunFailed
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
+from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.checkpoint import (
     checkpoint_path,
     discard,
@@ -34,7 +35,6 @@ from dyadlm.train.checkpoint import (
 )
 from dyadlm.train.export import CARD_NAME
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
-from dyadlm.train.progress import without_bars_of_transformers
 from dyadlm.train.settings import TrainOptions
 from dyadlm.train.validation import ValidationSample
 
@@ -256,15 +256,18 @@ class LanguageModelTrainer(Trainer):
             remove_leftovers(self.output)
             staging.mkdir()
         self.accelerator.wait_for_everyone()
-        self.save_model(str(staging), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            (staging / CARD_NAME).write_text(card, encoding="utf-8")
-            for file in staging.iterdir():
-                sync(file)
-                file.replace(self.output / file.name)
-            staging.rmdir()
-            sync(self.output)
+        try:
+            self.save_model(str(staging), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                (staging / CARD_NAME).write_text(card, encoding="utf-8")
+                for file in staging.iterdir():
+                    sync(file)
+                    file.replace(self.output / file.name)
+                sync(self.output)
+        finally:
+            if self.is_world_process_zero():
+                remove_leftovers(self.output)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights, configuration and tokenizer: a loadable folder, without Trainer's pickled arguments."""

@@ -1,0 +1,73 @@
+"""Any causal language model of transformers from a folder: safetensors only, none of the folder's code is run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from dyadlm.errors import UserError
+
+
+def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **fields: Any) -> PreTrainedModel:
+    """The model of a folder or of a Hugging Face name, on the CPU, in evaluation mode.
+
+    dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override.
+    Raises `UserError` if there is no such model, or some of its weights are missing or do not fit.
+    """
+    path = Path(path_or_name)
+    if path.exists():
+        require_model_folder(path)
+    try:
+        with without_bars_of_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path_or_name,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **fields,
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path_or_name} cannot be loaded as a causal language model ({reason}); "
+            "give a folder that `dyadlm train` wrote, or another model in safetensors."
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise UserError(
+            f"The weights in {path_or_name} lack {min(report['missing_keys'])} and "
+            f"{len(report['missing_keys']) - 1} more tensors of its config; "
+            "the folder is damaged or belongs to another config."
+        )
+    return cast(PreTrainedModel, model)
+
+
+def require_model_folder(path: Path) -> None:
+    """Raise `UserError` unless the folder looks like a saved model."""
+    if (path / "config.json").is_file():
+        return
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime) if path.is_dir() else []
+    if checkpoints:
+        raise UserError(
+            f"The run in {path} is not finished; go on with `dyadlm train --output {path} --resume`, "
+            f"or use {checkpoints[-1]}."
+        )
+    raise UserError(f"{path} is no model folder (no config.json in it); give one that `dyadlm train` wrote.")
+
+
+@contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """Saving and loading draw bars of their own, which would break ours."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

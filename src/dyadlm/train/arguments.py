@@ -1,0 +1,76 @@
+"""What Hugging Face's Trainer is told, and which device and dtype it runs on, with the reasons."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from dyadlm.errors import UserError
+from dyadlm.train.settings import TrainSettings
+
+
+def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingArguments, list[str]]:
+    """The arguments for Hugging Face, and why device and dtype were chosen. Raises `UserError`."""
+    device, why_device = choose_device(settings.device)
+    values = dict(settings.arguments)
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    for former in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        # Newer transformers take the former name too, but warn.
+        name = former.replace("gradient", "activation")
+        if former in values and name in known:
+            values[name] = values.pop(former)
+    dtype, why_dtype = choose_dtype(settings.dtype, values.pop("bf16", None), device)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output),
+            use_cpu=device == "cpu",
+            bf16=dtype == "bfloat16",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            # A loss that is not finite ends the run instead of vanishing from the average.
+            logging_nan_inf_filter=False,
+            **{"max_steps": 1, "ddp_find_unused_parameters": False, **values},
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"These settings do not fit together: {error}") from error
+    if arguments.n_gpu > 1:
+        # One process uses one GPU; several are for torchrun, not for DataParallel.
+        arguments._n_gpu = 1
+    return arguments, [f"device {device}: {why_device}", f"dtype {dtype}: {why_dtype}"]
+
+
+def choose_device(asked: str) -> tuple[str, str]:
+    """The device and why. Raises `UserError` if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        chosen = next(name for name, there in available.items() if there)
+        return chosen, "no GPU was found" if chosen == "cpu" else "a GPU was found"
+    if not available[asked]:
+        raise UserError(f"There is no {asked} device here; use --device cpu or --device auto.")
+    if asked == "mps" and available["cuda"]:
+        raise UserError("Both cuda and mps are here; use --device cuda.")
+    return asked, "as asked"
+
+
+def choose_dtype(asked: str, bf16: bool | None, device: str) -> tuple[str, str]:
+    """What the model computes in (weights stay float32) and why. bf16: the key of that name, None if not given."""
+    if asked == "auto" and bf16 is None:
+        if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU computes in it; weights and optimizer stay float32"
+        return "float32", f"the most exact; on {device} bfloat16 is rarely faster"
+    wanted = asked if asked != "auto" else "bfloat16" if bf16 else "float32"
+    if bf16 is not None and (wanted == "bfloat16") != bf16:
+        raise UserError(f"--dtype {asked} and bf16={str(bf16).lower()} contradict each other; give one of them.")
+    return wanted, "as asked"
+
+
+def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raise `UserError` before anything is written, where Trainer would fail on its way into the first step."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if kind.__module__.startswith("torch."):  # others may want parameters in forms of their own
+            kind(model.parameters(), **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"There can be no such optimizer: {error}") from error

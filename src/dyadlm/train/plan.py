@@ -1,0 +1,189 @@
+"""All that a run consists of, put together before anything is written: model, text, arguments, identity."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+
+from dyadlm.data import TokenStream, TrainingWindows, resolve_data
+from dyadlm.errors import UserError
+from dyadlm.evaluate.evaluation import prefix_token, require_vocabulary
+from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.loading import load_weights, require_model_folder
+from dyadlm.train.arguments import require_optimizer, training_arguments
+from dyadlm.train.canaries import CanaryPlan, PlantedWindows, plan_canaries
+from dyadlm.train.settings import TrainSettings
+from dyadlm.train.trainer import LanguageModelTrainer
+from dyadlm.train.validation import ValidationSample
+
+# Bytes per token is taken from the beginning of each stream.
+SAMPLED_TOKENS = 2**20
+# Fields of a configuration that say nothing of what is computed.
+INCIDENTAL_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads. id: changes when the text or its tokens do.
+
+    train: streams with their weights in the mixture. licences: of the texts, for the model card.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[tuple[TokenStream, float]]
+    validation: Sequence[TokenStream]
+    id: str
+    licences: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that could begin. identity: what a checkpoint must agree with to be resumed from."""
+
+    arguments: TrainingArguments
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    windows: Dataset[dict[str, torch.Tensor]]
+    validation: ValidationSample | None
+    bytes_per_token: float
+    canaries: CanaryPlan | None
+    licences: Sequence[str]
+    identity: dict[str, Any]
+    choices: list[str]
+
+    def trainer(self, settings: TrainSettings, callback: TrainerCallback) -> LanguageModelTrainer:
+        """Raises `UserError` if Trainer finds that the settings contradict each other."""
+        try:
+            return LanguageModelTrainer(
+                self.model,
+                self.arguments,
+                settings.train,
+                self.windows,
+                self.tokenizer,
+                validation=self.validation,
+                bytes_per_token=self.bytes_per_token,
+                identity=self.identity,
+                callbacks=[callback],
+            )
+        except ValueError as error:
+            raise UserError(f"These settings do not fit together: {error}") from error
+
+
+def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) -> Plan:
+    """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet.
+
+    Raises `UserError` for whatever is wrong with the request, the model first: preparing text takes longest.
+    """
+    arguments, choices = training_arguments(settings, output)
+    if settings.model is None:
+        _configuration(settings)
+    else:
+        require_model_folder(Path(settings.model))
+    with arguments.main_process_first(local=False, desc="preparing the data"):
+        data = data or _resolve(settings)
+    options = settings.data
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if "max_steps" not in settings.arguments:
+        tokens = sum(len(stream) for stream, _ in data.train) * arguments.num_train_epochs
+        arguments.max_steps = max(1, math.ceil(tokens / (batch * options.sequence_length)))
+
+    set_seed(arguments.seed)
+    model = _model(settings, data.tokenizer)
+    require_optimizer(arguments, model)
+    number = arguments.max_steps * batch
+    windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
+        data.train,
+        options.sequence_length,
+        length=number,
+        seed=arguments.seed,
+        document_reset=options.document_reset,
+    )
+    canaries = None
+    if options.canaries:
+        canaries = plan_canaries(options.canaries, arguments.seed, data.tokenizer, number, options.sequence_length)
+        windows = PlantedWindows(windows, canaries)
+    validation = None
+    if streams := [stream for stream in data.validation if len(stream)]:
+        validation = ValidationSample.draw(
+            streams, options.sequence_length, options.validation_tokens, prefix_token(data.tokenizer)
+        )
+    evaluated = validation is not None and bool(arguments.eval_steps)
+    arguments.eval_strategy = transformers.IntervalStrategy("steps" if evaluated else "no")
+    arguments.eval_on_start = evaluated and arguments.eval_on_start
+    order = {
+        "seed": arguments.seed,
+        "sequence_length": options.sequence_length,
+        "windows_per_step": batch,
+        "document_reset": options.document_reset,
+        "canaries": options.canaries and [options.canaries, arguments.max_steps],
+    }
+    configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
+    identity = {"order of text": order, "data": data.id, "model": configuration}
+    return Plan(
+        arguments=arguments,
+        model=model,
+        tokenizer=data.tokenizer,
+        windows=windows,
+        validation=validation,
+        bytes_per_token=_bytes_per_token(data.train),
+        canaries=canaries,
+        licences=data.licences,
+        identity=json.loads(json.dumps(identity)),  # as it will be read back
+        choices=choices,
+    )
+
+
+def _resolve(settings: TrainSettings) -> TrainingData:
+    """The sources under the model's own tokenizer, or for a new model under the one asked for."""
+    tokenizer = settings.data.tokenizer
+    if settings.model is not None:
+        if tokenizer is not None:
+            raise UserError("A model to continue from has its own tokenizer; leave data.tokenizer out.")
+        tokenizer = settings.model
+    resolved = resolve_data(settings.sources, tokenizer)
+    datasets = [dataset.manifest for dataset in resolved.datasets]
+    weights = [weight for _, weight in resolved.train]
+    mixture = [[data.dataset_id, weight] for data, weight in zip(datasets, weights, strict=True)]
+    return TrainingData(
+        tokenizer=resolved.tokenizer,
+        train=resolved.train,
+        validation=resolved.validation,
+        id=hashlib.sha256(json.dumps(mixture).encode()).hexdigest(),
+        licences=sorted({source["licence"] for data in datasets for source in data.sources}),
+    )
+
+
+def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A new model of the preset, or the weights of a folder, in float32."""
+    model: PreTrainedModel
+    if settings.model is None:
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: getattr(tokenizer, name) for name in special}
+        model = DyadForCausalLM(_configuration(settings, vocab_size=len(tokenizer), **ids))
+    else:
+        model = load_weights(settings.model, torch.float32, **settings.model_fields)
+    require_vocabulary(model, tokenizer)
+    return model
+
+
+def _configuration(settings: TrainSettings, **fields: Any) -> DyadConfig:
+    """Of a new model; what was asked for wins over `fields`."""
+    fields = {"max_position_embeddings": settings.data.sequence_length} | fields | settings.model_fields
+    return DyadConfig.from_preset(settings.preset or "", **fields)
+
+
+def _bytes_per_token(streams: Sequence[tuple[TokenStream, float]]) -> float:
+    """Of the mixture, from the beginning of each stream."""
+    total = sum(weight for _, weight in streams)
+    sizes = [min(len(stream), SAMPLED_TOKENS) for stream, _ in streams]
+    return sum(
+        weight / total * stream.bytes_of(0, size) / size for (stream, weight), size in zip(streams, sizes, strict=True)
+    )
