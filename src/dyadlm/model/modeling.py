@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from dyadlm.errors import UserError
 from dyadlm.model.cache import DyadCache, TowerState
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.tower import Tower, ages
+from dyadlm.model.tower import Timing, Tower, chunk_timing
 from dyadlm.ops.pyramid import Clock, make_clock, next_position
 
 
@@ -75,12 +75,10 @@ class DyadBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, hidden: Tensor, identity: Tensor, clock: Clock, ages: Tensor, state: TowerState
-    ) -> tuple[Tensor, TowerState]:
+    def forward(self, hidden: Tensor, identity: Tensor, timing: Timing, state: TowerState) -> tuple[Tensor, TowerState]:
         """hidden, identity (B, T, D) → hidden (B, T, D) and the state after the chunk."""
         read = self.tower_norm(hidden) + self.tower_identity * identity
-        mixed, state = self.tower(read, clock, ages, state)
+        mixed, state = self.tower(read, timing, state)
         hidden = hidden + self.dropout(mixed)
         read = self.mlp_norm(hidden) + self.mlp_identity * identity
         return hidden + self.dropout(self.mlp(read)), state
@@ -174,11 +172,11 @@ class DyadModel(DyadPreTrainedModel):
     def stack(self, embedded: Tensor, clock: Clock, states: list[TowerState]) -> tuple[list[Tensor], list[TowerState]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
         identity = self.identity_norm(embedded)  # written by no block
-        angles = ages(clock, self.config)
+        timing = chunk_timing(clock, self.config, embedded.dtype)
         hidden = self.dropout(embedded)
         outputs, carried = [hidden], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden, state = layer(hidden, identity, clock, angles, state)
+            hidden, state = layer(hidden, identity, timing, state)
             outputs.append(hidden)
             carried.append(state)
         outputs[-1] = self.norm(hidden)
@@ -196,14 +194,14 @@ class DyadModel(DyadPreTrainedModel):
         """
         embedded = self.embed_tokens(input_ids.view(1, -1))
         clock = make_clock(1, embedded.shape[1], device=embedded.device)
-        angles = ages(clock, self.config)
+        timing = chunk_timing(clock, self.config, embedded.dtype)
         outputs, _ = self.stack(embedded, clock, [TowerState()] * len(self.layers))
         identity = self.identity_norm(embedded)
         lengths = []
         for layer, hidden in zip(self.layers, outputs[:-1], strict=True):
             assert isinstance(layer, DyadBlock)
             read = layer.tower_norm(hidden) + layer.tower_identity * identity
-            lengths.append(layer.tower.contributions(read, clock, angles)[0].T)
+            lengths.append(layer.tower.contributions(read, timing)[0].T)
         return torch.stack(lengths)
 
 

@@ -11,6 +11,7 @@ Dimension letters: B batch, T time, N nodes, D width, R rank, K levels, F parts 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,42 @@ from dyadlm.model.configuration import DyadConfig
 from dyadlm.ops.pyramid import (
     Clock,
     Nodes,
-    block_tree,
+    Shares,
+    accumulator,
+    block_sums,
     broadcast,
     granularity,
     hand_down,
-    node_columns,
+    level_shares,
+    node_windows,
     running_sums,
-    share,
     sliding_windows,
+    tree_nodes,
+    window_lag,
 )
 from dyadlm.ops.transport import phase_transport
 
 
-def ages(clock: Clock, config: DyadConfig) -> Tensor:
-    """How far each token is past the last node of each node or prefix level, as an angle: (B or 1, T, 2 levels)."""
-    levels = [granularity(k, a) for k, a in enumerate(config.alignments) if a != "sliding"]
+class Timing(NamedTuple):
+    """Where everything stands in a chunk: worked out once, the same for every block."""
+
+    clock: Clock
+    nodes: list[Nodes]  # of each level of the block tree
+    shares: list[Shares]  # of each level of the pyramid
+    ages: Tensor  # (B or 1, T, 2 levels): how far past its last node each level that is not sliding is, as an angle
+
+
+def chunk_timing(clock: Clock, config: DyadConfig, dtype: torch.dtype) -> Timing:
+    """The timing of a chunk for a model whose hidden states have `dtype`."""
+    alignments = config.alignments
+    changes = [granularity(k, a) for k, a in enumerate(alignments) if a != "sliding"]
+    nodes = tree_nodes(clock, max(changes, default=-1))
+    sums = torch.promote_types(dtype, torch.float32)
+    shares = [level_shares(k, a, clock, nodes, config.early, sums) for k, a in enumerate(alignments)]
     index = clock.index[:1] if clock.fresh else clock.index
-    period = 2 ** torch.tensor(levels, device=index.device)
+    period = 2 ** torch.tensor(changes, device=index.device, dtype=torch.int64)
     angle = (index[..., None] + 1) % period * (2 * math.pi / period)
-    return torch.cat([angle.sin(), angle.cos()], -1)
+    return Timing(clock, nodes, shares, torch.cat([angle.sin(), angle.cos()], -1).to(dtype))
 
 
 class Tower(nn.Module):
@@ -54,7 +72,6 @@ class Tower(nn.Module):
         self.prefix = [k for k, a in enumerate(self.alignments) if a == "prefix"]
         self.token_levels = sorted(self.sliding + self.prefix)
         self.node_levels = {k: granularity(k, a) for k, a in enumerate(self.alignments) if a in ("block", "dual")}
-        self.tree_depth = max([*self.node_levels.values(), *self.prefix], default=-1)
 
         self.bottlenecks = nn.ModuleList(nn.Linear(width, rank, bias=False) for rank in self.ranks)
         token_width = sum(parts * self.ranks[k] for k in self.token_levels)
@@ -71,66 +88,53 @@ class Tower(nn.Module):
         nodes = [self.up_nodes[str(k)] for k in self.node_levels]
         return [up for up in (self.up_tokens, *nodes) if isinstance(up, nn.Linear)]
 
-    def forward(self, x: Tensor, clock: Clock, ages: Tensor, state: TowerState) -> tuple[Tensor, TowerState]:
+    def forward(self, x: Tensor, timing: Timing, state: TowerState) -> tuple[Tensor, TowerState]:
         """x (B, T, D), normalised → (B, T, D) and the state after the chunk."""
-        features, tree, state = self.features(x, clock, state)
-        mixed = self.mix(features, tree, clock)
-        return self.open(x, ages) * mixed, state
+        features, state = self.features(x, timing, state)
+        return self.open(x, timing) * self.mix(features, timing), state
 
-    def open(self, x: Tensor, ages: Tensor) -> Tensor:
+    def open(self, x: Tensor, timing: Timing) -> Tensor:
         """The gate (B, T, D): how much of what the levels say is let through."""
         gate = self.gate(x)
         if self.age is not None:
-            gate = gate + self.age(ages.to(x.dtype))
+            gate = gate + self.age(timing.ages)
         return nn.functional.silu(gate)
 
-    def features(self, x: Tensor, clock: Clock, state: TowerState) -> tuple[dict[int, Tensor], list[Nodes], TowerState]:
+    def features(self, x: Tensor, timing: Timing, state: TowerState) -> tuple[dict[int, Tensor], TowerState]:
         """What each level says, where it changes.
 
         Returns:
             Features by level: (B, T, F R) of token levels, (B, N + 1, F R) of node levels, the first for the last node
-            before the chunk; the block tree; the new state.
+            before the chunk; and the new state.
         """
+        clock, nodes, shares, _ = timing
         features: dict[int, Tensor] = {}
-        rings, blocks = state.rings, state.blocks
-        tree: list[Nodes] = []
-        early, seen = self.config.early, clock.index + 1
-
+        rings = state.rings
         if self.sliding:
             ranks = None if self.in_model_space else [self.ranks[k] for k in self.sliding]
             read = x if ranks is None else torch.cat([self.bottlenecks[k](x) for k in self.sliding], -1)
             windows, rings = sliding_windows(read, self.sliding, ranks, clock, rings)
             for k, (now, before) in zip(self.sliding, windows, strict=True):
-                width = 2**k
-                if early == "zero":  # the sums already leave out what lies before the document
-                    now, before = now / width, before / width
-                else:
-                    now = now * share(seen.clamp(max=width), width, width, early, now.dtype)
-                    before = before * share((seen - width).clamp(0, width), width, width, early, now.dtype)
-                features[k] = self.feature(k, now, before, (seen >= 2 * width)[..., None], x.dtype)
+                features[k] = self.feature(k, now, before, shares[k], x.dtype)
 
-        if self.tree_depth >= 0:
-            tree, blocks = block_tree(x, self.tree_depth, clock, blocks)
+        tree, blocks = block_sums(x, nodes, clock, state.blocks)
         if self.prefix:
-            for k, (now, before) in running_sums(x, tree, self.prefix, clock).items():
-                now = self.project(k, now / (clock.index % 2**k + 1)[..., None], x.dtype)
-                complete = (clock.index // 2**k).clamp(max=1)
-                before = self.project(k, before * share(complete, 1, 2**k, early, before.dtype), x.dtype)
-                features[k] = self.feature(k, now, before, complete[..., None] == 1, x.dtype)
+            for k, (now, before) in running_sums(x, tree, nodes, self.prefix, clock).items():
+                now, before = self.project(k, now, x.dtype), self.project(k, before, x.dtype)
+                features[k] = self.feature(k, now, before, shares[k], x.dtype)
         for k in self.node_levels:
-            columns = node_columns(tree, k, self.alignments[k], early, clock.fresh)
-            sums = self.project(k, columns.sums, x.dtype)
-            now = sums[:, columns.lag :] * columns.current_share
-            before = sums[:, : -columns.lag] * columns.previous_share
-            features[k] = self.feature(k, now, before, columns.paired, x.dtype)
-        return features, tree, TowerState(rings, blocks)
+            lag = window_lag(self.alignments[k])
+            sums = self.project(k, node_windows(tree, nodes, k, self.alignments[k], clock), x.dtype)
+            features[k] = self.feature(k, sums[:, lag:], sums[:, :-lag], shares[k], x.dtype)
+        return features, TowerState(rings, blocks)
 
-    def project(self, level: int, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Through the level's bottleneck, unless transport is taken before it: (..., D) → (..., R or D)."""
-        return pooled if self.in_model_space else self.bottlenecks[level](pooled.to(dtype))
+        return sums if self.in_model_space else accumulator(self.bottlenecks[level](sums.to(dtype)))
 
-    def feature(self, level: int, current: Tensor, previous: Tensor, paired: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a level says of two centroids (..., R or D), as `level_feature` tells → (..., F R)."""
+    def feature(self, level: int, current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
+        """What a level says of two windows, given as sums (..., R or D), as `level_feature` tells → (..., F R)."""
+        current, previous = current * shares.current, previous * shares.previous
         parts = []
         for name in self.config.feature_parts:
             if name == "current":
@@ -140,34 +144,35 @@ class Tower(nn.Module):
             else:
                 part = phase_transport(current, previous) if name == "transport" else current - previous
                 if self.config.early == "mask":  # a change needs two windows; absent is absent, not a change from zero
-                    part = part * paired
-            parts.append(part.to(dtype))
+                    part = part * shares.paired
+            parts.append(part)
         if self.in_model_space:
-            return self.bottlenecks[level](torch.stack(parts, -2)).flatten(-2)
-        return torch.cat(parts, -1)
+            return self.bottlenecks[level](torch.stack(parts, -2).to(dtype)).flatten(-2)
+        return torch.cat(parts, -1).to(dtype)
 
-    def mix(self, features: dict[int, Tensor], tree: list[Nodes], clock: Clock) -> Tensor:
+    def mix(self, features: dict[int, Tensor], timing: Timing) -> Tensor:
         """The sum of what all levels write back at each token, before the gate: (B, T, D)."""
+        clock, nodes = timing.clock, timing.nodes
         mixed = None
         if self.up_tokens is not None:
             mixed = self.up_tokens(torch.cat([features[k] for k in self.token_levels], -1))
         coarse, said = -1, None
         for j in sorted(set(self.node_levels.values()), reverse=True):
             here = sum(self.up_nodes[str(k)](features[k]) for k, at in self.node_levels.items() if at == j)
-            said = here if said is None else here + hand_down(said, tree[coarse], tree[j], coarse, j)
+            said = here if said is None else here + hand_down(said, nodes[coarse], nodes[j], coarse - j, clock)
             coarse = j
         if said is not None:
-            seen = broadcast(said, tree[coarse], coarse, clock)
+            seen = broadcast(said, nodes[coarse], coarse, clock)
             mixed = seen if mixed is None else mixed + seen
         assert mixed is not None, "a tower has at least one level"
         return mixed
 
-    def contributions(self, x: Tensor, clock: Clock, ages: Tensor) -> Tensor:
+    def contributions(self, x: Tensor, timing: Timing) -> Tensor:
         """The length of what each level adds at each token, gate included, from a fresh start: (B, T, K)."""
-        features, tree, _ = self.features(x, clock, TowerState())
-        gate = self.open(x, ages)
+        features, _ = self.features(x, timing, TowerState())
+        gate = self.open(x, timing)
         lengths = []
         for level in range(len(self.ranks)):
             alone = {k: f if k == level else torch.zeros_like(f) for k, f in features.items()}
-            lengths.append((gate * self.mix(alone, tree, clock)).norm(dim=-1))
+            lengths.append((gate * self.mix(alone, timing)).norm(dim=-1))
         return torch.stack(lengths, -1)

@@ -33,6 +33,8 @@ class Clock:
     index: Tensor  # (B, T) int64, index of the token in its document
     length: Tensor  # (B,) int64, real tokens of the row
     position: Tensor  # (B,) int64, tokens of the row's open document before the chunk
+    padded: bool  # some row may end in padding
+    restarts: bool  # a document may start inside the chunk; if none does, the zeros of the start need no mask
     fresh: bool  # every row is one document from its first token to column T: trees align with columns
 
 
@@ -52,7 +54,8 @@ def make_clock(
         length: (B,) int64 real tokens per row; None if all are.
         starts: (B, T) bool, True where a new document begins; None if none does.
     """
-    fresh = position is None and length is None and starts is None
+    padded, restarts = length is not None, starts is not None
+    fresh = position is None and not padded and not restarts
     column = torch.arange(time, device=device)
     if position is None:
         position = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -62,7 +65,7 @@ def make_clock(
     if starts is not None:
         start = torch.where(starts, column, -1).cummax(1).values
         index = torch.where(start >= 0, column - start, index)
-    return Clock(index, length, position, fresh)
+    return Clock(index, length, position, padded, restarts, fresh)
 
 
 def next_position(clock: Clock) -> Tensor:
@@ -76,36 +79,35 @@ def take(sequence: Tensor, where: Tensor) -> Tensor:
     return sequence.gather(1, where[..., None].expand(-1, -1, sequence.shape[-1]))
 
 
-def latest(history: Tensor, count: int, clock: Clock) -> Tensor:
-    """The last `count` of a (B, count + T, D) history of all tokens, as of each row's last real token.
-
-    What belongs to an earlier document is dropped: the state after a document is that of the document alone.
-    """
-    if clock.fresh:
-        return history[:, -count:]
-    slots = torch.arange(count, device=history.device)
-    own = next_position(clock)[:, None] >= count - slots
-    return take(history, clock.length[:, None] + slots) * own[..., None]
-
-
 def accumulator(x: Tensor) -> Tensor:
     """Sums are kept in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Windows(NamedTuple):
-    """Two adjacent windows of one level at every token, as sums."""
+    """Two adjacent windows of one level, as sums."""
 
-    current: Tensor  # (B, T, D)
-    previous: Tensor  # (B, T, D)
+    current: Tensor  # (B, T or nodes, D)
+    previous: Tensor  # (B, T or nodes, D)
+
+
+# ---- Windows that end at every token
+
+
+def latest(history: Tensor, count: int, clock: Clock) -> Tensor:
+    """The last `count` of a (B, count + T, D) history of all tokens, as of each row's last real token.
+
+    What belongs to an earlier document is dropped: the state after a document is that of the document alone.
+    """
+    if not clock.padded and not clock.restarts:
+        return history[:, -count:]
+    slots = torch.arange(count, device=history.device)
+    own = next_position(clock)[:, None] >= count - slots
+    return take(history, clock.length[:, None] + slots) * own[..., None]
 
 
 def sliding_windows(
-    x: Tensor,
-    levels: Sequence[int],
-    channels: Sequence[int] | None,
-    clock: Clock,
-    rings: tuple[Tensor, ...] = (),
+    x: Tensor, levels: Sequence[int], channels: Sequence[int] | None, clock: Clock, rings: tuple[Tensor, ...] = ()
 ) -> tuple[list[Windows], tuple[Tensor, ...]]:
     """Sums over the last 2^k tokens and over the 2^k before them, at every token, by doubling.
 
@@ -130,7 +132,7 @@ def sliding_windows(
         history = torch.cat([ring, total], 1)
         carried.append(latest(history, width, clock))
         shifted = history[:, :time]
-        if not clock.fresh:
+        if clock.restarts:
             shifted = shifted * (clock.index >= width)[..., None]
         if j in levels:
             own = total.shape[-1] if channels is None else channels[len(windows)]
@@ -142,125 +144,115 @@ def sliding_windows(
     return windows, tuple(carried)
 
 
-class Nodes(NamedTuple):
-    """One level of the block tree in a chunk: the four blocks before it, then the N that complete in it."""
+# ---- Aligned blocks
 
-    sums: Tensor  # (B, 4 + N, D)
+
+class Nodes(NamedTuple):
+    """Where one level of the block tree stands in a chunk: the four blocks before it, then the N that complete in it.
+
+    Off the fresh path N is an upper bound, ceil(T / 2^j); what lies beyond `done` is filler that nothing reads.
+    """
+
     ordinal: Tensor  # (B or 1, 4 + N) int64: 1 for the first block of its document; below 1: not of this document
     done: Tensor  # (B or 1, T) int64: blocks completed in the chunk up to each token, itself included
     column: Tensor | None  # (B, N) int64: the token that completed each block; None if fresh (implied by the ordinal)
+    child: Tensor | None  # (B, N) int64: which of the level below is the later half of each block; None if fresh
 
 
-def block_tree(
-    x: Tensor, depth: int, clock: Clock, state: tuple[Tensor, ...] = ()
-) -> tuple[list[Nodes], tuple[Tensor, ...]]:
-    """Sums over aligned blocks of 1, 2, 4 ... 2^depth tokens, pairwise.
+def tree_nodes(clock: Clock, depth: int) -> list[Nodes]:
+    """Where blocks of 1, 2, 4 ... 2^depth tokens complete in a chunk. The same for whatever is summed over them."""
+    time, device = clock.index.shape[1], clock.index.device
+    column_index = torch.arange(time, device=device)
+    nodes: list[Nodes] = []
+    for j in range(depth + 1):
+        if clock.fresh:
+            ordinal = torch.arange(1 - HISTORY, time // 2**j + 1, device=device)[None]
+            nodes.append(Nodes(ordinal, (column_index + 1)[None] // 2**j, None, None))
+            continue
+        completes = (clock.index + 1) % 2**j == 0
+        if clock.padded:
+            completes = completes & (column_index < clock.length[:, None])
+        done = completes.cumsum(1)
+        wanted = torch.arange(1, -(-time // 2**j) + 1, device=device).expand(done.shape[0], -1).contiguous()
+        column = torch.searchsorted(done, wanted).clamp(max=time - 1)
+        before = clock.position[:, None] // 2**j - torch.arange(HISTORY - 1, -1, -1, device=device)
+        ordinal = torch.cat([before, (clock.index.gather(1, column) + 1) // 2**j], 1)
+        child = HISTORY - 1 + nodes[-1].done.gather(1, column) if j else None
+        nodes.append(Nodes(ordinal, done, column, child))
+    return nodes
+
+
+def block_sums(
+    x: Tensor, nodes: Sequence[Nodes], clock: Clock, state: tuple[Tensor, ...] = ()
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Sums over aligned blocks of 1, 2, 4 ... tokens, pairwise, where `nodes` says they complete.
 
     Args:
         x: (B, T, D).
         state: the last four sums per level (B, 4, D), as returned; empty for a fresh start.
 
     Returns:
-        Nodes per level 0 ... depth, and the new state. Off the fresh path N is an upper bound, ceil(T / 2^j); what lies
-        beyond `done` is filler and is read by nothing.
+        Per level (B, 4 + N, D): the four blocks before the chunk, then those that complete in it; and the new state.
     """
-    batch, time, width = x.shape
+    batch, _, width = x.shape
     x = accumulator(x)
-    column_index = torch.arange(time, device=x.device)
     slots = torch.arange(HISTORY, device=x.device)
-    tree: list[Nodes] = []
+    tree: list[Tensor] = []
     carried = []
-    for j in range(depth + 1):
+    for j, level in enumerate(nodes):
         history = state[j] if state else x.new_zeros(batch, HISTORY, width)
-        if clock.fresh:
-            sums = x
-            if j:
-                below = tree[-1].sums[:, HISTORY:]
-                pairs = below.shape[1] // 2
-                sums = below[:, 0 : 2 * pairs : 2] + below[:, 1 : 2 * pairs : 2]
-            ordinal = torch.arange(1 - HISTORY, sums.shape[1] + 1, device=x.device)[None]
-            nodes = Nodes(torch.cat([history, sums], 1), ordinal, (column_index + 1)[None] // 2**j, None)
-            carried.append(nodes.sums[:, -HISTORY:])
+        if j == 0:
+            sums = x if level.column is None else take(x, level.column)
+        elif level.child is None:
+            below = tree[-1][:, HISTORY:]
+            pairs = below.shape[1] // 2
+            sums = below[:, 0 : 2 * pairs : 2] + below[:, 1 : 2 * pairs : 2]
         else:
-            completes = ((clock.index + 1) % 2**j == 0) & (column_index < clock.length[:, None])
-            done = completes.cumsum(1)
-            wanted = torch.arange(1, -(-time // 2**j) + 1, device=x.device).expand(batch, -1).contiguous()
-            column = torch.searchsorted(done, wanted).clamp(max=time - 1)
-            if j:
-                second = HISTORY - 1 + tree[-1].done.gather(1, column)
-                sums = take(tree[-1].sums, (second - 1).clamp(min=0)) + take(tree[-1].sums, second)
-            else:
-                sums = take(x, column)
-            before = clock.position[:, None] // 2**j - (HISTORY - 1 - slots)
-            ordinal = torch.cat([before, (clock.index.gather(1, column) + 1) // 2**j], 1)
-            nodes = Nodes(torch.cat([history, sums], 1), ordinal, done, column)
-            own = next_position(clock)[:, None] // 2**j >= HISTORY - slots
-            carried.append(take(nodes.sums, done[:, -1:] + slots) * own[..., None])
-        tree.append(nodes)
+            sums = take(tree[-1], (level.child - 1).clamp(min=0)) + take(tree[-1], level.child)
+        tree.append(torch.cat([history, sums], 1))
+        if clock.fresh:
+            carried.append(tree[-1][:, -HISTORY:])
+            continue
+        last = take(tree[-1], level.done[:, -1:] + slots)
+        if clock.restarts:  # the state after a document is that of the document alone
+            last = last * (next_position(clock)[:, None] // 2**j >= HISTORY - slots)[..., None]
+        carried.append(last)
     return tree, tuple(carried)
 
 
-def share(have: Tensor, parts: int, width: int, early: str, dtype: torch.dtype) -> Tensor:
-    """What turns a sum into a centroid: one over the tokens it counts, zero if the level is absent.
-
-    Args:
-        have: int64, how many of the window's `parts` lie in the document; the window has `width` tokens.
-
-    Returns:
-        `dtype`, the shape of `have` with a last dimension of 1.
-    """
-    if early == "partial":
-        tokens = (have.clamp(min=1) * (width // parts)).to(dtype)
-        return ((have > 0) / tokens)[..., None]
-    return ((have >= (parts if early == "mask" else 1)).to(dtype) / width)[..., None]
-
-
-class Columns(NamedTuple):
-    """The windows of one block-aligned level at its nodes: node n's current window is row lag + n, its previous row n.
-
-    Node 0 is the last one that was complete before the chunk.
-    """
-
-    sums: Tensor  # (B, lag + N + 1, D)
-    lag: int
-    current_share: Tensor  # (B or 1, N + 1, 1)
-    previous_share: Tensor  # (B or 1, N + 1, 1)
-    paired: Tensor  # (B or 1, N + 1, 1) bool: both windows complete
-
-
 def granularity(level: int, alignment: str) -> int:
-    """The j for which the windows of a block-aligned level change every 2^j tokens."""
+    """The j for which the windows of a level that is not sliding change, or begin anew, every 2^j tokens."""
     return level - 1 if alignment == "dual" else level
 
 
-def node_columns(tree: Sequence[Nodes], level: int, alignment: str, early: str, fresh: bool) -> Columns:
-    """The windows of a `block` or `dual` level. A dual window is two adjacent blocks of the level below."""
-    parts = 2 if alignment == "dual" else 1
-    nodes = tree[granularity(level, alignment)]
-    keep = HISTORY - 1 - parts
-    sums, ordinal = nodes.sums[:, keep:], nodes.ordinal[:, keep:]
-    if not fresh:  # a fresh history is zeros; a carried one may belong to an earlier document
-        sums = sums * (ordinal >= 1)[..., None]
-    if parts == 2:
-        older = nodes.sums[:, keep - 1 : -1]
-        sums = sums + (older if fresh else older * (ordinal >= 2)[..., None])
-    ordinal = ordinal[:, parts:]
-    have_current, have_previous = ordinal.clamp(0, parts), (ordinal - parts).clamp(0, parts)
-    width = 2**level
-    return Columns(
-        sums,
-        parts,
-        share(have_current, parts, width, early, sums.dtype),
-        share(have_previous, parts, width, early, sums.dtype),
-        (have_previous == parts)[..., None],
-    )
+def node_windows(tree: Sequence[Tensor], nodes: Sequence[Nodes], level: int, alignment: str, clock: Clock) -> Tensor:
+    """The windows of a `block` or `dual` level, as sums: (B, lag + N + 1, D), lag 1 or 2 (`window_lag`).
+
+    Node n's current window is row lag + n, its previous window row n; node 0 is the last one before the chunk. A dual
+    window is two adjacent blocks of the level below.
+    """
+    lag = window_lag(alignment)
+    j = granularity(level, alignment)
+    keep = HISTORY - 1 - lag
+    windows, ordinal = tree[j][:, keep:], nodes[j].ordinal[:, keep:]
+    if clock.restarts:  # a block may belong to an earlier document
+        windows = windows * (ordinal >= 1)[..., None]
+    if alignment == "dual":
+        older = tree[j][:, keep - 1 : -1]
+        windows = windows + (older * (ordinal >= 2)[..., None] if clock.restarts else older)
+    return windows
+
+
+def window_lag(alignment: str) -> int:
+    """How many nodes back a level's previous window stands."""
+    return 2 if alignment == "dual" else 1
 
 
 def broadcast(values: Tensor, nodes: Nodes, j: int, clock: Clock, delay: int = 0) -> Tensor:
     """What each token sees of values at nodes of granularity 2^j: the last complete node, or zero before the first.
 
     Args:
-        values: (B, N + 1, D), the first for the last node before the chunk.
+        values: (B, N + 1, D), the first for the last node before the chunk: zeros if that is of no document.
         delay: 1 to read the last node complete before the token.
 
     Returns:
@@ -273,11 +265,12 @@ def broadcast(values: Tensor, nodes: Nodes, j: int, clock: Clock, delay: int = 0
     where = nodes.done
     if delay:
         where = (where - ((clock.index + 1) % 2**j == 0).long()).clamp(min=0)
-    return take(values, where) * (clock.index + 1 - delay >= 2**j)[..., None]
+    seen = take(values, where)
+    return seen * (clock.index + 1 - delay >= 2**j)[..., None] if clock.restarts else seen
 
 
-def hand_down(values: Tensor, coarse: Nodes, fine: Nodes, coarse_j: int, fine_j: int) -> Tensor:
-    """What each node of granularity 2^fine_j sees of values at nodes of the coarser 2^coarse_j.
+def hand_down(values: Tensor, coarse: Nodes, fine: Nodes, steps: int, clock: Clock) -> Tensor:
+    """What each node sees of values at nodes 2^steps times as coarse.
 
     Args:
         values: (B, coarse N + 1, D).
@@ -285,28 +278,80 @@ def hand_down(values: Tensor, coarse: Nodes, fine: Nodes, coarse_j: int, fine_j:
     Returns:
         (B, fine N + 1, D).
     """
-    count = fine.sums.shape[1] - HISTORY + 1
     if fine.column is None:
-        return values.unsqueeze(2).expand(-1, -1, 2 ** (coarse_j - fine_j), -1).flatten(1, 2)[:, :count]
+        count = fine.ordinal.shape[1] - HISTORY + 1
+        return values.unsqueeze(2).expand(-1, -1, 2**steps, -1).flatten(1, 2)[:, :count]
     where = torch.nn.functional.pad(coarse.done.gather(1, fine.column), (1, 0))
-    exists = fine.ordinal[:, HISTORY - 1 :] >= 2 ** (coarse_j - fine_j)
-    return take(values, where) * exists[..., None]
+    seen = take(values, where)
+    return seen * (fine.ordinal[:, HISTORY - 1 :] >= 2**steps)[..., None] if clock.restarts else seen
 
 
-def running_sums(x: Tensor, tree: Sequence[Nodes], levels: Sequence[int], clock: Clock) -> dict[int, Windows]:
+def running_sums(
+    x: Tensor, tree: Sequence[Tensor], nodes: Sequence[Nodes], levels: Sequence[int], clock: Clock
+) -> dict[int, Windows]:
     """The windows of `prefix` levels at every token: the current block so far, and the last complete block before it.
 
-    P_{k}(t) = P_{k-1}(t), plus the first half of the block once t is in the second.
+    P_{k+1}(t) = P_k(t), plus the first half of the block once t is in the second.
     """
     total = accumulator(x)
     windows = {}
     for level in range(max(levels) + 1):
+        complete = broadcast(tree[level][:, HISTORY - 1 :], nodes[level], level, clock, delay=1)
         if level in levels:
-            complete = broadcast(tree[level].sums[:, HISTORY - 1 :], tree[level], level, clock, delay=1)
             windows[level] = Windows(total, complete)
-        half = broadcast(tree[level].sums[:, HISTORY - 1 :], tree[level], level, clock, delay=1)
-        total = total + half * ((clock.index >> level) & 1)[..., None]
+        total = total + complete * ((clock.index >> level) & 1)[..., None]
     return windows
+
+
+# ---- From sums to centroids
+
+
+class Shares(NamedTuple):
+    """What turns a level's sums into centroids, and where both of its windows are complete."""
+
+    current: Tensor | float  # (B or 1, T or nodes, 1): one over the tokens counted; zero where the level is absent
+    previous: Tensor | float
+    paired: Tensor  # (B or 1, T or nodes, 1) bool
+
+
+def level_shares(
+    level: int, alignment: str, clock: Clock, nodes: Sequence[Nodes], early: str, dtype: torch.dtype
+) -> Shares:
+    """The shares of a level, at every token (sliding, prefix) or at every node (block, dual).
+
+    What counts before a document starts, by `early`: zero: zeros; partial: the mean of what exists; mask: a window is
+    absent until complete.
+    """
+    width = 2**level
+    if alignment == "sliding":
+        parts, have = width, clock.index + 1
+    elif alignment == "prefix":
+        parts, have = 1, 1 + clock.index // width
+    else:
+        parts = window_lag(alignment)
+        have = nodes[granularity(level, alignment)].ordinal[:, HISTORY - 1 :]
+    previous_parts = (have - parts).clamp(0, parts)
+    paired = (previous_parts == parts)[..., None]
+    if alignment == "prefix":  # the mean of what the current block holds so far
+        current: Tensor | float = 1 / (clock.index % width + 1)[..., None].to(dtype)
+    elif early == "zero" and not clock.restarts:
+        current = 1 / width
+    else:
+        current = _share(have.clamp(0, parts), parts, width, early, dtype)
+    if early == "zero" and not clock.restarts:
+        return Shares(current, 1 / width, paired)
+    return Shares(current, _share(previous_parts, parts, width, early, dtype), paired)
+
+
+def _share(have: Tensor, parts: int, width: int, early: str, dtype: torch.dtype) -> Tensor:
+    """One over the tokens of a window of which `have` of `parts` lie in the document: (...) int64 -> (..., 1)."""
+    if early == "partial":
+        tokens = (have.clamp(min=1) * (width // parts)).to(dtype)
+        return ((have > 0) / tokens)[..., None]
+    return ((have >= (parts if early == "mask" else 1)).to(dtype) / width)[..., None]
+
+
+# ---- All of it
 
 
 class Pyramid(NamedTuple):
@@ -350,38 +395,33 @@ def pyramid(
     if clock is None:
         clock = make_clock(batch, time, position=None if state is None else state.position, device=x.device)
     rings, blocks = (state.rings, state.blocks) if state else ((), ())
-    current: dict[int, Tensor] = {}
-    previous: dict[int, Tensor] = {}
-    paired: dict[int, Tensor] = {}
-    seen = clock.index + 1
-
+    sums: dict[int, Windows] = {}
     sliding = [k for k, alignment in enumerate(alignments) if alignment == "sliding"]
+    running = [k for k, alignment in enumerate(alignments) if alignment == "prefix"]
+    depth = max((granularity(k, a) for k, a in enumerate(alignments) if a != "sliding"), default=-1)
+    nodes = tree_nodes(clock, depth)
+    shares = [level_shares(k, a, clock, nodes, early, accumulator(x).dtype) for k, a in enumerate(alignments)]
+
     if sliding:
         windows, rings = sliding_windows(x, sliding, None, clock, rings)
-        for k, (now, before) in zip(sliding, windows, strict=True):
-            width = 2**k
-            current[k] = now * share(seen.clamp(max=width), width, width, early, now.dtype)
-            previous[k] = before * share((seen - width).clamp(0, width), width, width, early, now.dtype)
-            paired[k] = seen >= 2 * width
+        sums.update(zip(sliding, windows, strict=True))
+    tree, blocks = block_sums(x, nodes, clock, blocks)
+    if running:
+        sums.update(running_sums(x, tree, nodes, running, clock))
 
-    deep = {k: granularity(k, alignment) for k, alignment in enumerate(alignments) if alignment != "sliding"}
-    if deep:
-        tree, blocks = block_tree(x, max(deep.values()), clock, blocks)
-        running = [k for k in deep if alignments[k] == "prefix"]
-        for k, (now, before) in (running_sums(x, tree, running, clock) if running else {}).items():
-            width = 2**k
-            current[k] = now / (clock.index % width + 1)[..., None]
-            previous[k] = before * share((clock.index // width).clamp(max=1), 1, width, early, now.dtype)
-            paired[k] = clock.index >= width
-        for k, j in deep.items():
-            if alignments[k] == "prefix":
-                continue
-            columns = node_columns(tree, k, alignments[k], early, clock.fresh)
-            current[k] = broadcast(columns.sums[:, columns.lag :] * columns.current_share, tree[j], j, clock)
-            previous[k] = broadcast(columns.sums[:, : -columns.lag] * columns.previous_share, tree[j], j, clock)
-            paired[k] = seen // 2**j >= 2 * columns.lag
-
-    def stack(levels: dict[int, Tensor]) -> Tensor:
-        return torch.stack([levels[k].expand(batch, *levels[k].shape[1:]) for k in range(len(alignments))], 2)
-
-    return Pyramid(stack(current), stack(previous), stack(paired)), PyramidState(next_position(clock), rings, blocks)
+    current, previous, paired = [], [], []
+    for k, (alignment, share) in enumerate(zip(alignments, shares, strict=True)):
+        both = share.paired
+        if k in sums:
+            now, before = sums[k].current * share.current, sums[k].previous * share.previous
+        else:
+            j, lag = granularity(k, alignment), window_lag(alignment)
+            columns = node_windows(tree, nodes, k, alignment, clock)
+            now = broadcast(columns[:, lag:] * share.current, nodes[j], j, clock)
+            before = broadcast(columns[:, :-lag] * share.previous, nodes[j], j, clock)
+            both = broadcast(both.expand(batch, -1, -1), nodes[j], j, clock).bool()
+        current.append(now)
+        previous.append(before)
+        paired.append(both.squeeze(-1))
+    centroids = Pyramid(torch.stack(current, 2), torch.stack(previous, 2), torch.stack(paired, 2))
+    return centroids, PyramidState(next_position(clock), rings, blocks)
