@@ -5,8 +5,8 @@ VENV := .venv
 DYADLM := $(VENV)/bin/dyadlm
 INSTALLED := $(VENV)/.installed
 DEMO := demo
-# About six minutes of training on two cores.
-STEPS ?= 700
+# About four minutes of training on two cores.
+STEPS ?= 1500
 RUN := $(DEMO)/run
 # The optional dependencies to install and so to test: dev, and peft or lm-eval beside it.
 EXTRAS ?= dev
@@ -36,7 +36,7 @@ $(DEMO)/corpus: | $(INSTALLED)
 # --resume begins at step 0 where there is nothing to resume.
 $(DEMO)/trained: $(DEMO)/corpus
 	$(DYADLM) train --preset tiny --data shakespeare --output $(RUN) --device cpu --resume \
-		--set max_steps=$(STEPS) eval_steps=100 save_steps=100
+		--set max_steps=$(STEPS)
 	touch $@
 
 $(DEMO)/evaluation.txt: $(DEMO)/trained
