@@ -1,46 +1,53 @@
-"""The small runs of `program.py`, as fixtures."""
+"""The small runs of `program.py`, as fixtures, and processes of their own for those that are killed."""
 
-import importlib.util
 import io
+import multiprocessing
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from rich.console import Console
 
-PROGRAM = Path(__file__).with_name("program.py")
-
-
-def _load() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("program", PROGRAM)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-_PROGRAM = _load()
+sys.path.insert(0, str(Path(__file__).parent))  # processes find the program by its name
+import program
 
 
 @pytest.fixture
 def small():
     """`small(output, *assignments, **options)`: the settings of a run of six steps."""
-    return _PROGRAM.small
+    return program.small
 
 
 @pytest.fixture
 def words():
     """`words(seed)`: data in memory."""
-    return _PROGRAM.words
-
-
-@pytest.fixture
-def program() -> list[str]:
-    """The command that trains on these in a process of its own."""
-    return [sys.executable, str(PROGRAM)]
+    return program.words
 
 
 @pytest.fixture
 def console() -> Console:
     """Collects what a run shows: `console.file.getvalue()`."""
     return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """`launch(output, *arguments)`: a process that trains, told apart by nothing from a program started alone.
+
+    It is forked from a server that has imported everything, once for all tests, because that takes longest.
+    What it shows is in the file `tmp_path / "shown"`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dyadlm.train", "torch._dynamo", "torch.utils.tensorboard"])
+    processes = []
+
+    def start(*arguments, largest_file=None):
+        options = (tmp_path / "shown", [str(argument) for argument in arguments], largest_file)
+        processes.append(context.Process(target=program.run, args=options))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()

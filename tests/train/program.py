@@ -1,9 +1,11 @@
 """Small runs: a text made from a seed, a model of a few thousand weights.
 
-As a program (`python program.py OUTPUT [--resume] key=value … [-- OUTPUT …]`) it is what tests kill or distribute.
+It is what tests kill (`run`, in a process of its own) or distribute (as a program:
+`python program.py OUTPUT [--resume] key=value … [-- OUTPUT …]`).
 """
 
 import random
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,16 +51,24 @@ def small(output: Path, *assignments: str, **options: Any) -> TrainSettings:
     return TrainSettings.create(output, assignments=assignments, **{"data": ["words"], "device": "cpu"} | options)
 
 
-def main(target: str, *rest: str) -> None:
+def main(console: Console, target: str, *rest: str) -> None:
     assignments = [text for text in rest if text != "--resume"]
     settings = small(Path(target), *assignments, resume="--resume" in rest)
     try:
-        train(settings, words(), Console(file=sys.stdout, width=200))
+        train(settings, words(), console)
     except RunFailed as error:
-        print(error, flush=True)
+        console.print(error, soft_wrap=True)
         sys.exit(getattr(error, "exit_code", 1))
 
 
+def run(shown: Path, arguments: list[str], largest_file: int | None) -> None:
+    """Leave what is shown in a file. largest_file: bytes, beyond which the system refuses to write."""
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    with shown.open("w") as file:
+        main(Console(file=file, width=200), *arguments)
+
+
 if __name__ == "__main__":
-    for run in " ".join(sys.argv[1:]).split(" -- "):
-        main(*run.split())
+    for arguments in " ".join(sys.argv[1:]).split(" -- "):
+        main(Console(file=sys.stdout, width=200), *arguments.split())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from dyadlm.train import train
 from dyadlm.train.checkpoint import last_complete
 
+PROGRAM = str(Path(__file__).with_name("program.py"))
 SHARED = ("model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null")
 
 
@@ -19,7 +21,7 @@ def metrics(run, name):
     return [line[name] for line in lines if name in line]
 
 
-def test_two_processes_train_like_one(tmp_path, small, words, console, program):
+def test_two_processes_train_like_one(tmp_path, small, words, console):
     """One launch for all, because importing torch takes longest."""
     replicated, sharded = tmp_path / "replicated", tmp_path / "sharded"
     halved = (*SHARED, "per_device_train_batch_size=2")
@@ -29,7 +31,7 @@ def test_two_processes_train_like_one(tmp_path, small, words, console, program):
         (sharded, *halved, "fsdp=true", "max_steps=2", "--resume"),
     ]
     command = " -- ".join(" ".join(map(str, run)) for run in runs)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program[1]]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
     done = subprocess.run([*launcher, *command.split()], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 

@@ -1,7 +1,6 @@
 """A run killed with SIGKILL, again and again, ends with the weights of one that was left alone."""
 
 import signal
-import subprocess
 import time
 
 import torch
@@ -13,36 +12,39 @@ from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest
 ASSIGNMENTS = ("max_steps=60", "save_steps=10", "eval_steps=15", "logging_steps=5", "save_total_limit=2")
 
 
-def run_until(program, output, seen, *options):
-    """Start the program and kill it with SIGKILL as soon as `seen()`; it must not have ended by itself."""
-    process = subprocess.Popen([*program, str(output), *ASSIGNMENTS, *options], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not seen():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+def wait_until(seen, process):
+    """The process must not end by itself before."""
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert process.exitcode is None, "the run ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def run_until(launch, output, seen, *options):
+    """Start a run and kill it with SIGKILL as soon as `seen()`."""
+    process = launch(output, *ASSIGNMENTS, *options)
+    wait_until(seen, process)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def staging(output):
     return list(output.glob(".staging-*"))
 
 
-def test_killed_runs_resume_bit_equal(tmp_path, small, words, console, program):
+def test_killed_runs_resume_bit_equal(tmp_path, small, words, console, launch):
     output = tmp_path / "killed"
     # Before the first checkpoint.
-    run_until(program, output, lambda: (output / "metrics.jsonl").exists())
+    run_until(launch, output, lambda: (output / "metrics.jsonl").exists())
     assert last_complete(output) is None
     # While the second checkpoint is being written.
     first = output / "checkpoint-10"
-    run_until(program, output, lambda: first.exists() and any(path.is_dir() for path in staging(output)), "--resume")
+    run_until(launch, output, lambda: first.exists() and any(path.is_dir() for path in staging(output)), "--resume")
     # Between checkpoints.
     lines = output / "metrics.jsonl"
-    run_until(program, output, lambda: '"step": 35' in lines.read_text(), "--resume")
+    run_until(launch, output, lambda: '"step": 35' in lines.read_text(), "--resume")
     complete = [path for path in checkpoints(output).values() if read_manifest(path)]
     assert complete == list(checkpoints(output).values())
     assert 30 <= int(last_complete(output).name.removeprefix("checkpoint-")) < 60
@@ -59,39 +61,26 @@ def test_killed_runs_resume_bit_equal(tmp_path, small, words, console, program):
         assert kept == [(line["step"], line[name]) for line in whole.metrics if name in line]
 
 
-def test_terminated_program_saves_and_ends_with_143(tmp_path, program):
+def test_terminated_program_saves_and_ends_with_143(tmp_path, launch):
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        [*program, str(output), "max_steps=100000", "save_steps=100000", "eval_steps=100000"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        shown, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 143
+    process = launch(output, "max_steps=100000", "save_steps=100000", "eval_steps=100000")
+    metrics = output / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text(), process)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
     assert last_complete(output) is not None
-    assert f"go on with: dyadlm train --output {output} --resume" in shown
+    assert f"go on with: dyadlm train --output {output} --resume" in (tmp_path / "shown").read_text()
 
 
-def test_disk_that_takes_no_more_loses_no_earlier_checkpoint(tmp_path, small, words, console, program):
+def test_disk_that_takes_no_more_loses_no_earlier_checkpoint(tmp_path, small, words, console, launch):
     """RLIMIT_FSIZE stands for the full disk: the next checkpoint's optimizer state does not fit."""
     output = tmp_path / "run"
     train(small(output, "max_steps=2"), words(), console)
     optimizer = (output / "checkpoint-2" / "optimizer.pt").stat().st_size
-    limit = (optimizer - 1) // 1024
-    done = subprocess.run(
-        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *program, str(output), "--resume", "max_steps=6"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stderr
-    assert f"the last good checkpoint is {output / 'checkpoint-2'}" in done.stdout
+    process = launch(output, "--resume", "max_steps=6", largest_file=optimizer - 1)
+    process.join(120)
+    assert process.exitcode == 1
+    assert f"the last good checkpoint is {output / 'checkpoint-2'}" in (tmp_path / "shown").read_text()
     assert last_complete(output) == output / "checkpoint-2"
     assert not staging(output)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
+from dyadlm.data import TokenStream, TrainingWindows
 from dyadlm.train.canaries import REPETITIONS, PlantedWindows, plan_canaries
 from dyadlm.train.checkpoint import (
     checkpoint_path,
@@ -103,6 +104,29 @@ def test_canaries_follow_from_the_seed_and_members_alone_are_planted(words):
         plan_canaries(4, 5, tokenizer, 300, 40)
     with pytest.raises(UserError, match=r"set data\.sequence_length"):
         plan_canaries(1, 5, tokenizer, 300, 24)
+
+
+def test_no_document_begins_within_a_canary(words):
+    tokenizer = words().tokenizer
+    stream = TokenStream.from_text(["some words"] * 400, tokenizer)
+    base = TrainingWindows([(stream, 1.0)], 40, 85, document_reset=True)
+    plan = plan_canaries(1, 0, tokenizer, 85, 40)
+    planted = PlantedWindows(base, plan)
+    for canary in plan.members:
+        for window, offset in zip(canary.windows, canary.offsets, strict=True):
+            before, after = base[window], planted[window]
+            end = offset + len(canary.tokens)
+            fresh = before["position_ids"] == 0
+            assert fresh[offset + 1 : end].any()  # documents of 11 tokens: there is something to heal
+            fresh[offset + 1 : end] = False
+            assert torch.equal(after["position_ids"] == 0, fresh)
+            assert all(later in (0, now + 1) for now, later in pairwise(after["position_ids"].tolist()))
+            assert torch.equal(after["labels"], torch.where(fresh, -100, after["input_ids"]))
+            assert after["input_ids"][offset:end].tolist() == canary.tokens
+            outside = torch.ones(40, dtype=torch.bool)
+            outside[offset:end] = False
+            assert torch.equal(after["input_ids"][outside], before["input_ids"][outside])
+    assert torch.equal(base[0]["input_ids"], TrainingWindows([(stream, 1.0)], 40, 1)[0]["input_ids"])
 
 
 def make_checkpoint(run, step):

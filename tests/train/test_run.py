@@ -11,13 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dyadlm import RunFailed, UserError
+from dyadlm import DyadConfig, RunFailed, UserError, files
 from dyadlm.evaluate.evaluation import evaluate
+from dyadlm.model.accounting import training_flops_per_token
 from dyadlm.train import RunInterrupted, dry_run, export, train
 from dyadlm.train.checkpoint import last_complete, read_manifest
+from dyadlm.train.plan import make_plan
 from dyadlm.train.trainer import LanguageModelTrainer
 
 
@@ -145,6 +148,75 @@ def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, small, wo
     assert 5 not in [line["step"] for line in result.metrics]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of workers that are forked
+def test_every_way_of_feeding_resumes_bit_equal(tmp_path, small, words, console, monkeypatch):
+    """Accumulated gradients, workers, several sources, canaries, reset documents, checkpoints in between."""
+    first, second = words(0), words(1)
+    data = replace(first, train=[*first.train, (second.train[0][0], 0.5)])
+    options = (
+        "gradient_accumulation_steps=2", "dataloader_num_workers=2", "data.canaries=1", "data.document_reset=true",
+        "data.sequence_length=40", "train.log_spaced_checkpoints=true", "max_steps=11", "save_steps=5",
+    )  # fmt: skip
+    train(small(tmp_path / "whole", *options), data, console)
+
+    class Crash(Exception):
+        pass
+
+    step = LanguageModelTrainer.training_step
+    for crash_at in (6, 9):  # resumed from 5, then from a log-spaced checkpoint, 8
+
+        def crash(self, *args, crash_at=crash_at, **kwargs):
+            if self.state.global_step == crash_at:
+                raise Crash
+            return step(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModelTrainer, "training_step", crash)
+            with pytest.raises(Crash):
+                train(small(tmp_path / "parts", *options, resume=True), data, console)
+    train(small(tmp_path / "parts", *options, resume=True), data, console)
+    shown = console.file.getvalue()
+    assert [f"Going on from {tmp_path / 'parts' / f'checkpoint-{step}'}" in shown for step in (5, 8)] == [True, True]
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path, small, words, console):
+    options = ("model.dropout=0", "data.document_reset=true", "logging_steps=1", "max_steps=4")
+    whole = train(small(tmp_path / "whole", *options), words(), console)
+    halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
+    halved = train(small(tmp_path / "halved", *options, *halves), words(), console)
+    for name in ("loss", "grad_norm"):
+        expected = [line[name] for line in whole.metrics if name in line]
+        assert len(expected) == 4
+        assert [line[name] for line in halved.metrics if name in line] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_cannot_be_put_in_place_is_put_there_by_resume(
+    tmp_path, small, words, console, monkeypatch, undisturbed
+):
+    output = tmp_path / "run"
+    save = LanguageModelTrainer._save
+
+    def full(self, folder, *args, **kwargs):
+        if folder.endswith(".staging-model"):
+            raise SafetensorError("No space left on device")
+        return save(self, folder, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTrainer, "_save", full)
+        with pytest.raises(RunFailed, match=r"No space left on device.*checkpoint-6\b"):
+            train(small(output), words(), console)
+    assert not [name for name in names(output) if name.startswith(".staging-")]
+    assert not (output / "model.safetensors").exists()
+    train(small(output, resume=True), words(), console)
+    assert_same_weights(undisturbed, output)
+    # The last evaluation came after the last checkpoint, and is the one reported all the same.
+    results = [json.loads((folder / "dyadlm.json").read_text())["result"] for folder in (undisturbed, output)]
+    for name in ("loss", "bits_per_byte", "validation_loss", "validation_bits_per_byte"):
+        assert results[0][name] == results[1][name]
+    assert f"{results[1]['validation_loss']:.4f}" in (output / "README.md").read_text()
+
+
 def test_resume_passes_over_damaged_checkpoints(tmp_path, small, words, console, undisturbed):
     damaged = tmp_path / "damaged"
     train(small(damaged, "max_steps=4", "save_total_limit=null"), words(), console)
@@ -222,6 +294,7 @@ def test_user_errors_leave_nothing_behind(tmp_path, small, words, console, llama
         (small(output, model=tmp_path), "is no model folder"),
         (small(output, "dataloader_prefetch_factor=2"), "do not fit together"),
         (small(output, "bf16=false", dtype="bfloat16"), "contradict"),
+        (small(output, "optim=galore_adamw"), "no such optimizer"),
     ):
         with pytest.raises(UserError, match=message):
             train(settings, data, console)
@@ -231,6 +304,44 @@ def test_user_errors_leave_nothing_behind(tmp_path, small, words, console, llama
     with pytest.raises(UserError, match="260 tokens but the model knows 259"):
         train(small(output, model=llama), replace(data, tokenizer=larger), console)
     assert not output.exists()
+
+
+def test_a_wrong_model_is_found_before_text_is_prepared(tmp_path, small):
+    output = tmp_path / "run"
+    with pytest.raises(UserError, match="hidden_size"):
+        train(small(output, "model.hiden_size=16", data=["nowhere.txt"]))
+    with pytest.raises(UserError, match="is no model folder"):
+        train(small(output, model=tmp_path / "nowhere", data=["nowhere.txt"]))
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
+        train(small(output, data=["nowhere.txt"]))
+    assert not output.exists()
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path, small, words, console, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE_SECONDS", 0.0)
+    output = tmp_path / "run"
+    train(small(output, "max_steps=2"), words(), console)
+    (output / ".staging-of-the-other").mkdir()
+    before = names(output)
+    with files.locked(output), pytest.raises(UserError, match=r"Another process is at work in .*run"):
+        train(small(output, resume=True), words(), console)
+    assert names(output) == before
+    train(small(output, "max_steps=4", resume=True), words(), console)
+
+
+def test_a_run_that_began_meanwhile_is_left_alone(tmp_path, small, words, console, monkeypatch):
+    output = tmp_path / "run"
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        train(small(output, "max_steps=2"), words(), console)
+        return make_plan(*arguments)
+
+    monkeypatch.setattr("dyadlm.train.run.make_plan", slow)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(small(output), words(), console)
+    assert last_complete(output) == output / "checkpoint-2"
+    assert json.loads((output / "dyadlm.json").read_text())["settings"]["max_steps"] == 2
 
 
 def test_checkpoint_is_complete_before_evaluation_begins(tmp_path, small, words, console, monkeypatch):
@@ -387,6 +498,15 @@ def test_dry_run_leaves_nothing_and_counts(tmp_path, small, words):
     assert (estimate["steps"], estimate["tokens"], estimate["static_memory_bytes"]) == (6, 768, 16 * total)
     assert estimate["seconds"] == pytest.approx(6 * estimate["seconds_per_step"])
     assert estimate["peak_memory_bytes"] > estimate["static_memory_bytes"]
+
+
+def test_dry_run_neither_saves_nor_evaluates(tmp_path, small, words, monkeypatch):
+    for name in ("_save_checkpoint", "evaluate"):
+        monkeypatch.setattr(LanguageModelTrainer, name, lambda *args, **kwargs: pytest.fail("not in a dry run"))
+    settings = small(tmp_path / "run", "train.log_spaced_checkpoints=true", "eval_on_start=true")
+    estimate = dry_run(settings, words())
+    config = DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=2, max_position_embeddings=32)
+    assert estimate["flops"] == 768 * training_flops_per_token(config, 32)
 
 
 def test_export_copies_the_model_alone(tmp_path, small, words, console):

@@ -95,10 +95,17 @@ class PlantedWindows(Dataset[dict[str, torch.Tensor]]):
         if index not in self._planted:
             return item
         offset, tokens = self._planted[index]
-        planted = dict(item)
+        planted = {name: value.clone() for name, value in item.items()}
         place = slice(offset, offset + len(tokens))
-        for name in ("input_ids", "labels"):
-            planted[name] = item[name].clone()
-            # A label that does not count (at the beginning of a document) goes on not counting.
-            planted[name][place] = torch.where(item[name][place] < 0, item[name][place], torch.tensor(tokens))
+        ignored = item["labels"] < 0  # goes on not counting
+        if "position_ids" in item:
+            # A canary is one piece: a document that began within it begins no more.
+            begins = item["position_ids"] == 0
+            within = slice(offset + 1, offset + len(tokens))
+            ignored[within] &= ~begins[within]
+            begins[within] = False
+            at = torch.arange(len(begins))
+            planted["position_ids"] = at - torch.where(begins, at, 0).cummax(0).values
+        planted["input_ids"][place] = torch.tensor(tokens)
+        planted["labels"][place] = torch.where(ignored[place], item["labels"][place], torch.tensor(tokens))
         return planted
