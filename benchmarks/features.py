@@ -23,10 +23,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "centroid": {"level_feature": "centroid"},
     "transport+centroid": {"level_feature": "transport+centroid"},
     "transport+pair": {"level_feature": "transport+pair"},
-    "transport+centroid, model space": {"level_feature": "transport+centroid", "transport_space": "model"},
+    "transport+pair, model space": {"level_feature": "transport+pair", "transport_space": "model"},
 }
 SEEDS = (0, 1, 2)
-BUDGET = {"tokens": 768_000, "batch_size": 4, "sequence_length": 256, "learning_rate": 4e-3}
+BUDGET = {"tokens": 512_000, "batch_size": 4, "sequence_length": 256, "learning_rate": 4e-3}
 
 
 def rank_for(form: dict[str, Any], target: int) -> int:
