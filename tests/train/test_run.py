@@ -249,6 +249,10 @@ def test_changed_learning_rate_holds_after_resume(tmp_path, small, words, consol
     result = train(small(output, *options, "learning_rate=1e-3", resume=True), words(), console)
     rates = {line["step"]: line["learning_rate"] for line in result.metrics if "learning_rate" in line}
     assert rates == {2: 1e-2, 4: 1e-3, 6: 1e-3}
+    record = json.loads((output / "dyadlm.json").read_text())
+    assert record["settings"]["learning_rate"] == 1e-3
+    (earlier,) = record["earlier"]
+    assert (earlier["until_step"], earlier["settings"]["learning_rate"]) == (2, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -555,8 +559,23 @@ def test_damaged_model_folder_is_refused(tmp_path, small, words, console, llama)
     tensors = load_file(llama / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, llama / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lack model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"lack model\.norm\.weight; the folder is damaged"):
         train(small(tmp_path / "run", model=llama), words(), console)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("model.hiden_size=16", "no field 'hiden_size'; the nearest is hidden_size"),
+        ("model.hidden_size=32", r"have another size of lm_head.weight \(and .* more\); leave hidden_size as it is"),
+        ("model.num_hidden_layers=2", r"lack model.layers.1.* more\); leave num_hidden_layers as it is"),
+        ("model.num_hidden_layers=0", "also hold model.layers.0"),
+    ],
+)
+def test_fields_that_the_weights_do_not_fit(tmp_path, small, words, console, llama, assignment, message):
+    with pytest.raises(UserError, match=message):
+        train(small(tmp_path / "run", assignment, model=llama), words(), console)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_can_be_turned_off(tmp_path, small, words, console):

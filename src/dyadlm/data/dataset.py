@@ -87,7 +87,10 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is damaged ({error}); remove {folder} and prepare the data again.") from error
+            raise UserError(
+                f"{path} is damaged or no manifest of prepared data ({type(error).__name__}: {error}); "
+                "prepare the data again, or move the file away if the folder is one of texts."
+            ) from error
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -1,13 +1,14 @@
 """Any causal language model of transformers from a folder: safetensors only, none of the folder's code is run."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dyadlm.errors import UserError
@@ -24,14 +25,19 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
         require_model_folder(path)
     try:
         with without_bars_of_transformers():
+            config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
+            _require_fields(config, fields)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path_or_name,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in a sentence
                 **fields,
             )
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -39,13 +45,26 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
             "give a folder that `dyadlm train` wrote, or another model in safetensors."
         ) from error
     model, report = loaded
-    if report["missing_keys"]:
-        raise UserError(
-            f"The weights in {path_or_name} lack {min(report['missing_keys'])} and "
-            f"{len(report['missing_keys']) - 1} more tensors of its config; "
-            "the folder is damaged or belongs to another config."
-        )
+    for what, names in (
+        ("lack", report["missing_keys"]),
+        ("have another size of", [name for name, *_ in report["mismatched_keys"]]),
+        # Where no field was changed, transformers decides what may be left over.
+        ("also hold", report["unexpected_keys"] if fields else ()),
+    ):
+        if names:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            cause = f"leave {', '.join(fields)} as it is" if fields else "the folder is damaged or of another config"
+            raise UserError(f"The weights in {path_or_name} {what} {min(names)}{others}; {cause}.")
     return cast(PreTrainedModel, model)
+
+
+def _require_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
+    known = config.to_dict()
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise UserError(f"A model of type {config.model_type} has no field {name!r}{hint}.")
 
 
 def require_model_folder(path: Path) -> None:

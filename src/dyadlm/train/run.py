@@ -84,7 +84,7 @@ def train(settings: TrainSettings, data: TrainingData | None = None, console: Co
         closing.enter_context(_disk_errors(output))
         if first:
             remove_leftovers(output)
-            _write_record(settings, plan)
+            _write_record(settings, plan, step)
             if plan.canaries is not None:
                 content = json.dumps(plan.canaries.to_dict(), indent=2)
                 write_atomically(output / CANARIES_NAME, content + "\n")
@@ -172,11 +172,12 @@ def _evaluation_missed(output: Path, step: int, arguments: TrainingArguments) ->
 # ---- What a run leaves ----
 
 
-def _write_record(settings: TrainSettings, plan: Plan, result: Mapping[str, Any] | None = None) -> None:
+def _write_record(settings: TrainSettings, plan: Plan, step: int, result: Mapping[str, Any] | None = None) -> None:
     """RUN/dyadlm.json: the settings, everything that followed from them, and at the end the result."""
     record = {
         "dyadlm": __version__,
         "settings": settings.to_dict(),
+        "earlier": _earlier_settings(settings, step),
         "model": plan.identity["model"],
         "data": plan.identity["data"],
         "order_of_text": plan.identity["order of text"],
@@ -192,6 +193,18 @@ def _write_record(settings: TrainSettings, plan: Plan, result: Mapping[str, Any]
     if result is not None:
         record["result"] = result
     write_atomically(settings.output / RECORD_NAME, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _earlier_settings(settings: TrainSettings, step: int) -> list[dict[str, Any]]:
+    """Which other settings the steps up to `step` were done with: {"until_step": …, "settings": …} each."""
+    if not (settings.output / RECORD_NAME).is_file():
+        return []
+    record = read_record(settings.output)
+    earlier = [entry for entry in record.get("earlier", []) if entry["until_step"] <= step]
+    counted = earlier[-1]["until_step"] if earlier else 0
+    if record["settings"] != settings.to_dict() and step > counted:
+        earlier.append({"until_step": step, "settings": record["settings"]})
+    return earlier
 
 
 def _finish(settings: TrainSettings, plan: Plan, trainer: LanguageModelTrainer, seconds: float) -> TrainResult:
@@ -215,7 +228,7 @@ def _finish(settings: TrainSettings, plan: Plan, trainer: LanguageModelTrainer, 
     }
     trainer.publish(_card(settings, plan, result))
     if trainer.is_world_process_zero():
-        _write_record(settings, plan, result)
+        _write_record(settings, plan, steps, result)
     trainer.accelerator.wait_for_everyone()
     output = settings.output
     return TrainResult(
