@@ -255,6 +255,16 @@ def test_changed_learning_rate_holds_after_resume(tmp_path, small, words, consol
     assert (earlier["until_step"], earlier["settings"]["learning_rate"]) == (2, 1e-2)
 
 
+def test_changed_steps_hold_after_resume(tmp_path, small, words, console):
+    output = tmp_path / "run"
+    train(small(output, "max_steps=2"), words(), console)
+    changed = ("logging_steps=1", "save_steps=5", "eval_steps=3", "save_total_limit=null")
+    result = train(small(output, *changed, resume=True), words(), console)
+    assert [line["step"] for line in result.metrics if "loss" in line] == [2, 3, 4, 5, 6]
+    assert [line["step"] for line in result.metrics if "eval_loss" in line] == [2, 3, 6]
+    assert {name for name in names(output) if "checkpoint" in name} == {f"checkpoint-{step}" for step in (2, 5, 6)}
+
+
 @pytest.mark.parametrize(
     ("assignment", "seed", "named"),
     [

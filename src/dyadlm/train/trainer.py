@@ -47,6 +47,15 @@ def stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
+class StepsAsTold(TrainerCallback):
+    """Trainer takes logging_steps, eval_steps and save_steps from the checkpoint; a resumed run was told others."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
+
+
 class LogSpacedSaves(TrainerCallback):
     """Asks for a checkpoint at the steps of `LOG_SPACED`, where most is learned in little time."""
 
@@ -93,7 +102,7 @@ class LanguageModelTrainer(Trainer):
             data_collator=stack,
             train_dataset=windows,
             eval_dataset=validation,  # only `evaluate`, below, reads it
-            callbacks=[LogSpacedSaves(), *(callbacks or [])] if options.log_spaced_checkpoints else callbacks,
+            callbacks=[StepsAsTold(), *[LogSpacedSaves()] * options.log_spaced_checkpoints, *(callbacks or [])],
         )
         for shown_by_us in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_us)
