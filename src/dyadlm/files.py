@@ -80,11 +80,12 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if need be and keep other processes that ask for this lock out of it.
+    """Keep other processes that ask for this lock out of a folder, made if need be and removed if it stays empty.
 
     The lock leaves no file and ends with the process, however that ends. Raises `UserError` if another process
     has it. Where the file system knows no locks, nothing is locked.
     """
+    made = not folder.exists()
     make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -104,6 +105,8 @@ def locked(folder: Path) -> Iterator[None]:
                 break
         yield
     finally:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
         os.close(descriptor)
 
 

@@ -83,5 +83,8 @@ def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     with locked(folder), pytest.raises(UserError, match="Another process is at work"), locked(folder):
         pytest.fail("two at once")
+    assert not folder.exists()  # it stayed empty
     with locked(folder):
-        assert not list(folder.iterdir())
+        (folder / "file").write_text("kept")
+    with locked(folder):
+        assert [file.name for file in folder.iterdir()] == ["file"]

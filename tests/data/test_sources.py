@@ -97,7 +97,13 @@ def test_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "no JSON object"), ('{"text": 1}', "no text but int")]
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ("[1]", "no JSON object"),
+        ('{"text": 1}', "no text but int"),
+    ],
 )
 def test_json_lines_that_are_wrong(tmp_path, line, message):
     path = tmp_path / "pages.jsonl"
@@ -115,6 +121,16 @@ def test_parquet(tmp_path):
     ]
     with pytest.raises(UserError, match="no field 'body'; its fields are text, kind, n"):
         read(open_source(path, text_field="body"))
+
+
+def test_parquet_that_is_not_utf8(tmp_path):
+    offsets, content = (pa.py_buffer(part) for part in (b"\0\0\0\0\3\0\0\0", b"ab\xff"))
+    path = tmp_path / "pages.parquet"
+    pyarrow.parquet.write_table(
+        pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, content])}), path
+    )
+    with pytest.raises(UserError, match=r"pages.parquet cannot be read: .*0xff"):
+        read(open_source(path))
 
 
 def test_folders_are_read_in_order_and_whole(tmp_path):

@@ -177,7 +177,7 @@ def read_file(path: Path, name: str, text_field: str) -> Iterator[Passage]:
                     yield from _json_lines(file, name, text_field)
                 else:
                     yield from _text(file, name)
-    except (OSError, EOFError, zstandard.ZstdError, pa.ArrowException) as error:
+    except (OSError, EOFError, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
@@ -256,7 +256,7 @@ def _json_lines(file: BinaryIO, name: str, text_field: str) -> Iterator[Passage]
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name}, line {number} is not JSON: {error}.") from error
         if not isinstance(record, dict):
             raise UserError(f"{name}, line {number} is no JSON object; each line must be one.")
