@@ -95,6 +95,21 @@ def test_weights_are_tied_unless_told_otherwise(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, untied(ids).logits)
 
 
+def test_blocks_start_silent_through_every_way_of_making_a_model():
+    """transformers skips `_init_weights` for outside modules without parameters of their own: look at the result."""
+    config = DyadConfig.from_preset("tiny", hidden_size=48, num_hidden_layers=2)
+    ids = random_ids(1, 40)
+    for model in (DyadForCausalLM(config), AutoModelForCausalLM.from_config(config)):
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(hidden[1], hidden[0])  # nothing is added yet
+        for layer in model.model.layers:
+            assert layer.tower.gate.weight.std().item() == pytest.approx(48**-0.5, rel=0.1)
+            assert layer.tower.bottlenecks[0].weight.std().item() == pytest.approx(48**-0.5, rel=0.15)
+            assert (layer.tower.age.weight == 0).all()
+            assert (layer.mlp_identity == 0.1).all()
+        assert model(ids, labels=ids).loss.item() == pytest.approx(5.56, abs=0.05)  # about ln 259
+
+
 def test_resize_token_embeddings():
     model, ids = make_model(torch.float32), random_ids(1, 11)
     before = model(ids).logits
