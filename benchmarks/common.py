@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dyadlm
+from dyadlm.accounting import parameters
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer
 from dyadlm.evaluate import evaluate
 from dyadlm.files import write_atomically
-from dyadlm.model.accounting import parameters
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 

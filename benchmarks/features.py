@@ -13,8 +13,8 @@ import torch
 
 from common import Cells, arguments, dyad, require_green, size, train, validation_nats
 from dyadlm import DyadConfig
+from dyadlm.accounting import parameters
 from dyadlm.data import resolve_data
-from dyadlm.model.accounting import parameters
 
 FORMS: dict[str, dict[str, Any]] = {
     "pair": {"level_feature": "pair"},
@@ -23,6 +23,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "centroid": {"level_feature": "centroid"},
     "transport+centroid": {"level_feature": "transport+centroid"},
     "transport+pair": {"level_feature": "transport+pair"},
+    "product+pair": {"level_feature": "product+pair"},
     "transport+pair, model space": {"level_feature": "transport+pair", "transport_space": "model"},
 }
 SEEDS = (0, 1, 2)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from common import Cells, arguments, circumstances, dyad, matched_llama, require_green
 from dyadlm import DyadCache
-from dyadlm.model.accounting import state_bytes
+from dyadlm.accounting import state_bytes
 
 CONTEXTS = (1_000, 10_000, 100_000, 1_000_000)
 CHUNK = 8192

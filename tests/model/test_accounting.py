@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.accounting import forward_flops, parameters, state_bytes, training_flops_per_token
 from dyadlm.model import PRESETS
-from dyadlm.model.accounting import forward_flops, parameters, state_bytes, training_flops_per_token
 
 SHAPES = [
     {},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dyadlm import DyadCache, UserError
-from dyadlm.model.accounting import state_bytes
+from dyadlm.accounting import state_bytes
 
 from .conftest import make_model, random_ids
 

@@ -16,7 +16,6 @@ from dyadlm.model.configuration import LEVEL_FEATURES
 from dyadlm.model.tower import Tower
 from dyadlm.ops import reference
 from dyadlm.ops.pyramid import EARLY
-from dyadlm.ops.transport import GUARD
 
 from .conftest import make_model, random_ids
 
@@ -29,18 +28,6 @@ STACKS = {
     "sparse": ["sliding", "sliding", "block", "sliding", "sliding", "dual"],  # node levels far apart
 }
 EXACT = 1e-9
-
-
-def differentiable_transport(q: Tensor, p: Tensor) -> Tensor:
-    """`reference.phase_transport` of one pair (D,), in operations that carry gradients."""
-    shorter, longer = torch.minimum(q.norm(), p.norm()), torch.maximum(q.norm(), p.norm())
-    if bool(shorter <= GUARD * longer):
-        return q - p
-    blend = (shorter / longer / GUARD - 1).clamp(0, 1)
-    q_hat, p_hat = q / q.norm(), p / p.norm()
-    plane = torch.outer(p_hat, q_hat) - torch.outer(q_hat, p_hat)
-    turned = (q - p) + plane @ (q - p) + plane @ plane @ (q - p) / (1 + q_hat @ p_hat)
-    return (q - p) + blend**2 * (3 - 2 * blend) * (turned - (q - p))
 
 
 def definition(tower: Tower, x: Tensor, ages: Tensor | None) -> Tensor:
@@ -57,10 +44,9 @@ def definition(tower: Tower, x: Tensor, ages: Tensor | None) -> Tensor:
         parts = []
         for name in LEVEL_FEATURES[config.level_feature]:
             if name == "transport":
-                part = torch.stack([differentiable_transport(a, b) for a, b in zip(q, p, strict=True)])
-                assert (part - reference.phase_transport(q.detach(), p.detach())).abs().max() < EXACT
+                part = reference.phase_transport(q, p)
             else:
-                part = {"difference": q - p, "current": q, "previous": p}[name]
+                part = {"difference": q - p, "product": q * p, "current": q, "previous": p}[name]
             if config.early == "mask" and name in ("transport", "difference"):
                 part = part * paired[:, k, None]
             parts.append(part if early_projected else bottleneck(part))

@@ -108,6 +108,14 @@ def test_does_not_cancel_in_float32():
     assert error.max() < 1e-6
 
 
+@pytest.mark.parametrize("ratio", [0.025, 0.1, 0.3, 1.0])
+def test_unequal_lengths_in_float32(ratio):
+    q, p = (v.float() for v in vectors(0, 32, ratio, count=256))
+    exact = phase_transport(q.double(), p.double())
+    error = (phase_transport(q, p).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() < 2e-6
+
+
 def test_near_the_antipode_in_float32():
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(256, 16, generator=generator)

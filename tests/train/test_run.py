@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dyadlm import DyadConfig, RunFailed, UserError, files
+from dyadlm.accounting import training_flops_per_token
 from dyadlm.evaluate.evaluation import evaluate
-from dyadlm.model.accounting import training_flops_per_token
 from dyadlm.train import RunInterrupted, dry_run, export, train
 from dyadlm.train.checkpoint import last_complete, read_manifest
 from dyadlm.train.plan import make_plan

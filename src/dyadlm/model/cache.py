@@ -29,7 +29,8 @@ class TowerState(NamedTuple):
 class DyadCache:
     """The `past_key_values` of a dyadlm model: pass it back with the next tokens to continue where it stands.
 
-    It is updated in place by each forward pass. Its size is independent of how many tokens it has seen.
+    It is updated in place by each forward pass. Its size is independent of how many tokens it has seen. Where gradients
+    are on, it keeps their graph, so that training can reach back over chunks; stream under `torch.no_grad()`.
     """
 
     is_compileable = False

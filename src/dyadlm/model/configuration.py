@@ -4,6 +4,7 @@ Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_ran
 """
 
 import difflib
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -19,9 +20,13 @@ LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
     "centroid": ("current",),
     "transport+centroid": ("transport", "current"),
     "transport+pair": ("transport", "current", "previous"),
+    "product+pair": ("product", "current", "previous"),
 }
 TRANSPORT_SPACES = ("level", "model")
 HYBRID_SLIDING_WIDTH = 8
+WIDEST_SLIDING_LEVEL = 16
+BYTE_VOCABULARY = 259
+BYTE_SPECIALS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
 
 
 class DyadConfig(PreTrainedConfig):
@@ -40,10 +45,11 @@ class DyadConfig(PreTrainedConfig):
         level_alignment: `hybrid` (sliding up to 8 tokens, dual beyond), one of sliding | block | dual | prefix for all
             levels, or a list of K of them. dual needs two tokens, so level 0 cannot have it.
         level_feature: what a level says of its current and previous centroid: transport | difference | pair |
-            centroid | transport+centroid | transport+pair.
+            centroid | transport+centroid | transport+pair | product+pair (their elementwise product beside both).
         transport_space: where transport is taken: `level`, after the bottleneck, or `model`, before it.
         early: what counts before a document starts: zero | partial | mask (`dyadlm.ops.pyramid`).
         dropout: on the embedding and on what each block adds.
+        pad_token_id, bos_token_id, eos_token_id: None: those of the byte tokenizer if the vocabulary is of its size.
 
     Raises:
         UserError: a value that does not fit, with the remedy.
@@ -67,9 +73,9 @@ class DyadConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
-    pad_token_id: int | None = 256
-    bos_token_id: int | None = 257
-    eos_token_id: int | list[int] | None = 258
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
@@ -93,6 +99,10 @@ class DyadConfig(PreTrainedConfig):
                     f"{name} lists {len(value)} levels but num_levels is {self.num_levels}; "
                     f"give {self.num_levels} entries, one value for all levels, or another num_levels."
                 )
+        if not isinstance(self.level_alignment, (str, list, tuple)):
+            raise UserError(
+                f"level_alignment is {self.level_alignment!r}; give one alignment or a list of {self.num_levels}."
+            )
         if isinstance(self.level_alignment, str):
             _require_choice("level_alignment", self.level_alignment, ("hybrid", *ALIGNMENTS))
         for level, alignment in enumerate(self.alignments):
@@ -101,12 +111,28 @@ class DyadConfig(PreTrainedConfig):
                 raise UserError(
                     "level 0 is one token wide and cannot be dual; start level_alignment with sliding or block."
                 )
+        widest = max((k for k, a in enumerate(self.alignments) if a == "sliding"), default=0)
+        if widest > WIDEST_SLIDING_LEVEL:
+            raise UserError(
+                f"A sliding level {widest} would keep 2^{widest} sums a block; use hybrid or dual for levels "
+                f"above {WIDEST_SLIDING_LEVEL}."
+            )
         _require_choice("level_feature", self.level_feature, tuple(LEVEL_FEATURES))
         _require_choice("transport_space", self.transport_space, TRANSPORT_SPACES)
         _require_choice("early", self.early, EARLY)
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+        self._settle_specials()
         super().__post_init__(**kwargs)
+
+    def _settle_specials(self) -> None:
+        for name, byte_id in BYTE_SPECIALS.items():
+            given = getattr(self, name)
+            if given is None and self.vocab_size == BYTE_VOCABULARY:
+                setattr(self, name, byte_id)
+            for number in given if isinstance(given, list) else [given]:
+                if number is not None and not 0 <= number < self.vocab_size:
+                    raise UserError(f"{name} is {number} but vocab_size is {self.vocab_size}; give an id below that.")
 
     @property
     def alignments(self) -> list[str]:
@@ -137,7 +163,7 @@ class DyadConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
-        known = cls().to_dict()
+        known = {field.name for field in fields(cls)}
         for key in overrides:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)

@@ -8,13 +8,14 @@ Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from dyadlm.errors import UserError
@@ -134,15 +135,16 @@ class DyadModel(DyadPreTrainedModel):
         past_key_values: DyadCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> DyadOutput:
-        """Hidden states of a chunk, in `DyadOutput.hidden_states[-1]`. Arguments as in `DyadForCausalLM.forward`."""
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states of a chunk: `last_hidden_state` (B, T, D). Arguments as in `DyadForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training
+            use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = past_key_values if past_key_values is not None or not use_cache else DyadCache()
         if cache is not None and not isinstance(cache, DyadCache):
             raise UserError(
@@ -150,11 +152,12 @@ class DyadModel(DyadPreTrainedModel):
             )
 
         batch, time = inputs_embeds.shape[:2]
+        require_fitting(batch, time, attention_mask, position_ids, kwargs)
         if cache is not None and cache.batch_size not in (0, batch):
             raise UserError(
                 f"The state has {cache.batch_size} rows but the input {batch}; use a state of as many rows."
             )
-        order = left_packing(attention_mask, time)
+        order = left_packing(attention_mask, batch, time)
         clock = chunk_clock(batch, time, attention_mask, position_ids, order, cache, inputs_embeds.device)
         if order is not None:
             inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
@@ -166,8 +169,16 @@ class DyadModel(DyadPreTrainedModel):
         if order is not None:
             back = order.argsort(1)[..., None]
             outputs = [output.gather(1, back.expand_as(output)) for output in outputs]
-        hidden_states = tuple(outputs) if output_hidden_states else (outputs[-1],)
-        return DyadOutput(past_key_values=cache if use_cache else None, hidden_states=hidden_states)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = BaseModelOutputWithPast(
+            last_hidden_state=outputs[-1],
+            past_key_values=cast(Any, cache if use_cache else None),
+            hidden_states=tuple(outputs) if output_hidden_states else None,
+        )
+        return (
+            output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
+        )
 
     def stack(self, embedded: Tensor, clock: Clock, states: list[TowerState]) -> tuple[list[Tensor], list[TowerState]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
@@ -205,18 +216,31 @@ class DyadModel(DyadPreTrainedModel):
         return torch.stack(lengths)
 
 
-def left_packing(attention_mask: Tensor | None, time: int) -> Tensor | None:
+def require_fitting(
+    batch: int, time: int, attention_mask: Tensor | None, position_ids: Tensor | None, others: dict[str, Any]
+) -> None:
+    """Raise `UserError` for an empty chunk, masks or positions of another shape, and packing told in another way."""
+    if time == 0:
+        raise UserError("The input is empty; give at least one token.")
+    for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if given is not None and (given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] < time):
+            raise UserError(
+                f"{name} has the shape {tuple(given.shape)}; it must be ({batch}, {time}) or longer in time."
+            )
+    if position_ids is None and any(others.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+        raise UserError("Packed documents are told by position_ids that restart at 0; let the collator return them.")
+
+
+def left_packing(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:
     """(B, T) int64: the order that brings each row's real tokens to the front; None if they fill the chunk.
 
     Pads then neither count nor write, wherever they stood.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2:
-        raise UserError(
-            "attention_mask must be (batch, time), 1 for tokens and 0 for padding; there is no attention to mask."
-        )
     pad = attention_mask[:, -time:] == 0
+    if pad.shape[0] == 1:
+        pad = pad.expand(batch, -1)
     return pad.long().argsort(dim=1, stable=True) if bool(pad.any()) else None
 
 
@@ -232,7 +256,7 @@ def chunk_clock(
     """The clock of a chunk, in the order of `left_packing`: documents start where position_ids are 0."""
     length = starts = None
     if order is not None and attention_mask is not None:
-        length = (attention_mask[:, -time:] != 0).sum(1)
+        length = (attention_mask[:, -time:] != 0).sum(1).expand(batch)
     if position_ids is not None:
         starts = (position_ids[..., -time:] == 0).expand(batch, -1)
         if order is not None:
@@ -288,7 +312,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, D) instead of input_ids.
             past_key_values: the state to continue from, updated in place; None for a fresh start.
             labels: (B, T) int64, shifted inside; -100 is ignored.
-            use_cache: whether to return the state; default: when not training.
+            use_cache: whether to return the state; default: when one is given, or when not training.
             output_hidden_states: whether to return all hidden states.
             logits_to_keep: only the last so many positions (or these indices) get logits; 0: all.
 
@@ -302,9 +326,11 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states or self.config.output_hidden_states,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **{name: kwargs[name] for name in ("cu_seq_lens_q", "seq_idx") if name in kwargs},
         )
-        hidden = outputs.hidden_states[-1]
+        hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
         loss = None
@@ -314,9 +340,11 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states if output_hidden_states or self.config.output_hidden_states else None,
+            hidden_states=outputs.hidden_states,
         )
-        return output if return_dict or return_dict is None else output.to_tuple()
+        return (
+            output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
+        )
 
     def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
         past_key_values.reorder_cache(beam_idx)

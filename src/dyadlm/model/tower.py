@@ -67,7 +67,9 @@ class Tower(nn.Module):
         self.config = config
         width, parts = config.hidden_size, len(config.feature_parts)
         self.alignments, self.ranks = config.alignments, config.ranks
+        self.feature_parts = config.feature_parts
         self.in_model_space = config.transport_space == "model"
+        self.needs_pairs = config.early == "mask"
         self.sliding = [k for k, a in enumerate(self.alignments) if a == "sliding"]
         self.prefix = [k for k, a in enumerate(self.alignments) if a == "prefix"]
         self.token_levels = sorted(self.sliding + self.prefix)
@@ -115,7 +117,7 @@ class Tower(nn.Module):
             read = x if ranks is None else torch.cat([self.bottlenecks[k](x) for k in self.sliding], -1)
             windows, rings = sliding_windows(read, self.sliding, ranks, clock, rings)
             for k, (now, before) in zip(self.sliding, windows, strict=True):
-                features[k] = self.feature(k, now, before, shares[k], x.dtype)
+                features[k] = self.feature(k, now / 2**k, before / 2**k, shares[k], x.dtype)
 
         tree, blocks = block_sums(x, nodes, clock, state.blocks)
         if self.prefix:
@@ -129,21 +131,30 @@ class Tower(nn.Module):
         return features, TowerState(rings, blocks)
 
     def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
-        """Through the level's bottleneck, unless transport is taken before it: (..., D) → (..., R or D)."""
-        return sums if self.in_model_space else accumulator(self.bottlenecks[level](sums.to(dtype)))
+        """Means over the level's width, through its bottleneck unless transport comes first: (..., D) → (..., R or D).
+
+        Sums of a wide level do not fit into float16; means do.
+        """
+        means = sums / 2**level
+        return means if self.in_model_space else accumulator(self.bottlenecks[level](means.to(dtype)))
 
     def feature(self, level: int, current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
-        """What a level says of two windows, given as sums (..., R or D), as `level_feature` tells → (..., F R)."""
-        current, previous = current * shares.current, previous * shares.previous
+        """What a level says of two windows, given as means (..., R or D), as `level_feature` tells → (..., F R)."""
+        if shares.current is not None:
+            current = current * shares.current
+        if shares.previous is not None:
+            previous = previous * shares.previous
         parts = []
-        for name in self.config.feature_parts:
+        for name in self.feature_parts:
             if name == "current":
                 part = current
             elif name == "previous":
                 part = previous
+            elif name == "product":
+                part = current * previous
             else:
                 part = phase_transport(current, previous) if name == "transport" else current - previous
-                if self.config.early == "mask":  # a change needs two windows; absent is absent, not a change from zero
+                if self.needs_pairs:  # a change needs two windows; absent is absent, not a change from zero
                     part = part * shares.paired
             parts.append(part)
         if self.in_model_space:
@@ -153,17 +164,16 @@ class Tower(nn.Module):
     def mix(self, features: dict[int, Tensor], timing: Timing) -> Tensor:
         """The sum of what all levels write back at each token, before the gate: (B, T, D)."""
         clock, nodes = timing.clock, timing.nodes
-        mixed = None
+        coarse, said = 0, None  # what all node levels so far say, at the nodes of granularity 2^coarse
+        for k in sorted(self.node_levels, key=lambda level: self.node_levels[level], reverse=True):
+            here, j = self.up_nodes[str(k)](features[k]), self.node_levels[k]
+            if said is not None:
+                here = here + (said if j == coarse else hand_down(said, nodes[coarse], nodes[j], coarse - j, clock))
+            coarse, said = j, here
+        mixed = None if said is None else broadcast(said, nodes[coarse], coarse, clock)
         if self.up_tokens is not None:
-            mixed = self.up_tokens(torch.cat([features[k] for k in self.token_levels], -1))
-        coarse, said = -1, None
-        for j in sorted(set(self.node_levels.values()), reverse=True):
-            here = sum(self.up_nodes[str(k)](features[k]) for k, at in self.node_levels.items() if at == j)
-            said = here if said is None else here + hand_down(said, nodes[coarse], nodes[j], coarse - j, clock)
-            coarse = j
-        if said is not None:
-            seen = broadcast(said, nodes[coarse], coarse, clock)
-            mixed = seen if mixed is None else mixed + seen
+            near = self.up_tokens(torch.cat([features[k] for k in self.token_levels], -1))
+            mixed = near if mixed is None else near + mixed
         assert mixed is not None, "a tower has at least one level"
         return mixed
 

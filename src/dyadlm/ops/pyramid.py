@@ -307,10 +307,10 @@ def running_sums(
 
 
 class Shares(NamedTuple):
-    """What turns a level's sums into centroids, and where both of its windows are complete."""
+    """What makes a sum over a window of w tokens, divided by w, the level's centroid; and where both are complete."""
 
-    current: Tensor | float  # (B or 1, T or nodes, 1): one over the tokens counted; zero where the level is absent
-    previous: Tensor | float
+    current: Tensor | None  # (B or 1, T or nodes, 1): w over the tokens counted, 0 where absent; None: 1 everywhere
+    previous: Tensor | None
     paired: Tensor  # (B or 1, T or nodes, 1) bool
 
 
@@ -330,25 +330,26 @@ def level_shares(
     else:
         parts = window_lag(alignment)
         have = nodes[granularity(level, alignment)].ordinal[:, HISTORY - 1 :]
-    previous_parts = (have - parts).clamp(0, parts)
-    paired = (previous_parts == parts)[..., None]
+    had = (have - parts).clamp(0, parts)
+    paired = (had == parts)[..., None]
+    as_summed = early == "zero" and not clock.restarts  # the sums hold zeros for what does not exist
+    previous = None if as_summed else _share(had, parts, early, dtype)
     if alignment == "prefix":  # the mean of what the current block holds so far
-        current: Tensor | float = 1 / (clock.index % width + 1)[..., None].to(dtype)
-    elif early == "zero" and not clock.restarts:
-        current = 1 / width
-    else:
-        current = _share(have.clamp(0, parts), parts, width, early, dtype)
-    if early == "zero" and not clock.restarts:
-        return Shares(current, 1 / width, paired)
-    return Shares(current, _share(previous_parts, parts, width, early, dtype), paired)
+        return Shares(width / (clock.index % width + 1)[..., None].to(dtype), previous, paired)
+    return Shares(None if as_summed else _share(have.clamp(0, parts), parts, early, dtype), previous, paired)
 
 
-def _share(have: Tensor, parts: int, width: int, early: str, dtype: torch.dtype) -> Tensor:
-    """One over the tokens of a window of which `have` of `parts` lie in the document: (...) int64 -> (..., 1)."""
+def _share(have: Tensor, parts: int, early: str, dtype: torch.dtype) -> Tensor:
+    """For a window of which `have` of `parts` lie in the document: (...) int64 -> (..., 1)."""
     if early == "partial":
-        tokens = (have.clamp(min=1) * (width // parts)).to(dtype)
-        return ((have > 0) / tokens)[..., None]
-    return ((have >= (parts if early == "mask" else 1)).to(dtype) / width)[..., None]
+        return ((have > 0) * (parts / have.clamp(min=1).to(dtype)))[..., None]
+    return (have >= (parts if early == "mask" else 1)).to(dtype)[..., None]
+
+
+def centroid(sums: Tensor, width: int, share: Tensor | None) -> Tensor:
+    """The centroid of a window of `width` tokens from its sum (..., D) -> (..., D)."""
+    mean = sums / width
+    return mean if share is None else mean * share
 
 
 # ---- All of it
@@ -413,12 +414,15 @@ def pyramid(
     for k, (alignment, share) in enumerate(zip(alignments, shares, strict=True)):
         both = share.paired
         if k in sums:
-            now, before = sums[k].current * share.current, sums[k].previous * share.previous
+            now, before = (
+                centroid(sums[k].current, 2**k, share.current),
+                centroid(sums[k].previous, 2**k, share.previous),
+            )
         else:
             j, lag = granularity(k, alignment), window_lag(alignment)
             columns = node_windows(tree, nodes, k, alignment, clock)
-            now = broadcast(columns[:, lag:] * share.current, nodes[j], j, clock)
-            before = broadcast(columns[:, :-lag] * share.previous, nodes[j], j, clock)
+            now = broadcast(centroid(columns[:, lag:], 2**k, share.current), nodes[j], j, clock)
+            before = broadcast(centroid(columns[:, :-lag], 2**k, share.previous), nodes[j], j, clock)
             both = broadcast(both.expand(batch, -1, -1), nodes[j], j, clock).bool()
         current.append(now)
         previous.append(before)

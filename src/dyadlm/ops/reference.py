@@ -14,32 +14,30 @@ from dyadlm.ops.transport import GUARD
 
 
 def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Tensor:
-    """R (q - p) with the minimal rotation R as a matrix: I + G + G^2 / (1 + cos), G the generator of the plane.
+    """R (q - p) with the minimal rotation R as a matrix: I + G + G^2 / (1 + cos), G the turn of their plane.
 
     Args:
         current, previous: (N, D) float64.
 
     Returns:
-        (N, D) float64. At the antipode, where the matrix is singular, the regular limit (|q| + |p|) p/|p|.
+        (N, D) float64, differentiable. At the antipode, where the matrix is singular, the limit (|q| + |p|) p/|p|.
     """
     rows = []
     for q, p in zip(current.double(), previous.double(), strict=True):
-        q_norm, p_norm = q.norm().item(), p.norm().item()
         plain = q - p
-        longest = max(q_norm, p_norm)
-        ratio = min(q_norm, p_norm) / longest if longest > 0 else 0.0
-        blend = min(max(ratio / eps - 1.0, 0.0), 1.0)
-        weight = blend * blend * (3.0 - 2.0 * blend)
-        if weight == 0.0:
+        shorter, longer = sorted((q.norm(), p.norm()), key=lambda norm: norm.item())
+        if shorter.item() <= eps * longer.item():
             rows.append(plain)
             continue
-        q_hat, p_hat = q / q_norm, p / p_norm
-        cosine = float(q_hat @ p_hat)
-        if 1.0 + cosine < 1e-13:
-            carried = (q_norm + p_norm) * p_hat
+        blend = (shorter / longer / eps - 1.0).clamp(0.0, 1.0)
+        weight = blend * blend * (3.0 - 2.0 * blend)
+        q_hat, p_hat = q / q.norm(), p / p.norm()
+        cosine = q_hat @ p_hat
+        if 1.0 + cosine.item() < 1e-13:
+            carried = (q.norm() + p.norm()) * p_hat
         else:
-            generator = torch.outer(p_hat, q_hat) - torch.outer(q_hat, p_hat)
-            rotation = torch.eye(len(q), dtype=torch.float64) + generator + generator @ generator / (1.0 + cosine)
+            plane = torch.outer(p_hat, q_hat) - torch.outer(q_hat, p_hat)
+            rotation = torch.eye(len(q), dtype=torch.float64) + plane + plane @ plane / (1.0 + cosine)
             carried = rotation @ plain
         rows.append(plain + weight * (carried - plain))
     return torch.stack(rows)

@@ -17,8 +17,8 @@ def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Te
 
         (q - p) + (|p| - |q|) u + |u|^2 p,        u = q/|q| - p/|p|,
 
-    where |p| - |q| = (p - q)·(p + q) / (|p| + |q|) and |u|^2 = (|q - p|^2 - (|p| - |q|)^2) / (|q| |p|). It has the
-    length of q - p, commutes with every orthogonal map and with positive scaling, and is regular at the antipode.
+    where |p| - |q| = (p - q)·(p + q) / (|p| + |q|). It has the length of q - p, commutes with every orthogonal map and
+    with positive scaling, and is regular at the antipode.
 
     Guard: where the shorter vector is less than `eps` times the longer, the rotation is ill-defined and the plain
     difference is returned; up to `2 * eps` the two forms are blended smoothly.
@@ -44,10 +44,10 @@ def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Te
     q_norm = torch.where(turned, q_squared, 1.0).sqrt()
     p_norm = torch.where(turned, p_squared, 1.0).sqrt()
     product = torch.where(turned, (difference * (q + p)).sum(-1, keepdim=True), 0.0)
-    squared = torch.where(turned, (difference * difference).sum(-1, keepdim=True), 0.0)
-
     norm_change = -product / (q_norm + p_norm)
-    turn_squared = (squared - norm_change * norm_change) / (q_norm * p_norm)
+    turn = torch.where(turned, q, 0.0) / q_norm - torch.where(turned, p, 0.0) / p_norm
+    turn_squared = (turn * turn).sum(-1, keepdim=True)
+
     ratio = torch.minimum(q_norm, p_norm) / torch.maximum(q_norm, p_norm)
     blend = (ratio / eps - 1.0).clamp(0.0, 1.0)
     weight = torch.where(turned, blend * blend * (3.0 - 2.0 * blend), 0.0)

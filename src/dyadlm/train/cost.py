@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dyadlm.accounting import training_flops_per_token
 from dyadlm.model import DyadConfig
-from dyadlm.model.accounting import training_flops_per_token
 from dyadlm.train.plan import TrainingData, make_plan
 from dyadlm.train.settings import TrainSettings
 
