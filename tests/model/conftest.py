@@ -7,6 +7,7 @@ from dyadlm import DyadConfig, DyadForCausalLM
 
 VARIANTS: dict[str, dict] = {
     "default": {},
+    "pair": {"level_feature": "pair"},
     "sliding": {"level_alignment": "sliding", "early": "partial"},
     "dual": {"level_alignment": ["sliding", *["dual"] * 6], "early": "mask", "level_feature": "transport+pair"},
     "block": {"level_alignment": "block", "level_feature": "transport+centroid"},

@@ -4,10 +4,21 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
+from dyadlm.accounting import parameters
 from dyadlm.data import byte_tokenizer
+from dyadlm.model.configuration import LEVEL_FEATURES
 
 from .conftest import make_model, random_ids
 
@@ -139,6 +150,56 @@ def test_outputs_by_convention():
         model()
 
 
+def test_the_base_model_is_one_of_transformers(tmp_path):
+    model, ids = make_model(torch.float32), random_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    out = base(ids)
+    assert torch.equal(out.last_hidden_state, model(ids, output_hidden_states=True).hidden_states[-1])
+    assert out[0] is out.last_hidden_state
+    assert out.hidden_states is None
+    assert isinstance(base(ids, return_dict=False), tuple)
+
+
+def test_a_state_that_is_given_in_training_goes_on():
+    model, ids = make_model().train(), random_ids(1, 30)
+    assert model(ids).past_key_values is None
+    cache = DyadCache()
+    first = model(ids[:, :11], past_key_values=cache).logits
+    second = model(ids[:, 11:], past_key_values=cache).logits
+    assert cache.get_seq_length() == 30
+    assert torch.allclose(torch.cat([first, second], 1), model(ids).logits)
+    embedding = model.get_input_embeddings().weight
+    (gradient,) = torch.autograd.grad(second.square().sum(), embedding, retain_graph=True)
+    (whole,) = torch.autograd.grad(model(ids).logits[:, 11:].square().sum(), embedding)
+    assert torch.allclose(gradient, whole)  # through the state, back over the chunks
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask has the shape"),
+        ({"attention_mask": torch.ones(3, 5)}, "attention_mask has the shape"),
+        ({"position_ids": torch.ones(2, 1).long()}, "position_ids has the shape"),
+        ({"position_ids": torch.ones(5).long()}, "position_ids has the shape"),
+        ({"seq_idx": torch.zeros(2, 5)}, "restart at 0"),
+        ({"input_ids": torch.zeros(2, 0).long()}, "input is empty"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_in_one_sentence(wrong, message):
+    with pytest.raises(UserError, match=message):
+        make_model()(**{"input_ids": random_ids(2, 5), **wrong})
+
+
+def test_packed_by_the_flattening_collator():
+    model = make_model()
+    documents = [random_ids(1, n, seed=n)[0].tolist() for n in (7, 20, 12)]
+    batch = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": d} for d in documents])
+    logits = model(**{name: batch[name] for name in ("input_ids", "position_ids")}).logits
+    alone = torch.cat([model(torch.tensor([d])).logits for d in documents], 1)
+    assert torch.allclose(logits, alone)
+
+
 def test_pipeline_generates_text(tmp_path):
     make_model(torch.float32).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -224,7 +285,7 @@ def test_contexts_longer_than_trained_work():
     assert model(random_ids(1, 500)).logits.isfinite().all()
 
 
-def test_level_contributions_show_each_level_and_add_up():
+def test_level_contributions_show_each_level():
     model, ids = make_model(), random_ids(1, 50)
     loud = model.model.level_contributions(ids)
     assert loud.shape == (3, 7, 50)
@@ -273,6 +334,11 @@ def test_lora_on_the_projections_trains(tmp_path):
         ({"early": "late"}, "early is 'late'"),
         ({"transport_space": "outer"}, "transport_space"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": "x"}, "dropout is 'x'"),
+        ({"level_alignment": 3}, "level_alignment is 3"),
+        ({"level_alignment": "sliding", "num_levels": 30}, "use hybrid or dual"),
+        ({"vocab_size": 65, "eos_token_id": 65}, "eos_token_id is 65 but vocab_size is 65"),
+        ({"model_type": "llama"}, "no field 'model_type'"),
     ],
 )
 def test_wrong_configurations_are_named_in_one_sentence(wrong, message):
@@ -282,8 +348,18 @@ def test_wrong_configurations_are_named_in_one_sentence(wrong, message):
     assert "\n" not in str(error.value)
 
 
+def test_special_tokens_follow_the_vocabulary():
+    """Those of the byte tokenizer fit its vocabulary alone; another one brings its own, or none."""
+    assert DyadConfig().eos_token_id == 258
+    other = DyadConfig.from_preset("tiny", vocab_size=65)
+    assert (other.pad_token_id, other.bos_token_id, other.eos_token_id) == (None, None, None)
+    assert DyadConfig.from_preset("tiny", vocab_size=65, eos_token_id=[1, 2]).eos_token_id == [1, 2]
+
+
 def test_overrides_keep_a_preset_consistent():
     config = DyadConfig.from_preset("tiny", hidden_size=64, max_position_embeddings=1024)
-    assert (config.intermediate_size, config.level_rank, config.num_levels) == (176, 16, 10)
+    assert (config.intermediate_size, config.level_rank, config.num_levels) == (176, 12, 10)
     assert config.alignments == ["sliding"] * 4 + ["dual"] * 6
     assert DyadConfig.from_preset("tiny", hidden_size=64, intermediate_size=100).intermediate_size == 100
+    sizes = {parameters(DyadConfig.from_preset("tiny", level_feature=feature)) for feature in LEVEL_FEATURES}
+    assert len(sizes) == 1  # features compare at equal parameters

@@ -183,6 +183,17 @@ def test_wrong_states_and_masks_are_refused():
         model(ids, attention_mask=torch.ones(2, 1, 5, 5))
 
 
+def test_float16_does_not_overflow_in_wide_windows():
+    """Sums over 2^16 equal tokens pass the largest float16; the model carries means through its bottlenecks."""
+    levels = ["sliding", *["dual"] * 16]
+    model = make_model(torch.float16, hidden_size=8, num_hidden_layers=1, num_levels=17, level_alignment=levels)
+    cache = DyadCache()
+    for _ in range(9):
+        logits = model(torch.full((1, 2**14), 7), past_key_values=cache, logits_to_keep=1).logits
+        assert logits.isfinite().all()
+    assert max(tensor.abs().max() for tensor in cache.layers[0].blocks) > 65504
+
+
 def test_bfloat16_keeps_a_float32_state_and_stays_near():
     model = make_model(torch.float32)
     ids = random_ids(1, 200)
@@ -193,6 +204,6 @@ def test_bfloat16_keeps_a_float32_state_and_stays_near():
     assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name != "position")
     assert (out.logits.float().log_softmax(-1) - exact).abs().mean() < 0.1
     half = make_model(torch.bfloat16)
-    logits, cache = read(half, ids, range(1, 200))
+    logits, cache = read(half, ids[:, :80], range(1, 80))
     assert all(tensor.dtype == torch.float32 for name, tensor in cache.tensors().items() if name != "position")
-    assert (logits.float().log_softmax(-1) - exact).abs().mean() < 0.1
+    assert (logits.float().log_softmax(-1) - exact[:, :80]).abs().mean() < 0.1

@@ -41,7 +41,8 @@ class DyadConfig(PreTrainedConfig):
             it.
         tie_word_embeddings: whether the head shares the embedding's weight.
         num_levels: K; None: as many as make the two widest windows span `max_position_embeddings`.
-        level_rank: R, the width of each level's bottleneck, one number or one per level; None: D / 4.
+        level_rank: R, the width of each level's bottleneck, one number or one per level; None: as wide as lets a level
+            have 3/4 D^2 parameters, whatever its feature.
         level_alignment: `hybrid` (sliding up to 8 tokens, dual beyond), one of sliding | block | dual | prefix for all
             levels, or a list of K of them. dual needs two tokens, so level 0 cannot have it.
         level_feature: what a level says of its current and previous centroid: transport | difference | pair |
@@ -66,7 +67,7 @@ class DyadConfig(PreTrainedConfig):
     num_levels: int | None = None
     level_rank: int | list[int] | None = None
     level_alignment: str | list[str] = "hybrid"
-    level_feature: str = "pair"
+    level_feature: str = "product+pair"
     transport_space: str = "level"
     early: str = "zero"
     dropout: float = 0.0
@@ -87,7 +88,8 @@ class DyadConfig(PreTrainedConfig):
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 16) * 16
         _require_positive("intermediate_size", self.intermediate_size)
         if self.level_rank is None:
-            self.level_rank = max(1, self.hidden_size // 4)
+            _require_choice("level_feature", self.level_feature, tuple(LEVEL_FEATURES))
+            self.level_rank = max(1, round(0.75 * self.hidden_size / (1 + len(self.feature_parts))))
         if isinstance(self.level_rank, tuple):
             self.level_rank = list(self.level_rank)
         for rank in self.level_rank if isinstance(self.level_rank, list) else [self.level_rank]:
