@@ -55,7 +55,7 @@ clean-demo:
 # ---- Checks
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
