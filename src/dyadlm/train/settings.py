@@ -86,7 +86,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,
 }
 PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
-    "tiny": {"max_steps": 1500, "learning_rate": 4e-3, "per_device_train_batch_size": 4},
+    "tiny": {"max_steps": 1500, "learning_rate": 2e-3, "per_device_train_batch_size": 4},
     "small": {
         "max_steps": 10_000,
         "learning_rate": 1e-3,
