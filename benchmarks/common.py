@@ -1,6 +1,7 @@
 """What the studies share: models to compare, one trainer, resumable cells, and the circumstances of a figure."""
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -45,13 +46,17 @@ def require_green() -> None:
     write_atomically(stamp, "passed\n")
 
 
+@functools.cache
+def commit() -> str:
+    """The commit that this process was started at."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def circumstances() -> dict[str, Any]:
     """What a figure needs beside it: commit, device, dtype, versions."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "device": "cpu",
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -156,6 +161,7 @@ class Cells:
         self.path = path
         self.results: dict[str, dict[str, Any]] = {}
         self._read()
+        commit()
 
     def _read(self) -> None:
         if self.path.exists():
