@@ -9,12 +9,12 @@ A step is forward, backward and AdamW. The two models take turns within a round,
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -44,17 +44,22 @@ def stepper(model: torch.nn.Module, length: int) -> Callable[[], float]:
 
 
 def peak_memory(family: str, length: int, threads: int) -> float:
-    """MiB that two steps add to the peak of a process of their own."""
+    """MiB that two steps add, at their peak, to a process of their own (Linux)."""
     command = [sys.executable, __file__, "--measure-memory", family, str(length), "--threads", str(threads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
+def memory(field: str) -> float:
+    """MiB of this process from the kernel's record: VmRSS now, VmHWM at most. (ru_maxrss would remember the parent.)"""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
+
+
 def measure_memory(family: str, length: int) -> None:
-    stepper(FAMILIES[family](256), 256)()  # libraries and their buffers are not the model's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = stepper(FAMILIES[family](length), length)
+    before = memory("VmRSS")
     step(), step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(memory("VmHWM") - before)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -69,14 +74,14 @@ def compare(options: argparse.Namespace) -> None:
                 taken = step()
                 if number:
                     times[family].append(taken)
-        memory = {family: peak_memory(family, length, options.threads) for family in FAMILIES}
+        peaks = {family: peak_memory(family, length, options.threads) for family in FAMILIES}
         cells.store(
             name,
             {
                 "tokens_per_step": max(length, FEWEST_TOKENS),
                 "seconds_per_step": {f: round(statistics.median(values), 4) for f, values in times.items()},
                 "llama_over_dyad": interval([b / a for a, b in zip(times["dyad"], times["llama"], strict=True)]),
-                "peak_mebibytes": {family: round(value) for family, value in memory.items()},
+                "peak_mebibytes": {family: round(value) for family, value in peaks.items()},
                 "rounds": options.rounds,
             },
         )
