@@ -87,7 +87,7 @@ def main() -> None:
                 times[f"dyad {context}"].append(taken)
         for context, cache in caches.items():
             taken = burst(peer, cache, ids[:, : options.burst])
-            cache.crop(context)
+            cache.crop(-options.burst)
             if number >= 2:
                 times[f"llama {context}"].append(taken)
         print(f"round {number + 1} of {options.rounds + 2}", flush=True)

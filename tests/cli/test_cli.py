@@ -1,5 +1,6 @@
 """The verbs from end to end, on text made here and a model that trains in a second."""
 
+import errno
 import io
 import json
 import signal
@@ -207,7 +208,8 @@ def test_a_dry_run_leaves_nothing(place, capsys):
     before = contents(place)
     assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", "new", "--dry-run", *SMALL) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("parameters", "memory", "tokens: 256 in 4 steps of 64", "time"))
+    expected = ("parameters", "memory", "tokens: 256 in 4 steps of 64", "matrix products", "time")
+    assert all(word in out for word in expected)
     assert contents(place) == before
     assert not (place / "new").exists()
 
@@ -364,3 +366,15 @@ def test_prepared_data_trains_and_evaluates(place, capsys):
     assert "train: " in capsys.readouterr().out
     assert call("train", "--preset", "tiny", "--data", "data", "--output", "prepared-run", *SMALL) == 0
     assert call("evaluate", "prepared-run", "--data", "data") == 0
+
+
+def test_an_error_of_the_system_is_one_sentence_and_exit_code_1(place, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "model")
+
+    monkeypatch.setattr("dyadlm.train.export", full)
+    assert call("export", "run", "--output", "elsewhere") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dyadlm: ")
+    assert "No space left on device" in error
+    assert "Traceback" not in error

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, 2)
     except RunFailed as error:
         _fail(error, getattr(error, "exit_code", 1))
+    except OSError as error:  # a full disk, a folder that may not be read: the system's own sentence says it best
+        _fail(error, 1)
 
 
 def spread_lists(arguments: Sequence[str]) -> list[str]:

@@ -68,6 +68,8 @@ def _print_cost(cost: dict[str, Any]) -> None:
         f"{_mebibytes(cost['peak_memory_bytes'])} at the peak"
     )
     typer.echo(f"tokens: {cost['tokens']:,} in {cost['steps']:,} steps of {cost['tokens_per_step']:,}")
+    if cost["flops"] is not None:
+        typer.echo(f"matrix products: {cost['flops']:.2e} floating-point operations")
     typer.echo(f"time: about {duration(cost['seconds'])} ({1000 * cost['seconds_per_step']:.0f} ms a step)")
 
 
