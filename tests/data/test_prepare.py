@@ -233,3 +233,10 @@ def test_windows_over_shards(tmp_path, small_shards):
     for number in range(40):
         item = windows[number]
         assert np.array_equal(item["input_ids"].numpy(), tokens[item["index"].numpy() - stream.index_start])
+
+
+def test_the_byte_tokenizer_keeps_its_name_wherever_it_is_loaded_from(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text(make_text(300, seed=1))
+    manifest = prepare([str(tmp_path / "text.txt")], tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
+    assert manifest.tokenizer["name"] == "byte"

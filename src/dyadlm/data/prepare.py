@@ -61,6 +61,8 @@ def prepare(
         raise UserError("There is nothing to prepare; name at least one source.")
 
     name = tokenizer if isinstance(tokenizer, str) else loaded.name_or_path or "custom"
+    if encoder.is_byte:  # wherever it was loaded from
+        name = "byte"
     with staged_folder(output) as staging:
         splits: dict[str, Split] = {}
         index = 0
