@@ -1,5 +1,6 @@
 """`dyadlm train`: a model from a preset, or on from the weights of another."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,8 +56,10 @@ def train(
     )
     if dry_run:
         _print_cost(measure(settings))
-    else:
-        _print_result(run(settings, console=errors))
+        return
+    result = run(settings, console=errors)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        _print_result(result)
 
 
 def _print_cost(cost: dict[str, Any]) -> None:
