@@ -163,6 +163,15 @@ def test_reading_without_use_cache_leaves_the_state_alone():
     assert all(torch.equal(before[name], tensor) for name, tensor in cache.tensors().items())
 
 
+def test_a_state_that_is_reset_starts_anew():
+    model, ids = make_model(), random_ids(2, 30)
+    _, cache = read(model, ids)
+    cache.reset()
+    assert cache.is_empty
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(ids[:1], past_key_values=cache).logits, model(ids[:1]).logits)  # another batch size, too
+
+
 def test_a_state_does_not_leak_between_calls():
     model, ids = make_model(), random_ids(1, 30)
     assert torch.equal(model(ids).logits, model(ids).logits)

@@ -89,7 +89,7 @@ class DyadCache:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(DyadCache().__dict__)
 
     def to(self, device: torch.device | str) -> "DyadCache":
         """Move every tensor to a device, in place."""
