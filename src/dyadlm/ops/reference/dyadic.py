@@ -1,4 +1,4 @@
-"""The definitions: slow loops in float64. Every fast operator is tested against these; read these first.
+"""Phase transport and the dyadic pyramid as slow loops in float64.
 
 Dimension letters: B batch, T time, D width, K levels. Level k has windows of w = 2^k tokens.
 """
