@@ -22,6 +22,9 @@ LONGEST_CHUNK = 4096
 
 NO_TARGET = -100
 
+# What transformers calls a state, by family: most models, Mamba.
+STATE_NAMES = ("past_key_values", "cache_params")
+
 
 def score(
     model: PreTrainedModel, stream: Stream, windows: Iterable[Window], prefix_token: int, batch_size: int
@@ -52,7 +55,9 @@ def score(
                     ignore_index=NO_TARGET,
                     reduction="none",
                 ).view(targets.shape)
-            state["past_key_values"] = output.past_key_values
+            for name in STATE_NAMES:
+                if name in output:
+                    state[name] = output[name]
             for window, row, scored in zip(batch, nats.cpu().numpy(), targets != NO_TARGET, strict=True):
                 if scored.any():
                     yield window.start + 1 + offset + int(scored.argmax()), row[scored]
