@@ -1,5 +1,6 @@
 """The definitions: slow loops in float64. Every fast operator is tested against these; read these first."""
 
 from dyadlm.ops.reference.dyadic import centroid, phase_transport, pyramid, stream, windows_at
+from dyadlm.ops.reference.selection import entmax, mean_run_length, select
 
-__all__ = ["centroid", "phase_transport", "pyramid", "stream", "windows_at"]
+__all__ = ["centroid", "entmax", "mean_run_length", "phase_transport", "pyramid", "select", "stream", "windows_at"]
