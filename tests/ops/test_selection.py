@@ -16,6 +16,8 @@ from dyadlm.ops.selection import (
     KINDS,
     SPAN,
     balanced,
+    best,
+    choose,
     chosen_count,
     entmax,
     entropy,
@@ -66,8 +68,8 @@ def in_chunks(scores, clock, cuts, kind, **options):
     ("kind", "margin"), [("dense", 0.0), ("entmax", 0.0), *((kind, m) for kind in CHOOSING for m in (0.0, 0.5, 1.5))]
 )
 def test_equals_the_loop(kind, margin, ties):
-    """Padding, packing, bias, a held choice, more than one span of tokens."""
-    time, heads, levels = 2 * SPAN + 9, 2, 5
+    """Padding, packing, bias, a held choice."""
+    time, heads, levels = 73, 2, 5
     scores = signal(3, time, heads, levels, ties=ties)
     clock = ragged_clock(time, [[0, 20, 21], [40], [5]], [time, time - 3, 0])
     bias = signal(heads, levels, seed=1, ties=ties) if kind in CHOOSING else None
@@ -201,13 +203,45 @@ def test_a_choice_changes_when_the_evidence_passes_the_margin():
 
 
 def test_margin_costs_nothing_where_it_is_zero(monkeypatch):
-    calls = []
-    monkeypatch.setattr("dyadlm.ops.selection.torch.equal", lambda *tensors: calls.append(tensors) or True)
-    scores, clock = signal(1, 80, 1, 4), make_clock(1, 80)
-    select(scores, "topk", clock)
-    assert not calls
-    select(scores, "topk", clock, margin=0.5)
-    assert len(calls) == 3  # spans
+    """One pass over all tokens, where a margin takes one a token on a CPU."""
+    seen = []
+    monkeypatch.setattr(
+        "dyadlm.ops.selection.best", lambda evidence, count: seen.append(len(evidence[0])) or evidence > 0
+    )
+    choose(signal(1, 80, 1, 4), 2, make_clock(1, 80))
+    assert seen == [80]
+    choose(signal(1, 80, 1, 4), 2, make_clock(1, 80), margin=0.5)
+    assert seen == [80] + [1] * 80
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sweeps_over_spans_equal_the_loop(data):
+    """Any span, margin and held choice; documents that start anywhere; chains from one token to the whole span."""
+    time = data.draw(st.integers(1, 90))
+    span = data.draw(st.sampled_from([2, 7, SPAN, 64, 100]))
+    count = data.draw(st.integers(1, 3))
+    margin = data.draw(st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 1e6]))
+    starts = [sorted(data.draw(st.sets(st.integers(0, time - 1), max_size=3))) for _ in range(2)]
+    clock = ragged_clock(time, starts, [time, time])
+    evidence = signal(2, time, 2, 5, seed=time, ties=data.draw(st.booleans()))
+    held = data.draw(st.sampled_from([None, signal(2, 2, 5, seed=span) > 0.5]))
+    swept = choose(evidence, count, clock, margin, held, span=span)
+    assert torch.equal(swept, choose(evidence, count, clock, margin, held, span=1))
+    expected, _ = reference.select(evidence, "topk", clock, count, margin=margin, held=held)
+    assert torch.equal(swept, expected > 0)
+
+
+def test_sweeps_stop_when_nothing_changes(monkeypatch):
+    """Far fewer than tokens where chains are short, never more than tokens where one runs through all of the span."""
+    sweeps = []
+    monkeypatch.setattr("dyadlm.ops.selection.best", lambda evidence, count: sweeps.append(1) or best(evidence, count))
+    evidence, clock = signal(4, SPAN, 2, 8), make_clock(4, SPAN)
+    choose(evidence, 1, clock, margin=0.1, span=SPAN)
+    assert 1 < len(sweeps) < 8
+    sweeps.clear()
+    choose(evidence, 1, clock, margin=1e6, span=SPAN)
+    assert len(sweeps) == SPAN
 
 
 # ---- What is chosen
