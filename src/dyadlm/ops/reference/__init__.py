@@ -2,5 +2,18 @@
 
 from dyadlm.ops.reference.dyadic import centroid, phase_transport, pyramid, stream, windows_at
 from dyadlm.ops.reference.selection import entmax, mean_run_length, select
+from dyadlm.ops.reference.slots import context_at, slot_reads, slot_set
 
-__all__ = ["centroid", "entmax", "mean_run_length", "phase_transport", "pyramid", "select", "stream", "windows_at"]
+__all__ = [
+    "centroid",
+    "context_at",
+    "entmax",
+    "mean_run_length",
+    "phase_transport",
+    "pyramid",
+    "select",
+    "slot_reads",
+    "slot_set",
+    "stream",
+    "windows_at",
+]

@@ -1,0 +1,395 @@
+"""Identity slots: small exact memories of what followed a context, set-associative, N tables side by side.
+
+At token t (not the first of its document) the context that ended at t - 1 is written with the value of position t; then
+the context that ends at t is read: the newest entry with exactly its tag (design, section 5). The tag picks one of S
+sets; a set is a list of its last entries, newest first, cut at W. `evict`: a write is put in front even if its tag is
+in the list (ring), or removes it first (lru). The tag decides, so a collision is a miss, never a wrong value.
+
+`slot_lookup` plans which value is read where, from the contexts alone; `slot_read` and `slot_store` move values by such
+a plan, as many layers as share it. Nothing is simulated: an entry is read if fewer than W entries were put in front of
+it in the meantime, which is a difference of ranks in a stable sort by set. For lru each tag counts once.
+
+A chunk has T + 1 items per table: item i is the context that ended at column i - 1, is read there, and is written at
+column i. Item 0 ended before the chunk.
+
+Dimension letters: B batch, T time, I = T + 1 items, N tables, S sets, W ways, P parts of a tag, M width of a value.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dyadlm.ops.contexts import Contexts, mix
+from dyadlm.ops.pyramid import Clock, accumulator
+
+EVICTIONS = ("ring", "lru")
+SCOPES = ("document", "stream")
+PHI = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio, as 64 bits: sets the parts of a tag apart
+
+
+class SlotState(NamedTuple):
+    """The tables after a chunk, newest entry of a set first; sized by the configuration alone."""
+
+    tags: Tensor  # (B, N, S, W, P) int64, -1 where empty
+    values: Tensor  # (B, N, S, W, M), 0 where empty
+    pending: Tensor  # (B, N, P) int64: the context that ended at the last token, still to be written; -1 for none
+
+
+class Survivors(NamedTuple):
+    """What stands in the tables after a chunk: from the chunk, from the state, or nothing. U sets: all, or the changed.
+
+    Where an entry comes from neither, both its indices are -1.
+    """
+
+    tags: Tensor  # (B, N, S, W, P) int64, of all sets
+    column: Tensor  # (B, N, U, W) int64: the column whose value the entry holds
+    slot: Tensor  # (B, N, U, W) int64: the entry of the state whose value it holds, set * W + way
+    changed: Tensor | None  # (B, N, 1) int64: the one set that may have changed; None: U is all sets
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A plan: which value is read at each token, and what the tables hold at the end."""
+
+    found: Tensor  # (B, T, N) bool
+    column: Tensor  # (B, T, N) int64: the column whose value is read; -1 if from the state
+    slot: Tensor | None  # (B, T, N) int64: the entry of the state that is read, set * W + way; None without a state
+    pending: Tensor  # (B, N, P) int64, of the new state
+    survive: Callable[[], Survivors]
+
+    @cached_property
+    def survivors(self) -> Survivors:
+        """Worked out when a state is asked for, once for all layers that share the plan."""
+        return self.survive()
+
+
+class Items(NamedTuple):
+    """The contexts of a chunk, as they are read and written."""
+
+    tags: Tensor  # (B, N, I, P) int64, -1 where not known
+    sets: Tensor  # (B, N, I) int64
+    written: Tensor  # (B, N, I) bool
+    read: Tensor  # (B, N, I) bool
+    began: Tensor  # (B, 1, I) int64: the column at which the item's document began, negative if before the chunk
+
+
+def slot_sets(tags: Tensor, sets: int) -> Tensor:
+    """The set of each tag: (..., P) int64 -> (...) int64 in 0 .. sets - 1, a power of two."""
+    code = mix(tags[..., 0] + PHI)
+    for part in range(1, tags.shape[-1]):
+        code = mix((code ^ tags[..., part]) + PHI)
+    return code & (sets - 1)
+
+
+# ---- Planning
+
+
+@torch.no_grad()
+def slot_lookup(
+    contexts: Contexts,
+    clock: Clock,
+    *,
+    sets: int,
+    ways: int,
+    evict: str = "ring",
+    scope: str = "document",
+    writes: Tensor | None = None,
+    state: SlotState | None = None,
+) -> Lookup:
+    """Which value is read at each token of a chunk, and what the tables hold after it. O(T log T), no gradients.
+
+    Args:
+        contexts: as `context_tags` returns them, of N tables.
+        sets: a power of two.
+        evict: ring | lru.
+        scope: document: tables are empty at a document's start; stream: they live on from document to document.
+        writes: (B, T, N) bool, which writes take place: at t, that of the value of position t; None: all.
+        state: as `slot_store` returned it for the chunk before; None at the start.
+    """
+    assert sets.bit_count() == 1, "sets are a power of two"
+    assert ways >= 1
+    assert evict in EVICTIONS
+    assert scope in SCOPES
+    items = _items(contexts, clock, sets, writes, state)
+    index = clock.length[:, None, None, None].expand(-1, items.tags.shape[1], 1, items.tags.shape[3])
+    pending = items.tags.gather(2, index).squeeze(2)
+    # A document's start may empty whole tables; within a document one token touches two sets.
+    continues = scope == "stream" or not bool((clock.index == 0).any())
+    if state is not None and continues and clock.index.shape[1] == 1:
+        return _lookup_token(items, pending, state, sets, ways, evict)
+    return _lookup_chunk(items, pending, clock, state, sets, ways, evict, scope)
+
+
+def _items(contexts: Contexts, clock: Clock, sets: int, writes: Tensor | None, state: SlotState | None) -> Items:
+    words = torch.where(contexts.known[..., None], contexts.words, -1)
+    first = torch.full_like(words[:, 0], -1) if state is None else state.pending
+    tags = torch.cat([first[:, None], words], 1).transpose(1, 2)
+    known = tags[..., 0] >= 0
+    column = torch.arange(clock.index.shape[1], device=words.device)
+    follows = ((clock.index >= 1) & (column < clock.length[:, None]))[:, None]
+    write = follows if writes is None else follows & writes.transpose(1, 2)
+    began = (column - clock.index)[:, None]
+    return Items(
+        tags,
+        slot_sets(tags, sets),
+        known & torch.nn.functional.pad(write, (0, 1)),
+        known & torch.nn.functional.pad(follows, (1, 0)),
+        torch.cat([began[..., :1], began], -1),
+    )
+
+
+def _lookup_chunk(
+    items: Items,
+    pending: Tensor,
+    clock: Clock,
+    state: SlotState | None,
+    sets: int,
+    ways: int,
+    evict: str,
+    scope: str,
+) -> Lookup:
+    """The plan of any chunk."""
+    previous = _previous(items.tags, items.written)
+    way = None if state is None else _ways(state.tags, items.tags, items.sets)
+
+    # In the order of sets, time within a set, an entry is as deep as entries were put in front of it since.
+    ordered, order = items.sets.sort(dim=-1, stable=True)
+    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    place = torch.empty_like(order).scatter_(-1, order, position)
+    heads = _run_heads(ordered[..., None])
+    begin = torch.where(heads, position, 0).cummax(-1).values
+    written = items.written.gather(-1, order)
+    before = written.cumsum(-1) - written.long()
+    former = previous.gather(-1, order)
+    inside = former >= 0
+    former_place = place.gather(-1, former.clamp(min=0))
+    # Entries of the state lie before the first item of their set, the newest nearest; one more stands for no entry.
+    outer = torch.ones_like(former) if way is None else way.gather(-1, order) + 1
+    in_front = before
+    if evict == "lru":
+        lead = 1 if way is None else ways + 1
+        coordinate = position + lead * heads.cumsum(-1)
+        source = torch.where(inside, coordinate.gather(-1, former_place), coordinate.gather(-1, begin) - outer)
+        limit = order.shape[-1] + lead * min(sets, order.shape[-1]) + 1
+        # Of the writes after an entry, those count whose tag was last written before it: each tag once.
+        in_front = _count_smaller(torch.where(written, source, limit - 1), source, limit)
+    at_entry = torch.where(inside, before.gather(-1, former_place) + 1, before.gather(-1, begin) - outer + 1)
+    depth = (in_front - at_entry).gather(-1, place)
+
+    inside = previous >= 0
+    found = items.read & (depth < ways)
+    if scope == "document":
+        written_in = items.began.expand_as(previous).gather(-1, previous.clamp(min=0))
+        found = found & torch.where(inside, written_in == items.began, items.began < 0)
+    if way is None:
+        found, slot = found & inside, None
+    else:
+        found = found & (inside | (way < ways))
+        slot = torch.where(inside, -1, items.sets * ways + way)[..., 1:].transpose(1, 2)
+
+    survive = partial(_survivors, items, clock, state, previous, way, place, begin, sets, ways, evict, scope)
+    return Lookup(found[..., 1:].transpose(1, 2), previous[..., 1:].transpose(1, 2), slot, pending, survive)
+
+
+def _run_heads(rows: Tensor) -> Tensor:
+    """Where a row differs from the one before: (..., I, P) -> (..., I) bool, True for the first."""
+    return torch.nn.functional.pad((rows[..., 1:, :] != rows[..., :-1, :]).any(-1), (1, 0), value=True)
+
+
+def _previous(tags: Tensor, written: Tensor) -> Tensor:
+    """The last earlier item that was written and has the same tag, -1 if none: (..., I, P), (..., I) -> (..., I)."""
+    order = tags[..., -1].sort(dim=-1, stable=True).indices
+    for part in range(tags.shape[-1] - 2, -1, -1):
+        order = order.gather(-1, tags[..., part].gather(-1, order).sort(dim=-1, stable=True).indices)
+    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    heads = _run_heads(tags.gather(-2, order[..., None].expand_as(tags)))
+    begin = torch.where(heads, position, 0).cummax(-1).values
+    latest = torch.where(written.gather(-1, order), position, -1).cummax(-1).values
+    latest = torch.nn.functional.pad(latest[..., :-1], (1, 0), value=-1)
+    previous = torch.where(latest >= begin, order.gather(-1, latest.clamp(min=0)), -1)
+    return torch.empty_like(order).scatter_(-1, order, previous)
+
+
+def _ways(table: Tensor, tags: Tensor, sets: Tensor) -> Tensor:
+    """The newest way of its set that holds each tag, W if none.
+
+    table (B, N, S, W, P), tags (B, N, I, P), sets (B, N, I) -> (B, N, I).
+    """
+    ways = table.shape[3]
+    entries = table.flatten(3).gather(2, sets[..., None].expand(-1, -1, -1, ways * table.shape[4]))
+    same = (entries.unflatten(-1, (ways, -1)) == tags[..., None, :]).all(-1)
+    return torch.where(same, torch.arange(ways, device=table.device), ways).amin(-1)
+
+
+def _count_smaller(values: Tensor, bounds: Tensor, limit: int) -> Tensor:
+    """For each position the earlier values below its bound: (..., I) and (..., I) int64 in 0 .. limit - 1 -> (..., I).
+
+    A wavelet matrix (Claude, Navarro, Ordóñez 2015): values are parted bit by bit, the highest first, and each range of
+    positions is followed into the half where its bound lies.
+    """
+    position = torch.arange(values.shape[-1], device=values.device).expand_as(values)
+    low, high, count = torch.zeros_like(position), position, torch.zeros_like(position)
+    for bit in range((limit - 1).bit_length() - 1, -1, -1):
+        one = (values >> bit) & 1
+        ones = torch.nn.functional.pad(one.cumsum(-1), (1, 0))
+        zeros = values.shape[-1] - ones[..., -1:]
+        ones_low, ones_high = ones.gather(-1, low), ones.gather(-1, high)
+        upper = ((bounds >> bit) & 1).bool()
+        count = count + torch.where(upper, (high - ones_high) - (low - ones_low), 0)
+        low = torch.where(upper, zeros + ones_low, low - ones_low)
+        high = torch.where(upper, zeros + ones_high, high - ones_high)
+        goes = torch.where(one.bool(), zeros + ones[..., :-1], position - ones[..., :-1])
+        values = torch.empty_like(values).scatter_(-1, goes, values)
+    return count
+
+
+@torch.no_grad()
+def _survivors(
+    items: Items,
+    clock: Clock,
+    state: SlotState | None,
+    previous: Tensor,
+    way: Tensor | None,
+    place: Tensor,
+    begin: Tensor,
+    sets: int,
+    ways: int,
+    evict: str,
+    scope: str,
+) -> Survivors:
+    """What is in the tables after a chunk: the last entries of it in each set, then those of the state, cut at W."""
+    batch, tables, count = previous.shape
+    cells = sets * ways
+    entered = items.written
+    lasting = clock.length >= 0
+    if scope == "document":
+        open_began = items.began.gather(-1, clock.length[:, None, None])
+        entered = entered & (items.began == open_began)
+        lasting = (clock.length == 0) | (open_began[:, 0, 0] < 0)
+    if evict == "lru":  # a write that is followed by one of the same tag has been removed
+        spare = torch.where(items.written & (previous >= 0), previous, count)
+        removed = torch.zeros(batch, tables, count + 1, dtype=torch.bool, device=previous.device)
+        entered = entered & ~removed.scatter_(-1, spare, True)[..., :count]
+    entries = torch.zeros(batch, tables, sets, dtype=torch.int64, device=previous.device)
+    entries.scatter_add_(-1, items.sets, entered.long())
+
+    order = torch.empty_like(place).scatter_(-1, place, torch.arange(count, device=place.device).expand_as(place))
+    own = entered.gather(-1, order).long()
+    until = own.cumsum(-1)
+    rank = (until - (until - own).gather(-1, begin)).gather(-1, place)
+    depth = entries.gather(-1, items.sets) - rank
+    cell = torch.where(entered & (depth < ways), items.sets * ways + depth, cells)
+    column = previous.new_full((batch, tables, cells + 1), -1)
+    column.scatter_(-1, cell, torch.arange(count, device=cell.device).expand_as(cell))
+    column = column[..., :cells]
+    slot = torch.full_like(column, -1)
+    tags = items.tags.gather(2, column.clamp(min=0)[..., None].expand(-1, -1, -1, items.tags.shape[-1]))
+    tags = torch.where(column[..., None] >= 0, tags, -1)
+
+    if state is not None and way is not None:
+        old = state.tags.flatten(2, 3)
+        kept = (old[..., 0] >= 0) & lasting[:, None, None]
+        if evict == "lru":
+            rewritten = torch.where(entered & (way < ways), items.sets * ways + way, cells)
+            touched = torch.zeros(batch, tables, cells + 1, dtype=torch.bool, device=old.device)
+            kept = kept & ~touched.scatter_(-1, rewritten, True)[..., :cells]
+        newer = kept.unflatten(-1, (sets, ways)).long()
+        depth = (entries[..., None] + newer.cumsum(-1) - newer).flatten(2)
+        here = torch.arange(cells, device=old.device).expand_as(depth)
+        cell = torch.where(kept & (depth < ways), here - here % ways + depth, cells)
+        slot = torch.nn.functional.pad(slot, (0, 1)).scatter_(-1, cell, here)[..., :cells]
+        stays = old.gather(2, slot.clamp(min=0)[..., None].expand_as(old))
+        tags = torch.where(slot[..., None] >= 0, stays, tags)
+
+    shape = (sets, ways)
+    return Survivors(tags.unflatten(2, shape), column.unflatten(-1, shape), slot.unflatten(-1, shape), None)
+
+
+def _lookup_token(items: Items, pending: Tensor, state: SlotState, sets: int, ways: int, evict: str) -> Lookup:
+    """The plan of a single token that continues each row: the same as `_lookup_chunk`, from the two sets it touches."""
+    way = _ways(state.tags, items.tags, items.sets)
+    written, same_set = items.written[..., 0], items.sets[..., 0] == items.sets[..., 1]
+    again = written & (items.tags[:, :, 0] == items.tags[:, :, 1]).all(-1)
+    pushed = written & same_set
+    if evict == "lru":  # an entry that comes to the front from before another one pushes nothing
+        pushed = pushed & (way[..., 0] > way[..., 1])
+    found = items.read[..., 1] & (again | (way[..., 1] + pushed.long() < ways))
+    column = torch.where(again, 0, -1)
+    slot = torch.where(again, -1, items.sets[..., 1] * ways + way[..., 1])
+    survive = partial(_survivors_of_token, items, state, way[..., 0], sets, ways, evict)
+    return Lookup(found[:, None], column[:, None], slot[:, None], pending, survive)
+
+
+@torch.no_grad()
+def _survivors_of_token(items: Items, state: SlotState, way: Tensor, sets: int, ways: int, evict: str) -> Survivors:
+    """What is in the one set to which a token wrote: its entry, then the others less the one removed or pushed out."""
+    changed, written = items.sets[..., :1], items.written[..., :1]
+    here = torch.arange(ways, device=way.device)
+    removed = way.clamp(max=ways - 1)[..., None] if evict == "lru" else ways - 1
+    source = torch.where(written & (here <= removed), here - 1, here)
+    own = source < 0
+    tags = state.tags.gather(2, changed[..., None, None].expand(-1, -1, 1, *state.tags.shape[3:])).squeeze(2)
+    tags = tags.gather(2, source.clamp(min=0)[..., None].expand_as(tags))
+    tags = torch.where(own[..., None], items.tags[:, :, :1], tags)
+    column, slot = torch.where(own, 0, -1), torch.where(own, -1, changed * ways + source)
+    return Survivors(_put(state.tags, changed, tags[:, :, None]), column[:, :, None], slot[:, :, None], changed)
+
+
+def _put(table: Tensor, changed: Tensor, rows: Tensor) -> Tensor:
+    """A copy of a table (B, N, S, ...) with its set `changed` (B, N, 1) replaced by rows (B, N, 1, ...)."""
+    index = changed.reshape(*changed.shape, *[1] * (table.dim() - 3)).expand_as(rows)
+    return table.scatter(2, index, rows)
+
+
+# ---- Moving values
+
+
+def _take(values: Tensor, column: Tensor) -> Tensor:
+    """Rows of (B, T, N or 1, M) at columns (B, N, ...) int64 -> (B, N, ..., M). A column below 0 gives any row."""
+    batch, time, own, width = values.shape
+    beside = (1,) * (column.dim() - 2)
+    row = torch.arange(batch, device=column.device).view(-1, 1, *beside) * time + column.clamp(min=0)
+    table = torch.arange(own, device=column.device).view(1, -1, *beside)
+    where = row * own + table
+    return values.flatten(0, 2).index_select(0, where.flatten()).view(*where.shape, width)
+
+
+def _entries(table: Tensor, slot: Tensor) -> Tensor:
+    """Entries of (B, N, S, W, M) at slots (B, N, ...) int64 -> (B, N, ..., M). A slot below 0 gives any entry."""
+    batch, tables, sets, ways, width = table.shape
+    first = torch.arange(batch * tables, device=slot.device).view(batch, tables, *(1,) * (slot.dim() - 2))
+    where = first * (sets * ways) + slot.clamp(0, sets * ways - 1)
+    return table.flatten(0, 3).index_select(0, where.flatten()).view(*where.shape, width)
+
+
+def slot_read(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> Tensor:
+    """The value read at every token, exactly zero where nothing is found.
+
+    Args:
+        values: (B, T, N, M), or (B, T, 1, M) for a value shared by all tables: what is written at each position.
+        state: as given to `slot_lookup`.
+
+    Returns:
+        (B, T, N, M) of the dtype of `values`; gradients flow to `values` and to those of the state.
+    """
+    read = _take(values, lookup.column.transpose(1, 2))
+    if lookup.slot is not None:
+        assert state is not None, "a plan made with a state is read with it"
+        slot = lookup.slot.transpose(1, 2)
+        read = torch.where(slot[..., None] >= 0, _entries(state.values, slot).to(values.dtype), read)
+    return torch.where(lookup.found[..., None], read.transpose(1, 2), 0)
+
+
+def slot_store(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> SlotState:
+    """The state after the chunk. Arguments as in `slot_read`; values are kept in float32 at least."""
+    tags, column, slot, changed = lookup.survivors
+    rows = torch.where(column[..., None] >= 0, _take(accumulator(values), column), 0)
+    if state is not None:
+        rows = torch.where(slot[..., None] >= 0, _entries(state.values, slot), rows)
+        if changed is not None:
+            rows = _put(state.values, changed, rows)
+    return SlotState(tags, rows, lookup.pending)
