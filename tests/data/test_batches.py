@@ -94,6 +94,83 @@ def test_documents_reset():
             assert windows.segment(int(item["segments"][at])) == (document, "", "text")
 
 
+@st.composite
+def carried(draw):
+    """Windows of one to three streams that lanes read, and the shares of the streams."""
+    length, lanes = draw(st.integers(2, 6)), draw(st.integers(1, 5))
+    sizes = draw(st.lists(st.integers(2 * length * lanes, 40 * length), min_size=1, max_size=3))
+    weights = draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
+    streams = [(numbers(size), weight) for size, weight in zip(sizes, weights, strict=True)]
+    windows = TrainingWindows(streams, length, draw(st.integers(1, 300)), draw(st.integers(0, 99)), lanes=lanes)
+    return windows, [weight / sum(weights) for weight in weights]
+
+
+@given(reading=carried())
+@settings(deadline=None)
+def test_lanes_go_on_where_they_stood_or_say_that_they_do_not(reading):
+    windows, _ = reading
+    length, order = windows.sequence_length, list(range(len(windows)))
+    np.random.default_rng(0).shuffle(order)
+    items = {number: windows[number] for number in order}  # resuming begins anywhere
+    assert windows.run_windows >= 2
+    for number, item in items.items():
+        source, start = windows.place(number)
+        size = len(windows.streams[source])
+        assert torch.equal(item["input_ids"], (start + torch.arange(length)) % size)
+        before = number // windows.lanes % windows.run_windows
+        assert torch.equal(item["position_ids"], before * length + torch.arange(length))
+        if before:
+            assert windows.place(number - windows.lanes) == (source, (start - length) % size)
+
+
+@given(reading=carried())
+@settings(deadline=None)
+def test_lanes_read_disjoint_runs_and_keep_the_shares(reading):
+    windows, weights = reading
+    runs = [len(stream) // (windows.run_windows * windows.sequence_length) for stream in windows.streams]
+    taken, seen = Counter(), {}
+    for number in range(len(windows)):
+        (source, _), before = windows.place(number), number // windows.lanes % windows.run_windows
+        taken[source] += 1
+        for other, weight in enumerate(weights):
+            bound = (other + 1) * (windows.run_windows + 2) + 1e-3
+            assert abs(taken[other] - weight * (number + 1)) < bound
+        if not before:  # a run begins
+            rank = sum(source == first for first, _ in seen)
+            seen[source, rank] = windows.place(number)[1]
+    for source, count in enumerate(runs):
+        for epoch in range(3):
+            ranks = range(epoch * count, (epoch + 1) * count)
+            starts = [seen[source, rank] for rank in ranks if (source, rank) in seen]
+            size, length = len(windows.streams[source]), windows.run_windows * windows.sequence_length
+            covered = [(start + at) % size for start in starts for at in range(length)]
+            assert len(covered) == len(set(covered))
+
+
+def test_one_stream_feeds_every_lane_an_equal_part():
+    windows = TrainingWindows([(numbers(1003), 1.0)], 10, 400, lanes=4)
+    assert windows.run_windows == 25
+    epoch = torch.cat([windows[number]["input_ids"] for number in range(100)])
+    assert len(set(epoch.tolist())) == 1000
+
+
+def test_documents_reset_in_lanes():
+    stream = TokenStream.from_text(["abc", "de", "fghijklm"], byte_tokenizer())
+    windows = TrainingWindows([(stream, 1.0)], 3, 40, document_reset=True, lanes=2)
+    assert windows.run_windows == 2
+    for lane in range(2):
+        for step in range(20):
+            item = windows[2 * step + lane]
+            start = windows.place(2 * step + lane)[1]
+            if step % 2 == 0:
+                position = -1
+            for at in range(3):
+                first = (start + at) % 16 in (0, 4, 7)
+                position = 0 if first else position + 1
+                assert item["position_ids"][at] == position
+                assert item["labels"][at] == (-100 if position == 0 else item["input_ids"][at])
+
+
 def test_items_are_batched_by_the_default_collator():
     windows = TrainingWindows([(numbers(64), 1.0)], 8, 6, with_index=True)
     batches = list(DataLoader(windows, batch_size=3, collate_fn=default_data_collator))
@@ -114,6 +191,8 @@ def test_requests_that_are_wrong():
         TrainingWindows([], 8, 1)
     with pytest.raises(UserError, match="at least 2"):
         TrainingWindows([(numbers(9), 1.0)], 1, 1)
+    with pytest.raises(UserError, match=r"few has 63 tokens, less than two windows of 8 for each of the 4 rows"):
+        TrainingWindows([(numbers(63, "few"), 1.0)], 8, 1, lanes=4)
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), data=st.data())

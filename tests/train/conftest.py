@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))  # processes find the program by its name
 import program
@@ -22,6 +23,19 @@ def small():
 def words():
     """`words(seed)`: data in memory."""
     return program.words
+
+
+@pytest.fixture
+def llama(tmp_path, words):
+    """A folder with an ordinary Hugging Face model."""
+    folder = tmp_path / "llama"
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=257, eos_token_id=258, pad_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words().tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dyadlm.train.checkpoint import last_complete
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
 SHARED = ("model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null")
+HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
 
 
 def metrics(run, name):
@@ -23,12 +24,14 @@ def metrics(run, name):
 
 def test_two_processes_train_like_one(tmp_path, small, words, console):
     """One launch for all, because importing torch takes longest."""
-    replicated, sharded = tmp_path / "replicated", tmp_path / "sharded"
+    replicated, sharded, carried = (tmp_path / name for name in ("replicated", "sharded", "carried"))
     halved = (*SHARED, "per_device_train_batch_size=2")
     runs = [
         (replicated, *halved, "max_steps=4"),
         (sharded, *halved, "fsdp=true", "max_steps=1"),
         (sharded, *halved, "fsdp=true", "max_steps=2", "--resume"),
+        (carried, *halved, *HISTORIES, "max_steps=2"),
+        (carried, *halved, *HISTORIES, "max_steps=4", "--resume"),
     ]
     command = " -- ".join(" ".join(map(str, run)) for run in runs)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
@@ -41,6 +44,12 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
         assert len(expected) == count
         assert metrics(replicated, name) == pytest.approx(expected, rel=1e-5)
     assert metrics(sharded, "loss") == pytest.approx(metrics(tmp_path / "one", "loss")[:2], rel=1e-5)
+
+    whole = train(small(tmp_path / "one-carried", *SHARED, *HISTORIES, "max_steps=4"), words(), console)
+    for name in ("loss", "grad_norm"):
+        assert metrics(carried, name) == pytest.approx([line[name] for line in whole.metrics if name in line], rel=1e-4)
+    files = sorted(file.name for file in (carried / "checkpoint-4").glob("carried_state*"))
+    assert files == ["carried_state_0.safetensors", "carried_state_1.safetensors"]
 
     one = load_file(tmp_path / "one" / "model.safetensors")
     two = load_file(replicated / "model.safetensors")

@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from dyadlm.train import train
 from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest
 
-ASSIGNMENTS = ("max_steps=60", "save_steps=10", "eval_steps=15", "logging_steps=5", "save_total_limit=2")
+# With a carried state, a checkpoint has the most to restore.
+ASSIGNMENTS = (
+    "max_steps=60", "save_steps=10", "eval_steps=15", "logging_steps=5", "save_total_limit=2", "train.carry_state=true",
+)  # fmt: skip
 
 
 def wait_until(seen, process):

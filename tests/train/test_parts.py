@@ -106,10 +106,11 @@ def test_canaries_follow_from_the_seed_and_members_alone_are_planted(words):
         plan_canaries(1, 5, tokenizer, 300, 24)
 
 
-def test_no_document_begins_within_a_canary(words):
+@pytest.mark.parametrize("lanes", [0, 5])
+def test_no_document_begins_within_a_canary(words, lanes):
     tokenizer = words().tokenizer
     stream = TokenStream.from_text(["some words"] * 400, tokenizer)
-    base = TrainingWindows([(stream, 1.0)], 40, 85, document_reset=True)
+    base = TrainingWindows([(stream, 1.0)], 40, 85, document_reset=True, lanes=lanes)
     plan = plan_canaries(1, 0, tokenizer, 85, 40)
     planted = PlantedWindows(base, plan)
     for canary in plan.members:
@@ -123,10 +124,11 @@ def test_no_document_begins_within_a_canary(words):
             assert all(later in (0, now + 1) for now, later in pairwise(after["position_ids"].tolist()))
             assert torch.equal(after["labels"], torch.where(fresh, -100, after["input_ids"]))
             assert after["input_ids"][offset:end].tolist() == canary.tokens
+            assert after["position_ids"][0] == before["position_ids"][0]
             outside = torch.ones(40, dtype=torch.bool)
             outside[offset:end] = False
             assert torch.equal(after["input_ids"][outside], before["input_ids"][outside])
-    assert torch.equal(base[0]["input_ids"], TrainingWindows([(stream, 1.0)], 40, 1)[0]["input_ids"])
+    assert torch.equal(base[0]["input_ids"], TrainingWindows([(stream, 1.0)], 40, 1, lanes=lanes)[0]["input_ids"])
 
 
 def make_checkpoint(run, step):

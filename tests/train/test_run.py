@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dyadlm import DyadConfig, RunFailed, UserError, files
 from dyadlm.accounting import training_flops_per_token
@@ -50,19 +50,6 @@ def undisturbed(whole, small, words):
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.fixture
-def llama(tmp_path, words):
-    """A folder with an ordinary Hugging Face model."""
-    folder = tmp_path / "llama"
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=257, eos_token_id=258, pad_token_id=256,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words().tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_run_leaves_a_loadable_model_and_complete_checkpoints(tmp_path, small, words, console):
@@ -149,13 +136,16 @@ def test_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, small, wo
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of workers that are forked
-def test_every_way_of_feeding_resumes_bit_equal(tmp_path, small, words, console, monkeypatch):
+@pytest.mark.parametrize("histories", [(), ("train.carry_state=true", "train.history_weight=0.5")])
+def test_every_way_of_feeding_resumes_bit_equal(tmp_path, small, words, console, monkeypatch, histories):
     """Accumulated gradients, workers, several sources, canaries, reset documents, checkpoints in between."""
+    monkeypatch.setattr("dyadlm.data.batches.MIXED_RUN", 4)  # where state is carried, lanes also turn elsewhere
     first, second = words(0), words(1)
     data = replace(first, train=[*first.train, (second.train[0][0], 0.5)])
     options = (
         "gradient_accumulation_steps=2", "dataloader_num_workers=2", "data.canaries=1", "data.document_reset=true",
         "data.sequence_length=40", "train.log_spaced_checkpoints=true", "max_steps=11", "save_steps=5",
+        *histories,
     )  # fmt: skip
     train(small(tmp_path / "whole", *options), data, console)
 
@@ -180,8 +170,9 @@ def test_every_way_of_feeding_resumes_bit_equal(tmp_path, small, words, console,
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_accumulated_gradients_are_those_of_one_batch(tmp_path, small, words, console):
-    options = ("model.dropout=0", "data.document_reset=true", "logging_steps=1", "max_steps=4")
+@pytest.mark.parametrize("histories", [(), ("train.carry_state=true", "train.history_weight=0.5")])
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path, small, words, console, histories):
+    options = (*histories, "model.dropout=0", "data.document_reset=true", "logging_steps=1", "max_steps=4")
     whole = train(small(tmp_path / "whole", *options), words(), console)
     halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
     halved = train(small(tmp_path / "halved", *options, *halves), words(), console)

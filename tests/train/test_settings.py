@@ -72,6 +72,8 @@ def test_record_of_a_run_is_a_configuration(tmp_path):
         ("fp16=true", "use --dtype bfloat16"),
         ("hub_model_id=me/mine", "nothing is uploaded"),
         ("data.sequence_length=1", "at least 2"),
+        ("train.carry_state=1", "true or false"),
+        ("train.history_weight=-0.5", "history_weight must be 0 or more"),
         ("train.final_learning_rate=2", "between 0 and 1"),
         ("max_steps", "takes key=value"),
         ("max_steps={", "cannot be read"),

@@ -1,5 +1,6 @@
 """Training windows: which tokens the model sees at which moment, as a pure function of a seed and a number."""
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from dyadlm.errors import UserError
 
 IGNORED_LABEL = -100
 WEIGHT_STEPS = 1 << 32  # mixing weights are whole multiples of 1 / WEIGHT_STEPS: counting stays exact
+MIXED_RUN = 64  # windows that a lane reads of one of several streams before it may turn to another
 
 
 class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
@@ -22,10 +24,18 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     same items. A stream is a ring that an epoch enters at a random place and cuts into disjoint windows, seen in
     random order; only the remainder that fills no window is left out, another one in each epoch.
 
+    With `lanes`, to carry a state from window to window: of each batch of `lanes` windows, row b goes on where row b of
+    the batch before it stood, for `run_windows` windows on end, and then enters the text elsewhere. All the above holds
+    of these runs instead of single windows: a stream's share is kept to within one run (plus two windows), the runs of
+    an epoch are disjoint and seen in random order, and the remainder that fills no run is left out. One stream feeds
+    every lane an equal part of it in each epoch; several streams take turns, of at most `MIXED_RUN` windows.
+
     Items are dictionaries of int64 tensors (sequence_length,); `transformers.default_data_collator` batches them.
         input_ids, labels   equal (Hugging Face models shift the labels themselves)
         position_ids        with `document_reset`: restart at 0 with every document, as Hugging Face models
-                            expect of packed documents; a document's first token is then no target (label -100)
+                            expect of packed documents; a document's first token is then no target (label -100).
+                            With `lanes`: tokens of the lane's run (of its open document, if they reset) before each
+                            token; 0 is where a lane entered the text, so that the state must start anew
         index               with `with_index`: the global index of each token
         segments            with `with_segments`: the number of each token's segment; see `segment`
     """
@@ -39,8 +49,13 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         document_reset: bool = False,
         with_index: bool = False,
         with_segments: bool = False,
+        lanes: int = 0,
     ):
-        """Raises `UserError` if there is no stream, a weight is not positive, or a stream is below one window."""
+        """Raises `UserError` if there is no stream, a weight is not positive, or a stream is below one window.
+
+        lanes: windows of a batch, or 0 for windows in random order; a stream then holds two windows for each lane
+        that it feeds.
+        """
         if not streams:
             raise UserError("There is nothing to train on; give at least one source of text.")
         if sequence_length < 2:
@@ -59,6 +74,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         self.document_reset = document_reset
         self.with_index = with_index
         self.with_segments = with_segments
+        self.lanes = lanes
+        self.run_windows = self._longest_run([weight for _, weight in streams]) if lanes else 1
         self._length = length
         self._shares = _shares([weight for _, weight in streams])
         self._epochs: dict[int, tuple[int, int, np.ndarray]] = {}  # the latest of each stream
@@ -77,10 +94,13 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
             pieces.append((0, stop - len(stream)))
         tokens = _tensor([stream.tokens(*piece) for piece in pieces])
         item = {"input_ids": tokens, "labels": tokens.clone()}
-        if self.document_reset:
-            positions = _document_positions(stream, pieces)
+        if self.document_reset or self.lanes:
+            _, before = self._run(number)
+            positions = torch.arange(before, before + self.sequence_length)
+            if self.document_reset:
+                positions = torch.minimum(positions, _document_positions(stream, pieces))
+                item["labels"][positions == 0] = IGNORED_LABEL
             item["position_ids"] = positions
-            item["labels"][positions == 0] = IGNORED_LABEL
         if self.with_index:
             item["index"] = _tensor([stream.index(*piece) for piece in pieces])
         if self.with_segments:
@@ -90,15 +110,36 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
 
     def place(self, number: int) -> tuple[int, int]:
         """Which stream window `number` is taken from, and the position of its first token there."""
-        source, rank = _choose(self._shares, number)
-        size = len(self.streams[source])
-        windows = size // self.sequence_length
-        epoch, position = divmod(rank, windows)
+        run, before = self._run(number)
+        source, rank = _choose(self._shares, run)
+        size, length = len(self.streams[source]), self.run_windows * self.sequence_length
+        epoch, position = divmod(rank, size // length)
         if source not in self._epochs or self._epochs[source][0] != epoch:
             random = np.random.default_rng([self.seed, source, epoch])
-            self._epochs[source] = (epoch, int(random.integers(size)), random.permutation(windows))
+            self._epochs[source] = (epoch, int(random.integers(size)), random.permutation(size // length))
         _, phase, order = self._epochs[source]
-        return source, (phase + int(order[position]) * self.sequence_length) % size
+        return source, (phase + int(order[position]) * length + before) % size
+
+    def _run(self, number: int) -> tuple[int, int]:
+        """Which run window `number` belongs to, and how many tokens of the run come before it."""
+        if not self.lanes:
+            return number, 0
+        batch, lane = divmod(number, self.lanes)
+        turn, window = divmod(batch, self.run_windows)
+        return turn * self.lanes + lane, window * self.sequence_length
+
+    def _longest_run(self, weights: Sequence[float]) -> int:
+        """Windows of a run, so that each stream holds one for every lane that it feeds at a time."""
+        longest = []
+        for stream, weight in zip(self.streams, weights, strict=True):
+            fed = math.ceil(self.lanes * Fraction(weight) / sum(map(Fraction, weights)))
+            longest.append(len(stream) // (self.sequence_length * fed))
+            if longest[-1] < 2:
+                raise UserError(
+                    f"{stream.name} has {len(stream)} tokens, less than two windows of {self.sequence_length} for each "
+                    f"of the {fed} rows that read it; give more text, smaller batches or train.carry_state=false."
+                )
+        return min(longest) if len(longest) == 1 else min(*longest, MIXED_RUN)
 
     def segment(self, number: int) -> tuple[str, str, str]:
         """Document, section and kind behind a number in an item's `segments`."""
@@ -130,12 +171,11 @@ def _choose(shares: Sequence[int], number: int) -> tuple[int, int]:
 
 
 def _document_positions(stream: TokenStream, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Positions within the document, counted from where the document enters the window."""
+    """Positions within the document."""
     positions = []
     for start, stop in pieces:
         at = np.arange(start, stop)
-        begins = stream.document_starts[np.searchsorted(stream.document_starts, at, side="right") - 1]
-        positions.append(at - np.maximum(begins, start))
+        positions.append(at - stream.document_starts[np.searchsorted(stream.document_starts, at, side="right") - 1])
     return _tensor(positions)
 
 

@@ -105,7 +105,9 @@ class PlantedWindows(Dataset[dict[str, torch.Tensor]]):
             ignored[within] &= ~begins[within]
             begins[within] = False
             at = torch.arange(len(begins))
-            planted["position_ids"] = at - torch.where(begins, at, 0).cummax(0).values
+            begin = torch.where(begins, at, 0).cummax(0).values
+            # What stood open before the window goes on.
+            planted["position_ids"] = at - begin + item["position_ids"][0] * (begin == 0)
         planted["input_ids"][place] = torch.tensor(tokens)
         planted["labels"][place] = torch.where(ignored[place], item["labels"][place], torch.tensor(tokens))
         return planted

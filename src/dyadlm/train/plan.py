@@ -20,6 +20,7 @@ from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
 from dyadlm.train.canaries import CanaryPlan, PlantedWindows, plan_canaries
+from dyadlm.train.histories import require_carriable
 from dyadlm.train.settings import TrainSettings
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.validation import ValidationSample
@@ -97,6 +98,10 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
 
     set_seed(arguments.seed)
     model = _model(settings, data.tokenizer)
+    if settings.train.carry_state:
+        require_carriable(model)
+    if settings.train.history_weight and arguments.label_smoothing_factor:
+        raise UserError("train.history_weight and label_smoothing_factor exclude each other; leave one of them out.")
     require_optimizer(arguments, model)
     number = arguments.max_steps * batch
     windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
@@ -105,6 +110,7 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
         length=number,
         seed=arguments.seed,
         document_reset=options.document_reset,
+        lanes=batch if settings.train.carry_state else 0,
     )
     canaries = None
     if options.canaries:
@@ -125,6 +131,9 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
         "document_reset": options.document_reset,
         "canaries": options.canaries and [options.canaries, arguments.max_steps],
     }
+    if settings.train.carry_state:
+        # Each process goes on with the state of its own rows.
+        order["rows_carried"] = {"processes": arguments.world_size, "rows": arguments.train_batch_size}
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity = {"order of text": order, "data": data.id, "model": configuration}
     return Plan(

@@ -56,6 +56,11 @@ class TrainOptions:
     decay_fraction: the fraction of all steps that the decay of wsd takes.
     log_spaced_checkpoints: also save at steps 1, 2, 4 … 512; `save_total_limit` does not touch these.
     divergence_rise: nats by which the mean loss between two logs may exceed the lowest one; 0: no check.
+    carry_state: rows of a batch are lanes through the text: each window goes on where its row stood in the step before,
+        with the state the model had there, through which no gradient flows. For dyadlm models alone.
+    history_weight: p: a token after h tokens that the model has seen (of its document or lane, carried ones included)
+        counts (h / data.sequence_length)^p, at most 1, in the loss that is minimised, over the mean of these weights;
+        0: all count alike. The `loss` that is logged stays the mean over all tokens alike.
     """
 
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -63,11 +68,14 @@ class TrainOptions:
     decay_fraction: float = 0.2
     log_spaced_checkpoints: bool = False
     divergence_rise: float = 2.0
+    carry_state: bool = False
+    history_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
         _require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")
         _require(self.divergence_rise >= 0, "train.divergence_rise must be 0 or more")
+        _require(self.history_weight >= 0, "train.history_weight must be 0 or more")
 
 
 # A mechanism with settings of its own adds its record here.

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from dyadlm.errors import RunFailed
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
+from dyadlm.model import DyadConfig
 from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.checkpoint import (
     checkpoint_path,
@@ -34,6 +35,7 @@ from dyadlm.train.checkpoint import (
     write_manifest,
 )
 from dyadlm.train.export import CARD_NAME
+from dyadlm.train.histories import CarriedState, HistoryWeightedLoss
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 from dyadlm.train.validation import ValidationSample
@@ -96,6 +98,12 @@ class LanguageModelTrainer(Trainer):
         self._lowest_loss: float | None = None
         self._clock_step: int | None = None
         self._paused = 0.0
+        self.carried = None
+        if options.carry_state:
+            self.carried = CarriedState(arguments.gradient_accumulation_steps, cast(DyadConfig, model.config))
+        self.weighted = HistoryWeightedLoss(options.history_weight) if options.history_weight else None
+        if self.weighted is not None:
+            model.loss_function = self.weighted
         super().__init__(
             model=model,
             args=arguments,
@@ -144,13 +152,35 @@ class LanguageModelTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()
+        if self.carried is not None and (checkpoint := kwargs.get("resume_from_checkpoint")):
+            self.carried.load(Path(checkpoint), self.args.process_index, self.args.device)
         return super().train(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        if self.carried is not None:
+            inputs = {**inputs, "past_key_values": self.carried.current, "use_cache": True}
+        loss = super().training_step(model, inputs, *args)
+        if self.carried is not None:
+            self.carried.advance()
         if not torch.isfinite(loss):
             self._fail(f"the loss of the step after {self.state.global_step} is {loss.item()}")
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, torch.Tensor]], Any]:
+        """The batches of a step and their number of targets; weights of histories are set for the step as a whole."""
+        batches, targets = super().get_batch_samples(*args, **kwargs)
+        if self.weighted is not None:
+            sums = torch.stack([self.weighted.sums(batch) for batch in batches]).sum(0)
+            if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            self.weighted.mean_of_step = sums[0] / sums[1]
+        return batches, targets
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.weighted is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.weighted.of(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add bits per byte and speed; stop a run whose loss has risen far above its lowest."""
@@ -229,6 +259,8 @@ class LanguageModelTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+                if self.carried is not None:
+                    self.carried.save(staging, self.args.process_index)
                 if self.args.should_save:
                     self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 self.accelerator.wait_for_everyone()

@@ -1,0 +1,187 @@
+"""Histories of unequal length: the state is really carried, and tokens count as their histories say."""
+
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from dyadlm import DyadConfig, DyadForCausalLM, UserError
+from dyadlm.data import TokenStream, TrainingWindows
+from dyadlm.model.cache import DyadCache
+from dyadlm.train import train
+from dyadlm.train.histories import HistoryWeightedLoss, history_weights
+
+# Steps so small that the weights stay what they were, to float32.
+STANDING = ("learning_rate=1e-30", "weight_decay=0", "max_grad_norm=1e9", "logging_steps=1")
+
+
+def logged(result, name):
+    return [line[name] for line in result.metrics if name in line]
+
+
+@pytest.fixture
+def awake(tmp_path, words):
+    """A folder with a small dyadlm model whose blocks say something: new ones are silent."""
+    torch.manual_seed(0)
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=2, dropout=0.0))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "awake")
+    words().tokenizer.save_pretrained(tmp_path / "awake")
+    return tmp_path / "awake"
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_windows_are_those_of_one_pass_over_the_text_cut_for_gradients(tmp_path, small, words, console, awake, reset):
+    """Each step has the loss and the gradient of its windows, read after all that their lanes have read before."""
+    draw, data = random.Random(0), words()
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(10, 60))) for _ in range(14)]
+    data = replace(data, train=[(TokenStream.from_text(texts, data.tokenizer), 1.0)])
+    windows = TrainingWindows(data.train, 32, 20, seed=42, document_reset=reset, lanes=4)
+    assert windows.run_windows == 3  # lanes enter anew at steps 0 and 3
+    options = ("train.carry_state=true", "max_steps=5", f"data.document_reset={str(reset).lower()}")
+    result = train(small(tmp_path / "run", *STANDING, *options, model=awake), data, console)
+
+    model = AutoModelForCausalLM.from_pretrained(awake).train()
+    items = [[windows[4 * step + lane] for lane in range(4)] for step in range(5)]
+    for step in range(5):
+        ids, labels, positions = (
+            torch.stack([torch.cat([items[s][lane][name] for s in range(step + 1)]) for lane in range(4)])
+            for name in ("input_ids", "labels", "position_ids")
+        )
+        cut, cache = 32 * step, DyadCache()
+        if step:
+            with torch.no_grad():
+                model(ids[:, :cut], position_ids=positions[:, :cut], past_key_values=cache)
+        logits = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache).logits
+        loss = cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, cut + 1 :])
+        model.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        assert logged(result, "loss")[step] == pytest.approx(loss.item(), rel=1e-5)
+        assert logged(result, "grad_norm")[step] == pytest.approx(norm, rel=1e-4)
+
+        alone = model(ids[:, cut:], position_ids=positions[:, cut:]).logits
+        fresh = cross_entropy(alone[:, :-1].transpose(1, 2), labels[:, cut + 1 :]).item()
+        assert (fresh == pytest.approx(loss.item(), rel=1e-5)) == (step in (0, 3))
+
+
+def test_checkpointed_gradients_are_the_same_with_a_carried_state(tmp_path, small, words, console, awake):
+    options = ("train.carry_state=true", "max_steps=4", "logging_steps=1")
+    plain = train(small(tmp_path / "plain", *options, model=awake), words(), console)
+    options = (*options, "gradient_checkpointing=true")
+    checkpointed = train(small(tmp_path / "checkpointed", *options, model=awake), words(), console)
+    assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+    for name, value in load_file(plain.output / "model.safetensors").items():
+        other = load_file(checkpointed.output / "model.safetensors")[name]
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-4)
+
+
+def test_resume_goes_on_with_the_same_rows_in_each_process(tmp_path, small, words, console):
+    options = ("train.carry_state=true", "max_steps=2")
+    train(small(tmp_path / "run", *options), words(), console)
+    halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=4")
+    with pytest.raises(UserError, match=r"rows_carried: .*'rows': 4\} there, .*'rows': 2\} here"):
+        train(small(tmp_path / "run", *options, *halves, resume=True), words(), console)
+    with pytest.raises(UserError, match="another order of text"):
+        train(small(tmp_path / "run", "train.carry_state=false", resume=True), words(), console)
+
+
+# ---- Weights
+
+
+@given(rows=st.integers(1, 3), length=st.integers(2, 9), power=st.floats(0.1, 3), carried=st.booleans(), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_the_loss_is_that_of_a_slow_loop(rows, length, power, carried, data):
+    seed = data.draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, length, 5, generator=generator, requires_grad=True)
+    labels = torch.randint(5, (rows, length), generator=generator)
+    labels[torch.rand(rows, length, generator=generator) < 0.3] = -100
+    labels[0, 1] = 2  # a target
+    batch = {"labels": labels}
+    if carried:
+        batch["position_ids"] = torch.randint(3 * length, (rows, length), generator=generator)
+
+    terms, weights = [], []
+    for row in range(rows):
+        for column in range(1, length):
+            if labels[row, column] == -100:
+                continue
+            history = int(batch["position_ids"][row, column]) if carried else column
+            weights.append(min(1.0, max(1, history) / length) ** power)
+            terms.append(-logits[row, column - 1].log_softmax(0)[labels[row, column]])
+    mean = sum(weights) / len(weights)
+    expected = sum(weight / mean * term for weight, term in zip(weights, terms, strict=True)) / len(terms)
+    (gradient,) = torch.autograd.grad(expected, logits, retain_graph=True)
+
+    loss = HistoryWeightedLoss(power)
+    loss.mean_of_step = torch.divide(*loss.sums(batch))
+    assert loss.mean_of_step.item() == pytest.approx(mean, rel=1e-5)
+    for count in (None, torch.tensor(len(terms))):  # a batch is the whole step here
+        with loss.of(batch):
+            value = loss(logits, labels, 5, num_items_in_batch=count)
+        torch.testing.assert_close(torch.autograd.grad(value, logits)[0], gradient)
+        torch.testing.assert_close(value, sum(terms) / len(terms))  # what is logged weighs nothing
+
+
+def test_weights_rise_with_the_history_up_to_a_window():
+    labels = torch.zeros(1, 8, dtype=torch.int64)
+    weights = history_weights({"labels": labels}, 0.5)[0].tolist()
+    assert weights == pytest.approx([math.sqrt(h / 8) for h in range(1, 8)])
+    assert all(later > earlier for earlier, later in pairwise(weights))
+    later = history_weights({"labels": labels, "position_ids": torch.arange(8, 16)[None]}, 0.5)
+    assert later.tolist() == [[1.0] * 7]
+
+
+@pytest.mark.parametrize("kind", ["dyad", "llama"])
+def test_the_weighted_loss_is_minimised_and_the_plain_one_logged(tmp_path, small, words, console, awake, llama, kind):
+    which = {"model": llama if kind == "llama" else awake}
+    options = (*STANDING, "max_steps=2")
+    plain = train(small(tmp_path / "plain", *options, **which), words(), console)
+    weighted = train(small(tmp_path / "weighted", *options, "train.history_weight=2", **which), words(), console)
+    assert logged(weighted, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-6)
+    model = AutoModelForCausalLM.from_pretrained(plain.output).train()
+    windows = TrainingWindows(words().train, 32, 8, seed=42)
+    for step in range(2):
+        ids = torch.stack([windows[4 * step + row]["input_ids"] for row in range(4)])
+        nats = cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        weights = torch.arange(1, 32) ** 2.0
+        model.zero_grad()
+        (nats * weights / weights.mean()).mean().backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        assert logged(weighted, "grad_norm")[step] == pytest.approx(norm, rel=1e-4)
+        assert logged(weighted, "grad_norm")[step] != pytest.approx(logged(plain, "grad_norm")[step], rel=1e-3)
+
+
+def test_no_weight_is_the_path_without_weights(tmp_path, small, words, console, monkeypatch):
+    monkeypatch.setattr(HistoryWeightedLoss, "__init__", lambda *arguments: pytest.fail("not without weights"))
+    train(small(tmp_path / "run", "max_steps=1", "train.history_weight=0"), words(), console)
+
+
+def test_models_that_cannot(tmp_path, small, words, console, llama, monkeypatch):
+    run = tmp_path / "run"
+    for assignments, message in (
+        (("train.carry_state=true",), "dyadlm models, which LlamaForCausalLM has not; leave train.carry_state out"),
+        (("train.history_weight=1", "label_smoothing_factor=0.1"), "exclude each other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(small(run, *assignments, model=llama), words(), console)
+        assert not run.exists()
+
+    def own_loss(self, input_ids, labels, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        return {"loss": cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:]), "logits": logits}
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", own_loss)
+    with pytest.raises(UserError, match=r"without the loss_function .* leave train\.history_weight out"):
+        train(small(run, "train.history_weight=1", "eval_steps=0", model=llama), words(), console)
