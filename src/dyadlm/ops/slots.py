@@ -47,7 +47,7 @@ class Survivors(NamedTuple):
 
     tags: Tensor  # (B, N, S, W, P) int64, of all sets
     column: Tensor  # (B, N, U, W) int64: the column whose value the entry holds
-    slot: Tensor  # (B, N, U, W) int64: the entry of the state whose value it holds, set * W + way
+    slot: Tensor | None  # (B, N, U, W) int64: the entry of the state whose value it holds; None without a state
     changed: Tensor | None  # (B, N, 1) int64: the one set that may have changed; None: U is all sets
 
 
@@ -67,6 +67,15 @@ class Lookup:
         return self.survive()
 
 
+class Rules(NamedTuple):
+    """What the tables are, apart from what they hold."""
+
+    sets: int
+    ways: int
+    evict: str
+    scope: str
+
+
 class Items(NamedTuple):
     """The contexts of a chunk, as they are read and written."""
 
@@ -75,6 +84,15 @@ class Items(NamedTuple):
     written: Tensor  # (B, N, I) bool
     read: Tensor  # (B, N, I) bool
     began: Tensor  # (B, 1, I) int64: the column at which the item's document began, negative if before the chunk
+
+
+class Ranking(NamedTuple):
+    """The items by set, and by time within a set."""
+
+    order: Tensor  # (B, N, I) int64: the item at each place
+    place: Tensor  # (B, N, I) int64: the place of each item
+    heads: Tensor  # (B, N, I) bool, by place: the first of its set
+    begin: Tensor  # (B, N, I) int64, by place: the place of the first of its set
 
 
 def slot_sets(tags: Tensor, sets: int) -> Tensor:
@@ -114,14 +132,15 @@ def slot_lookup(
     assert ways >= 1
     assert evict in EVICTIONS
     assert scope in SCOPES
+    rules = Rules(sets, ways, evict, scope)
     items = _items(contexts, clock, sets, writes, state)
     index = clock.length[:, None, None, None].expand(-1, items.tags.shape[1], 1, items.tags.shape[3])
     pending = items.tags.gather(2, index).squeeze(2)
     # A document's start may empty whole tables; within a document one token touches two sets.
     continues = scope == "stream" or not bool((clock.index == 0).any())
     if state is not None and continues and clock.index.shape[1] == 1:
-        return _lookup_token(items, pending, state, sets, ways, evict)
-    return _lookup_chunk(items, pending, clock, state, sets, ways, evict, scope)
+        return _lookup_token(items, pending, state, rules)
+    return _lookup_chunk(items, pending, clock, state, rules)
 
 
 def _items(contexts: Contexts, clock: Clock, sets: int, writes: Tensor | None, state: SlotState | None) -> Items:
@@ -142,57 +161,51 @@ def _items(contexts: Contexts, clock: Clock, sets: int, writes: Tensor | None, s
     )
 
 
-def _lookup_chunk(
-    items: Items,
-    pending: Tensor,
-    clock: Clock,
-    state: SlotState | None,
-    sets: int,
-    ways: int,
-    evict: str,
-    scope: str,
-) -> Lookup:
+def _lookup_chunk(items: Items, pending: Tensor, clock: Clock, state: SlotState | None, rules: Rules) -> Lookup:
     """The plan of any chunk."""
     previous = _previous(items.tags, items.written)
-    way = None if state is None else _ways(state.tags, items.tags, items.sets)
+    held = 0 if state is None else rules.ways
+    way = torch.zeros_like(previous) if state is None else _ways(state.tags, items.tags, items.sets)
 
-    # In the order of sets, time within a set, an entry is as deep as entries were put in front of it since.
-    ordered, order = items.sets.sort(dim=-1, stable=True)
-    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    place = torch.empty_like(order).scatter_(-1, order, position)
-    heads = _run_heads(ordered[..., None])
-    begin = torch.where(heads, position, 0).cummax(-1).values
+    # By place, an entry is as deep as entries were put in front of it since. Those of the state lie before the first
+    # item of their set, the newest nearest; beyond the last stands "none".
+    ranking = _ranking(items.sets)
+    order, place, heads, begin = ranking
     written = items.written.gather(-1, order)
     before = written.cumsum(-1) - written.long()
     former = previous.gather(-1, order)
     inside = former >= 0
     former_place = place.gather(-1, former.clamp(min=0))
-    # Entries of the state lie before the first item of their set, the newest nearest; one more stands for no entry.
-    outer = torch.ones_like(former) if way is None else way.gather(-1, order) + 1
+    outside = way.gather(-1, order)
     in_front = before
-    if evict == "lru":
-        lead = 1 if way is None else ways + 1
-        coordinate = position + lead * heads.cumsum(-1)
-        source = torch.where(inside, coordinate.gather(-1, former_place), coordinate.gather(-1, begin) - outer)
-        limit = order.shape[-1] + lead * min(sets, order.shape[-1]) + 1
+    if rules.evict == "lru":
         # Of the writes after an entry, those count whose tag was last written before it: each tag once.
-        in_front = _count_smaller(torch.where(written, source, limit - 1), source, limit)
-    at_entry = torch.where(inside, before.gather(-1, former_place) + 1, before.gather(-1, begin) - outer + 1)
-    depth = (in_front - at_entry).gather(-1, place)
+        coordinate = torch.arange(order.shape[-1], device=order.device) + (held + 1) * heads.cumsum(-1)
+        limit = order.shape[-1] + (held + 1) * min(rules.sets, order.shape[-1]) + 1
+        at = torch.where(inside, coordinate.gather(-1, former_place), coordinate.gather(-1, begin) - 1 - outside)
+        in_front = _count_smaller(torch.where(written, at, limit - 1), at, limit)
+    behind = torch.where(inside, before.gather(-1, former_place) + 1, before.gather(-1, begin) - outside)
+    depth = (in_front - behind).gather(-1, place)
 
     inside = previous >= 0
-    found = items.read & (depth < ways)
-    if scope == "document":
+    found = items.read & (inside | (way < held)) & (depth < rules.ways)
+    if rules.scope == "document":
         written_in = items.began.expand_as(previous).gather(-1, previous.clamp(min=0))
         found = found & torch.where(inside, written_in == items.began, items.began < 0)
-    if way is None:
-        found, slot = found & inside, None
-    else:
-        found = found & (inside | (way < ways))
-        slot = torch.where(inside, -1, items.sets * ways + way)[..., 1:].transpose(1, 2)
-
-    survive = partial(_survivors, items, clock, state, previous, way, place, begin, sets, ways, evict, scope)
+    slot = None
+    if state is not None:
+        slot = torch.where(inside, -1, items.sets * rules.ways + way)[..., 1:].transpose(1, 2)
+    survive = partial(_survivors, items, ranking, previous, way, clock, state, rules)
     return Lookup(found[..., 1:].transpose(1, 2), previous[..., 1:].transpose(1, 2), slot, pending, survive)
+
+
+def _ranking(sets: Tensor) -> Ranking:
+    """The items by set (B, N, I)."""
+    ordered, order = sets.sort(dim=-1, stable=True)
+    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    heads = _run_heads(ordered[..., None])
+    begin = torch.where(heads, position, 0).cummax(-1).values
+    return Ranking(order, torch.empty_like(order).scatter_(-1, order, position), heads, begin)
 
 
 def _run_heads(rows: Tensor) -> Tensor:
@@ -220,9 +233,13 @@ def _ways(table: Tensor, tags: Tensor, sets: Tensor) -> Tensor:
     table (B, N, S, W, P), tags (B, N, I, P), sets (B, N, I) -> (B, N, I).
     """
     ways = table.shape[3]
-    entries = table.flatten(3).gather(2, sets[..., None].expand(-1, -1, -1, ways * table.shape[4]))
-    same = (entries.unflatten(-1, (ways, -1)) == tags[..., None, :]).all(-1)
-    return torch.where(same, torch.arange(ways, device=table.device), ways).amin(-1)
+    way = torch.arange(ways, device=table.device)[:, None]
+    cells = (sets[:, :, None] * ways + way).flatten(2)  # ways before items: reductions run along memory
+    same = torch.ones((), dtype=torch.bool, device=table.device)
+    for part in range(table.shape[4]):
+        entries = table[..., part].flatten(2).gather(-1, cells).unflatten(-1, (ways, -1))
+        same = same & (entries == tags[:, :, None, :, part])
+    return torch.where(same, way, ways).amin(2)
 
 
 def _count_smaller(values: Tensor, bounds: Tensor, limit: int) -> Tensor:
@@ -250,86 +267,83 @@ def _count_smaller(values: Tensor, bounds: Tensor, limit: int) -> Tensor:
 @torch.no_grad()
 def _survivors(
     items: Items,
+    ranking: Ranking,
+    previous: Tensor,
+    way: Tensor,
     clock: Clock,
     state: SlotState | None,
-    previous: Tensor,
-    way: Tensor | None,
-    place: Tensor,
-    begin: Tensor,
-    sets: int,
-    ways: int,
-    evict: str,
-    scope: str,
+    rules: Rules,
 ) -> Survivors:
     """What is in the tables after a chunk: the last entries of it in each set, then those of the state, cut at W."""
     batch, tables, count = previous.shape
-    cells = sets * ways
-    entered = items.written
-    lasting = clock.length >= 0
-    if scope == "document":
+    sets, ways = rules.sets, rules.ways
+    cells = sets * ways  # and one more, for what is dropped
+    entered, lasting = items.written, clock.length >= 0
+    if rules.scope == "document":
         open_began = items.began.gather(-1, clock.length[:, None, None])
         entered = entered & (items.began == open_began)
         lasting = (clock.length == 0) | (open_began[:, 0, 0] < 0)
-    if evict == "lru":  # a write that is followed by one of the same tag has been removed
-        spare = torch.where(items.written & (previous >= 0), previous, count)
-        removed = torch.zeros(batch, tables, count + 1, dtype=torch.bool, device=previous.device)
-        entered = entered & ~removed.scatter_(-1, spare, True)[..., :count]
-    entries = torch.zeros(batch, tables, sets, dtype=torch.int64, device=previous.device)
-    entries.scatter_add_(-1, items.sets, entered.long())
+    if rules.evict == "lru":  # a write that is followed by one of the same tag has been removed
+        removed = previous.new_zeros(batch, tables, count + 1, dtype=torch.bool)
+        removed.scatter_(-1, torch.where(items.written & (previous >= 0), previous, count), True)
+        entered = entered & ~removed[..., :count]
 
-    order = torch.empty_like(place).scatter_(-1, place, torch.arange(count, device=place.device).expand_as(place))
-    own = entered.gather(-1, order).long()
+    entries = previous.new_zeros(batch, tables, sets).scatter_add_(-1, items.sets, entered.long())
+    own = entered.gather(-1, ranking.order).long()
     until = own.cumsum(-1)
-    rank = (until - (until - own).gather(-1, begin)).gather(-1, place)
+    rank = (until - (until - own).gather(-1, ranking.begin)).gather(-1, ranking.place)
     depth = entries.gather(-1, items.sets) - rank
     cell = torch.where(entered & (depth < ways), items.sets * ways + depth, cells)
     column = previous.new_full((batch, tables, cells + 1), -1)
-    column.scatter_(-1, cell, torch.arange(count, device=cell.device).expand_as(cell))
-    column = column[..., :cells]
-    slot = torch.full_like(column, -1)
+    column = column.scatter_(-1, cell, torch.arange(count, device=cell.device).expand_as(cell))[..., :cells]
     tags = items.tags.gather(2, column.clamp(min=0)[..., None].expand(-1, -1, -1, items.tags.shape[-1]))
     tags = torch.where(column[..., None] >= 0, tags, -1)
 
-    if state is not None and way is not None:
+    shape, slot = (sets, ways), None
+    if state is not None:
         old = state.tags.flatten(2, 3)
         kept = (old[..., 0] >= 0) & lasting[:, None, None]
-        if evict == "lru":
-            rewritten = torch.where(entered & (way < ways), items.sets * ways + way, cells)
-            touched = torch.zeros(batch, tables, cells + 1, dtype=torch.bool, device=old.device)
-            kept = kept & ~touched.scatter_(-1, rewritten, True)[..., :cells]
-        newer = kept.unflatten(-1, (sets, ways)).long()
-        depth = (entries[..., None] + newer.cumsum(-1) - newer).flatten(2)
-        here = torch.arange(cells, device=old.device).expand_as(depth)
-        cell = torch.where(kept & (depth < ways), here - here % ways + depth, cells)
-        slot = torch.nn.functional.pad(slot, (0, 1)).scatter_(-1, cell, here)[..., :cells]
+        if rules.evict == "lru":
+            rewritten = previous.new_zeros(batch, tables, cells + 1, dtype=torch.bool)
+            rewritten.scatter_(-1, torch.where(entered & (way < ways), items.sets * ways + way, cells), True)
+            kept = kept & ~rewritten[..., :cells]
+        newer = kept.unflatten(-1, shape).long()
+        depth = entries[..., None] + newer.cumsum(-1) - newer
+        here = torch.arange(cells, device=old.device)
+        goes = (here[::ways, None] + depth).flatten(2)
+        goes = torch.where(kept & (depth < ways).flatten(2), goes, cells)
+        slot = previous.new_full((batch, tables, cells + 1), -1)
+        slot = slot.scatter_(-1, goes, here.expand_as(goes))[..., :cells]
         stays = old.gather(2, slot.clamp(min=0)[..., None].expand_as(old))
         tags = torch.where(slot[..., None] >= 0, stays, tags)
 
-    shape = (sets, ways)
-    return Survivors(tags.unflatten(2, shape), column.unflatten(-1, shape), slot.unflatten(-1, shape), None)
+        slot = slot.unflatten(-1, shape)
+    return Survivors(tags.unflatten(2, shape), column.unflatten(-1, shape), slot, None)
 
 
-def _lookup_token(items: Items, pending: Tensor, state: SlotState, sets: int, ways: int, evict: str) -> Lookup:
+def _lookup_token(items: Items, pending: Tensor, state: SlotState, rules: Rules) -> Lookup:
     """The plan of a single token that continues each row: the same as `_lookup_chunk`, from the two sets it touches."""
+    ways = rules.ways
     way = _ways(state.tags, items.tags, items.sets)
     written, same_set = items.written[..., 0], items.sets[..., 0] == items.sets[..., 1]
     again = written & (items.tags[:, :, 0] == items.tags[:, :, 1]).all(-1)
     pushed = written & same_set
-    if evict == "lru":  # an entry that comes to the front from before another one pushes nothing
+    if rules.evict == "lru":  # an entry that comes to the front from before another one pushes nothing
         pushed = pushed & (way[..., 0] > way[..., 1])
     found = items.read[..., 1] & (again | (way[..., 1] + pushed.long() < ways))
     column = torch.where(again, 0, -1)
     slot = torch.where(again, -1, items.sets[..., 1] * ways + way[..., 1])
-    survive = partial(_survivors_of_token, items, state, way[..., 0], sets, ways, evict)
+    survive = partial(_survivors_of_token, items, way[..., 0], state, rules)
     return Lookup(found[:, None], column[:, None], slot[:, None], pending, survive)
 
 
 @torch.no_grad()
-def _survivors_of_token(items: Items, state: SlotState, way: Tensor, sets: int, ways: int, evict: str) -> Survivors:
+def _survivors_of_token(items: Items, way: Tensor, state: SlotState, rules: Rules) -> Survivors:
     """What is in the one set to which a token wrote: its entry, then the others less the one removed or pushed out."""
+    ways = rules.ways
     changed, written = items.sets[..., :1], items.written[..., :1]
     here = torch.arange(ways, device=way.device)
-    removed = way.clamp(max=ways - 1)[..., None] if evict == "lru" else ways - 1
+    removed = way.clamp(max=ways - 1)[..., None] if rules.evict == "lru" else ways - 1
     source = torch.where(written & (here <= removed), here - 1, here)
     own = source < 0
     tags = state.tags.gather(2, changed[..., None, None].expand(-1, -1, 1, *state.tags.shape[3:])).squeeze(2)
@@ -348,22 +362,25 @@ def _put(table: Tensor, changed: Tensor, rows: Tensor) -> Tensor:
 # ---- Moving values
 
 
-def _take(values: Tensor, column: Tensor) -> Tensor:
-    """Rows of (B, T, N or 1, M) at columns (B, N, ...) int64 -> (B, N, ..., M). A column below 0 gives any row."""
+def _gathered(values: Tensor, column: Tensor, state: SlotState | None, slot: Tensor | None, there: Tensor) -> Tensor:
+    """The values of entries: from the state where its slot is not negative, else from the chunk; 0 where not `there`.
+
+    values (B, T, N or 1, M); column, slot, there (B, N, ...) -> (B, N, ..., M). Negative indices mean nothing.
+    """
     batch, time, own, width = values.shape
+    tables = column.shape[1]
     beside = (1,) * (column.dim() - 2)
-    row = torch.arange(batch, device=column.device).view(-1, 1, *beside) * time + column.clamp(min=0)
-    table = torch.arange(own, device=column.device).view(1, -1, *beside)
-    where = row * own + table
-    return values.flatten(0, 2).index_select(0, where.flatten()).view(*where.shape, width)
-
-
-def _entries(table: Tensor, slot: Tensor) -> Tensor:
-    """Entries of (B, N, S, W, M) at slots (B, N, ...) int64 -> (B, N, ..., M). A slot below 0 gives any entry."""
-    batch, tables, sets, ways, width = table.shape
-    first = torch.arange(batch * tables, device=slot.device).view(batch, tables, *(1,) * (slot.dim() - 2))
-    where = first * (sets * ways) + slot.clamp(0, sets * ways - 1)
-    return table.flatten(0, 3).index_select(0, where.flatten()).view(*where.shape, width)
+    row = torch.arange(batch, device=column.device).view(-1, 1, *beside)
+    table = torch.arange(tables, device=column.device).view(1, -1, *beside)
+    place = (row * time + column.clamp(min=0)) * own + (table if own > 1 else 0)
+    rows = values.flatten(0, 2).index_select(0, place.flatten()).view(*column.shape, width)
+    if slot is not None:
+        assert state is not None, "what was planned with a state is read and stored with it"
+        cells = state.values.shape[2] * state.values.shape[3]
+        place = (row * tables + table) * cells + slot.clamp(0, cells - 1)
+        old = state.values.flatten(0, 3).index_select(0, place.flatten()).view(*column.shape, width)
+        rows = torch.where(slot[..., None] >= 0, old.to(rows.dtype), rows)
+    return rows.masked_fill_(~there[..., None], 0)
 
 
 def slot_read(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> Tensor:
@@ -376,20 +393,17 @@ def slot_read(values: Tensor, lookup: Lookup, state: SlotState | None = None) ->
     Returns:
         (B, T, N, M) of the dtype of `values`; gradients flow to `values` and to those of the state.
     """
-    read = _take(values, lookup.column.transpose(1, 2))
-    if lookup.slot is not None:
-        assert state is not None, "a plan made with a state is read with it"
-        slot = lookup.slot.transpose(1, 2)
-        read = torch.where(slot[..., None] >= 0, _entries(state.values, slot).to(values.dtype), read)
-    return torch.where(lookup.found[..., None], read.transpose(1, 2), 0)
+    slot = None if lookup.slot is None else lookup.slot.transpose(1, 2)
+    read = _gathered(values, lookup.column.transpose(1, 2), state, slot, lookup.found.transpose(1, 2))
+    return read.transpose(1, 2)
 
 
 def slot_store(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> SlotState:
     """The state after the chunk. Arguments as in `slot_read`; values are kept in float32 at least."""
     tags, column, slot, changed = lookup.survivors
-    rows = torch.where(column[..., None] >= 0, _take(accumulator(values), column), 0)
-    if state is not None:
-        rows = torch.where(slot[..., None] >= 0, _entries(state.values, slot), rows)
-        if changed is not None:
-            rows = _put(state.values, changed, rows)
-    return SlotState(tags, rows, lookup.pending)
+    there = column >= 0 if slot is None else (column >= 0) | (slot >= 0)
+    kept = _gathered(accumulator(values), column, state, slot, there)
+    if changed is not None:
+        assert state is not None
+        kept = _put(state.values, changed, kept)
+    return SlotState(tags, kept, lookup.pending)
