@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dyadlm.cli import data, evaluate, export, generate, inspect, report, stream, train
+from dyadlm.cli import data, evaluate, export, generate, inspect, recall, report, stream, train
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.version import __version__
 
@@ -25,11 +25,12 @@ app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(stream.stream)
 app.command()(inspect.inspect)
+app.command()(recall.recall)
 app.command()(export.export)
 app.command()(report.report)
 
 # Options that take all the values that follow: `--data a b` means `--data a --data b`.
-LIST_OPTIONS = ("--data", "--set")
+LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates")
 
 
 def _print_version(asked: bool) -> None:

@@ -1,0 +1,139 @@
+"""`dyadlm recall`: can a model bind, copy and keep track? Synthetic tasks with exact answers."""
+
+import json as json_format
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dyadlm.cli.shared import Device, errors
+
+if TYPE_CHECKING:
+    from dyadlm.recall import Cell
+
+
+def recall(
+    task: Annotated[str, typer.Option(help="mqar, induction, copying, parity, flipflop, permutations or needle.")],
+    model: Annotated[
+        str,
+        typer.Option(help="A preset, a folder, or an architecture of transformers by its model type, such as llama."),
+    ],
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,... ...", help="Parameters to train on, in turn (length=64,pairs=4)."),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,... ...", help="Parameters to ask the same weights, beside those trained on."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE ...", help="Fields of the model's configuration."),
+    ] = None,
+    learning_rates: Annotated[
+        list[float] | None,
+        typer.Option(metavar="RATE ...", help="The sweep; the same four for every model by default."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 1,
+    minutes: Annotated[float, typer.Option(help="Training of one model at one rate, at most.")] = 10.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the schedule; without it, as many as fit into --minutes.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step, as far as --batch-tokens allows.")] = 32,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step, at most.")] = 8192,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices that are no embedding.")] = 0.1,
+    questions: Annotated[int, typer.Option(help="To score each part with, at least.")] = 4000,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="Keep the results here; what is there is not measured again."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train a small model on items that never come twice, ask it others, and count. Fixed seeds; exact answers."""
+    from transformers.utils import logging
+
+    from dyadlm.generate.loading import resolve_device
+    from dyadlm.recall import LEARNING_RATES, Cell, Recipe, Study, parse_fields
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    recipe = Recipe(
+        task,
+        tuple(part or ()),
+        tuple(test or ()),
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        steps=steps,
+        minutes=minutes,
+        weight_decay=weight_decay,
+        questions=questions,
+    )
+    study = Study(output, recipe)
+    given = parse_fields(assignments or ())
+    place = str(resolve_device(device))
+    cells = [Cell(model, rate, seed, given) for rate in learning_rates or LEARNING_RATES for seed in range(seeds)]
+    results = {}
+    for number, cell in enumerate(cells):
+        with _bar(f"[{number + 1}/{len(cells)}] {cell.name}") as progress:
+            results[cell.name] = study.run(cell, place, progress)
+        if not errors.is_terminal:
+            errors.print(
+                f"[{number + 1}/{len(cells)}] {cell.name}: {_summary(results[cell.name])}", soft_wrap=True, markup=False
+            )
+    if json:
+        typer.echo(json_format.dumps(results, indent=2))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table(cells, results))
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[float, str], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda done, text: bar.update(task, completed=done, description=f"{title}: {text}")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return f"{result['stopped']} after {result['steps']} steps, {result['seconds']:.0f} s"
+
+
+def table(cells: "list[Cell]", results: dict[str, dict[str, Any]]) -> Table:
+    """Accuracy of every cell on every part, with its interval and beside chance."""
+    shown = Table(box=None, pad_edge=False)
+    for title in ("model", "rate", "seed", "state", "ms/step", "steps", "ended"):
+        shown.add_column(title, justify="left" if title in ("model", "ended") else "right", overflow="fold")
+    parts = next(iter(results.values()))["parts"]
+    for name, result in parts.items():
+        shown.add_column(f"{name}\nchance {result['chance']:.3g}", justify="right")
+    for cell in cells:
+        result = results[cell.name]
+        numbers = list(result["state_numbers"].values())
+        state = f"{numbers[-1]:,}" + (" (grows)" if numbers[0] != numbers[-1] else "")
+        milliseconds = result["milliseconds_per_step"]
+        shown.add_row(
+            cell.label,
+            f"{cell.rate:g}",
+            str(cell.seed),
+            state,
+            "–" if milliseconds is None else f"{milliseconds:.0f}",
+            f"{result['steps']:,}",
+            result["stopped"],
+            *(_accuracy(part) for part in result["parts"].values()),
+        )
+    return shown
+
+
+def _accuracy(part: dict[str, Any]) -> str:
+    if part["accuracy"] is None:
+        return f"– ({part['ended']})"
+    low, high = part["interval"]
+    return f"{part['accuracy']:.4f}\n{low:.3f}–{high:.3f}"

@@ -1,0 +1,242 @@
+"""Models to ask, by name: ours, and any causal language model of transformers, built alike and read alike.
+
+Dimension letters: B batch, T time, V vocabulary, D width, N questions.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dyadlm.errors import UserError
+from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
+from dyadlm.model.loading import load_weights
+from dyadlm.train.settings import coerce
+
+# A small model of any architecture; a field that an architecture does not have is left out.
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "intermediate_size": 176,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# Where an architecture's own defaults belong to a large model, or to a mixture of architectures.
+_GATED_DELTA = {
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+SMALL_OF: dict[str, dict[str, Any]] = {
+    "mamba2": {"state_size": 64, "head_dim": 64, "num_heads": 2, "n_groups": 1, "chunk_size": 64},
+    "olmo_hybrid": _GATED_DELTA,  # one of its layers must attend
+    "qwen3_next": {**_GATED_DELTA, "layer_types": ["linear_attention"] * 2, "mlp_only_layers": [0, 1]},
+}
+
+
+def parse_fields(assignments: Iterable[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` texts, values as in YAML. Raises `UserError` for what is none."""
+    given = {}
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip():
+            raise UserError(f"--set takes FIELD=VALUE, not {text!r}.")
+        try:
+            given[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"The value of {name.strip()} cannot be read: {value!r}.") from error
+    return given
+
+
+def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
+    """A model over `vocabulary` tokens for items of up to `length`, float32 on the CPU.
+
+    name: one of our presets, an architecture by its model type (both new: 2 layers of width 64, weights drawn from
+        `seed`), or a folder with weights to begin with.
+    given: fields of its configuration.
+    Raises `UserError` if there is no such model or field, or the model cannot be what is asked.
+    """
+    if name not in PRESETS and Path(name).exists():
+        model = load_weights(name, torch.float32, **given)
+        if model.config.vocab_size < vocabulary:
+            raise UserError(
+                f"{name} has {model.config.vocab_size} tokens but the task {vocabulary}; lower the task's vocabulary."
+            )
+        return model
+    config = _new_config(name, vocabulary, length, given)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if isinstance(config, DyadConfig):
+                return DyadForCausalLM(config)
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, ZeroDivisionError) as error:
+            raise UserError(f"There can be no {name} with these fields ({_first_line(error)}); set others.") from error
+    return made.float()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any]) -> PreTrainedConfig:
+    sizes = {"vocab_size": vocabulary, "max_position_embeddings": length}
+    if name in PRESETS or name == DyadConfig.model_type:
+        small = {"hidden_size": SMALL["hidden_size"], "num_hidden_layers": SMALL["num_hidden_layers"]}
+        return DyadConfig.from_preset(name if name in PRESETS else "tiny", **sizes | small | dict(given))
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(name, [*PRESETS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES], n=1)
+        hint = f"the nearest is {near[0]}" if near else "give a preset, a folder or a model type such as llama"
+        raise UserError(f"There is no model {name!r}; {hint}.")
+    kind = CONFIG_MAPPING[name]
+    hints = {entry.name: entry.type for entry in fields(kind) if entry.init}
+    known = set(hints) | set(kind.attribute_map)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"A {name} has no field {key!r}{f'; the nearest is {near[0]}' if near else ''}.")
+    small = {key: value for key, value in (SMALL | SMALL_OF.get(name, {}) | sizes).items() if key in known}
+    # Pieces of a configuration that are lists or mappings have types of their own; the model checks them.
+    checked = {
+        key: coerce(value, hints.get(key, Any), key) if isinstance(value, (bool, int, float, str)) else value
+        for key, value in given.items()
+    }
+    try:
+        return AutoConfig.for_model(name, **small | checked)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"There can be no {name} with these fields ({_first_line(error)}); set others.") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class RecurrentCache(DynamicCache):
+    """The cache of a model none of whose layers attends: no layer counts positions, and none needs them."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class Reader:
+    """A model that reads rows chunk by chunk and is asked at some positions only.
+
+    Logits over a large vocabulary cost more than all else of a small model, so only what is asked for is computed:
+    from the hidden states where the head is nothing but a matrix, else from all logits.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self.state_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        self.head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        with self.resting():
+            self.plain = self.head is not None and self._head_is_all()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Neither dropout nor gradients."""
+        training = self.model.training
+        self.model.eval()  # type: ignore[no-untyped-call]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _probe(self, time: int) -> Tensor:
+        return torch.arange(time, device=self.model.device)[None] * 7919 % int(self.model.config.vocab_size)
+
+    def _head_is_all(self) -> bool:
+        tokens = self._probe(8)
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        logits = self.model(input_ids=tokens, use_cache=False).logits[0]
+        self.plain = True
+        return torch.allclose(self.ask(tokens, everywhere)[0], logits, rtol=1e-3, atol=1e-5)
+
+    def ask(self, tokens: Tensor, where: Tensor, state: Any = None, keep: bool = False) -> tuple[Tensor, Any]:
+        """Logits (N, V) at the positions `where` (B, T) bool of a chunk (B, T), rows first; the state after it if kept.
+
+        state: what the last chunk left, None at the beginning.
+        """
+        if keep and state is None:
+            state = self._beginning()
+        options = {self.state_name: state} if state is not None else {}
+        reader = self.model.base_model if self.plain else self.model
+        output = reader(input_ids=tokens, use_cache=keep, **options)
+        if self.plain:
+            assert self.head is not None
+            logits = self.head(output.last_hidden_state[where])
+        else:
+            logits = output.logits[where]
+        return logits, getattr(output, self.state_name, None) if keep else None
+
+    def _beginning(self) -> DynamicCache | None:
+        kinds = set(getattr(self.model.config, "layer_types", None) or ())
+        if kinds == {"linear_attention"} and self.state_name == "past_key_values":
+            return RecurrentCache(config=self.model.config)
+        return None  # the model makes its own
+
+    def continues(self) -> bool:
+        """Whether reading in chunks gives what reading at once gives; where not, rows are read whole."""
+        with self.resting():
+            return self._continues()
+
+    def _continues(self) -> bool:
+        tokens = self._probe(24)
+        asked = torch.zeros_like(tokens, dtype=torch.bool)
+        asked[:, 16:] = True
+        whole, _ = self.ask(tokens, asked)
+        try:
+            _, state = self.ask(tokens[:, :8], asked[:, :8], keep=True)
+            _, state = self.ask(tokens[:, 8:16], asked[:, 8:16], state, keep=True)
+            parts, _ = self.ask(tokens[:, 16:], asked[:, 16:], state, keep=True)
+        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+            return False
+        return torch.allclose(whole, parts, rtol=1e-2, atol=1e-4)
+
+    def state_numbers(self, length: int) -> int:
+        """What one row's state holds after `length` tokens, in numbers of four bytes."""
+        with self.resting():
+            _, state = self.ask(self._probe(length), torch.zeros(1, length, dtype=torch.bool), keep=True)
+        if isinstance(state, DyadCache):
+            return state.state_bytes() // 4
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state, set())) // 4
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached from a state, once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part, seen)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part, seen)
+    elif isinstance(value, Cache) or type(value).__module__ == Cache.__module__:
+        yield from _tensors(vars(value), seen)

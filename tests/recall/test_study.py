@@ -1,0 +1,133 @@
+"""A study learns what can be learned, counts exactly, and continues where it was."""
+
+import json
+
+import pytest
+import torch
+
+from dyadlm.errors import UserError
+from dyadlm.recall import Cell, Reader, Recipe, Study, build_model, parse_task, score, wilson
+
+TINY = {"num_hidden_layers": 1, "hidden_size": 16}
+
+
+def recipe(**options):
+    defaults = {"steps": 3, "batch_size": 4, "questions": 40}
+    return Recipe(**{"task": "mqar", "parts": ("length=16,pairs=2,vocabulary=12",)} | defaults | options)
+
+
+def test_induction_is_learned_in_seconds():
+    learned = Recipe("induction", ("length=8,symbols=4",), steps=300, batch_size=64, questions=1000, weight_decay=0.0)
+    cell = Cell("tiny", 1e-2, 0, {"num_hidden_layers": 2, "hidden_size": 32})
+    result = Study(None, learned).run(cell)
+    part = result["parts"]["length=8,symbols=4"]
+    assert part["total"] == 1000
+    assert part["chance"] == 0.25
+    assert part["interval"][0] > 0.5
+
+
+def test_a_cell_repeats_itself():
+    one, same = (Study(None, recipe()).run(Cell("tiny", 1e-2, 1, TINY)) for _ in range(2))
+    other = Study(None, recipe()).run(Cell("tiny", 1e-2, 2, TINY))
+    exact = ("parts", "running_accuracy", "state_numbers", "parameters", "steps", "stopped")
+    for result in (one, same, other):
+        for part in result["parts"].values():
+            del part["seconds"]
+    assert {name: one[name] for name in exact} == {name: same[name] for name in exact}
+    assert one["parts"] != other["parts"] or one["running_accuracy"] != other["running_accuracy"]
+    assert (one["steps"], one["stopped"]) == (3, "steps")
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
+    path, measured = tmp_path / "study.json", []
+    monkeypatch.setattr("dyadlm.recall.study.measure", lambda cell, *rest: measured.append(cell) or {"steps": 1})
+    cells = [Cell("tiny", rate, 0, TINY) for rate in (1e-3, 1e-2)]
+    first = Study(path, recipe()).run(cells[0])
+    study = Study(path, recipe())
+    assert [study.run(cell)["steps"] for cell in cells] == [1, 1]
+    assert measured == cells
+    assert study.results[cells[0].name] == first
+    assert set(json.loads(path.read_text())["cells"]) == {cell.name for cell in cells}
+
+
+def test_two_processes_share_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("dyadlm.recall.study.measure", lambda *rest: {})
+    one, other = (Study(tmp_path / "study.json", recipe()) for _ in range(2))
+    one.run(Cell("tiny", 1e-3, 0))
+    other.run(Cell("llama", 1e-3, 0))
+    assert len(json.loads((tmp_path / "study.json").read_text())["cells"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "something"}', '{"format": "dyadlm-recall"}'])
+def test_another_file_is_left_alone(tmp_path, content):
+    path = tmp_path / "study.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="choose another file"):
+        Study(path, recipe())
+    assert path.read_text() == content
+
+
+def test_another_study_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("dyadlm.recall.study.measure", lambda *rest: {})
+    Study(tmp_path / "study.json", recipe()).run(Cell("tiny", 1e-3, 0))
+    with pytest.raises(UserError, match="another steps, questions"):
+        Study(tmp_path / "study.json", recipe(steps=4, questions=50))
+
+
+def test_scores_are_counted_exactly():
+    """Against answers worked out one by one from the logits of each row alone, read whole."""
+    task = parse_task("mqar", "length=1200,pairs=5,vocabulary=12")
+    reader = Reader(build_model("tiny", 12, 64, TINY))
+    for parameter in reader.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    result = score(reader, task, recipe(questions=30))
+    correct = 0
+    with reader.resting():
+        for number in range(6):
+            tokens, answers = (torch.from_numpy(part) for part in task.item("test", 0, number))
+            said = reader.model(input_ids=tokens[None]).logits[0].argmax(-1)
+            correct += int((said == answers).sum())
+    assert (result["correct"], result["total"], result["ended"]) == (correct, 30, "all")
+    assert 0 < correct < 30
+    assert result["interval"] == [round(bound, 4) for bound in wilson(correct, 30)]
+
+
+def test_time_and_positions_end():
+    reader = Reader(build_model("tiny", 12, 64, TINY))
+    task = parse_task("mqar", "length=64,pairs=5,vocabulary=12")
+    assert score(reader, task, recipe(test_minutes=1e-9))["ended"] == "minutes"
+    short = Reader(build_model("gpt2", 12, 32, TINY))
+    result = score(short, task, recipe())
+    assert (result["ended"], result["total"], result["accuracy"]) == ("positions", 0, None)
+    assert result["interval"] == [0.0, 1.0]
+
+
+def test_training_ends_when_all_is_right_or_lost_or_late():
+    solved = Recipe("parity", ("length=1",), steps=400, batch_size=32, questions=10)
+    result = Study(None, solved).run(Cell("tiny", 1e-2, 0, TINY))
+    assert result["stopped"] == "solved"
+    assert result["steps"] < 400
+    assert result["parts"]["length=1"]["accuracy"] == 1.0
+    lost = Study(None, recipe(steps=50)).run(Cell("tiny", float("inf"), 0, TINY))
+    assert lost["stopped"] == "diverged"
+    late = Study(None, recipe(steps=None, minutes=0.005)).run(Cell("tiny", 1e-3, 0, TINY))
+    assert late["stopped"] == "minutes"
+    assert late["steps"] > 0
+
+
+def test_wilson_is_the_interval_of_wilson():
+    low, high = wilson(9, 10)
+    assert (round(low, 4), round(high, 4)) == (0.5958, 0.9821)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+    for bound in wilson(37, 50):  # where the score test has its edge
+        assert abs(0.74 - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / 50) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [({"steps": 0}, "at least 1"), ({"minutes": 0}, "above 0"), ({"parts": ("length=-1",)}, "at least 1")],
+)
+def test_a_recipe_that_cannot_be_says_why(options, remedy):
+    with pytest.raises(UserError, match=remedy):
+        recipe(**options)
