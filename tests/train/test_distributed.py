@@ -14,7 +14,7 @@ from dyadlm.train.checkpoint import last_complete
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
 SHARED = ("model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null")
-HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
+HISTORIES = ("train.carry_state=true", "train.history_weight=0.5", "adam_epsilon=1e-4")
 
 
 def metrics(run, name):
@@ -47,7 +47,7 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
 
     whole = train(small(tmp_path / "one-carried", *SHARED, *HISTORIES, "max_steps=4"), words(), console)
     for name in ("loss", "grad_norm"):
-        assert metrics(carried, name) == pytest.approx([line[name] for line in whole.metrics if name in line], rel=1e-4)
+        assert metrics(carried, name) == pytest.approx([line[name] for line in whole.metrics if name in line], rel=1e-5)
     files = sorted(file.name for file in (carried / "checkpoint-4").glob("carried_state*"))
     assert files == ["carried_state_0.safetensors", "carried_state_1.safetensors"]
 

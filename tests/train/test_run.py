@@ -172,7 +172,9 @@ def test_every_way_of_feeding_resumes_bit_equal(tmp_path, small, words, console,
 
 @pytest.mark.parametrize("histories", [(), ("train.carry_state=true", "train.history_weight=0.5")])
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path, small, words, console, histories):
-    options = (*histories, "model.dropout=0", "data.document_reset=true", "logging_steps=1", "max_steps=4")
+    # With its usual epsilon, the first steps of AdamW make full steps out of the rounding of vanishing gradients.
+    steady = ("model.dropout=0", "adam_epsilon=1e-4")
+    options = (*histories, *steady, "data.document_reset=true", "logging_steps=1", "max_steps=4")
     whole = train(small(tmp_path / "whole", *options), words(), console)
     halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
     halved = train(small(tmp_path / "halved", *options, *halves), words(), console)

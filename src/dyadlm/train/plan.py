@@ -84,6 +84,8 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     Raises `UserError` for whatever is wrong with the request, the model first: preparing text takes longest.
     """
     arguments, choices = training_arguments(settings, output)
+    if settings.train.history_weight and arguments.label_smoothing_factor:
+        raise UserError("train.history_weight and label_smoothing_factor exclude each other; leave one of them out.")
     if settings.model is None:
         _configuration(settings)
     else:
@@ -100,8 +102,6 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     model = _model(settings, data.tokenizer)
     if settings.train.carry_state:
         require_carriable(model)
-    if settings.train.history_weight and arguments.label_smoothing_factor:
-        raise UserError("train.history_weight and label_smoothing_factor exclude each other; leave one of them out.")
     require_optimizer(arguments, model)
     number = arguments.max_steps * batch
     windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
