@@ -137,7 +137,7 @@ def cases(draw) -> tuple[Case, list[int], bool]:
     return case, cuts, draw(st.booleans())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 @example((make_case(2, 37, [1, 2, "word"], 3, lengths=[37, 20]), list(range(1, 37)), True))
 @example((make_case(2, 37, [1, 2], 3, evict="lru", scope="stream", ways=3, sets=1), list(range(1, 37)), True))
@@ -277,6 +277,17 @@ def test_the_state_has_the_size_of_the_tables_whatever_the_length(evict):
         state = run(case, written_values(case, width=5))[2]
         shapes.add(tuple(tuple(part.shape) for part in state))
     assert shapes == {((2, 2, 4, 3, 3), (2, 2, 4, 3, 5), (2, 2, 3))}
+
+
+def test_layers_share_a_plan_and_pay_for_a_state_only_where_they_ask_for_one():
+    case = make_case(1, 20, [1, 2], 3)
+    clock = make_clock(1, 20)
+    contexts, _ = context_tags(case.ids, case.contexts, case.vocab_size, clock)
+    lookup = slot_lookup(contexts, clock, **case.options)
+    one, other = written_values(case), written_values(case, width=7)
+    slot_read(one, lookup)
+    assert "survivors" not in vars(lookup)
+    assert slot_store(one, lookup).tags is slot_store(other, lookup).tags
 
 
 def test_half_precision_reads_the_same_from_the_chunk_and_from_the_state():

@@ -56,7 +56,7 @@ def tokens_per_word(vocab_size: int) -> int:
 
 
 def tag_words(contexts: Sequence[int | str], vocab_size: int) -> int:
-    """P: the int64 words in which the tag of every one of these contexts fits.
+    """P: the int64 words in which the tag of every one of these contexts, one or more, fits.
 
     Raises:
         UserError: a context is neither a positive number nor "word".
@@ -65,7 +65,7 @@ def tag_words(contexts: Sequence[int | str], vocab_size: int) -> int:
         if context != "word" and (not isinstance(context, int) or context < 1):
             raise UserError(f"A slot context is a number of tokens from 1 on, or 'word'; replace {context!r}.")
     fits = tokens_per_word(vocab_size)
-    return max((-(-c // fits) if isinstance(c, int) else len(SEEDS) for c in contexts), default=1)
+    return max(-(-c // fits) if isinstance(c, int) else len(SEEDS) for c in contexts)
 
 
 @torch.no_grad()

@@ -53,7 +53,10 @@ class Survivors(NamedTuple):
 
 @dataclass(frozen=True)
 class Lookup:
-    """A plan: which value is read at each token, and what the tables hold at the end."""
+    """A plan: which value is read at each token, and what the tables hold at the end.
+
+    Where nothing is found, `column` and `slot` mean nothing.
+    """
 
     found: Tensor  # (B, T, N) bool
     column: Tensor  # (B, T, N) int64: the column whose value is read; -1 if from the state
@@ -136,9 +139,10 @@ def slot_lookup(
     items = _items(contexts, clock, sets, writes, state)
     index = clock.length[:, None, None, None].expand(-1, items.tags.shape[1], 1, items.tags.shape[3])
     pending = items.tags.gather(2, index).squeeze(2)
-    # A document's start may empty whole tables; within a document one token touches two sets.
-    continues = scope == "stream" or not bool((clock.index == 0).any())
-    if state is not None and continues and clock.index.shape[1] == 1:
+    alone = state is not None and clock.index.shape[1] == 1
+    # Within a document one token touches two sets; the start of one may empty whole tables.
+    if alone and (scope == "stream" or not bool((clock.index == 0).any())):
+        assert state is not None
         return _lookup_token(items, pending, state, rules)
     return _lookup_chunk(items, pending, clock, state, rules)
 
