@@ -51,6 +51,13 @@ def test_states_are_counted():
     assert ours.state_numbers(10) == ours.state_numbers(64) > 0
 
 
+@pytest.mark.parametrize("name", ["llama", "mamba2", "qwen3_next", "olmo_hybrid"])
+def test_sizes_follow_the_width(name):
+    narrow = reader(name, hidden_size=32, num_hidden_layers=3)
+    assert narrow.continues()
+    assert narrow.model.config.num_hidden_layers == 3
+
+
 def test_the_seed_draws_the_weights():
     one, same, other = (build_model("llama", 20, 32, {}, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -63,6 +70,8 @@ def test_fields_reach_the_configuration(tmp_path):
     assert (config.hidden_size, config.num_levels, config.early) == (32, 3, "mask")
     config = build_model("llama", 20, 64, parse_fields(["num_hidden_layers=1", "rms_norm_eps=1e-4"])).config
     assert (config.num_hidden_layers, config.rms_norm_eps) == (1, 1e-4)
+    config = build_model("gpt2", 20, 64, {"n_embd": 24, "num_hidden_layers": 1}).config
+    assert (config.hidden_size, config.n_layer) == (24, 1)
 
 
 def test_a_folder_is_a_model_to_begin_with(tmp_path):
@@ -86,6 +95,8 @@ def test_a_folder_is_a_model_to_begin_with(tmp_path):
         ("tiny", {"hidden_size": 0}, "hidden_size"),
         ("llama", {"hiden_size": 8}, "nearest is hidden_size"),
         ("llama", {"hidden_size": "wide"}, "whole number"),
+        ("llama", {"hidden_size": 0}, "set others"),
+        ("gpt2", {"n_layer": None}, "set others"),
         ("llama", {"num_attention_heads": 7}, "set others"),
         ("olmo_hybrid", {"layer_types": ["linear_attention"] * 2}, "set others"),
     ],

@@ -24,31 +24,40 @@ from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
 from dyadlm.train.settings import coerce
 
-# A small model of any architecture; a field that an architecture does not have is left out.
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "intermediate_size": 176,
-    "tie_word_embeddings": True,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-# Where an architecture's own defaults belong to a large model, or to a mixture of architectures.
-_GATED_DELTA = {
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
-SMALL_OF: dict[str, dict[str, Any]] = {
-    "mamba2": {"state_size": 64, "head_dim": 64, "num_heads": 2, "n_groups": 1, "chunk_size": 64},
-    "olmo_hybrid": _GATED_DELTA,  # one of its layers must attend
-    "qwen3_next": {**_GATED_DELTA, "layer_types": ["linear_attention"] * 2, "mlp_only_layers": [0, 1]},
-}
+WIDTH, LAYERS = 64, 2
+
+
+def small_fields(name: str, width: int = WIDTH, layers: int = LAYERS) -> dict[str, Any]:
+    """Fields of a small model of an architecture; those that it does not have are to be left out."""
+    small: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": width,
+        "intermediate_size": -(-width * 8 // 3 // 16) * 16,
+        "initializer_range": width**-0.5,  # the usual 0.02 is made for wide models
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    gated_delta = {
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": width,
+        "linear_value_head_dim": width,
+    }
+    own: dict[str, dict[str, Any]] = {
+        "mamba2": {"state_size": width, "num_heads": 2, "n_groups": 1, "chunk_size": 64},
+        "olmo_hybrid": gated_delta,  # one of its layers must attend
+        "qwen3_next": {
+            **gated_delta,
+            "layer_types": ["linear_attention"] * layers,
+            "mlp_only_layers": list(range(layers)),
+        },
+    }
+    return small | own.get(name, {})
 
 
 def parse_fields(assignments: Iterable[str]) -> dict[str, Any]:
@@ -99,27 +108,29 @@ def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any
 def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any]) -> PreTrainedConfig:
     sizes = {"vocab_size": vocabulary, "max_position_embeddings": length}
     if name in PRESETS or name == DyadConfig.model_type:
-        small = {"hidden_size": SMALL["hidden_size"], "num_hidden_layers": SMALL["num_hidden_layers"]}
+        small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS}
         return DyadConfig.from_preset(name if name in PRESETS else "tiny", **sizes | small | dict(given))
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(name, [*PRESETS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES], n=1)
         hint = f"the nearest is {near[0]}" if near else "give a preset, a folder or a model type such as llama"
         raise UserError(f"There is no model {name!r}; {hint}.")
     kind = CONFIG_MAPPING[name]
+    standard = kind.attribute_map  # some architectures have names of their own for what others call hidden_size
     hints = {entry.name: entry.type for entry in fields(kind) if entry.init}
-    known = set(hints) | set(kind.attribute_map)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+    checked = {}
+    for key, value in given.items():
+        field = standard.get(key, key)
+        if field not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
             raise UserError(f"A {name} has no field {key!r}{f'; the nearest is {near[0]}' if near else ''}.")
-    small = {key: value for key, value in (SMALL | SMALL_OF.get(name, {}) | sizes).items() if key in known}
-    # Pieces of a configuration that are lists or mappings have types of their own; the model checks them.
-    checked = {
-        key: coerce(value, hints.get(key, Any), key) if isinstance(value, (bool, int, float, str)) else value
-        for key, value in given.items()
-    }
+        # Fields that are lists or mappings have types of their own; the model checks them.
+        simple = isinstance(value, (bool, int, float, str))
+        checked[field] = coerce(value, hints[field], key) if simple else value
+    width, layers = (standard.get(key, key) for key in ("hidden_size", "num_hidden_layers"))
     try:
-        return AutoConfig.for_model(name, **small | checked)
+        defaults = small_fields(name, checked.get(width, WIDTH), checked.get(layers, LAYERS)) | sizes
+        small = {standard.get(key, key): value for key, value in defaults.items()}
+        return AutoConfig.for_model(name, **{key: value for key, value in small.items() if key in hints} | checked)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"There can be no {name} with these fields ({_first_line(error)}); set others.") from error
 

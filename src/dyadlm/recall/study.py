@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import platform
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -46,7 +45,8 @@ class Recipe:
         weights are only asked. Empty: those of `TRAINED` and `TESTED`.
     batch_size: rows of a step, fewer where they would have more than `batch_tokens` tokens.
     steps: optimizer steps; None: as many as fit into `minutes`, the schedule following the clock, which no one can
-        repeat to the letter. minutes: of training, at most, in either case.
+        repeat to the letter. minutes: of training, at most, in either case: of the training thread's own time, so that
+        what else runs on the machine costs no model a step.
     weight_decay: of matrices, embeddings apart. warmup: fraction of the training.
     questions: to score each part with, at least, unless that takes more than `test_tokens` tokens or `test_minutes`.
     """
@@ -190,7 +190,8 @@ def measure(cell: Cell, recipe: Recipe, device: str = "cpu", progress: Progress 
 def train(reader: Reader, recipe: Recipe, rate: float, seed: int, progress: Progress | None = None) -> dict[str, Any]:
     """AdamW, warm-up, cosine, clipping at 1, on items that never come twice, the parts in turn.
 
-    Ends early when the recent accuracy on each part is at least `SOLVED`, or the loss is not finite.
+    Ends early when the recent accuracy on each part is at least `SOLVED`, or the loss is not finite. Milliseconds per
+    step are the training thread's, seconds those of the clock on the wall.
     """
     model, tasks = reader.model, recipe.trained
     names = set(decayed_parameters(model))
@@ -202,13 +203,12 @@ def train(reader: Reader, recipe: Recipe, rate: float, seed: int, progress: Prog
     recent: list[deque[tuple[int, int]]] = [deque(maxlen=RECENT_STEPS) for _ in tasks]
     torch.manual_seed(seed)
     model.train()
-    started, limit = time.perf_counter(), 60 * recipe.minutes
-    stopped, times = "minutes", []
+    started, worked, limit = time.perf_counter(), time.thread_time(), 60 * recipe.minutes
+    steps, spent, stopped = 0, 0.0, "steps"
     for step in itertools.count():
-        begun = time.perf_counter()
-        done = (begun - started) / limit if recipe.steps is None else step / recipe.steps
-        if begun - started >= limit or done >= 1:
-            stopped = "minutes" if begun - started >= limit else "steps"
+        done = spent / limit if recipe.steps is None else step / recipe.steps
+        if spent >= limit or done >= 1:
+            stopped = "minutes" if spent >= limit else "steps"
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * _factor(done, recipe.warmup)
@@ -226,19 +226,19 @@ def train(reader: Reader, recipe: Recipe, rate: float, seed: int, progress: Prog
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent[part].append((int((logits.argmax(-1) == answers[asked]).sum()), int(asked.sum())))
-        times.append(time.perf_counter() - begun)
+        steps, spent = step + 1, time.thread_time() - worked
         running = [sum(c for c, _ in counts) / max(1, sum(n for _, n in counts)) for counts in recent]
         if progress is not None:
-            rates = f"{len(times) / (time.perf_counter() - started):.1f} steps/s"
+            rates = f"{steps / (time.perf_counter() - started):.1f} steps/s"
             progress(done, f"{rates}, loss {loss.item():.3f}, right {' '.join(f'{value:.3f}' for value in running)}")
         if all(len(counts) == RECENT_STEPS for counts in recent) and min(running) >= SOLVED:
             stopped = "solved"
             break
     return {
         "stopped": stopped,
-        "steps": len(times),
+        "steps": steps,
         "seconds": round(time.perf_counter() - started, 1),
-        "milliseconds_per_step": round(1000 * statistics.fmean(times), 1) if times else None,
+        "milliseconds_per_step": round(1000 * spent / steps, 1) if steps else None,
         "running_accuracy": {
             str(task): round(sum(c for c, _ in counts) / max(1, sum(n for _, n in counts)), 4)
             for task, counts in zip(tasks, recent, strict=True)

@@ -415,7 +415,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "parity": ("length=64",),
     "flipflop": ("length=256",),
     "permutations": ("length=32",),
-    "needle": ("length=64", "length=256"),
+    "needle": ("length=64,pairs=8", "length=256,pairs=8"),
 }
 TESTED: dict[str, tuple[str, ...]] = {
     "mqar": ("length=4096,pairs=64", "length=65536,pairs=64"),
@@ -424,7 +424,7 @@ TESTED: dict[str, tuple[str, ...]] = {
     "parity": ("length=256",),
     "flipflop": ("length=256,ignore=0.98", "length=256,ignore=0.1"),
     "permutations": ("length=128",),
-    "needle": tuple(f"length={d + 1024},distance={d}" for d in (1_000, 10_000, 100_000, 1_000_000)),
+    "needle": tuple(f"length={d + 1024},distance={d},pairs=8" for d in (1_000, 10_000, 100_000, 1_000_000)),
 }
 
 
