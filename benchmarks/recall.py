@@ -29,7 +29,7 @@ TESTS = ("length=4096,pairs=64", "length=65536,pairs=64")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 # All have 2 layers of width 64 (`dyadlm.recall.models`); here stands what is not the default.
 FAMILIES = {
-    "dyad-slots": ("tiny", {"slot_contexts": [1], "slot_layers": [0]}),
+    "dyad-slots": ("tiny", {"slot_contexts": [1], "slot_layers": [0], "slot_width": 13}),
     "dyad-plain": ("tiny", {}),
     "mamba2": ("mamba2", {}),
     "gated-deltanet": ("qwen3_next", {}),

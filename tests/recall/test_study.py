@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dyadlm.errors import UserError
-from dyadlm.recall import Cell, Reader, Recipe, Study, build_model, parse_task, score, wilson
+from dyadlm.recall import Cell, Reader, Recipe, Study, build_model, parse_task, score, train, wilson
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16}
 
@@ -78,18 +78,17 @@ def test_scores_are_counted_exactly():
     """Against answers worked out one by one from the logits of each row alone, read whole."""
     task = parse_task("mqar", "length=1200,pairs=5,vocabulary=12")
     reader = Reader(build_model("tiny", 12, 64, TINY))
-    for parameter in reader.model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    result = score(reader, task, recipe(questions=30))
+    train(reader, recipe(steps=40, batch_size=16), 1e-2, 0)  # enough to name some value
+    result = score(reader, task, recipe(questions=100))
     correct = 0
     with reader.resting():
-        for number in range(6):
+        for number in range(20):
             tokens, answers = (torch.from_numpy(part) for part in task.item("test", 0, number))
             said = reader.model(input_ids=tokens[None]).logits[0].argmax(-1)
             correct += int((said == answers).sum())
-    assert (result["correct"], result["total"], result["ended"]) == (correct, 30, "all")
-    assert 0 < correct < 30
-    assert result["interval"] == [round(bound, 4) for bound in wilson(correct, 30)]
+    assert (result["correct"], result["total"], result["ended"]) == (correct, 100, "all")
+    assert 0 < correct < 100
+    assert result["interval"] == [round(bound, 4) for bound in wilson(correct, 100)]
 
 
 def test_time_and_positions_end():
