@@ -1,13 +1,15 @@
 """The state of a model between chunks, and all that depends on the Hugging Face cache interface.
 
-The state mirrors the modules: one `TowerState` per block. Its size depends on the configuration alone.
+The state mirrors the modules: one `BlockState` per block, and what is read off the text for all blocks together. Its
+size depends on the configuration alone.
 
 Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of the block tree the last four.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,14 +18,26 @@ from torch import Tensor
 
 from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
+from dyadlm.model.boundaries import TextState
 from dyadlm.model.configuration import DyadConfig
 
 
-class TowerState(NamedTuple):
-    """What one block carries: float32 sums (float64 in a float64 model)."""
+class BlockState(NamedTuple):
+    """What one block carries: float32 (float64 in a float64 model) beside int64 tags and counts.
+
+    Every part is a tuple of tensors (B, ...), empty at the start and for what a model does not have.
+    """
 
     rings: tuple[Tensor, ...] = ()  # ring j: (B, 2^j, ranks of the sliding levels >= j)
     blocks: tuple[Tensor, ...] = ()  # level j of the tree: (B, 4, D)
+    segments: tuple[Tensor, ...] = ()  # SegmentState of the semantic levels that follow rules
+    learned: tuple[Tensor, ...] = ()  # of the learned boundary: its key, SegmentCount, SegmentState
+    held: tuple[Tensor, ...] = ()  # the selector's last choice (B, heads, K), where choices persist
+    slots: tuple[Tensor, ...] = ()  # SlotState
+    decision: tuple[Tensor, ...] = ()  # the choice (B, heads, K) and the content (B, D) last decided on
+
+
+Record = TypeVar("Record", BlockState, TextState)
 
 
 class DyadCache:
@@ -36,13 +50,15 @@ class DyadCache:
     is_compileable = False
 
     def __init__(self) -> None:
-        self.layers: list[TowerState] = []
+        self.layers: list[BlockState] = []
+        self.text = TextState()
         self.position: Tensor | None = None  # (B,) int64, tokens of each row's open document
         self.columns_seen = 0  # columns fed so far, padding included: what `generate` counts
 
-    def update(self, layers: list[TowerState], position: Tensor, columns: int) -> None:
+    def update(self, layers: list[BlockState], text: TextState, position: Tensor, columns: int) -> None:
         """Take the state after a chunk of `columns` columns. Copies, so that no view keeps a whole chunk alive."""
         self.layers = [_map_tensors(layer, torch.clone) for layer in layers]
+        self.text = _map_tensors(text, torch.clone)
         self.position = position
         self.columns_seen += columns
 
@@ -71,6 +87,7 @@ class DyadCache:
             chosen.layers = [
                 _map_tensors(layer, lambda t: t.index_select(0, rows.to(t.device))) for layer in self.layers
             ]
+            chosen.text = _map_tensors(self.text, lambda t: t.index_select(0, rows.to(t.device)))
             chosen.position = self.position.index_select(0, rows.to(self.position.device))
         chosen.columns_seen = self.columns_seen
         return chosen
@@ -94,15 +111,16 @@ class DyadCache:
     def to(self, device: torch.device | str) -> "DyadCache":
         """Move every tensor to a device, in place."""
         self.layers = [_map_tensors(layer, lambda t: t.to(device)) for layer in self.layers]
+        self.text = _map_tensors(self.text, lambda t: t.to(device))
         self.position = None if self.position is None else self.position.to(device)
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name: `position`, `layers.I.rings.J`, `layers.I.blocks.J`."""
+        """Every tensor by name: `position`, `text.marks.J`, `layers.I.rings.J` and so on."""
         named = {} if self.position is None else {"position": self.position}
-        for i, layer in enumerate(self.layers):
-            for field, group in zip(layer._fields, layer, strict=True):
-                named.update({f"layers.{i}.{field}.{j}": tensor for j, tensor in enumerate(group)})
+        for prefix, record in (("text", self.text), *((f"layers.{i}", layer) for i, layer in enumerate(self.layers))):
+            for field, group in zip(record._fields, record, strict=True):
+                named.update({f"{prefix}.{field}.{j}": tensor for j, tensor in enumerate(group)})
         return named
 
     def state_bytes(self) -> int:
@@ -143,11 +161,9 @@ class DyadCache:
         cache = cls()
         cache.columns_seen = int(metadata["columns_seen"])
         cache.position = tensors.get("position")
+        cache.text = _read(TextState, tensors, "text")
         count = config.num_hidden_layers if cache.position is not None else 0
-        cache.layers = [
-            TowerState(*(_numbered(tensors, f"layers.{i}.{field}.") for field in TowerState._fields))
-            for i in range(count)
-        ]
+        cache.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(count)]
         return cache
 
 
@@ -163,10 +179,13 @@ def state_signature(config: DyadConfig) -> str:
     return json.dumps(fields, sort_keys=True)
 
 
-def _map_tensors(state: TowerState, function: Any) -> TowerState:
-    return TowerState(*(tuple(function(tensor) for tensor in group) for group in state))
+def _map_tensors(state: Record, function: Callable[[Tensor], Tensor]) -> Record:
+    return type(state)(*(tuple(function(tensor) for tensor in group) for group in state))
 
 
-def _numbered(tensors: dict[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
-    count = sum(name.startswith(prefix) for name in tensors)
-    return tuple(tensors[f"{prefix}{j}"] for j in range(count))
+def _read(kind: type[Record], tensors: dict[str, Tensor], prefix: str) -> Record:
+    groups = []
+    for field in kind._fields:
+        count = sum(name.startswith(f"{prefix}.{field}.") for name in tensors)
+        groups.append(tuple(tensors[f"{prefix}.{field}.{j}"] for j in range(count)))
+    return kind(*groups)

@@ -10,7 +10,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dyadlm.errors import UserError
+from dyadlm.model.boundaries import LEARNED, SEMANTIC_LEVELS
 from dyadlm.model.presets import PRESETS
+from dyadlm.ops import selection, slots
+from dyadlm.ops.contexts import tag_words
 from dyadlm.ops.pyramid import ALIGNMENTS, EARLY
 
 LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
@@ -23,6 +26,11 @@ LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
     "product+pair": ("product", "current", "previous"),
 }
 TRANSPORT_SPACES = ("level", "model")
+TOWERS = ("layer", "input")
+SELECTORS = ("none", *selection.KINDS)
+CHOOSING = ("topk", "gumbel")
+LEARNED_CODE = "code"
+CODE_BITS = 16
 HYBRID_SLIDING_WIDTH = 8
 WIDEST_SLIDING_LEVEL = 16
 BYTE_VOCABULARY = 259
@@ -48,6 +56,28 @@ class DyadConfig(PreTrainedConfig):
         level_feature: what a level says of its current and previous centroid: transport | difference | pair |
             centroid | transport+centroid | transport+pair | product+pair (their elementwise product beside both).
         transport_space: where transport is taken: `level`, after the bottleneck, or `model`, before it.
+        tower: `layer`: each block builds its levels from its own input; `input`: one tower from the embedding, read
+            by all.
+        semantic_levels: levels over segments of meaning, beside the geometric ones: syllable, word, sentence, line,
+            paragraph (rules on the tokens' text), learned (a router's boundaries). None: none.
+        semantic_memory: how many complete segments a semantic level shows beside the open one: 1 or 2.
+        boundary_rate: the share of tokens at which the learned boundary is trained to begin a segment.
+        salience: whether tokens count in a centroid by learned weights.
+        forgetting: whether the open segments of semantic levels forget at a rate that depends on the token.
+        selector: how the levels' contributions are weighed per token and head: none (added up), dense (softmax), or
+            exactly sparse: topk, entmax, gumbel (`dyadlm.ops.selection`).
+        selector_heads: groups of channels that each choose; they divide D.
+        selector_count: levels that topk chooses.
+        selector_margin: how much evidence holds a choice of topk or gumbel; 0: none.
+        selector_balance: step by which topk and gumbel correct their bias towards an even load; 0: not at all.
+        slot_contexts: what identity slots are addressed by: numbers of tokens, `word` (the open word), `code` (a
+            learned code of the state). One table each. None: no slots.
+        slot_layers: blocks that have slots; None: all, if there are contexts.
+        slot_entries: S, of each table. slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
+        slot_evict: ring | lru. slot_scope: `document`: tables are empty where a document starts; `stream`: they live on.
+            Weights do not depend on it: it may be changed after loading.
+        slot_gate: whether a learned gate decides what is written.
+        decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         early: what counts before a document starts: zero | partial | mask (`dyadlm.ops.pyramid`).
         dropout: on the embedding and on what each block adds.
         pad_token_id, bos_token_id, eos_token_id: None: those of the byte tokenizer if the vocabulary is of its size.
@@ -69,6 +99,26 @@ class DyadConfig(PreTrainedConfig):
     level_alignment: str | list[str] = "hybrid"
     level_feature: str = "product+pair"
     transport_space: str = "level"
+    tower: str = "layer"
+    semantic_levels: list[str] | None = None
+    semantic_memory: int = 1
+    boundary_rate: float = 0.2
+    salience: bool = False
+    forgetting: bool = False
+    selector: str = "none"
+    selector_heads: int = 4
+    selector_count: int = 3
+    selector_margin: float = 0.0
+    selector_balance: float = 1e-3
+    slot_contexts: list[int | str] | None = None
+    slot_layers: list[int] | None = None
+    slot_entries: int = 1024
+    slot_ways: int = 8
+    slot_width: int = 16
+    slot_evict: str = "ring"
+    slot_scope: str = "document"
+    slot_gate: bool = False
+    decision_slots: bool = False
     early: str = "zero"
     dropout: float = 0.0
     rms_norm_eps: float = 1e-6
@@ -94,12 +144,22 @@ class DyadConfig(PreTrainedConfig):
             self.level_rank = list(self.level_rank)
         for rank in self.level_rank if isinstance(self.level_rank, list) else [self.level_rank]:
             _require_positive("level_rank", rank)
-        for name in ("level_rank", "level_alignment"):
+        self.semantic_levels = list(self.semantic_levels or [])
+        self.slot_contexts = list(self.slot_contexts or [])
+        for name in self.semantic_levels:
+            _require_choice("semantic_levels", name, SEMANTIC_LEVELS)
+        for field in ("semantic_levels", "slot_contexts"):
+            if len(set(getattr(self, field))) < len(getattr(self, field)):
+                raise UserError(f"{field} names something twice ({getattr(self, field)}); name each once.")
+        for name, levels in (
+            ("level_rank", self.num_levels + len(self.semantic_levels)),
+            ("level_alignment", self.num_levels),
+        ):
             value = getattr(self, name)
-            if isinstance(value, list) and len(value) != self.num_levels:
+            if isinstance(value, list) and len(value) != levels:
                 raise UserError(
-                    f"{name} lists {len(value)} levels but num_levels is {self.num_levels}; "
-                    f"give {self.num_levels} entries, one value for all levels, or another num_levels."
+                    f"{name} lists {len(value)} levels but there are {levels}; "
+                    f"give {levels} entries, one value for all levels, or another num_levels."
                 )
         if not isinstance(self.level_alignment, (str, list, tuple)):
             raise UserError(
@@ -122,10 +182,49 @@ class DyadConfig(PreTrainedConfig):
         _require_choice("level_feature", self.level_feature, tuple(LEVEL_FEATURES))
         _require_choice("transport_space", self.transport_space, TRANSPORT_SPACES)
         _require_choice("early", self.early, EARLY)
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+        _require_choice("tower", self.tower, TOWERS)
+        _require_choice("semantic_memory", self.semantic_memory, (1, 2))
+        _require_between("dropout", self.dropout, 0.0, 1.0)
+        _require_between("boundary_rate", self.boundary_rate, 0.01, 1.0)
+        self._settle_selector()
+        self._settle_slots()
         self._settle_specials()
         super().__post_init__(**kwargs)
+
+    def _settle_selector(self) -> None:
+        _require_choice("selector", self.selector, SELECTORS)
+        for name in ("selector_heads", "selector_count"):
+            _require_positive(name, getattr(self, name))
+        if self.selector != "none" and self.hidden_size % self.selector_heads:
+            raise UserError(f"selector_heads is {self.selector_heads}; choose a divisor of hidden_size {self.hidden_size}.")
+        if self.selector == "topk" and self.selector_count > len(self.ranks):
+            raise UserError(f"selector_count is {self.selector_count} but there are {len(self.ranks)} levels; choose fewer.")
+        _require_between("selector_margin", self.selector_margin, 0.0, float("inf"))
+        _require_between("selector_balance", self.selector_balance, 0.0, 1.0)
+        if self.selector_margin and self.selector not in CHOOSING:
+            raise UserError(f"selector_margin holds choices, and {self.selector} makes none; use topk or gumbel, or 0.")
+        if self.decision_slots and self.selector == "none":
+            raise UserError("decision_slots keep what a selector chose; set selector too.")
+
+    def _settle_slots(self) -> None:
+        assert self.slot_contexts is not None
+        if self.read_contexts:
+            tag_words(self.read_contexts, self.vocab_size)
+        for name in ("slot_entries", "slot_ways", "slot_width"):
+            _require_positive(name, getattr(self, name))
+        sets, rest = divmod(self.slot_entries, self.slot_ways)
+        if rest or sets & (sets - 1):
+            raise UserError(
+                f"slot_entries {self.slot_entries} in sets of slot_ways {self.slot_ways} make no power of two of sets; "
+                f"choose for example slot_entries={self.slot_ways * 2 ** max(0, sets - 1).bit_length()}."
+            )
+        _require_choice("slot_evict", self.slot_evict, slots.EVICTIONS)
+        _require_choice("slot_scope", self.slot_scope, slots.SCOPES)
+        if self.slot_layers is None:
+            self.slot_layers = list(range(self.num_hidden_layers)) if self.slot_contexts else []
+        for layer in self.slot_layers:
+            if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+                raise UserError(f"slot_layers names block {layer!r}; give numbers from 0 to {self.num_hidden_layers - 1}.")
 
     def _settle_specials(self) -> None:
         for name, byte_id in BYTE_SPECIALS.items():
@@ -148,8 +247,31 @@ class DyadConfig(PreTrainedConfig):
     def ranks(self) -> list[int]:
         """The bottleneck's rank at each level."""
         return (
-            self.level_rank if isinstance(self.level_rank, list) else [int(self.level_rank or 1)] * len(self.alignments)
+            self.level_rank
+            if isinstance(self.level_rank, list)
+            else [int(self.level_rank or 1)] * (len(self.alignments) + len(self.semantic_levels or ()))
         )
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens after which a segment of a semantic level is cut."""
+        return int(2 ** (self.num_levels or 0))
+
+    @property
+    def read_contexts(self) -> list[int | str]:
+        """The slot contexts that are read off the tokens."""
+        return [context for context in self.slot_contexts or () if context != LEARNED_CODE]
+
+    @property
+    def word_for_slots_alone(self) -> bool:
+        """Whether slots are addressed by the word, and no level is over words."""
+        return "word" in (self.slot_contexts or ()) and "word" not in (self.semantic_levels or ())
+
+    @property
+    def rules(self) -> list[str]:
+        """The boundaries that follow rules: the semantic levels that are not learned, then what slots alone need."""
+        levels = [name for name in self.semantic_levels or () if name != LEARNED]
+        return levels + ["word"] * self.word_for_slots_alone
 
     @property
     def feature_parts(self) -> tuple[str, ...]:
@@ -179,6 +301,11 @@ def _require_positive(name: str, value: object) -> None:
         raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+
+
+def _require_between(name: str, value: object, low: float, below: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < below:
+        raise UserError(f"{name} is {value!r}; it must be at least {low:g} and below {below:g}.")

@@ -1,28 +1,33 @@
 """The dyadic phase-transport language model: embedding → blocks → head. No attention anywhere.
 
-A block reads only what stands at t: its hidden state, its tower of level features, the identity channel. Everything
-about the past comes through the tower's state, which never grows; so the same code trains on whole sequences, reads a
-prompt in one pass, and decodes token by token.
+A block reads only what stands at t: its hidden state, its tower of level features, what its slots recall, the identity
+channel. Everything about the past comes through the block's state, which never grows; so the same code trains on whole
+sequences, reads a prompt in one pass, and decodes token by token.
 
-Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels.
+Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S semantic levels, H heads.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from dyadlm.errors import UserError
-from dyadlm.model.cache import DyadCache, TowerState
-from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.tower import Timing, Tower, chunk_timing
+from dyadlm.model.boundaries import Boundaries, TextState
+from dyadlm.model.cache import BlockState, DyadCache
+from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
+from dyadlm.model.selector import DecisionSlots
+from dyadlm.model.slots import IdentitySlots, plan_slots, plans_alike
+from dyadlm.model.tower import Said, Timing, Tower, chunk_timing
+from dyadlm.ops.contexts import Contexts, ContextState, context_tags
 from dyadlm.ops.pyramid import Clock, make_clock, next_position
+from dyadlm.ops.segments import SegmentCount, SegmentPlan, segment_plan
+from dyadlm.ops.slots import Lookup, SlotState
 
 
 @dataclass
@@ -34,13 +39,26 @@ class DyadOutput(ModelOutput):
         logits: (B, T or logits_to_keep, V).
         past_key_values: the state after the last token.
         hidden_states: L + 1 tensors (B, T, D): the embedding, then each block's output, the last one normalised.
-        routes: L × (B, T, heads, K), weights of the levels, from models that select.
-        boundaries: (B, T, levels), segment ends, from models with semantic levels.
-        metrics: named scalars of the mechanisms that are on.
+        routes: L × (B, T, H, K), weights of the levels, geometric then semantic, from models that select.
+        boundaries: (B, T, S) bool, where segments begin: the levels that follow rules in their order, then the learned
+            level as each block sees it.
+        metrics: named scalars of the mechanisms that are on; in training their `cost` is part of the loss.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    past_key_values: DyadCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    routes: tuple[Tensor, ...] | None = None
+    boundaries: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+@dataclass
+class DyadModelOutput(ModelOutput):
+    """What the model without a head returns: as `DyadOutput`, with the last hidden state (B, T, D) for logits."""
+
+    last_hidden_state: Tensor | None = None
     past_key_values: DyadCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     routes: tuple[Tensor, ...] | None = None
@@ -63,26 +81,67 @@ class SwiGLU(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-class DyadBlock(GradientCheckpointingLayer):
-    """Tower, then SwiGLU, each reading the normalised hidden state beside the identity channel."""
+class Notes(NamedTuple):
+    """What a block tells beside its output; None where it has no such part."""
 
-    def __init__(self, config: DyadConfig):
+    routes: Tensor | None  # (B, T, H, K)
+    boundary: Tensor | None  # (B, T) bool
+    cost: Tensor | None  # scalar, for the loss
+
+
+class Surroundings(NamedTuple):
+    """What all blocks read of a chunk beside their hidden state."""
+
+    identity: Tensor  # (B, T, D), written by no block
+    timing: Timing
+    contexts: Contexts | None  # what slots are addressed by
+    plan: Lookup | None  # what is read from slots, if the tokens alone say so
+    said: Said | None  # what the levels say, if one tower listens for all blocks
+    keep: bool  # whether the state after the chunk is wanted
+
+
+class DyadBlock(GradientCheckpointingLayer):
+    """Tower and slots, then SwiGLU, each reading the normalised hidden state beside the identity channel."""
+
+    def __init__(self, config: DyadConfig, index: int):
         super().__init__()
         self.tower_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.tower_identity = nn.Parameter(torch.empty(config.hidden_size))
-        self.tower = Tower(config)
+        self.tower = Tower(config, reads=config.tower == "layer" or index == 0)
+        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
+        self.slots = IdentitySlots(config) if has_slots else None
+        self.decision = DecisionSlots(config) if config.decision_slots else None
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_identity = nn.Parameter(torch.empty(config.hidden_size))
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, identity: Tensor, timing: Timing, state: TowerState) -> tuple[Tensor, TowerState]:
-        """hidden, identity (B, T, D) → hidden (B, T, D) and the state after the chunk."""
-        read = self.tower_norm(hidden) + self.tower_identity * identity
-        mixed, state = self.tower(read, timing, state)
-        hidden = hidden + self.dropout(mixed)
-        read = self.mlp_norm(hidden) + self.mlp_identity * identity
-        return hidden + self.dropout(self.mlp(read)), state
+    def forward(self, hidden: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
+        """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""
+        read = self.tower_norm(hidden) + self.tower_identity * around.identity
+        mixed, state, notes = self.relate(read, around, state)
+        hidden = hidden + self.dropout(self.tower.open(read, around.timing) * mixed)
+        read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
+        return hidden + self.dropout(self.mlp(read)), state, notes
+
+    def relate(self, read: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
+        """All that is known of the past at each token, before the gate: read (B, T, D) → (B, T, D)."""
+        clock, said = around.timing.clock, around.said
+        if said is None:
+            said, state = self.tower.listen(read, around.timing, state)
+        mixed, routes, held = self.tower.choose(read, said.features, around.timing, state.held)
+        state = state._replace(held=held)
+        costs = [said.cost]
+        if self.decision is not None:
+            assert routes is not None, "decisions are what a selector chose"
+            kept, decision = self.decision(read, routes, mixed, clock, state.decision)
+            mixed, state = mixed + kept, state._replace(decision=decision)
+        if self.slots is not None:
+            recalled, slots, cost = self.slots(read, around.contexts, clock, around.plan, state.slots, around.keep)
+            mixed, state = mixed + recalled, state._replace(slots=slots)
+            costs.append(cost)
+        given = [cost for cost in costs if cost is not None]
+        return mixed, state, Notes(routes, said.boundary, torch.stack(given).sum() if given else None)
 
 
 class DyadPreTrainedModel(PreTrainedModel):
@@ -107,9 +166,22 @@ class DyadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
             init.constant_(module.tower_identity, 0.1)
             init.constant_(module.mlp_identity, 0.1)
-            silent = [*module.tower.ups(), module.mlp.down]
-            if module.tower.age is not None:  # and so does the clock's say in the gate
-                silent.append(module.tower.age)
+            tower, slots, decision = module.tower, module.slots, module.decision
+            silent = [*tower.ups(), module.mlp.down]
+            # So does the clock's say in the gate; all tokens count alike at first, and segments forget slowly.
+            silent += [linear for linear in (tower.age, tower.salience, tower.forgetting) if linear is not None]
+            if tower.salience is not None:
+                init.zeros_(tower.salience.bias)
+            if tower.forgetting is not None:
+                init.constant_(tower.forgetting.bias, -5.0)
+            if slots is not None:
+                silent.append(slots.read)
+                if slots.gate is not None:  # at first everything is written
+                    silent.append(slots.gate)
+                    init.ones_(slots.gate.bias)
+            if decision is not None:
+                silent.append(decision.read)
+                init.zeros_(decision.gate.bias)
             for linear in silent:
                 init.zeros_(linear.weight)
 
@@ -117,12 +189,19 @@ class DyadPreTrainedModel(PreTrainedModel):
 class DyadModel(DyadPreTrainedModel):
     """The sequence map without a head: tokens → hidden states."""
 
+    progress: Tensor
+
     def __init__(self, config: DyadConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.identity_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(DyadBlock(config) for _ in range(config.num_hidden_layers))
+        # How far training is, from 0 to 1; what cools down with it reads it. A model at rest is done.
+        self.register_buffer("progress", torch.ones(()), persistent=False)
+        self.boundaries = None
+        if config.rules:
+            self.boundaries = Boundaries(config.rules, config.vocab_size, config.vocab_size == BYTE_VOCABULARY)
+        self.layers = nn.ModuleList(DyadBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
@@ -135,9 +214,10 @@ class DyadModel(DyadPreTrainedModel):
         past_key_values: DyadCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_routes: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> "DyadModelOutput | tuple[Any, ...]":
         """Hidden states of a chunk: `last_hidden_state` (B, T, D). Arguments as in `DyadForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -160,38 +240,103 @@ class DyadModel(DyadPreTrainedModel):
         order = left_packing(attention_mask, batch, time)
         clock = chunk_clock(batch, time, attention_mask, position_ids, order, cache, inputs_embeds.device)
         if order is not None:
-            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+            inputs_embeds = _reorder(inputs_embeds, order)
 
-        states = cache.layers if cache is not None and not cache.is_empty else [TowerState()] * len(self.layers)
-        outputs, states = self.stack(inputs_embeds, clock, states)
+        if self.training:
+            for layer in self.layers:
+                if layer.tower.selector is not None:
+                    layer.tower.selector.balance()
+        started = cache is not None and not cache.is_empty
+        states = cache.layers if cache is not None and started else [BlockState()] * len(self.layers)
+        text = cache.text if cache is not None and started else TextState()
+        segments, contexts, text = self.read_text(input_ids, order, clock, text)
+        outputs, states, notes = self.stack(inputs_embeds, clock, segments, contexts, states, cache is not None)
         if cache is not None and use_cache:
-            cache.update(states, next_position(clock), time)
+            cache.update(states, text, next_position(clock), time)
+        routes = tuple(note.routes for note in notes if note.routes is not None)
+        begun = [segments.begins] if segments is not None else []
+        begun += [note.boundary[..., None] for note in notes if note.boundary is not None]
+        boundaries = torch.cat(begun, -1) if begun else None
         if order is not None:
-            back = order.argsort(1)[..., None]
-            outputs = [output.gather(1, back.expand_as(output)) for output in outputs]
+            back = order.argsort(1)
+            outputs = [_reorder(output, back) for output in outputs]
+            routes = tuple(_reorder(route, back) for route in routes)
+            boundaries = None if boundaries is None else _reorder(boundaries, back)
+        costs = [note.cost for note in notes if note.cost is not None]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        output = BaseModelOutputWithPast(
+        output = DyadModelOutput(
             last_hidden_state=outputs[-1],
-            past_key_values=cast(Any, cache if use_cache else None),
+            past_key_values=cache if use_cache else None,
             hidden_states=tuple(outputs) if output_hidden_states else None,
+            routes=routes or None if output_routes else None,
+            boundaries=boundaries if output_routes else None,
+            metrics={"cost": torch.stack(costs).sum()} if costs else None,
         )
         return (
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
         )
 
-    def stack(self, embedded: Tensor, clock: Clock, states: list[TowerState]) -> tuple[list[Tensor], list[TowerState]]:
+    def read_text(
+        self, ids: Tensor | None, order: Tensor | None, clock: Clock, text: TextState
+    ) -> tuple[SegmentPlan | None, Contexts | None, TextState]:
+        """What is read off the tokens (B, T) themselves: where segments begin, and what slots are addressed by."""
+        if self.boundaries is None and not self.config.read_contexts:
+            return None, None, text
+        if ids is None:
+            raise UserError("Semantic levels and slots read the tokens themselves; give input_ids, not inputs_embeds.")
+        if order is not None:
+            ids = ids.gather(1, order)
+        segments = contexts = word_begins = None
+        if self.boundaries is not None:
+            begins, marks = self.boundaries(ids, clock, text.marks)
+            text = text._replace(marks=marks)
+            named = self.boundaries.rules
+            if "word" in named:
+                word_begins = begins[..., named.index("word")]
+            levels = len(named) - self.config.word_for_slots_alone
+            if levels:
+                count = SegmentCount(*text.count) if text.count else None
+                segments, count = segment_plan(begins[..., :levels], clock, self.config.longest_segment, count)
+                text = text._replace(count=tuple(count))
+        if self.config.read_contexts:
+            before = ContextState(*text.contexts) if text.contexts else None
+            contexts, after = context_tags(
+                ids, self.config.read_contexts, self.config.vocab_size, clock, word_begins=word_begins, state=before
+            )
+            text = text._replace(contexts=tuple(after))
+        return segments, contexts, text
+
+    def stack(
+        self,
+        embedded: Tensor,
+        clock: Clock,
+        segments: SegmentPlan | None,
+        contexts: Contexts | None,
+        states: list[BlockState],
+        keep: bool,
+    ) -> tuple[list[Tensor], list[BlockState], list[Notes]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
-        identity = self.identity_norm(embedded)  # written by no block
-        timing = chunk_timing(clock, self.config, embedded.dtype)
+        identity = self.identity_norm(embedded)
+        timing = chunk_timing(clock, segments, self.progress, self.config, embedded.dtype)
+        plan = said = None
+        if contexts is not None and self.config.slot_layers and plans_alike(self.config):
+            tables = states[self.config.slot_layers[0]].slots
+            plan = plan_slots(contexts, clock, self.config, SlotState(*tables) if tables else None)
+        if self.config.tower == "input":
+            first = cast(DyadBlock, self.layers[0])
+            said, listened = first.tower.listen(identity, timing, states[0])
+            states = [listened, *states[1:]]
+        around = Surroundings(identity, timing, contexts, plan, said, keep)
         hidden = self.dropout(embedded)
-        outputs, carried = [hidden], []
+        outputs, carried, notes = [hidden], [], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden, state = layer(hidden, identity, timing, state)
+            hidden, state, note = layer(hidden, around, state)
             outputs.append(hidden)
             carried.append(state)
+            notes.append(note)
         outputs[-1] = self.norm(hidden)
-        return outputs, carried
+        return outputs, carried, notes
 
     @torch.no_grad()
     def level_contributions(self, input_ids: Tensor) -> Tensor:
@@ -203,17 +348,28 @@ class DyadModel(DyadPreTrainedModel):
         Returns:
             (L, K, T) float.
         """
-        embedded = self.embed_tokens(input_ids.view(1, -1))
+        ids = input_ids.view(1, -1)
+        embedded = self.embed_tokens(ids)
         clock = make_clock(1, embedded.shape[1], device=embedded.device)
-        timing = chunk_timing(clock, self.config, embedded.dtype)
-        outputs, _ = self.stack(embedded, clock, [TowerState()] * len(self.layers))
+        segments, contexts, _ = self.read_text(ids, None, clock, TextState())
+        timing = chunk_timing(clock, segments, self.progress, self.config, embedded.dtype)
+        states = [BlockState()] * len(self.layers)
+        outputs, _, _ = self.stack(embedded, clock, segments, contexts, states, keep=False)
         identity = self.identity_norm(embedded)
         lengths = []
         for layer, hidden in zip(self.layers, outputs[:-1], strict=True):
             assert isinstance(layer, DyadBlock)
             read = layer.tower_norm(hidden) + layer.tower_identity * identity
-            lengths.append(layer.tower.contributions(read, timing)[0].T)
+            listening = self.layers[0].tower if self.config.tower == "input" else layer.tower
+            heard = identity if self.config.tower == "input" else read
+            said, _ = cast(Tower, listening).listen(heard, timing, BlockState())
+            lengths.append(layer.tower.contributions(read, said.features, timing)[0].T)
         return torch.stack(lengths)
+
+
+def _reorder(output: Tensor, order: Tensor) -> Tensor:
+    """The columns of (B, T, ...) in the order (B, T) int64."""
+    return output.gather(1, order.view(*order.shape, *[1] * (output.dim() - 2)).expand_as(output))
 
 
 def require_fitting(
@@ -285,6 +441,15 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tell the semantic levels and word contexts what text each token stands for; bytes need no telling."""
+        if self.model.boundaries is not None:
+            self.model.boundaries.read(tokenizer)
+
+    def set_progress(self, fraction: float) -> None:
+        """Say how far training is, from 0 to 1, for what cools down with it. `Trainer` of dyadlm does."""
+        self.model.progress.fill_(fraction)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the state is our own and is made in `forward`
@@ -299,6 +464,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_routes: bool = False,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -314,6 +480,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             labels: (B, T) int64, shifted inside; -100 is ignored.
             use_cache: whether to return the state; default: when one is given, or when not training.
             output_hidden_states: whether to return all hidden states.
+            output_routes: whether to return routes and boundaries.
             logits_to_keep: only the last so many positions (or these indices) get logits; 0: all.
 
         Raises:
@@ -327,6 +494,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_routes=output_routes,
             return_dict=True,
             **{name: kwargs[name] for name in ("cu_seq_lens_q", "seq_idx") if name in kwargs},
         )
@@ -336,11 +504,16 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and outputs.metrics is not None:
+                loss = loss + outputs.metrics["cost"]
         output = DyadOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            routes=outputs.routes,
+            boundaries=outputs.boundaries,
+            metrics=outputs.metrics,
         )
         return (
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output

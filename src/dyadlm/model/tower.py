@@ -3,21 +3,30 @@
 Each level reads the tokens through its own low-rank bottleneck, compares its current window with the one before, and
 writes back through an up-projection. Pooling and projecting commute, so whichever is cheaper comes first:
 
-- token levels (sliding, prefix) change at every token: project, then pool;
+- token levels (sliding, prefix, semantic) change at every token: project, then pool;
 - node levels (block, dual) change every 2^j tokens: pool, then project and write back at the nodes alone. Coarse nodes
   hand what they say down to finer ones, so that all node levels together cost less than one token level.
 
-Dimension letters: B batch, T time, N nodes, D width, R rank, K levels, F parts of a feature.
+With `salience` a token counts in a centroid by a learned weight s: sums of s x beside sums of s - 1, so that what does
+not exist weighs as one zero token does without it.
+
+The levels' contributions are added up, or weighed per token and head by a selector.
+
+Dimension letters: B batch, T time, N nodes, D width, R rank, K levels, S semantic levels, F parts of a feature, H heads.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dyadlm.model.cache import TowerState
+from dyadlm.model.boundaries import LEARNED, BoundaryRouter
+from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.selector import Selector
+from dyadlm.model.slots import straight_through
 from dyadlm.ops.pyramid import (
     Clock,
     Nodes,
@@ -34,7 +43,10 @@ from dyadlm.ops.pyramid import (
     tree_nodes,
     window_lag,
 )
+from dyadlm.ops.segments import SegmentCount, SegmentPlan, SegmentState, segment_plan, segment_sums, segment_windows
 from dyadlm.ops.transport import phase_transport
+
+SALIENCE_RANGE = 3.0  # weights between exp(-3) and exp(3)
 
 
 class Timing(NamedTuple):
@@ -43,10 +55,14 @@ class Timing(NamedTuple):
     clock: Clock
     nodes: list[Nodes]  # of each level of the block tree
     shares: list[Shares]  # of each level of the pyramid
-    ages: Tensor  # (B or 1, T, 2 levels): how far past its last node each level that is not sliding is, as an angle
+    segments: SegmentPlan | None  # of the semantic levels that follow rules
+    ages: Tensor  # (B or 1, T, ages): how far past its last node, or into its segment, each level is
+    progress: Tensor  # 0-dim: how far training is, from 0 to 1
 
 
-def chunk_timing(clock: Clock, config: DyadConfig, dtype: torch.dtype) -> Timing:
+def chunk_timing(
+    clock: Clock, segments: SegmentPlan | None, progress: Tensor, config: DyadConfig, dtype: torch.dtype
+) -> Timing:
     """The timing of a chunk for a model whose hidden states have `dtype`."""
     alignments = config.alignments
     changes = [granularity(k, a) for k, a in enumerate(alignments) if a != "sliding"]
@@ -56,13 +72,28 @@ def chunk_timing(clock: Clock, config: DyadConfig, dtype: torch.dtype) -> Timing
     index = clock.index[:1] if clock.fresh else clock.index
     period = 2 ** torch.tensor(changes, device=index.device, dtype=torch.int64)
     angle = (index[..., None] + 1) % period * (2 * math.pi / period)
-    return Timing(clock, nodes, shares, torch.cat([angle.sin(), angle.cos()], -1).to(dtype))
+    ages = torch.cat([angle.sin(), angle.cos()], -1)
+    if segments is not None:
+        into = segments.length.to(ages.dtype).log2() / (config.num_levels or 1)
+        ages = torch.cat([ages.expand(into.shape[0], -1, -1), into], -1)
+    return Timing(clock, nodes, shares, segments, ages.to(dtype), progress)
+
+
+class Said(NamedTuple):
+    """What the levels say at a chunk, and what is to be known of how it came about."""
+
+    features: dict[int, Tensor]  # (B, T, F R) of token levels, (B, N + 1, F R) of node levels
+    boundary: Tensor | None  # (B, T) bool: where the learned boundary begins segments
+    cost: Tensor | None  # scalar: how far the learned boundary is from its rate
 
 
 class Tower(nn.Module):
-    """Levels → bottlenecks → features → gated up-projection, over one state."""
+    """Levels → bottlenecks → features → gated up-projection, over one state.
 
-    def __init__(self, config: DyadConfig):
+    reads: whether it has bottlenecks of its own; if not, it writes back what another tower's levels say.
+    """
+
+    def __init__(self, config: DyadConfig, reads: bool = True):
         super().__init__()
         self.config = config
         width, parts = config.hidden_size, len(config.feature_parts)
@@ -72,28 +103,40 @@ class Tower(nn.Module):
         self.needs_pairs = config.early == "mask"
         self.sliding = [k for k, a in enumerate(self.alignments) if a == "sliding"]
         self.prefix = [k for k, a in enumerate(self.alignments) if a == "prefix"]
-        self.token_levels = sorted(self.sliding + self.prefix)
         self.node_levels = {k: granularity(k, a) for k, a in enumerate(self.alignments) if a in ("block", "dual")}
+        partitions = {len(self.alignments) + s: name for s, name in enumerate(config.semantic_levels or ())}
+        self.by_rule = [k for k, name in partitions.items() if name != LEARNED]
+        self.learned = [k for k, name in partitions.items() if name == LEARNED]
+        self.token_levels = sorted([*self.sliding, *self.prefix, *partitions])
 
-        self.bottlenecks = nn.ModuleList(nn.Linear(width, rank, bias=False) for rank in self.ranks)
-        token_width = sum(parts * self.ranks[k] for k in self.token_levels)
-        self.up_tokens = nn.Linear(token_width, width, bias=False) if self.token_levels else None
-        self.up_nodes = nn.ModuleDict(
-            {str(k): nn.Linear(parts * self.ranks[k], width, bias=False) for k in self.node_levels}
-        )
+        said = {k: parts * rank + (config.semantic_memory - 1) * rank * (k in partitions) for k, rank in enumerate(self.ranks)}
+        self.up_tokens = None
+        if self.token_levels:
+            self.up_tokens = nn.Linear(sum(said[k] for k in self.token_levels), width, bias=False)
+        self.up_nodes = nn.ModuleDict({str(k): nn.Linear(said[k], width, bias=False) for k in self.node_levels})
+        self.token_widths = [said[k] for k in self.token_levels]
         self.gate = nn.Linear(width, width, bias=False)
-        aged = len(self.alignments) - len(self.sliding)
-        self.age = nn.Linear(2 * aged, width, bias=False) if aged else None
+        aged = 2 * (len(self.alignments) - len(self.sliding)) + len(self.by_rule)
+        self.age = nn.Linear(aged, width, bias=False) if aged else None
+        self.selector = Selector(config) if config.selector != "none" else None
+        self.salience = self.forgetting = self.router = None
+        if not reads:
+            return
+        self.bottlenecks = nn.ModuleList(nn.Linear(width, rank, bias=False) for rank in self.ranks)
+        # Each level that sums alone has weights of its own; what is summed once for several levels shares them.
+        alone = min(len(self.sliding), 1) if self.in_model_space else len(self.sliding)
+        self.weighted = [alone, int(len(self.alignments) > len(self.sliding)), len(self.by_rule), len(self.learned)]
+        if config.salience:
+            self.salience = nn.Linear(width, sum(self.weighted))
+        if config.forgetting and partitions:
+            self.forgetting = nn.Linear(width, len(partitions))
+        if self.learned:
+            self.router = BoundaryRouter(width, max(self.ranks), config.boundary_rate)
 
     def ups(self) -> list[nn.Linear]:
         """Every up-projection: what the tower writes goes through one of them."""
         nodes = [self.up_nodes[str(k)] for k in self.node_levels]
         return [up for up in (self.up_tokens, *nodes) if isinstance(up, nn.Linear)]
-
-    def forward(self, x: Tensor, timing: Timing, state: TowerState) -> tuple[Tensor, TowerState]:
-        """x (B, T, D), normalised → (B, T, D) and the state after the chunk."""
-        features, state = self.features(x, timing, state)
-        return self.open(x, timing) * self.mix(features, timing), state
 
     def open(self, x: Tensor, timing: Timing) -> Tensor:
         """The gate (B, T, D): how much of what the levels say is let through."""
@@ -102,48 +145,134 @@ class Tower(nn.Module):
             gate = gate + self.age(timing.ages)
         return nn.functional.silu(gate)
 
-    def features(self, x: Tensor, timing: Timing, state: TowerState) -> tuple[dict[int, Tensor], TowerState]:
-        """What each level says, where it changes.
+    def listen(self, x: Tensor, timing: Timing, state: BlockState) -> tuple[Said, BlockState]:
+        """What each level says of x (B, T, D), normalised, where it changes; and the state after the chunk.
 
-        Returns:
-            Features by level: (B, T, F R) of token levels, (B, N + 1, F R) of node levels, the first for the last node
-            before the chunk; and the new state.
+        Of a node level the first row is for the last node before the chunk.
         """
-        clock, nodes, shares, _ = timing
+        clock, nodes, shares = timing.clock, timing.nodes, timing.shares
         features: dict[int, Tensor] = {}
         rings = state.rings
+        alone, together, by_rule, by_router = self.weights(x)
         if self.sliding:
-            ranks = None if self.in_model_space else [self.ranks[k] for k in self.sliding]
-            read = x if ranks is None else torch.cat([self.bottlenecks[k](x) for k in self.sliding], -1)
+            if self.in_model_space:
+                ranks, read = None, weigh([x], alone)
+            else:
+                read = weigh([self.bottlenecks[k](x) for k in self.sliding], alone)
+                ranks = [self.ranks[k] + (alone is not None) for k in self.sliding]
             windows, rings = sliding_windows(read, self.sliding, ranks, clock, rings)
             for k, (now, before) in zip(self.sliding, windows, strict=True):
-                features[k] = self.feature(k, now / 2**k, before / 2**k, shares[k], x.dtype)
+                features[k] = self.compare(k, now / 2**k, before / 2**k, shares[k], x.dtype)
 
-        tree, blocks = block_sums(x, nodes, clock, state.blocks)
+        summed = weigh([x], together)
+        tree, blocks = block_sums(summed, nodes, clock, state.blocks)
         if self.prefix:
-            for k, (now, before) in running_sums(x, tree, nodes, self.prefix, clock).items():
+            for k, (now, before) in running_sums(summed, tree, nodes, self.prefix, clock).items():
                 now, before = self.project(k, now, x.dtype), self.project(k, before, x.dtype)
-                features[k] = self.feature(k, now, before, shares[k], x.dtype)
+                features[k] = self.compare(k, now, before, shares[k], x.dtype)
         for k in self.node_levels:
             lag = window_lag(self.alignments[k])
             sums = self.project(k, node_windows(tree, nodes, k, self.alignments[k], clock), x.dtype)
-            features[k] = self.feature(k, sums[:, lag:], sums[:, :-lag], shares[k], x.dtype)
-        return features, TowerState(rings, blocks)
+            features[k] = self.compare(k, sums[:, lag:], sums[:, :-lag], shares[k], x.dtype)
+
+        state = state._replace(rings=rings, blocks=blocks)
+        boundary = cost = log_keep = None
+        if self.forgetting is not None:
+            log_keep = -nn.functional.softplus(accumulator(self.forgetting(x)))
+        if timing.segments is not None:
+            kept = None if log_keep is None else log_keep[..., : len(self.by_rule)]
+            said, segments = self.segments(x, self.by_rule, by_rule, kept, timing.segments, clock, state.segments)
+            features |= said
+            state = state._replace(segments=segments)
+        if self.router is not None:
+            kept = None if log_keep is None else log_keep[..., len(self.by_rule) :]
+            key, *carried = state.learned or (None,)
+            boundary, sure, cost, key = self.router(x, clock, key)
+            count = SegmentCount(*carried[:2]) if carried else None
+            plan, count = segment_plan(boundary[..., None], clock, self.config.longest_segment, count)
+            said, segments = self.segments(x, self.learned, by_router, kept, plan, clock, tuple(carried[2:]))
+            features |= {k: feature * straight_through(sure)[..., None] for k, feature in said.items()}
+            boundary = plan.begins[..., 0]
+            state = state._replace(learned=(key, *count, *segments))
+        return Said(features, boundary, cost), state
+
+    def weights(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """How much each token counts where a level sums alone, where levels share a sum, in segments by rule and by
+        router; None: all alike, or nothing to count in."""
+        if self.salience is None:
+            return (None,) * len(self.weighted)
+        bounded = SALIENCE_RANGE * torch.tanh(accumulator(self.salience(x)) / SALIENCE_RANGE)
+        return tuple(part if part.shape[-1] else None for part in bounded.exp().split(self.weighted, -1))
+
+    def segments(
+        self,
+        x: Tensor,
+        levels: Sequence[int],
+        weights: Tensor | None,
+        log_keep: Tensor | None,
+        plan: SegmentPlan,
+        clock: Clock,
+        state: tuple[Tensor, ...],
+    ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
+        """What semantic levels say: the mean of the segment so far, beside the complete ones before it."""
+        read = [accumulator(x if self.in_model_space else self.bottlenecks[k](x)) for k in levels]
+        if weights is None:
+            weights = read[0].new_ones(1, 1, 1).expand(*x.shape[:2], len(read))
+        widths = [part.shape[-1] for part in read]
+        counted = [width + 1 for width in widths]  # the sum of weights beside each sum
+        pairs = zip(read, weights.split(1, -1), strict=True)
+        weighed = torch.cat([piece for part, weight in pairs for piece in (part * weight, weight)], -1)
+        if state:
+            carried = SegmentState(*state)
+        else:
+            nothing = weighed.new_zeros(x.shape[0], sum(counted))
+            carried = SegmentState(nothing, *(nothing[:, : sum(widths)],) * 2)
+        sums = segment_sums(weighed, counted, plan, carried.running, log_keep)
+        windows, carried = segment_windows(
+            _means(sums, counted), sums, widths, plan, clock, carried, _means(carried.running, counted)
+        )
+        features = {}
+        current, last, earlier = (window.split(widths, -1) for window in windows)
+        for s, k in enumerate(levels):
+            paired = (plan.complete[..., s] >= 1)[..., None]
+            older = [earlier[s]] * (self.config.semantic_memory - 1)
+            features[k] = self.feature(k, current[s], last[s], paired, x.dtype, older)
+        return features, tuple(carried)
 
     def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, through its bottleneck unless transport comes first: (..., D) → (..., R or D).
 
-        Sums of a wide level do not fit into float16; means do.
+        Sums of a wide level do not fit into float16; means do. What weights there are stay beside them.
         """
         means = sums / 2**level
-        return means if self.in_model_space else accumulator(self.bottlenecks[level](means.to(dtype)))
+        if self.in_model_space:
+            return means
+        if self.salience is None:
+            return accumulator(self.bottlenecks[level](means.to(dtype)))
+        return torch.cat([accumulator(self.bottlenecks[level](means[..., :-1].to(dtype))), means[..., -1:]], -1)
 
-    def feature(self, level: int, current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
-        """What a level says of two windows, given as means (..., R or D), as `level_feature` tells → (..., F R)."""
-        if shares.current is not None:
-            current = current * shares.current
-        if shares.previous is not None:
-            previous = previous * shares.previous
+    def compare(self, level: int, current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
+        """The feature of a level from the means over two windows of its width (..., R or D) → (..., F R)."""
+        current, previous = self.centroid(current, shares.current), self.centroid(previous, shares.previous)
+        return self.feature(level, current, previous, shares.paired, dtype)
+
+    def centroid(self, mean: Tensor, share: Tensor | None) -> Tensor:
+        """A window's centroid from the mean over its width; with salience, the weights' mean less 1 is the last row."""
+        if self.salience is None:
+            return mean if share is None else mean * share
+        mean, excess = mean[..., :-1], mean[..., -1:]
+        return mean / (1 + excess) if share is None else mean * share / (1 + excess * share)
+
+    def feature(
+        self,
+        level: int,
+        current: Tensor,
+        previous: Tensor,
+        paired: Tensor,
+        dtype: torch.dtype,
+        older: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """What a level says of two centroids (..., R or D), as `level_feature` tells, and of older ones → (..., F R)."""
         parts = []
         for name in self.feature_parts:
             if name == "current":
@@ -155,8 +284,9 @@ class Tower(nn.Module):
             else:
                 part = phase_transport(current, previous) if name == "transport" else current - previous
                 if self.needs_pairs:  # a change needs two windows; absent is absent, not a change from zero
-                    part = part * shares.paired
+                    part = part * paired
             parts.append(part)
+        parts += older
         if self.in_model_space:
             return self.bottlenecks[level](torch.stack(parts, -2).to(dtype)).flatten(-2)
         return torch.cat(parts, -1).to(dtype)
@@ -177,12 +307,58 @@ class Tower(nn.Module):
         assert mixed is not None, "a tower has at least one level"
         return mixed
 
-    def contributions(self, x: Tensor, timing: Timing) -> Tensor:
-        """The length of what each level adds at each token, gate included, from a fresh start: (B, T, K)."""
-        features, _ = self.features(x, timing, TowerState())
+    def apart(self, features: dict[int, Tensor], timing: Timing) -> Iterator[Tensor]:
+        """What each level writes back at each token, before the gate, level after level: (B, T, D) each."""
+        weights = {}
+        if self.up_tokens is not None:
+            split = self.up_tokens.weight.split(self.token_widths, 1)
+            weights = dict(zip(self.token_levels, split, strict=True))
+        for k in range(len(self.ranks)):
+            if k in weights:
+                yield nn.functional.linear(features[k], weights[k])
+            else:
+                j = self.node_levels[k]
+                yield broadcast(self.up_nodes[str(k)](features[k]), timing.nodes[j], j, timing.clock)
+
+    def choose(
+        self, x: Tensor, features: dict[int, Tensor], timing: Timing, held: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """What the levels write back together (B, T, D), the routes (B, T, H, K), and the choice that holds.
+
+        An even choice weighs every level 1: then the sum is that without a selector.
+        """
+        if self.selector is None:
+            return self.mix(features, timing), None, ()
+        routes, held = self.selector(x, timing.clock, timing.progress, held)
+        heads, levels = routes.shape[2:]
+        weights = routes * levels
+        written = sum(
+            said.unflatten(-1, (heads, -1)) * weight[..., None]
+            for said, weight in zip(self.apart(features, timing), weights.unbind(-1), strict=True)
+        )
+        assert isinstance(written, Tensor)
+        return written.flatten(2), routes, held
+
+    def contributions(self, x: Tensor, features: dict[int, Tensor], timing: Timing) -> Tensor:
+        """The length of what each level adds at each token, gate included: (B, T, K)."""
         gate = self.open(x, timing)
-        lengths = []
-        for level in range(len(self.ranks)):
-            alone = {k: f if k == level else torch.zeros_like(f) for k, f in features.items()}
-            lengths.append((gate * self.mix(alone, timing)).norm(dim=-1))
-        return torch.stack(lengths, -1)
+        each = torch.stack(list(self.apart(features, timing)), -1)
+        if self.selector is not None:
+            routes, _ = self.selector(x, timing.clock, timing.progress, ())
+            heads, levels = routes.shape[2:]
+            each = (each.unflatten(2, (heads, -1)) * (routes * levels)[:, :, :, None]).flatten(2, 3)
+        return (gate[..., None] * each).norm(dim=2)
+
+
+def weigh(parts: list[Tensor], weights: Tensor | None) -> Tensor:
+    """Parts (B, T, C) side by side, each times its weight and followed by the weight less 1; as they are if None."""
+    if weights is None:
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    pairs = zip(map(accumulator, parts), weights.split(1, -1), strict=True)
+    return torch.cat([piece for part, weight in pairs for piece in (part * weight, weight - 1)], -1)
+
+
+def _means(sums: Tensor, counted: Sequence[int]) -> Tensor:
+    """Weighted means from sums with their sums of weights (..., C + S) → (..., C)."""
+    parts = [part[..., :-1] / part[..., -1:].clamp(min=1e-6) for part in sums.split(list(counted), -1)]
+    return torch.cat(parts, -1)

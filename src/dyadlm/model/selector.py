@@ -1,0 +1,107 @@
+"""The selector: which levels of the tower count at a token, for each head; and the slots that keep its decisions.
+
+A head is a group of channels. Its weights over the levels multiply what they write to these channels.
+
+Dimension letters: B batch, T time, D width, H heads, K levels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dyadlm.model.configuration import CHOOSING, DyadConfig
+from dyadlm.ops.pyramid import Clock, take
+from dyadlm.ops.selection import balanced, load, select
+
+COOLEST = 0.1  # the temperature of gumbel when training ends
+
+
+class Selector(nn.Module):
+    """Scores of the levels from the hidden state, and the weights chosen by them."""
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: DyadConfig):
+        super().__init__()
+        self.config = config
+        self.shape = (config.selector_heads, len(config.ranks))
+        self.scores = nn.Linear(config.hidden_size, self.shape[0] * self.shape[1], bias=False)
+        self.chooses = config.selector in CHOOSING
+        if self.chooses:
+            self.register_buffer("bias", torch.zeros(self.shape))
+            self.register_buffer("load", torch.zeros(self.shape), persistent=False)
+
+    def forward(
+        self, x: Tensor, clock: Clock, progress: Tensor, held: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, T, D) → weights (B, T, H, K), and the choice that holds after the chunk.
+
+        progress: 0-dim, 0 where training begins and 1 where it ends: gumbel cools down with it.
+        """
+        config = self.config
+        weights, last = select(
+            self.scores(x).unflatten(-1, self.shape),
+            config.selector,
+            clock,
+            count=config.selector_count,
+            bias=self.bias if self.chooses else None,
+            margin=config.selector_margin,
+            temperature=COOLEST**progress,
+            noisy=self.training,
+            held=held[0] if held else None,
+        )
+        if self.training and self.chooses:
+            self.load = load(weights.detach(), clock)
+        return weights, (last,) if last is not None and config.selector_margin else ()
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Correct the bias by the load of the last training pass. Between passes: a pass may be run twice."""
+        if self.chooses and bool(self.load.any()):
+            self.bias = balanced(self.bias, self.load, self.config.selector_balance)
+
+
+class DecisionSlots(nn.Module):
+    """One slot a head: the selector's choice, as one-hot, and what it said then, kept until a later decision."""
+
+    def __init__(self, config: DyadConfig):
+        super().__init__()
+        self.heads, self.levels = config.selector_heads, len(config.ranks)
+        self.gate = nn.Linear(config.hidden_size, self.heads)
+        self.read = nn.Linear(config.hidden_size + self.heads * self.levels, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, routes: Tensor, said: Tensor, clock: Clock, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, T, D), routes (B, T, H, K), said (B, T, D) → what is remembered (B, T, D), and the state.
+
+        A decision is made where a head's gate is open, hard; backward straight through its probability.
+        """
+        batch, time, width = x.shape
+        chance = self.gate(x).sigmoid()
+        decides = chance > 0.5
+        if clock.padded:
+            decides = decides & (torch.arange(time, device=x.device) < clock.length[:, None])[..., None]
+        choice = nn.functional.one_hot(routes.argmax(-1), self.levels).to(said.dtype)
+        passed = 1.0 + chance - chance.detach()
+        content = torch.cat([choice, said.unflatten(-1, (self.heads, -1))], -1) * passed[..., None]
+        kept = content.shape[-1]
+        before = state[0] if state else content.new_zeros(batch, self.heads, kept)
+        column = torch.arange(1, time + 1, device=x.device)[:, None]
+        when = torch.where(decides, column, 0).cummax(1).values
+        if clock.restarts:  # a decision of an earlier document is forgotten
+            start = torch.where(clock.index == 0, column.squeeze(-1), 0).cummax(1).values[..., None]
+            forgotten = when < start
+        held = torch.stack(
+            [
+                take(torch.cat([before[:, head, None], content[:, :, head]], 1), when[..., head])
+                for head in range(self.heads)
+            ],
+            2,
+        )
+        if clock.restarts:
+            held = held * ~forgotten[..., None]
+        last = (clock.length - 1)[:, None]
+        final = take(held.flatten(2), last.clamp(min=0)).view(batch, self.heads, kept)
+        state = (torch.where(last[..., None] >= 0, final, before),)
+        return self.read(held.flatten(2).to(x.dtype)), state
