@@ -84,9 +84,9 @@ class Task(ABC):
         return int.from_bytes(hashlib.sha256(name.encode()).digest())
 
     def __str__(self) -> str:
-        """The parameters as they are written: `length=64,pairs=4`, those at their default left out."""
+        """The parameters as they are written: `length=64,pairs=4`, other defaults than these left out."""
         given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        shown = {entry.name for entry in fields(self) if given[entry.name] != entry.default} | {"length"}
+        shown = {entry.name for entry in fields(self) if given[entry.name] != entry.default} | {"length", "pairs"}
         return ",".join(f"{name}={value}" for name, value in given.items() if name in shown)
 
 
