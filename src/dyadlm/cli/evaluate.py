@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Model, load, token_progress
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, load, token_progress
 
 
 def evaluate(
@@ -23,6 +23,7 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -33,7 +34,7 @@ def evaluate(
 
     if stream and window is not None:
         raise UserError("A stream has no windows; give --window or --stream, not both.")
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype, fields)
     streams = resolve_data(data, tokenizer).split(split)
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Model, load, read_prompt, reader_may_leave
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, NewDocument, StateIn, load, read_prompt, reader_may_leave
 
 
 def generate(
@@ -19,16 +19,19 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that sum to this.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End after this text; may be repeated.")] = None,
-    state_in: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The prompt continues this saved state.")
-    ] = None,
+    state_in: StateIn = None,
+    new_document: NewDocument = False,
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state after prompt and continuation.")
     ] = None,
+    fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Continue a prompt. A saved state stands for all the text that led to it, whatever its length."""
+    """Continue a prompt. A saved state stands for all the text that led to it, whatever its length.
+
+    A memory goes from document to document with --state-in FILE --new-document, in models with slots.
+    """
     from dyadlm.errors import UserError
     from dyadlm.generate import Sampling, generate_text
 
@@ -36,7 +39,7 @@ def generate(
     text = read_prompt(prompt)
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype, fields)
     pieces = generate_text(
         loaded,
         tokenizer,
@@ -45,6 +48,7 @@ def generate(
         sampling=sampling,
         stop=stop or (),
         state_in=state_in,
+        new_document=new_document,
         state_out=state_out,
     )
     with reader_may_leave():

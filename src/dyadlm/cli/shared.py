@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,18 +26,32 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an exported folder, or a Hugging Face name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE ...", help="Fields of the model's configuration that its weights allow to change."
+    ),
+]
+StateIn = Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from this saved state.")]
+NewDocument = Annotated[
+    bool,
+    typer.Option("--new-document", help="Begin a new document; of the state only what the slots remember counts."),
+]
 
 errors = Console(stderr=True, highlight=False)
 
 
-def load(model: str, device: str, dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model and its tokenizer, without the bars that transformers shows while loading."""
+def load(
+    model: str, device: str, dtype: str, fields: Iterable[str] | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and its tokenizer, without the bars that transformers shows while loading. fields: `FIELD=VALUE`s."""
     from transformers.utils import logging
 
     from dyadlm.generate import load_model
+    from dyadlm.train.settings import parse_assignment
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return load_model(model, device, dtype)
+    return load_model(model, device, dtype, dict(parse_assignment(text) for text in fields or ()))
 
 
 class RateColumn(ProgressColumn):

@@ -3,11 +3,12 @@
 import json as json_format
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Model, errors, load, reader_may_leave
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, NewDocument, StateIn, errors, load, reader_may_leave
 
 if TYPE_CHECKING:
     from dyadlm.generate import Listener, Sampling, Session, Surprise
@@ -31,21 +32,27 @@ def stream(
     json: Annotated[bool, typer.Option("--json", help="One line of JSON a token.")] = False,
     temperature: Annotated[float, typer.Option(help="Of continuations; 0 takes the likeliest token.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Of continuations.")] = None,
+    state_in: StateIn = None,
+    new_document: NewDocument = False,
+    state_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the state after all that was read and written.")
+    ] = None,
+    fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Read standard input, line by line, without end, and print the surprisal of every token.
 
     Columns: position, surprisal in bits, mean bits per byte so far, token. The state has constant size (that of
-    a transformer grows). Ctrl-C ends.
+    a transformer grows). After a saved state the first token is read without a surprisal. Ctrl-C ends.
     """
     from dyadlm.evaluate import prefix_token
-    from dyadlm.generate import Listener, Sampling, Session, lines
+    from dyadlm.generate import Listener, Sampling, lines, open_session
 
     sampling = Sampling(temperature, seed=seed)
-    loaded, tokenizer = load(model, device, dtype)
-    session = Session(loaded, tokenizer)
-    listener = Listener(session, tokenizer, prefix_token(tokenizer))
+    loaded, tokenizer = load(model, device, dtype, fields)
+    session = open_session(loaded, tokenizer, state_in, new_document, state_out)
+    listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with reader_may_leave():
         try:
             if continuation:
@@ -56,6 +63,8 @@ def stream(
                         typer.echo(json_format.dumps(surprise._asdict()) if json else _row(surprise))
         except KeyboardInterrupt:
             errors.print()
+        if state_out is not None:
+            session.save(state_out)
     if listener.tokens and not json:
         errors.print(
             f"{listener.tokens:,} tokens read: {listener.mean_nats:.4f} nats per token, "

@@ -1,6 +1,8 @@
 """A model ready to read and write, with its tokenizer, on the device and in the dtype that were asked for."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,17 +14,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    path_or_name: str | Path, device: str = "auto", dtype: str = "auto"
+    path_or_name: str | Path, device: str = "auto", dtype: str = "auto", fields: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer; any Hugging Face model in safetensors.
 
     device: `auto` takes a GPU if there is one. dtype: `auto` is the one the weights were saved in.
+    fields: of its configuration, to change; those that its weights do not depend on.
     No code of the model folder is ever run. Raises `UserError` if the folder or name holds no such model.
     """
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose auto or one of {', '.join(DTYPES)}.")
-    model = load_weights(path_or_name, DTYPES.get(dtype))
+    model = load_weights(path_or_name, DTYPES.get(dtype), **(fields or {}))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:

@@ -23,14 +23,20 @@ class Session:
     """The state of a model after all it has read and written so far.
 
     With a dyadlm model the state has constant size, and can be saved and taken up again; other models keep
-    their own growing cache.
+    their own growing cache. begins: whether the next token is the first of its document.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self._model = model
         self._tokenizer = tokenizer
+        self.begins = True
         self._state: Any = None
         self._logits: torch.Tensor | None = None  # float32 (V,), of the next token
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the next token will be predicted; it is not at the beginning, nor after loading a state."""
+        return self._logits is not None
 
     def read(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read token ids (T,); returns the surprise at each, nats float32 (T,).
@@ -41,8 +47,8 @@ class Session:
         return np.concatenate([np.empty(0, np.float32), *(self._read(chunk) for chunk in torch.split(ids, CHUNK))])
 
     def read_prompt(self, text: str) -> None:
-        """Read a text as `generate` is given it: at the beginning with the specials its tokenizer adds."""
-        self.read(self._tokenizer(text, add_special_tokens=self._state is None)["input_ids"])
+        """Read a text as `generate` is given it: where a document begins with the specials its tokenizer adds."""
+        self.read(self._tokenizer(text, add_special_tokens=self.begins)["input_ids"])
 
     def write(self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[str]:
         """Continue, yielding text as it comes. What is written has been read, too: the state includes it.
@@ -87,7 +93,17 @@ class Session:
         """
         config = require_saveable_state(self._model)
         self._state = DyadCache.load(path, config, device=self._model.device)
-        self._logits = None
+        self._logits, self.begins = None, False
+
+    def start_document(self) -> None:
+        """Begin a new document; what the slots remember of those before can be recalled in it, nothing else.
+
+        Raises `UserError` for a model whose slots are empty where a document starts, or that has none.
+        """
+        require_lasting_slots(self._model)
+        if self._state is not None:
+            self._state.start_document()
+        self._logits, self.begins = None, True
 
     @torch.no_grad()
     def _read(self, ids: torch.Tensor) -> np.ndarray:
@@ -97,7 +113,7 @@ class Session:
         output = self._model(input_ids=ids[None], past_key_values=self._state, use_cache=True)
         logits = output.logits[0].float()
         before = logits.new_full((1, logits.shape[-1]), torch.nan) if self._logits is None else self._logits[None]
-        self._state, self._logits = output.past_key_values, logits[-1].clone()
+        self._state, self._logits, self.begins = output.past_key_values, logits[-1].clone(), False
         return cross_entropy(torch.cat([before, logits[:-1]]), ids, reduction="none").cpu().numpy()
 
     def _end_tokens(self) -> set[int]:
@@ -114,6 +130,48 @@ def require_saveable_state(model: PreTrainedModel) -> DyadConfig:
     return model.config
 
 
+def require_lasting_slots(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless the model remembers something from one document to the next."""
+    config = require_saveable_state(model)
+    if not config.slot_contexts:
+        raise UserError(
+            "This model has no slots (slot_contexts), so a new document would recall nothing of the saved state; "
+            "leave out --new-document to continue the old one, or --state-in to begin anew."
+        )
+    if config.slot_scope != "stream":
+        raise UserError(
+            f"The slots of this model are emptied where a document starts (slot_scope={config.slot_scope}); "
+            "add --set slot_scope=stream to keep them."
+        )
+
+
+def open_session(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state_in: Path | None = None,
+    new_document: bool = False,
+    state_out: Path | None = None,
+) -> Session:
+    """A session at its beginning, or after a saved state.
+
+    new_document: begin a new document, which recalls what the slots of the saved state hold.
+    state_out: where the state is to be saved in the end: a new file, or `state_in` again.
+    Raises `UserError` for what does not fit together, before anything is read.
+    """
+    if new_document and state_in is None:
+        raise UserError("A new document recalls a saved state; give one with --state-in, or leave out --new-document.")
+    if state_out is not None:
+        require_saveable_state(model)
+        if state_out != state_in:
+            require_new(state_out, "the state")
+    session = Session(model, tokenizer)
+    if state_in is not None:
+        session.load(state_in)
+    if new_document:
+        session.start_document()
+    return session
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,23 +181,19 @@ def generate_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     state_in: Path | None = None,
+    new_document: bool = False,
     state_out: Path | None = None,
 ) -> Iterator[str]:
     """Continue a prompt, yielding text as it comes: what Hugging Face `generate` writes with these options.
 
-    state_in: a saved state that the prompt continues. state_out: where the state after prompt and
+    state_in: a saved state that the prompt continues. new_document: the prompt begins a new document instead, which
+    recalls what the slots of the saved state hold. state_out: where the state after prompt and
     continuation goes when the text has ended; a new file, or `state_in` again.
     Raises `UserError` for an empty prompt, an option out of range, and a state that does not fit.
     """
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
-    if state_out is not None:
-        require_saveable_state(model)
-        if state_out != state_in:
-            require_new(state_out, "the state")
-    session = Session(model, tokenizer)
-    if state_in is not None:
-        session.load(state_in)
+    session = open_session(model, tokenizer, state_in, new_document, state_out)
     session.read_prompt(prompt)
     yield from session.write(max_new_tokens, sampling or Sampling(), stop)
     if state_out is not None:

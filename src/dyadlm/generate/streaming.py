@@ -31,13 +31,17 @@ class Listener:
     tokens: read so far. mean_nats: per token. bits_per_byte: over the bytes they stand for.
     """
 
-    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase, prefix_token: int):
-        """`prefix_token` is read first, as the context of the first token of the text."""
+    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase, prefix_token: int | None):
+        """prefix_token: read first, as the context of the first token of a text; None where the session goes on.
+
+        Where nothing predicts the first token (after loading a state), it is read and not counted.
+        """
         self._session = session
         self._encoder = TextEncoder(tokenizer)
         self._nats, self._bytes = 0.0, 0
         self.tokens = 0
-        session.read([prefix_token])
+        if prefix_token is not None:
+            session.read([prefix_token])
 
     @property
     def mean_nats(self) -> float:
@@ -60,7 +64,10 @@ class Listener:
                 "convert it (with iconv, say) or use a byte-level model."
             ) from error
         bounds = [*starts.tolist(), len(content)]
+        unpredicted = not self._session.predicts
         for number, (token, nats) in enumerate(zip(ids.tolist(), self._session.read(ids).tolist(), strict=True)):
+            if unpredicted and number == 0:
+                continue
             text = content[bounds[number] : bounds[number + 1]]
             self.tokens, self._nats, self._bytes = self.tokens + 1, self._nats + nats, self._bytes + len(text)
             yield Surprise(

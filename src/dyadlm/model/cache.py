@@ -104,6 +104,17 @@ class DyadCache:
         """Keep the given rows in place."""
         self.reorder_cache(indices)
 
+    def start_document(self) -> None:
+        """Let the next token start a new document: of the open one only the tables of slots are kept.
+
+        They are read on where `config.slot_scope` is `stream`, and emptied by the model where it is `document`.
+        """
+        if self.position is not None:
+            self.layers = [BlockState(slots=layer.slots) for layer in self.layers]
+            self.text = TextState()
+            self.position = torch.zeros_like(self.position)
+            self.columns_seen = 0
+
     def reset(self) -> None:
         """Forget everything."""
         self.__dict__.update(DyadCache().__dict__)

@@ -203,7 +203,7 @@ class TrainSettings:
         started = {name: given.get(name) for name in ("preset", "model")}
         if config is not None:
             given |= _flatten(_read_config(Path(config)))
-        given |= dict(_parse_assignment(text) for text in assignments)
+        given |= dict(parse_assignment(text) for text in assignments)
         flags = {"preset": preset, "model": model and str(model), "device": device, "dtype": dtype}
         given |= {name: value for name, value in flags.items() if value is not None}
         sources = tuple(data) or given.get("data", ())
@@ -374,7 +374,8 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; choose one of {', '.join(sorted(known))}" if len(known) <= 12 else ""
 
 
-def _parse_assignment(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML. Raises `UserError` if it is no such thing."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set takes key=value, not {text!r}.")
