@@ -307,13 +307,13 @@ class Tower(nn.Module):
         assert mixed is not None, "a tower has at least one level"
         return mixed
 
-    def apart(self, features: dict[int, Tensor], timing: Timing) -> Iterator[Tensor]:
-        """What each level writes back at each token, before the gate, level after level: (B, T, D) each."""
+    def apart(self, features: dict[int, Tensor], timing: Timing, levels: Sequence[int]) -> Iterator[Tensor]:
+        """What each of some levels writes back at each token, before the gate: (B, T, D) each."""
         weights = {}
         if self.up_tokens is not None:
             split = self.up_tokens.weight.split(self.token_widths, 1)
             weights = dict(zip(self.token_levels, split, strict=True))
-        for k in range(len(self.ranks)):
+        for k in levels:
             if k in weights:
                 yield nn.functional.linear(features[k], weights[k])
             else:
@@ -331,18 +331,18 @@ class Tower(nn.Module):
             return self.mix(features, timing), None, ()
         routes, held = self.selector(x, timing.clock, timing.progress, held)
         heads, levels = routes.shape[2:]
-        weights = routes * levels
-        written = sum(
-            said.unflatten(-1, (heads, -1)) * weight[..., None]
-            for said, weight in zip(self.apart(features, timing), weights.unbind(-1), strict=True)
-        )
-        assert isinstance(written, Tensor)
+        chosen = list(range(levels))
+        if x.shape[1] == 1 and not torch.is_grad_enabled():  # over many tokens, nearly every level is chosen somewhere
+            chosen = routes.amax((0, 1, 2)).nonzero().flatten().tolist()
+        written = x.new_zeros(*x.shape[:2], heads, x.shape[2] // heads)
+        for level, said in zip(chosen, self.apart(features, timing, chosen), strict=True):
+            written = written + said.unflatten(-1, (heads, -1)) * (routes[..., level, None] * levels)
         return written.flatten(2), routes, held
 
     def contributions(self, x: Tensor, features: dict[int, Tensor], timing: Timing) -> Tensor:
         """The length of what each level adds at each token, gate included: (B, T, K)."""
         gate = self.open(x, timing)
-        each = torch.stack(list(self.apart(features, timing)), -1)
+        each = torch.stack(list(self.apart(features, timing, range(len(self.ranks)))), -1)
         if self.selector is not None:
             routes, _ = self.selector(x, timing.clock, timing.progress, ())
             heads, levels = routes.shape[2:]
