@@ -262,7 +262,7 @@ def test_identity_channel_is_written_by_no_block_and_read_by_all():
     model, ids = make_model(), random_ids(1, 20)
     seen = []
     hooks = [
-        layer.register_forward_pre_hook(lambda module, args: seen.append((args[1], args[1].clone())))
+        layer.register_forward_pre_hook(lambda module, args: seen.append((args[1].identity, args[1].identity.clone())))
         for layer in model.model.layers
     ]
     before = model(ids).logits
@@ -272,10 +272,13 @@ def test_identity_channel_is_written_by_no_block_and_read_by_all():
     for tensor, copy in seen:
         assert torch.equal(tensor, seen[0][1])
         assert torch.equal(copy, seen[0][1])  # bit-equal at every depth, before and after
+
+    def without(module, args):
+        hidden, around, state = args
+        return hidden, around._replace(identity=torch.zeros_like(around.identity)), state
+
     for depth in range(3):  # zeroing it at any one depth changes the logits
-        hook = model.model.layers[depth].register_forward_pre_hook(
-            lambda module, args: (args[0], torch.zeros_like(args[1]), *args[2:])
-        )
+        hook = model.model.layers[depth].register_forward_pre_hook(without)
         assert not torch.equal(model(ids).logits, before)
         hook.remove()
 
@@ -328,8 +331,8 @@ def test_lora_on_the_projections_trains(tmp_path):
         ({"hiden_size": 3}, "did you mean 'hidden_size'"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"level_alignment": "dual"}, "level 0"),
-        ({"level_alignment": ["sliding"]}, "num_levels is 8"),
-        ({"level_rank": [1, 2]}, "num_levels is 8"),
+        ({"level_alignment": ["sliding"]}, "8 entries"),
+        ({"level_rank": [1, 2]}, "8 entries"),
         ({"level_feature": "magic"}, "level_feature is 'magic'"),
         ({"early": "late"}, "early is 'late'"),
         ({"transport_space": "outer"}, "transport_space"),

@@ -88,15 +88,19 @@ def true_state(tower: Tower, x: Tensor) -> list[Tensor]:
 
 def watched(model, **inputs):
     """The first tower of a model, what it read (B, T, D), what it said, its ages and the state it returned."""
-    tower, seen, ages = model.model.layers[0].tower, [], []
-    hooks = [tower.register_forward_hook(lambda module, args, out: seen.append((args[0], *out)))]
-    if tower.age is not None:
-        hooks.append(tower.age.register_forward_hook(lambda module, args, out: ages.append(args[0])))
+    tower, seen = model.model.layers[0].tower, []
+    listen = tower.listen
+
+    def watch(x, timing, state):
+        said, state = listen(x, timing, state)
+        seen.append((x, tower.open(x, timing) * tower.mix(said.features, timing), timing.ages, state))
+        return said, state
+
+    tower.listen = watch
     model.model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    ((x, said, state),) = seen
-    return tower, x, said, (ages[0].expand(len(x), -1, -1) if ages else None), state
+    del tower.listen
+    ((x, said, ages, state),) = seen
+    return tower, x, said, (None if tower.age is None else ages.expand(len(x), -1, -1)), state
 
 
 def tower_model(stack: str, **options):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dyadlm.ops.pyramid import Clock, accumulator, next_position, take
+from dyadlm.ops.pyramid import Clock, take
 
 TILE = 32
 
@@ -175,7 +175,13 @@ class SegmentWindows(NamedTuple):
 
 
 def segment_windows(
-    made: Tensor, sums: Tensor, widths: Sequence[int], plan: SegmentPlan, clock: Clock, state: SegmentState, open_made: Tensor
+    made: Tensor,
+    sums: Tensor,
+    widths: Sequence[int],
+    plan: SegmentPlan,
+    clock: Clock,
+    state: SegmentState,
+    open_made: Tensor,
 ) -> tuple[SegmentWindows, SegmentState]:
     """The current, last and earlier segment at each token.
 
