@@ -74,8 +74,9 @@ class DyadConfig(PreTrainedConfig):
             learned code of the state). One table each. None: no slots.
         slot_layers: blocks that have slots; None: all, if there are contexts.
         slot_entries: S, of each table. slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
-        slot_evict: ring | lru. slot_scope: `document`: tables are empty where a document starts; `stream`: they live on.
-            Weights do not depend on it: it may be changed after loading.
+        slot_evict: ring | lru.
+        slot_scope: `document`: tables are empty where a document starts; `stream`: they live on. Weights do not depend
+            on it: it may be changed after loading.
         slot_gate: whether a learned gate decides what is written.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         early: what counts before a document starts: zero | partial | mask (`dyadlm.ops.pyramid`).
@@ -196,9 +197,13 @@ class DyadConfig(PreTrainedConfig):
         for name in ("selector_heads", "selector_count"):
             _require_positive(name, getattr(self, name))
         if self.selector != "none" and self.hidden_size % self.selector_heads:
-            raise UserError(f"selector_heads is {self.selector_heads}; choose a divisor of hidden_size {self.hidden_size}.")
+            raise UserError(
+                f"selector_heads is {self.selector_heads}; choose a divisor of hidden_size {self.hidden_size}."
+            )
         if self.selector == "topk" and self.selector_count > len(self.ranks):
-            raise UserError(f"selector_count is {self.selector_count} but there are {len(self.ranks)} levels; choose fewer.")
+            raise UserError(
+                f"selector_count is {self.selector_count} but there are {len(self.ranks)} levels; choose fewer."
+            )
         _require_between("selector_margin", self.selector_margin, 0.0, float("inf"))
         _require_between("selector_balance", self.selector_balance, 0.0, 1.0)
         if self.selector_margin and self.selector not in CHOOSING:
@@ -224,7 +229,9 @@ class DyadConfig(PreTrainedConfig):
             self.slot_layers = list(range(self.num_hidden_layers)) if self.slot_contexts else []
         for layer in self.slot_layers:
             if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
-                raise UserError(f"slot_layers names block {layer!r}; give numbers from 0 to {self.num_hidden_layers - 1}.")
+                raise UserError(
+                    f"slot_layers names block {layer!r}; give numbers from 0 to {self.num_hidden_layers - 1}."
+                )
 
     def _settle_specials(self) -> None:
         for name, byte_id in BYTE_SPECIALS.items():
