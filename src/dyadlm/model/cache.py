@@ -9,7 +9,7 @@ Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of t
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,7 +129,9 @@ class DyadCache:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name: `position`, `text.marks.J`, `layers.I.rings.J` and so on."""
         named = {} if self.position is None else {"position": self.position}
-        for prefix, record in (("text", self.text), *((f"layers.{i}", layer) for i, layer in enumerate(self.layers))):
+        records: list[tuple[str, BlockState | TextState]] = [("text", self.text)]
+        records += [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
+        for prefix, record in records:
             for field, group in zip(record._fields, record, strict=True):
                 named.update({f"{prefix}.{field}.{j}": tensor for j, tensor in enumerate(group)})
         return named
@@ -180,13 +182,21 @@ class DyadCache:
 
 def state_signature(config: DyadConfig) -> str:
     """What two models must share for a state to fit both, as JSON."""
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "alignments": config.alignments,
         "ranks": config.ranks,
         "transport_space": config.transport_space,
     }
+    also = ["semantic_levels", "salience", "decision_slots", "slot_contexts"]
+    if config.slot_contexts:
+        also += ["vocab_size", "slot_layers", "slot_entries", "slot_ways", "slot_width"]
+    if config.selector_margin or config.decision_slots:
+        also += ["selector_heads", "selector_margin"]
+    if config.tower != "layer":
+        also.append("tower")
+    fields |= {name: getattr(config, name) for name in also if getattr(config, name)}
     return json.dumps(fields, sort_keys=True)
 
 

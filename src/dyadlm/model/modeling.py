@@ -21,7 +21,7 @@ from dyadlm.errors import UserError
 from dyadlm.model.boundaries import Boundaries, TextState
 from dyadlm.model.cache import BlockState, DyadCache
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
-from dyadlm.model.selector import DecisionSlots
+from dyadlm.model.selector import DecisionSlots, Selector
 from dyadlm.model.slots import IdentitySlots, plan_slots, plans_alike
 from dyadlm.model.tower import Said, Timing, Tower, chunk_timing
 from dyadlm.ops.contexts import Contexts, ContextState, context_tags
@@ -163,6 +163,11 @@ class DyadPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
+        elif isinstance(module, DyadModel):  # buffers that no file holds are made anew, also when weights are loaded
+            init.ones_(module.progress)
+        elif isinstance(module, Selector):
+            if module.chooses:
+                init.zeros_(module.load)
         elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
             init.constant_(module.tower_identity, 0.1)
             init.constant_(module.mlp_identity, 0.1)
@@ -244,6 +249,7 @@ class DyadModel(DyadPreTrainedModel):
 
         if self.training:
             for layer in self.layers:
+                assert isinstance(layer, DyadBlock)
                 if layer.tower.selector is not None:
                     layer.tower.selector.balance()
         started = cache is not None and not cache.is_empty
@@ -296,9 +302,9 @@ class DyadModel(DyadPreTrainedModel):
                 word_begins = begins[..., named.index("word")]
             levels = len(named) - self.config.word_for_slots_alone
             if levels:
-                count = SegmentCount(*text.count) if text.count else None
+                count = SegmentCount(*text.counts) if text.counts else None
                 segments, count = segment_plan(begins[..., :levels], clock, self.config.longest_segment, count)
-                text = text._replace(count=tuple(count))
+                text = text._replace(counts=tuple(count))
         if self.config.read_contexts:
             before = ContextState(*text.contexts) if text.contexts else None
             contexts, after = context_tags(
@@ -445,6 +451,13 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         """Tell the semantic levels and word contexts what text each token stands for; bytes need no telling."""
         if self.model.boundaries is not None:
             self.model.boundaries.read(tokenizer)
+
+    def resize_token_embeddings(self, *sizes: Any, **options: Any) -> nn.Embedding:
+        """As transformers does; the rules of the levels follow. A new token has no text until it is told."""
+        embedding = super().resize_token_embeddings(*sizes, **options)
+        if self.model.boundaries is not None:
+            self.model.boundaries.resize(embedding.num_embeddings)
+        return embedding
 
     def set_progress(self, fraction: float) -> None:
         """Say how far training is, from 0 to 1, for what cools down with it. `Trainer` of dyadlm does."""

@@ -77,7 +77,7 @@ class DecisionSlots(nn.Module):
 
         A decision is made where a head's gate is open, hard; backward straight through its probability.
         """
-        batch, time, width = x.shape
+        batch, time, _ = x.shape
         chance = self.gate(x).sigmoid()
         decides = chance > 0.5
         if clock.padded:

@@ -12,7 +12,8 @@ not exist weighs as one zero token does without it.
 
 The levels' contributions are added up, or weighed per token and head by a selector.
 
-Dimension letters: B batch, T time, N nodes, D width, R rank, K levels, S semantic levels, F parts of a feature, H heads.
+Dimension letters: B batch, T time, N nodes, D width, R rank, K levels, S semantic levels, F parts of a feature,
+H heads.
 """
 
 import math
@@ -109,7 +110,10 @@ class Tower(nn.Module):
         self.learned = [k for k, name in partitions.items() if name == LEARNED]
         self.token_levels = sorted([*self.sliding, *self.prefix, *partitions])
 
-        said = {k: parts * rank + (config.semantic_memory - 1) * rank * (k in partitions) for k, rank in enumerate(self.ranks)}
+        said = {
+            k: parts * rank + (config.semantic_memory - 1) * rank * (k in partitions)
+            for k, rank in enumerate(self.ranks)
+        }
         self.up_tokens = None
         if self.token_levels:
             self.up_tokens = nn.Linear(sum(said[k] for k in self.token_levels), width, bias=False)
@@ -272,7 +276,7 @@ class Tower(nn.Module):
         dtype: torch.dtype,
         older: Sequence[Tensor] = (),
     ) -> Tensor:
-        """What a level says of two centroids (..., R or D), as `level_feature` tells, and of older ones → (..., F R)."""
+        """What a level says of two centroids (..., R or D) by `level_feature`, and of older ones → (..., F R)."""
         parts = []
         for name in self.feature_parts:
             if name == "current":
