@@ -153,12 +153,16 @@ def train(
             group["lr"] = learning_rate * learning_rate_factor(
                 step, warmup_steps=warmup, max_steps=steps, options=options
             )
+        if isinstance(model, dyadlm.DyadForCausalLM):
+            model.set_progress(step / steps)
         loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+    if isinstance(model, dyadlm.DyadForCausalLM):
+        model.set_progress(1.0)
     seconds = time.perf_counter() - started
     tail = losses[-max(1, steps // 20) :]
     return {

@@ -179,6 +179,8 @@ class DyadPreTrainedModel(PreTrainedModel):
                 init.zeros_(tower.salience.bias)
             if tower.forgetting is not None:
                 init.constant_(tower.forgetting.bias, -5.0)
+            if tower.selector is not None:  # nearly even, so that it begins as the plain sum does
+                init.normal_(tower.selector.scores.weight, std=0.1 * self.config.hidden_size**-0.5)
             if slots is not None:
                 silent.append(slots.read)
                 if slots.gate is not None:  # at first everything is written

@@ -13,6 +13,7 @@ from dyadlm.ops.pyramid import Clock, take
 from dyadlm.ops.selection import balanced, load, select
 
 COOLEST = 0.1  # the temperature of gumbel when training ends
+SETTLED = 0.5  # the part of training by whose end topk is down to its count
 
 
 class Selector(nn.Module):
@@ -36,14 +37,18 @@ class Selector(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, D) → weights (B, T, H, K), and the choice that holds after the chunk.
 
-        progress: 0-dim, 0 where training begins and 1 where it ends: gumbel cools down with it.
+        progress: 0-dim, 0 where training begins and 1 where it ends: gumbel cools down with it, and topk begins with
+        all levels and comes down to its count.
         """
-        config = self.config
+        config, levels = self.config, self.shape[1]
+        count = config.selector_count
+        if self.training and config.selector == "topk":
+            count = levels - round((levels - count) * min(1.0, float(progress) / SETTLED))
         weights, last = select(
             self.scores(x).unflatten(-1, self.shape),
             config.selector,
             clock,
-            count=config.selector_count,
+            count=count,
             bias=self.bias if self.chooses else None,
             margin=config.selector_margin,
             temperature=COOLEST**progress,
