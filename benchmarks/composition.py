@@ -1,0 +1,119 @@
+"""One mechanism at a time: selectors, slots, semantic levels, far geometric levels, salience, at equal parameters.
+
+    python benchmarks/composition.py [--arm "topk" ...] [--tokens 1536000]
+
+Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, three paired seeds. Every arm is the tiny
+preset with some fields changed; its ranks are chosen so that it has the preset's number of parameters. For arms that
+select: the entropy of the routes over log K, how many levels weigh more than zero, and how long a choice lasts.
+"""
+
+import statistics
+from typing import Any
+
+import torch
+
+from common import Cells, arguments, dyad, require_green, size, train, validation_nats
+from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.data import TokenStream, resolve_data
+from dyadlm.ops.pyramid import make_clock
+from dyadlm.ops.selection import chosen_count, entropy, mean_run_length
+
+SEMANTIC = ["syllable", "word", "sentence", "line"]
+CONTEXTS = [1, 2, 3, 4, 6, 8, "word"]
+NEAR = {"num_levels": 4, "level_alignment": "sliding"}
+COMPOSED = {**NEAR, "semantic_levels": SEMANTIC, "salience": True, "slot_contexts": CONTEXTS, "slot_layers": [1]}
+ARMS: dict[str, dict[str, Any]] = {
+    "composed": {},
+    "without slots": {"slot_contexts": None, "slot_layers": None},
+    "without salience": {"salience": False},
+    "without semantic levels": {"semantic_levels": None, "num_levels": 8, "level_alignment": "hybrid"},
+    "with far levels": {"num_levels": 8, "level_alignment": "hybrid"},
+    "with forgetting": {"forgetting": True},
+    "dense": {"selector": "dense"},
+    "topk": {"selector": "topk"},
+    "entmax": {"selector": "entmax"},
+    "gumbel": {"selector": "gumbel"},
+    "topk, margin 0.5": {"selector": "topk", "selector_margin": 0.5},
+    "topk, decision slots": {"selector": "topk", "decision_slots": True},
+    "learned boundary": {"semantic_levels": [*SEMANTIC[:3], "learned"]},
+    "one tower from the input": {"tower": "input"},
+}
+SEEDS = (0, 1, 2)
+BATCH = {"batch_size": 4, "sequence_length": 256}
+STUDENT = 4.303  # t of two degrees of freedom, 95 %
+
+
+def built(fields: dict[str, Any], rank: int) -> DyadForCausalLM:
+    return dyad(**{**COMPOSED, **fields, "level_rank": rank})
+
+
+def rank_for(fields: dict[str, Any], target: int) -> int:
+    """The rank whose number of parameters is nearest to the target."""
+    low, high = 1, 128
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(built(fields, middle)) <= target else (low, middle)
+    return min((low, high), key=lambda rank: abs(size(built(fields, rank)) - target))
+
+
+@torch.no_grad()
+def routes_of(model: DyadForCausalLM, stream: TokenStream, windows: int = 32, length: int = 256) -> dict[str, float]:
+    """Measures of the routes on windows from the beginning of the stream; nothing if the model does not select."""
+    ids = torch.from_numpy(stream.tokens(0, windows * length).astype("int64")).view(windows, length)
+    routes = model.eval()(input_ids=ids, output_routes=True, use_cache=False).routes
+    if routes is None:
+        return {}
+    clock = make_clock(windows, length)
+    return {
+        "commitment": round(statistics.fmean(entropy(route).mean().item() for route in routes), 4),
+        "levels_chosen": round(statistics.fmean(chosen_count(route).float().mean().item() for route in routes), 3),
+        "mean_run_tokens": round(statistics.fmean(mean_run_length(route, clock) for route in routes), 3),
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "composition.json")
+    parser.add_argument("--arm", action="append", choices=ARMS, help="measure these arms only")
+    parser.add_argument("--tokens", type=int, default=1_536_000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    require_green()
+    data = resolve_data(["shakespeare"])
+    cells = Cells(options.output)
+    target = size(DyadForCausalLM(DyadConfig.from_preset("tiny")))
+    arms = options.arm or list(ARMS)
+
+    def name(arm: str, seed: int) -> str:
+        return f"{arm} / {options.tokens} / {options.learning_rate:g} / {seed}"
+
+    for cell in cells.missing([name(arm, seed) for seed in SEEDS for arm in arms]):
+        arm, _, _, seed = cell.split(" / ")
+        torch.manual_seed(int(seed))
+        rank = rank_for(ARMS[arm], target)
+        torch.manual_seed(int(seed))
+        model = built(ARMS[arm], rank)
+        cost = train(
+            model,
+            data.train[0][0],
+            tokens=options.tokens,
+            learning_rate=options.learning_rate,
+            seed=int(seed),
+            **BATCH,
+        )
+        loss = validation_nats(model, data.validation[0], 256)
+        routes = routes_of(model, data.validation[0])
+        cells.store(cell, {"parameters": size(model), "level_rank": rank, **loss, **routes, **cost})
+    for arm in arms:
+        differences = [
+            cells.results[name(arm, seed)]["nats"] - cells.results[name("composed", seed)]["nats"]
+            for seed in SEEDS
+            if name("composed", seed) in cells.results
+        ]
+        if len(differences) == len(SEEDS):
+            spread = STUDENT * statistics.stdev(differences) / len(SEEDS) ** 0.5
+            print(f"{arm:30s} {statistics.fmean(differences):+.4f} ± {spread:.4f} nats against composed")
+
+
+if __name__ == "__main__":
+    main()
