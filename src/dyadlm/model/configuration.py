@@ -261,8 +261,8 @@ class DyadConfig(PreTrainedConfig):
 
     @property
     def longest_segment(self) -> int:
-        """Tokens after which a segment of a semantic level is cut."""
-        return int(2 ** (self.num_levels or 0))
+        """Tokens after which a segment of a semantic level is cut: 2^K, K counting the semantic levels too."""
+        return int(2 ** len(self.ranks))
 
     @property
     def read_contexts(self) -> list[int | str]:

@@ -75,7 +75,7 @@ def chunk_timing(
     angle = (index[..., None] + 1) % period * (2 * math.pi / period)
     ages = torch.cat([angle.sin(), angle.cos()], -1)
     if segments is not None:
-        into = segments.length.to(ages.dtype).log2() / (config.num_levels or 1)
+        into = segments.length.to(ages.dtype).log2() / math.log2(config.longest_segment)
         ages = torch.cat([ages.expand(into.shape[0], -1, -1), into], -1)
     return Timing(clock, nodes, shares, segments, ages.to(dtype), progress)
 
