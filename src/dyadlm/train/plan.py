@@ -13,7 +13,7 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from dyadlm.data import TokenStream, TrainingWindows, resolve_data
+from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data, tokenizer_identity
 from dyadlm.errors import UserError
 from dyadlm.evaluate.evaluation import prefix_token, require_vocabulary
 from dyadlm.model import DyadConfig, DyadForCausalLM
@@ -177,6 +177,8 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(tokenizer, name) for name in special}
         model = DyadForCausalLM(_configuration(settings, vocab_size=len(tokenizer), **ids))
+        if tokenizer_identity(tokenizer) != tokenizer_identity(byte_tokenizer()):
+            model.use_tokenizer(tokenizer)
     else:
         model = load_weights(settings.model, torch.float32, **settings.model_fields)
     require_vocabulary(model, tokenizer)

@@ -8,7 +8,7 @@ order of the data set; a loss that is not finite, or that rises far, ends the ru
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from dyadlm.errors import RunFailed
+from dyadlm.evaluate.mechanisms import behaviour
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
-from dyadlm.model import DyadConfig
+from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.checkpoint import (
     checkpoint_path,
@@ -36,10 +37,13 @@ from dyadlm.train.checkpoint import (
 )
 from dyadlm.train.export import CARD_NAME
 from dyadlm.train.histories import CarriedState, HistoryWeightedLoss
+from dyadlm.train.mechanisms import MeanMetrics, Mechanisms
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 from dyadlm.train.validation import ValidationSample
 
+# So many validation windows are looked at for what the mechanisms of a model do.
+BEHAVIOUR_WINDOWS = 4
 # Steps of the log-spaced checkpoints.
 LOG_SPACED = frozenset(2**power for power in range(10))
 
@@ -104,13 +108,17 @@ class LanguageModelTrainer(Trainer):
         self.weighted = HistoryWeightedLoss(options.history_weight) if options.history_weight else None
         if self.weighted is not None:
             model.loss_function = self.weighted
+        self._metrics = MeanMetrics()
+        ours = [StepsAsTold(), *[LogSpacedSaves()] * options.log_spaced_checkpoints]
+        if isinstance(model, DyadForCausalLM):
+            ours.append(Mechanisms(model))
         super().__init__(
             model=model,
             args=arguments,
             data_collator=stack,
             train_dataset=windows,
             eval_dataset=validation,  # only `evaluate`, below, reads it
-            callbacks=[StepsAsTold(), *[LogSpacedSaves()] * options.log_spaced_checkpoints, *(callbacks or [])],
+            callbacks=[*ours, *(callbacks or [])],
         )
         for shown_by_us in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_us)
@@ -176,11 +184,26 @@ class LanguageModelTrainer(Trainer):
             self.weighted.mean_of_step = sums[0] / sums[1]
         return batches, targets
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.weighted is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with self.weighted.of(inputs):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch as its part of the step: its value is that of the tokens alone, its gradient also that
+        of what the mechanisms of the model cost, once a step."""
+        with nullcontext() if self.weighted is None else self.weighted.of(inputs):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        metrics = outputs.get("metrics") if isinstance(outputs, dict) else None
+        if metrics:
+            self._metrics.add(metrics)
+            cost = metrics["cost"]
+            if self.label_smoother is None:  # the model has added the cost, and Trainer has scaled the sum
+                summed = self.args.average_tokens_across_devices and num_items_in_batch is not None
+                loss = loss - cost * (self.args.world_size if summed else 1)
+            loss = loss + (cost - cost.detach()) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add bits per byte and speed; stop a run whose loss has risen far above its lowest."""
@@ -193,6 +216,7 @@ class LanguageModelTrainer(Trainer):
             logs["tokens"] = step * per_step
             logs["tokens_per_second"] = rate * per_step
             logs["steps_per_second"] = rate
+            logs |= self._metrics.take(self.args.world_size)
             self._clock, self._clock_step, self._paused = now, step, 0.0
         super().log(logs, start_time)
         if "loss" in logs:
@@ -210,13 +234,16 @@ class LanguageModelTrainer(Trainer):
         self._lowest_loss = min(self._lowest_loss, loss)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the validation sample: `eval_loss` in nats per token, `eval_bits_per_byte`."""
+        """Score the validation sample: `eval_loss` in nats per token, `eval_bits_per_byte`; and what the mechanisms of
+        the model do on a few of its windows, by the names of `Behaviour.measures`."""
         assert self.validation is not None, "the Trainer evaluates only where there is a validation sample"
         model = cast(PreTrainedModel, self.model)
         was_training = model.training
         model.eval()  # type: ignore[no-untyped-call]
         processes = self.args.world_size
         totals = self.validation.measure(model, self.args.process_index, processes, self.args.eval_batch_size)
+        # Every process looks at the same few windows, so that nothing is to be added up.
+        seen = behaviour(model, self.validation.inputs(BEHAVIOUR_WINDOWS).to(self.args.device)).measures()
         if processes > 1:
             totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum")
         nats, tokens, size = totals.tolist()
@@ -224,6 +251,7 @@ class LanguageModelTrainer(Trainer):
         metrics = {"eval_loss": nats / tokens}
         if size:
             metrics["eval_bits_per_byte"] = nats / math.log(2) / size
+        metrics |= {f"eval_{name}": value for name, value in seen.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -34,6 +34,17 @@ class ValidationSample:
     def __len__(self) -> int:
         return sum(len(windows) for _, windows in self.parts)
 
+    def inputs(self, count: int) -> torch.Tensor:
+        """The inputs of `count` windows, or as many as there are, int64 (B, T): of the longest, evenly spread."""
+        windows = [(stream, window) for stream, part in self.parts for window in part]
+        longest = max(len(window) for _, window in windows)
+        whole = [(stream, window) for stream, window in windows if len(window) == longest]
+        rows = []
+        for stream, window in whole[:: math.ceil(len(whole) / count)]:
+            tokens = stream.tokens(window.start + window.opening, window.stop - 1).tolist()
+            rows.append([self.prefix_token] * window.opening + tokens)
+        return torch.tensor(rows, dtype=torch.int64)
+
     def measure(self, model: PreTrainedModel, rank: int, processes: int, batch_size: int) -> torch.Tensor:
         """This process's share as float64 (3,): nats, tokens, bytes. The shares of all processes add up.
 

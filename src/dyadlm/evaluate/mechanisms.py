@@ -1,0 +1,144 @@
+"""What the mechanisms of a dyadlm model do: which levels are chosen, where segments begin, what slots recall.
+
+Dimension letters: B texts, T tokens, L layers, H heads, K levels, N contexts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dyadlm.data.tokenizer import TextEncoder
+from dyadlm.errors import UserError
+from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.boundaries import LEARNED, TextState
+from dyadlm.model.slots import plan_slots, plans_alike
+from dyadlm.ops.pyramid import make_clock
+from dyadlm.ops.selection import chosen_count, entropy, load, mean_run_length
+
+# What is looked at token by token is kept for so many tokens at most.
+MOST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the mechanisms did on B texts of T tokens, each from a fresh state. Empty for what a model does not have.
+
+    routes: (L, B, T, H, K), weights of the levels. segments: by name of the level, (1 or L, B, T) bool, where they
+    begin: for each layer if learned, else for all of them. hits: by context, (B, T) bool, where slots knew it.
+    """
+
+    routes: Tensor | None
+    segments: dict[str, Tensor]
+    hits: dict[str, Tensor]
+
+    def measures(self) -> dict[str, float]:
+        """Means over all texts, layers and heads, as flat names.
+
+        commitment: the entropy of the weights over log K, 0 for one level alone. levels_chosen: that weigh more than
+        zero. run_length: tokens for which a head's set of levels stays. largest_load, smallest_load: the share of
+        tokens at which the most and the least used level of any head is chosen. segment_length_NAME: tokens.
+        hits_CONTEXT: the share of tokens at which slots knew the context.
+        """
+        found: dict[str, float] = {}
+        if self.routes is not None:
+            heads = torch.cat(list(self.routes), 2)  # (B, T, L H, K): layers count as heads
+            clock = make_clock(*heads.shape[:2], device=heads.device)
+            shares = load(heads, clock)
+            found = {
+                "commitment": entropy(heads).mean().item(),
+                "levels_chosen": chosen_count(heads).float().mean().item(),
+                "run_length": mean_run_length(heads, clock),
+                "largest_load": shares.max().item(),
+                "smallest_load": shares.min().item(),
+            }
+        for name, begins in self.segments.items():
+            found[f"segment_length_{name}"] = begins.numel() / max(int(begins.sum()), 1)
+        for name, hit in self.hits.items():
+            found[f"hits_{name}"] = hit.float().mean().item()
+        return found
+
+    def layer(self, number: int) -> "Behaviour":
+        """That of one layer alone, without what all layers share."""
+        assert self.routes is not None
+        learned = {name: begins[number : number + 1] for name, begins in self.segments.items() if len(begins) > 1}
+        return Behaviour(self.routes[number : number + 1], learned, {})
+
+
+@torch.no_grad()
+def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
+    """What the mechanisms do on texts (B, T) int64, each from a fresh state; of other models nothing is known."""
+    config = model.config
+    if not isinstance(config, DyadConfig):
+        return Behaviour(None, {}, {})
+    output = model(input_ids=ids, output_routes=True, use_cache=False, logits_to_keep=1)
+    routes = None if output.routes is None else torch.stack(output.routes)
+    segments: dict[str, Tensor] = {}
+    if output.boundaries is not None:
+        names = [name for name in config.semantic_levels or () if name != LEARNED]
+        by_rule, learned = output.boundaries[..., : len(names)], output.boundaries[..., len(names) :]
+        segments = {name: begins[None] for name, begins in zip(names, by_rule.unbind(-1), strict=True)}
+        if learned.shape[-1]:
+            own = learned.shape[-1] if config.tower == "layer" else 1  # one tower has one router
+            segments[LEARNED] = learned.permute(2, 0, 1)[:own]
+    return Behaviour(routes, segments, _hits(model, ids))
+
+
+def _hits(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Where slots know each context, of models whose tokens alone say what is written; else nothing."""
+    config = model.config
+    if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
+        return {}
+    clock = make_clock(*ids.shape, device=ids.device)
+    _, contexts, _ = model.model.read_text(ids, None, clock, TextState())
+    found = plan_slots(contexts, clock, config, None).found
+    return {str(context): hit for context, hit in zip(config.slot_contexts, found.unbind(-1), strict=True)}
+
+
+def level_names(config: DyadConfig) -> list[str]:
+    """What each level spans: tokens, then the names of the semantic levels."""
+    return [f"{2**level:,}" for level in range(config.num_levels or 0)] + list(config.semantic_levels or ())
+
+
+@dataclass(frozen=True)
+class TowerReading:
+    """How a model read one text of T tokens.
+
+    pieces: the text of each token. levels: their names. contributions: (L, K, T) float, the length of what each level
+    adds to the hidden state. notes: what could not be measured, in sentences.
+    """
+
+    pieces: list[str]
+    levels: list[str]
+    contributions: Tensor
+    behaviour: Behaviour
+    notes: list[str]
+
+    def figures(self) -> dict[str, Any]:
+        """The measures, for JSON: `all`, and `layers` with a record each, none for models that do not select."""
+        routes = self.behaviour.routes
+        layers = [self.behaviour.layer(number).measures() for number in range(0 if routes is None else len(routes))]
+        return {"all": self.behaviour.measures(), "layers": layers}
+
+
+@torch.no_grad()
+def read_tower(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> TowerReading:
+    """Read a text and look at everything that the levels and mechanisms do.
+
+    Raises `UserError` for a model without a tower, an empty text, and one of more than `MOST_TOKENS` tokens.
+    """
+    if not isinstance(model, DyadForCausalLM):
+        raise UserError(f"A {model.config.model_type} model has no tower to look at; give a dyadlm model.")
+    content = text.encode()
+    ids, starts = TextEncoder(tokenizer).encode(content)
+    if not 1 <= len(ids) <= MOST_TOKENS:
+        raise UserError(f"Give a text of 1 to {MOST_TOKENS} tokens, not {len(ids)}.")
+    tokens = torch.from_numpy(ids).long().to(model.device)
+    pieces = [content[a:b].decode(errors="replace") for a, b in zip(starts, [*starts[1:], len(content)], strict=True)]
+    seen = behaviour(model, tokens[None])
+    notes = []
+    if model.config.slot_contexts and not seen.hits:
+        notes.append("Where slots hit is not shown: what this model writes depends on more than the tokens.")
+    return TowerReading(pieces, level_names(model.config), model.model.level_contributions(tokens), seen, notes)
