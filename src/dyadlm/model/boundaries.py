@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dyadlm.errors import UserError
-from dyadlm.ops.pyramid import Clock
+from dyadlm.ops.pyramid import Clock, accumulator
 
 RULES = ("syllable", "word", "sentence", "line", "paragraph")
 LEARNED = "learned"
@@ -175,8 +175,8 @@ class BoundaryRouter(nn.Module):
         """x (B, T, D), key (B, R) of the token before → begins (B, T) bool, sureness (B, T), cost, the last key."""
         query, keys = self.query(x), self.key(x)
         if key is None:
-            key = keys.new_zeros(keys.shape[0], keys.shape[2])
-        before = torch.cat([key[:, None], keys[:, :-1]], 1)
+            key = accumulator(keys).new_zeros(keys.shape[0], keys.shape[2])
+        before = torch.cat([key[:, None].to(keys.dtype), keys[:, :-1]], 1)
         chance = (1 - nn.functional.cosine_similarity(query, before, dim=-1)) / 2
         first = clock.index == 0
         begins = (chance > 0.5) | first
@@ -187,5 +187,5 @@ class BoundaryRouter(nn.Module):
         span = 1 / self.rate  # the cost of H-Net, 1 where the share of beginnings is 1 / span
         cost = span / (span - 1) * ((span - 1) * chosen * likely + (1 - chosen) * (1 - likely))
         last = (clock.length - 1)[:, None]
-        final = keys.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, keys.shape[2])).squeeze(1)
+        final = accumulator(keys).gather(1, last.clamp(min=0)[..., None].expand(-1, -1, keys.shape[2])).squeeze(1)
         return begins, sure, BOUNDARY_COST * cost, torch.where(last >= 0, final, key)

@@ -119,29 +119,32 @@ class DyadBlock(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
         """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""
         read = self.tower_norm(hidden) + self.tower_identity * around.identity
-        mixed, state, notes = self.relate(read, around, state)
-        hidden = hidden + self.dropout(self.tower.open(read, around.timing) * mixed)
+        past, state, notes = self.relate(read, around, state)
+        hidden = hidden + self.dropout(past)
         read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
         return hidden + self.dropout(self.mlp(read)), state, notes
 
     def relate(self, read: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
-        """All that is known of the past at each token, before the gate: read (B, T, D) → (B, T, D)."""
+        """All that the block knows of the past at each token: read (B, T, D) → (B, T, D).
+
+        What slots recall is exact, and so not scaled by the gate.
+        """
         clock, said = around.timing.clock, around.said
         if said is None:
             said, state = self.tower.listen(read, around.timing, state)
         mixed, routes, held = self.tower.choose(read, said.features, around.timing, state.held)
         state = state._replace(held=held)
-        costs = [said.cost]
         if self.decision is not None:
             assert routes is not None, "decisions are what a selector chose"
             kept, decision = self.decision(read, routes, mixed, clock, state.decision)
             mixed, state = mixed + kept, state._replace(decision=decision)
+        past, costs = self.tower.open(read, around.timing) * mixed, [said.cost]
         if self.slots is not None:
             recalled, slots, cost = self.slots(read, around.contexts, clock, around.plan, state.slots, around.keep)
-            mixed, state = mixed + recalled, state._replace(slots=slots)
+            past, state = past + recalled, state._replace(slots=slots)
             costs.append(cost)
         given = [cost for cost in costs if cost is not None]
-        return mixed, state, Notes(routes, said.boundary, torch.stack(given).sum() if given else None)
+        return past, state, Notes(routes, said.boundary, torch.stack(given).sum() if given else None)
 
 
 class DyadPreTrainedModel(PreTrainedModel):

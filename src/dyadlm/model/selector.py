@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dyadlm.model.configuration import CHOOSING, DyadConfig
-from dyadlm.ops.pyramid import Clock, take
+from dyadlm.ops.pyramid import Clock, accumulator, take
 from dyadlm.ops.selection import balanced, load, select
 
 COOLEST = 0.1  # the temperature of gumbel when training ends
@@ -89,7 +89,7 @@ class DecisionSlots(nn.Module):
             decides = decides & (torch.arange(time, device=x.device) < clock.length[:, None])[..., None]
         choice = nn.functional.one_hot(routes.argmax(-1), self.levels).to(said.dtype)
         passed = 1.0 + chance - chance.detach()
-        content = torch.cat([choice, said.unflatten(-1, (self.heads, -1))], -1) * passed[..., None]
+        content = accumulator(torch.cat([choice, said.unflatten(-1, (self.heads, -1))], -1) * passed[..., None])
         kept = content.shape[-1]
         before = state[0] if state else content.new_zeros(batch, self.heads, kept)
         column = torch.arange(1, time + 1, device=x.device)[:, None]
