@@ -1,25 +1,86 @@
 """What a model will cost, from its configuration alone. Tests assert each figure equal to the real model's.
 
-Dimension letters: T time, V vocabulary, D width, L layers, K levels, R rank, F parts of a level's feature.
+Dimension letters: T time, V vocabulary, D width, L layers, K levels, R rank, F parts of a level's feature, S semantic
+levels, H heads, N tables of slots.
 """
 
-from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.boundaries import LEARNED
+from dyadlm.model.configuration import CHOOSING, CODE_BITS, LEARNED_CODE, DyadConfig
+from dyadlm.ops.contexts import tag_words
 from dyadlm.ops.pyramid import HISTORY, granularity
+from dyadlm.ops.segments import TILE
 
 
 def parameters(config: DyadConfig) -> int:
     """Trainable numbers, tied weights counted once."""
-    width = config.hidden_size
+    width, layers = config.hidden_size, config.num_hidden_layers
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    return embeddings + width + config.num_hidden_layers * _block_parameters(config)
-
-
-def _block_parameters(config: DyadConfig) -> int:
-    width = config.hidden_size
     norms_and_identity = 4 * width
-    levels = (1 + len(config.feature_parts)) * sum(config.ranks) * width
-    gate = width * (width + 2 * sum(alignment != "sliding" for alignment in config.alignments))
-    return norms_and_identity + levels + gate + 3 * width * (config.intermediate_size or 0)
+    block = norms_and_identity + (_written(config) + _blockwise(config)) * width
+    reading = (sum(config.ranks) + _weighing(config)) * width + _weighing_biases(config)
+    slots = _slot_readings(config) * width + len(config.slot_contexts or ()) * config.slot_gate
+    decision_bias = config.selector_heads * config.decision_slots * layers
+    return (
+        embeddings
+        + width
+        + layers * block
+        + _listeners(config) * reading
+        + _slot_layers(config) * slots
+        + decision_bias
+    )
+
+
+def _listeners(config: DyadConfig) -> int:
+    """Blocks whose tower listens, with bottlenecks of its own."""
+    return config.num_hidden_layers if config.tower == "layer" else 1
+
+
+def _slot_layers(config: DyadConfig) -> int:
+    return len(config.slot_layers or ()) if config.slot_contexts else 0
+
+
+def _parts(config: DyadConfig, level: int) -> int:
+    """F of a level: semantic ones may show one more segment."""
+    return len(config.feature_parts) + (config.semantic_memory - 1) * (level >= len(config.alignments))
+
+
+def _written(config: DyadConfig) -> int:
+    """Numbers a token's features have, of all levels: rows of the up-projections."""
+    return sum(_parts(config, level) * rank for level, rank in enumerate(config.ranks))
+
+
+def _ruled(config: DyadConfig) -> int:
+    """Semantic levels that follow rules."""
+    return sum(name != LEARNED for name in config.semantic_levels or ())
+
+
+def _weighing(config: DyadConfig) -> int:
+    """Numbers that salience, forgetting and the learned boundary read off a token."""
+    router = 2 * max(config.ranks) * (LEARNED in (config.semantic_levels or ()))
+    return _weighing_biases(config) + router
+
+
+def _weighing_biases(config: DyadConfig) -> int:
+    sliding, semantic = config.alignments.count("sliding"), len(config.semantic_levels or ())
+    alone = min(sliding, 1) if config.transport_space == "model" else sliding
+    salience = alone + (sliding < len(config.alignments)) + semantic
+    return salience * config.salience + semantic * config.forgetting
+
+
+def _blockwise(config: DyadConfig) -> int:
+    """Numbers per channel of what every block has beside its levels: gate, selector, decisions, SwiGLU."""
+    width, heads, levels = config.hidden_size, config.selector_heads, len(config.ranks)
+    aged = 2 * sum(alignment != "sliding" for alignment in config.alignments) + _ruled(config)
+    selector = heads * levels * (config.selector != "none")
+    decision = (heads + width + heads * levels) * config.decision_slots
+    return width + aged + selector + decision + 3 * (config.intermediate_size or 0)
+
+
+def _slot_readings(config: DyadConfig) -> int:
+    """Numbers per channel of one block's slots."""
+    contexts = config.slot_contexts or []
+    gate, code = len(contexts) * config.slot_gate, CODE_BITS * (LEARNED_CODE in contexts)
+    return config.slot_width + len(contexts) * (config.slot_width + 1) + gate + code
 
 
 def training_flops_per_token(config: DyadConfig, sequence_length: int) -> float:
@@ -32,33 +93,93 @@ def training_flops_per_token(config: DyadConfig, sequence_length: int) -> float:
 
 
 def forward_flops(config: DyadConfig, sequence_length: int) -> int:
-    """Floating-point operations of the matrix products over one sequence from a fresh start."""
-    time, width, parts = sequence_length, config.hidden_size, len(config.feature_parts)
+    """Floating-point operations of the matrix products over one sequence from a fresh start.
+
+    One token on its own costs less than that where a selector leaves out levels.
+    """
+    time, width = sequence_length, config.hidden_size
     in_model_space = config.transport_space == "model"
-    products = 0
-    for level, (alignment, rank) in enumerate(zip(config.alignments, config.ranks, strict=True)):
-        windows = {"sliding": 1, "prefix": 2}.get(alignment, 0) * time  # both windows of a prefix level are projected
-        rows = time
+    semantic = ["semantic"] * len(config.semantic_levels or ())
+    heard = written = 0
+    for level, (alignment, rank) in enumerate(zip([*config.alignments, *semantic], config.ranks, strict=True)):
+        parts, rows = _parts(config, level), time
+        windows = time * (2 if alignment == "prefix" else 1)  # both windows of a prefix level are projected
         if alignment in ("block", "dual"):
             rows = time // 2 ** granularity(level, alignment) + 1
             windows = rows + (2 if alignment == "dual" else 1)
-        products += (parts * rows if in_model_space else windows) * rank + rows * parts * rank
-    aged = 2 * sum(alignment != "sliding" for alignment in config.alignments)
-    block = products * width + time * width * (width + aged + 3 * (config.intermediate_size or 0))
-    return 2 * (config.num_hidden_layers * block + time * width * config.vocab_size)
+        heard += (parts * rows if in_model_space else windows) * rank
+        written += rows * parts * rank
+    listening = (heard + time * _weighing(config)) * width + _segment_products(config, time)
+    block = written * width + time * width * _blockwise(config)
+    slots = time * width * _slot_readings(config)
+    products = _listeners(config) * listening + config.num_hidden_layers * block + _slot_layers(config) * slots
+    return 2 * (products + time * width * config.vocab_size)
+
+
+def _segment_products(config: DyadConfig, time: int) -> int:
+    """Products of the sums over segments: a triangular matrix for each tile of tokens, then for tiles of tiles."""
+    products = 0
+    while time > 1:
+        size = min(TILE, time)
+        time = -(-time // size)
+        products += time * size * size
+    return products * sum(width + 1 for width in _segment_widths(config))
+
+
+def _segment_widths(config: DyadConfig) -> list[int]:
+    """Numbers that each semantic level sums, beside their weight."""
+    in_model_space = config.transport_space == "model"
+    return [config.hidden_size if in_model_space else rank for rank in config.ranks[len(config.alignments) :]]
 
 
 def state_bytes(config: DyadConfig, bytes_per_number: int = 4) -> int:
     """Bytes of the streaming state of one row: constant in the number of tokens seen."""
-    numbers = 0
+    numbers, integers, flags = _text_state(config)
+    for count, part in (
+        (_listeners(config), _listening_state(config)),
+        (config.num_hidden_layers, _choosing_state(config)),
+        (_slot_layers(config), _slot_state(config)),
+    ):
+        numbers, integers, flags = numbers + count * part[0], integers + count * part[1], flags + count * part[2]
+    return numbers * bytes_per_number + integers * 8 + flags
+
+
+State = tuple[int, int, int]  # numbers, integers of 64 bits, flags of a byte
+
+
+def _text_state(config: DyadConfig) -> State:
+    """Position, marks and counts of the rules, and the tokens that contexts need."""
+    contexts = config.read_contexts
+    longest = max((context for context in contexts if isinstance(context, int)), default=1)
+    return 0, 1 + 2 * _ruled(config) + longest - 1 + 3 * ("word" in contexts), 2 * len(config.rules)
+
+
+def _listening_state(config: DyadConfig) -> State:
+    numbers, integers, weight = 0, 0, int(config.salience)
     sliding = [k for k, alignment in enumerate(config.alignments) if alignment == "sliding"]
     for j in range(max(sliding, default=-1) + 1):
-        shared = config.transport_space == "model"
-        numbers += 2**j * (config.hidden_size if shared else sum(config.ranks[k] for k in sliding if k >= j))
+        own = [config.ranks[k] + weight for k in sliding if k >= j]
+        numbers += 2**j * (config.hidden_size + weight if config.transport_space == "model" else sum(own))
     deep = [
         k if alignment == "prefix" else granularity(k, alignment)
         for k, alignment in enumerate(config.alignments)
         if alignment != "sliding"
     ]
-    numbers += (max(deep, default=-1) + 1) * HISTORY * config.hidden_size
-    return config.num_hidden_layers * numbers * bytes_per_number + 8  # and the position, one int64
+    numbers += (max(deep, default=-1) + 1) * HISTORY * (config.hidden_size + weight)
+    numbers += sum(3 * width + 1 for width in _segment_widths(config))
+    if LEARNED in (config.semantic_levels or ()):  # the key, and the count of segments
+        numbers, integers = numbers + max(config.ranks), integers + 2
+    return numbers, integers, 0
+
+
+def _choosing_state(config: DyadConfig) -> State:
+    choices = config.selector_heads * len(config.ranks)
+    held = choices * (config.selector in CHOOSING and config.selector_margin > 0)
+    return (choices + config.hidden_size) * config.decision_slots, 0, held
+
+
+def _slot_state(config: DyadConfig) -> State:
+    """Entries with their tags, and the tag that is still to be written."""
+    tables, contexts = len(config.slot_contexts or ()), config.read_contexts
+    parts = tag_words(contexts, config.vocab_size) if contexts else 1
+    return tables * config.slot_entries * config.slot_width, tables * (config.slot_entries + 1) * parts, 0

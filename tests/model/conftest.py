@@ -5,6 +5,8 @@ import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_levels": 4, "selector_heads": 2}
+SLOTS = {"slot_entries": 16, "slot_ways": 4, "slot_width": 3}
 VARIANTS: dict[str, dict] = {
     "default": {},
     "pair": {"level_feature": "pair"},
@@ -24,6 +26,54 @@ VARIANTS: dict[str, dict] = {
         "level_feature": "transport+pair",
     },
     "centroid": {"level_feature": "centroid", "dropout": 0.1},
+    "semantic": {
+        **SMALL,
+        "semantic_levels": ["syllable", "word", "sentence", "line", "paragraph"],
+        "level_rank": [3, 4, 5, 6, 3, 4, 5, 6, 7],
+    },
+    "learned": {
+        **SMALL,
+        "semantic_levels": ["learned", "word"],
+        "semantic_memory": 2,
+        "forgetting": True,
+        "salience": True,
+        "level_feature": "transport+pair",
+        "early": "mask",
+    },
+    "learned_alone": {**SMALL, "semantic_levels": ["learned"], "transport_space": "model", "salience": True},
+    "salience": {
+        **SMALL,
+        "level_alignment": ["sliding", "dual", "prefix", "block"],
+        "salience": True,
+        "early": "partial",
+    },
+    "topk": {**SMALL, "selector": "topk", "selector_margin": 0.3, "selector_count": 2, "decision_slots": True},
+    "entmax": {**SMALL, "selector": "entmax", "decision_slots": True, "level_feature": "difference"},
+    "gumbel": {**SMALL, "selector": "gumbel", "selector_margin": 0.2, "selector_balance": 0.0},
+    "input": {**SMALL, "selector": "dense", "tower": "input", "semantic_levels": ["word", "learned"], "salience": True},
+    "slots": {**SMALL, **SLOTS, "slot_contexts": [1, 2, 3, 4, 6, 8, "word"]},
+    "slots_lru": {
+        **SMALL,
+        **SLOTS,
+        "slot_contexts": [1, "code", "word"],
+        "slot_evict": "lru",
+        "slot_gate": True,
+        "slot_layers": [1],
+    },
+    "slots_code": {**SMALL, **SLOTS, "slot_contexts": ["code"], "slot_ways": 2},
+    "everything": {
+        **SMALL,
+        **SLOTS,
+        "semantic_levels": ["syllable", "word", "sentence", "line", "paragraph", "learned"],
+        "semantic_memory": 2,
+        "salience": True,
+        "forgetting": True,
+        "selector": "topk",
+        "selector_margin": 0.1,
+        "decision_slots": True,
+        "slot_contexts": [1, 2, "word", "code"],
+        "slot_gate": True,
+    },
 }
 
 
@@ -40,9 +90,22 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, preset: str = 
 
 @pytest.fixture(params=list(VARIANTS))
 def variant(request) -> dict:
-    """Each alignment, feature, early rule and transport space appears in one of these."""
+    """Each alignment, feature, early rule, transport space and mechanism appears in one of these."""
     return VARIANTS[request.param]
+
+
+TEXT = b"""To be, or not to be: that is the question.
+
+Whether 'tis nobler in the mind to suffer
+The slings and arrows of outrageous fortune... or so! He said.
+  Is it? """
 
 
 def random_ids(batch: int, time: int, seed: int = 0, vocabulary: int = 259) -> torch.Tensor:
     return torch.randint(0, vocabulary, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def text_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
+    """Bytes of a text that goes round, so that segments begin and contexts come back; no two rows alike."""
+    text = torch.tensor(list(TEXT)).repeat(2 + time // len(TEXT))
+    return torch.stack([text[(37 * seed + 11 * b) % len(TEXT) :][:time] for b in range(batch)])
