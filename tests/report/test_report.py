@@ -4,12 +4,14 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.errors import UserError
+from dyadlm.evaluate.mechanisms import read_tower
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.report import draw_losses, draw_tower, write_report
 from dyadlm.report.summary import _fenced
@@ -72,7 +74,7 @@ def test_losses_without_validation_and_without_anything(tmp_path):
 
 @pytest.mark.parametrize("text", ["a", "To be, or not\nto be", "日本語 é", "long " * 60])
 def test_the_tower_is_drawn_as_it_speaks(dyad, tmp_path, figures, text):
-    draw_tower(dyad, byte_tokenizer(), text, tmp_path / "tower.png")
+    draw_tower(read_tower(dyad, byte_tokenizer(), text), tmp_path / "tower.png")
     with Image.open(tmp_path / "tower.png") as image:
         assert image.format == "PNG"
     ids = torch.tensor([list(text.encode())])
@@ -89,16 +91,59 @@ def test_the_tower_is_drawn_as_it_speaks(dyad, tmp_path, figures, text):
     assert [label.get_text() for label in above.get_yticklabels()][:3] == ["1", "2", "4"]
 
 
-def test_what_has_no_tower_is_told(dyad, tmp_path):
+def panels(figure) -> dict[str, Axes]:
+    """By title, without the scales of colours."""
+    return {axes.get_title(loc="left"): axes for part in figure.subfigs for axes in part.axes if axes.images}
+
+
+def test_mechanisms_are_drawn_as_they_were_measured(tmp_path, figures):
+    torch.manual_seed(0)
+    mechanisms = {
+        "semantic_levels": ["word", "learned"], "selector": "topk", "selector_heads": 2, "slot_contexts": [1, "word"],
+        "slot_entries": 64,
+    }  # fmt: skip
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_levels": 4}
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **sizes, **mechanisms)).eval()
+    reading = read_tower(model, byte_tokenizer(), "a bad dad had a bad ad")
+    draw_tower(reading, tmp_path / "tower.png")
+    drawn = panels(figures[0])
+    contributions, segments, hits, *layers = drawn.values()
+    names = ["1", "2", "4", "8", "word", "learned"]
+    assert [label.get_text() for label in contributions.get_yticklabels()] == names
+    rows = [label.get_text() for label in segments.get_yticklabels()]
+    assert rows == ["word", "learned, layer 1", "learned, layer 2", "learned, layer 3"]
+    shades = np.asarray(segments.images[0].get_array())
+    changes = (shades[:, 1:] != shades[:, :-1]).any(-1)
+    seen = reading.behaviour
+    begins = torch.cat([seen.segments["word"][:, 0], seen.segments["learned"][:, 0]]).numpy()
+    np.testing.assert_array_equal(changes, begins[:, 1:])
+    assert [label.get_text() for label in hits.get_yticklabels()] == ["1 token", "the open word"]
+    known = np.asarray(hits.images[0].get_array()).sum(-1) < 2.5
+    np.testing.assert_array_equal(known, torch.stack([seen.hits["1"][0], seen.hits["word"][0]]).numpy())
+    for layer, axes in enumerate(layers[:3]):
+        chosen = (np.asarray(axes.images[0].get_array()) < 1).any(-1)  # (K H, T): what is not chosen is white
+        expected = (seen.routes[layer, 0] > 0).permute(2, 1, 0).flatten(0, 1).numpy()
+        np.testing.assert_array_equal(chosen, expected)
+    assert [text.get_text() for text in layers[0].get_legend().get_texts()] == ["head 1", "head 2"]
+
+
+def test_what_cannot_be_measured_is_said(tmp_path, figures):
+    config = DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=1, slot_contexts=[1], slot_gate=True)
+    reading = read_tower(DyadForCausalLM(config).eval(), byte_tokenizer(), "text")
+    assert ["depends on more than the tokens" in note for note in reading.notes] == [True]
+    draw_tower(reading, tmp_path / "tower.png")
+    assert len(panels(figures[0])) == 2  # over all layers, and of the one
+
+
+def test_what_has_no_tower_is_told(dyad):
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=259, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     with pytest.raises(UserError, match="no tower"):
-        draw_tower(llama, byte_tokenizer(), "text", tmp_path / "tower.png")
+        read_tower(llama, byte_tokenizer(), "text")
     for text in ("", "x" * 513):
         with pytest.raises(UserError, match="1 to 512 tokens"):
-            draw_tower(dyad, byte_tokenizer(), text, tmp_path / "tower.png")
-    assert not any(tmp_path.iterdir())
+            read_tower(dyad, byte_tokenizer(), text)
 
 
 def test_a_report_needs_a_finished_run(dyad, tmp_path):
@@ -114,7 +159,7 @@ def test_a_report_needs_a_finished_run(dyad, tmp_path):
 def test_drawing_leaves_no_global_state(dyad, tmp_path):
     before = dict(matplotlib.pyplot.rcParams)
     draw_losses(metrics(50), tmp_path / "loss.png")
-    draw_tower(dyad, byte_tokenizer(), "text", tmp_path / "tower.png")
+    draw_tower(read_tower(dyad, byte_tokenizer(), "text"), tmp_path / "tower.png")
     assert dict(matplotlib.pyplot.rcParams) == before
     assert matplotlib.pyplot.get_fignums() == []
 

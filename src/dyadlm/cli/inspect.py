@@ -1,25 +1,53 @@
-"""`dyadlm inspect`: the tower as a picture."""
+"""`dyadlm inspect`: what the levels and mechanisms of a model do, as a picture and as figures."""
 
+import json as json_format
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dyadlm.cli.shared import Device, Model, load, require_png
+from dyadlm.cli.shared import Device, Fields, Model, load, require_png
 
 
 def inspect(
     model: Model,
     text: Annotated[str, typer.Option(help="The text that the model reads.")],
     output: Annotated[Path, typer.Option(metavar="PNG", help="The picture.")],
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
+    fields: Fields = None,
     device: Device = "auto",
 ) -> None:
-    """Draw which levels of the tower speak at which token: how much each adds to the hidden state."""
-    from dyadlm.files import require_new
+    """Draw which levels of the tower speak at which token, and what selector, segments and slots do, with figures."""
+    from dyadlm.evaluate.mechanisms import read_tower
+    from dyadlm.files import require_new, write_atomically
     from dyadlm.report import draw_tower
 
     require_png(output)
     require_new(output, "the picture")
-    loaded, tokenizer = load(model, device, "float32")
-    draw_tower(loaded, tokenizer, text, output)
+    if json is not None:
+        require_new(json, "the figures")
+    loaded, tokenizer = load(model, device, "float32", fields)
+    reading = read_tower(loaded, tokenizer, text)
+    draw_tower(reading, output)
+    figures = {"tokens": len(reading.pieces)} | reading.figures()
+    if json is not None:
+        write_atomically(json, json_format.dumps({"model": model, "text": text} | figures, indent=2) + "\n")
+    for line in _table(figures):
+        typer.echo(line)
+    for note in reading.notes:
+        typer.echo(note)
     typer.echo(f"Wrote {output}.")
+
+
+def _table(figures: dict[str, Any]) -> list[str]:
+    """A line for each measure, over all layers and for each of them."""
+    overall, layers = figures["all"], figures["layers"]
+    if not overall:
+        return []
+    wide = max(map(len, overall))
+    head = ["all", *(f"layer {number + 1}" for number in range(len(layers)))]
+    lines = [" " * wide + "".join(f"{name:>10}" for name in head)]
+    for name, value in overall.items():
+        row = [value, *(layer.get(name) for layer in layers)]
+        lines.append(f"{name:<{wide}}" + "".join(f"{'' if cell is None else format(cell, '.3f'):>10}" for cell in row))
+    return [line.rstrip() for line in lines]

@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dyadlm.data import resolve_data
 from dyadlm.errors import UserError
 from dyadlm.evaluate import EvaluationResult, evaluate
+from dyadlm.evaluate.mechanisms import read_tower
 from dyadlm.files import require_new, staged_folder, write_atomically
 from dyadlm.generate import Sampling, generate_text
 from dyadlm.model import DyadForCausalLM
-from dyadlm.report.figures import draw_losses, draw_tower
+from dyadlm.report.figures import draw_losses
+from dyadlm.report.tower import draw_tower
 from dyadlm.train.progress import METRICS_NAME, read_metrics
 from dyadlm.train.settings import read_record
 
@@ -54,7 +56,7 @@ def write_report(
         draw_losses(read_metrics(run / METRICS_NAME), folder / LOSSES_NAME, f"Loss of {run.resolve().name}")
         has_tower = isinstance(model, DyadForCausalLM)
         if has_tower:
-            draw_tower(model, tokenizer, (prompt + sample)[:PICTURED], folder / TOWER_NAME)
+            draw_tower(read_tower(model, tokenizer, (prompt + sample)[:PICTURED]), folder / TOWER_NAME)
         write_atomically(folder / EVALUATION_NAME, json.dumps(figures.to_dict(), indent=2) + "\n")
         page = _page(run, record, model, data.datasets, figures, prompt, sample, seed, has_tower)
         write_atomically(folder / SUMMARY_NAME, page)
