@@ -72,7 +72,7 @@ class DyadConfig(PreTrainedConfig):
         selector_balance: step by which topk and gumbel correct their bias towards an even load; 0: not at all.
         slot_contexts: what identity slots are addressed by: numbers of tokens, `word` (the open word), `code` (a
             learned code of the state). One table each. None: no slots.
-        slot_layers: blocks that have slots; None: all, if there are contexts.
+        slot_layers: blocks that have slots, if there are contexts; None: the later half.
         slot_entries: S, of each table. slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
         slot_evict: ring | lru.
         slot_scope: `document`: tables are empty where a document starts; `stream`: they live on. Weights do not depend
@@ -226,7 +226,7 @@ class DyadConfig(PreTrainedConfig):
         _require_choice("slot_evict", self.slot_evict, slots.EVICTIONS)
         _require_choice("slot_scope", self.slot_scope, slots.SCOPES)
         if self.slot_layers is None:
-            self.slot_layers = list(range(self.num_hidden_layers)) if self.slot_contexts else []
+            self.slot_layers = list(range(self.num_hidden_layers // 2, self.num_hidden_layers))
         for layer in self.slot_layers:
             if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
                 raise UserError(

@@ -2,11 +2,26 @@
 
 from typing import Any
 
+# What has been measured to help (docs/experiments.md): meaning beside geometry, tokens that count by their salience,
+# and slots that recall. A vocabulary other than bytes has to be told its texts (`use_tokenizer`); training does that.
+COMPOSITION: dict[str, Any] = {
+    "semantic_levels": ["syllable", "word", "sentence", "line"],
+    "salience": True,
+    "slot_contexts": [2, 3, 4, 6, 8, "word"],
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # About 1M parameters, bytes: minutes on a laptop's CPU.
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 256},
-    # About 10M parameters.
-    "small": {"hidden_size": 288, "num_hidden_layers": 7, "max_position_embeddings": 1024},
-    # About 120M parameters.
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "max_position_embeddings": 2048},
+    # About 1M parameters, bytes: minutes on a laptop's CPU. Far geometric levels add nothing at 256 tokens.
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 256,
+        "num_levels": 4,
+        "level_rank": 22,
+        **COMPOSITION,
+    },
+    # About 11M parameters.
+    "small": {"hidden_size": 288, "num_hidden_layers": 7, "max_position_embeddings": 1024, **COMPOSITION},
+    # About 130M parameters.
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "max_position_embeddings": 2048, **COMPOSITION},
 }
