@@ -18,7 +18,7 @@ H heads.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ class Tower(nn.Module):
             if self.in_model_space:
                 ranks, read = None, weigh([x], alone)
             else:
-                read = weigh([self.bottlenecks[k](x) for k in self.sliding], alone)
+                read = weigh(self.through_bottlenecks(x, self.sliding), alone)
                 ranks = [self.ranks[k] + (alone is not None) for k in self.sliding]
             windows, rings = sliding_windows(read, self.sliding, ranks, clock, rings)
             for k, (now, before) in zip(self.sliding, windows, strict=True):
@@ -219,7 +219,8 @@ class Tower(nn.Module):
         state: tuple[Tensor, ...],
     ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
         """What semantic levels say: the mean of the segment so far, beside the complete ones before it."""
-        read = [accumulator(x if self.in_model_space else self.bottlenecks[k](x)) for k in levels]
+        read = [x] * len(levels) if self.in_model_space else self.through_bottlenecks(x, levels)
+        read = [accumulator(part) for part in read]
         if weights is None:
             weights = read[0].new_ones(1, 1, 1).expand(*x.shape[:2], len(read))
         widths = [part.shape[-1] for part in read]
@@ -242,6 +243,15 @@ class Tower(nn.Module):
             older = [earlier[s]] * (self.config.semantic_memory - 1)
             features[k] = self.feature(k, current[s], last[s], paired, x.dtype, older)
         return features, tuple(carried)
+
+    def through_bottlenecks(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """x (B, T, D) through the bottleneck of each of some levels: (B, T, R) each."""
+        modules = [self.bottlenecks[k] for k in levels]
+        if not all(type(module) is nn.Linear for module in modules):  # such as adapters around them
+            return [module(x) for module in modules]
+        # One wide product is faster than several narrow ones.
+        together = nn.functional.linear(x, torch.cat([cast(nn.Linear, module).weight for module in modules]))
+        return list(together.split([self.ranks[k] for k in levels], -1))
 
     def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, through its bottleneck unless transport comes first: (..., D) → (..., R or D).
