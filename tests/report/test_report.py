@@ -72,7 +72,7 @@ def test_losses_without_validation_and_without_anything(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-@pytest.mark.parametrize("text", ["a", "To be, or not\nto be", "日本語 é", "long " * 60])
+@pytest.mark.parametrize("text", ["a", "To be, or not\nto be", "日本語 é", "\x03\x7f control", "long " * 60])
 def test_the_tower_is_drawn_as_it_speaks(dyad, tmp_path, figures, text):
     draw_tower(read_tower(dyad, byte_tokenizer(), text), tmp_path / "tower.png")
     with Image.open(tmp_path / "tower.png") as image:

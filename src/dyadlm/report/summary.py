@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dyadlm.data import resolve_data
 from dyadlm.errors import UserError
 from dyadlm.evaluate import EvaluationResult, evaluate
-from dyadlm.evaluate.mechanisms import read_tower
+from dyadlm.evaluate.mechanisms import TowerReading, read_tower
 from dyadlm.files import require_new, staged_folder, write_atomically
 from dyadlm.generate import Sampling, generate_text
 from dyadlm.model import DyadForCausalLM
@@ -54,11 +54,12 @@ def write_report(
     )
     with staged_folder(output) as folder:
         draw_losses(read_metrics(run / METRICS_NAME), folder / LOSSES_NAME, f"Loss of {run.resolve().name}")
-        has_tower = isinstance(model, DyadForCausalLM)
-        if has_tower:
-            draw_tower(read_tower(model, tokenizer, (prompt + sample)[:PICTURED]), folder / TOWER_NAME)
+        reading = None
+        if isinstance(model, DyadForCausalLM):
+            reading = read_tower(model, tokenizer, (prompt + sample)[:PICTURED])
+            draw_tower(reading, folder / TOWER_NAME)
         write_atomically(folder / EVALUATION_NAME, json.dumps(figures.to_dict(), indent=2) + "\n")
-        page = _page(run, record, model, data.datasets, figures, prompt, sample, seed, has_tower)
+        page = _page(run, record, model, data.datasets, figures, prompt, sample, seed, reading)
         write_atomically(folder / SUMMARY_NAME, page)
     return output / SUMMARY_NAME
 
@@ -72,7 +73,7 @@ def _page(
     prompt: str,
     sample: str,
     seed: int,
-    has_tower: bool,
+    reading: TowerReading | None,
 ) -> str:
     settings, result = record["settings"], record["result"]
     interval = "a single block, so no interval"
@@ -112,11 +113,13 @@ def _page(
         f"## Sample\n\nSeed {seed}, temperature 0.8, top-p 0.95; the prompt is `{prompt!r}`.\n\n"
         + _fenced(prompt + sample),
     ]
-    if has_tower:
+    if reading is not None:
         sections.append(
             "## The tower\n\nHow much each level adds to the hidden state, along the beginning of the sample.\n\n"
             f"![Levels by time: which levels speak at which token]({TOWER_NAME})"
         )
+        if measures := reading.behaviour.measures():
+            sections.append(_table({name.replace("_", " "): f"{value:.3f}" for name, value in measures.items()}))
     return "\n\n".join(sections) + "\n"
 
 

@@ -13,6 +13,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Patch
 
 from dyadlm.evaluate.mechanisms import TowerReading
@@ -20,6 +21,7 @@ from dyadlm.report.figures import STYLE, write_figure
 
 COLOURS = "magma_r"
 EVEN, ODD, HIT, PALE = "#9db4d0", "#dbe5f1", "#c2410c", "#f4f4f4"
+WRITING = "DejaVu Sans Mono"
 HEADS = ("#1f5fa8", "#c2410c", "#2f855a", "#7c3aa8", "#a16207", "#0e7490", "#be185d", "#555555")
 # Tokens are written below a panel while they have room.
 MOST_WRITTEN = 96
@@ -178,13 +180,20 @@ def _write_tokens(axes: Axes, pieces: Sequence[str] | None, tokens: int) -> None
     if tokens > MOST_WRITTEN:
         axes.set_xlabel("token")
         return
-    shown = [piece.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "·" for piece in pieces]
+    shown = [_written(piece) for piece in pieces]
     long = max(map(len, shown)) > 2
     axes.set_xticks(
         range(len(pieces)),
         shown,
         rotation=90 if long else 0,
-        fontfamily="DejaVu Sans Mono",
+        fontfamily=WRITING,
         fontsize=9,
         color="#222222",
     )
+
+
+def _written(piece: str) -> str:
+    """A token as it is written: signs for white space, a dot for what the font does not have."""
+    signs = piece.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    font = get_font(findfont(WRITING))
+    return "".join(sign if font.get_char_index(ord(sign)) else "·" for sign in signs) or "·"
