@@ -3,8 +3,9 @@
     python benchmarks/recall.py [--family dyad-slots] [--rates 3e-3 1e-2] [--minutes 10]
 
 Multi-query associative recall over 8192 tokens, 2 layers of width 64, one model per learning rate on the whole mixture,
-a step of each part in turn, then the same weights on rows of 4k and 64k. The mixture has a short, dense part more:
-most of what a model must find out (copy a value, tell keys from values) it finds there at a fraction of the cost.
+a step of each part in turn, then the same weights on rows of 4k and 64k, filled with random or with blank tokens. The
+mixture has a short, dense part more: most of what a model must find out (copy a value, tell keys from values) it finds
+there at a fraction of the cost.
 A cell takes at most --minutes of training, of the training thread's own time, whatever else runs on the machine.
 """
 
@@ -25,12 +26,17 @@ PARTS = (
     "length=256,pairs=16",
     "length=512,pairs=64",
 )
-TESTS = ("length=4096,pairs=64", "length=65536,pairs=64")
+TESTS = (
+    "length=4096,pairs=64",
+    "length=65536,pairs=64",
+    "length=4096,pairs=64,filler=blank",
+    "length=65536,pairs=64,filler=blank",
+)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 # All have 2 layers of width 64 (`dyadlm.recall.models`); here stands what is not the default.
 FAMILIES = {
-    "dyad-slots": ("tiny", {"slot_contexts": [1], "slot_layers": [0], "slot_width": 13}),
-    "dyad-plain": ("tiny", {}),
+    "dyad-slots": ("tiny", {"num_levels": 2, "salience": False}),
+    "dyad-plain": ("tiny", {"num_levels": 9, "slot_contexts": []}),
     "mamba2": ("mamba2", {}),
     "gated-deltanet": ("qwen3_next", {}),
     "attention": ("llama", {}),

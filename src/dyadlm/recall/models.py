@@ -108,8 +108,10 @@ def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any
 def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any]) -> PreTrainedConfig:
     sizes = {"vocab_size": vocabulary, "max_position_embeddings": length}
     if name in PRESETS or name == DyadConfig.model_type:
-        small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS}
-        return DyadConfig.from_preset(name if name in PRESETS else "tiny", **sizes | small | dict(given))
+        # The symbols of a task are no text: no words or sentences, and slots addressed by the last symbol.
+        small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "level_rank": None}
+        own = {"semantic_levels": [], "slot_contexts": [1], "slot_layers": [0]}
+        return DyadConfig.from_preset(name if name in PRESETS else "tiny", **sizes | small | own | dict(given))
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(name, [*PRESETS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES], n=1)
         hint = f"the nearest is {near[0]}" if near else "give a preset, a folder or a model type such as llama"
