@@ -129,36 +129,45 @@ def segment_sums(
         if log_keep is not None:
             kept = kept * log_keep[:, 0].exp()
         return x + (_spread(kept, widths) * running)[:, None]
-    decay = [None] * len(widths) if log_keep is None else log_keep.unbind(-1)
-    summed = [
-        _scan(part, first, gone, [Tiles(t.inside[:, s], t.opened[:, s]) for t in plan.tiles])
-        for s, (part, first, gone) in enumerate(
-            zip(x.split(list(widths), -1), running.split(list(widths), -1), decay, strict=True)
-        )
-    ]
-    return torch.cat(summed, -1)
+    gone = None if log_keep is None else log_keep.transpose(1, 2)
+    summed = _scan(_apart(x, widths), _apart(running[:, None], widths).squeeze(2), gone, plan.tiles)
+    return _together(summed, widths)
+
+
+def _apart(x: Tensor, widths: Sequence[int]) -> Tensor:
+    """(B, T, all channels) → (B, S, T, C), C the widest; narrower ones are filled with zeros."""
+    if len(set(widths)) == 1:
+        return x.unflatten(-1, (len(widths), -1)).transpose(1, 2)
+    parts = zip(x.split(list(widths), -1), widths, strict=True)
+    return torch.stack([torch.nn.functional.pad(part, (0, max(widths) - width)) for part, width in parts], 1)
+
+
+def _together(x: Tensor, widths: Sequence[int]) -> Tensor:
+    """The inverse of `_apart`."""
+    if len(set(widths)) == 1:
+        return x.transpose(1, 2).flatten(2)
+    return torch.cat([part[..., :width] for part, width in zip(x.unbind(1), widths, strict=True)], -1)
 
 
 def _scan(x: Tensor, running: Tensor, log_keep: Tensor | None, tiles: Sequence[Tiles]) -> Tensor:
-    """One segmentation: x (B, T, C), running (B, C), log_keep (B, T) → (B, T, C)."""
-    time = x.shape[1]
+    """x (B, S, T, C), running (B, S, C), log_keep (B, S, T) → (B, S, T, C)."""
+    time = x.shape[2]
     inside, opened = tiles[0].inside.to(x.dtype), tiles[0].opened.to(x.dtype)
     count, size = opened.shape[-2:]
     short = count * size - time
-    tiled = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(1, (count, size))
+    tiled = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (count, size))
     ends = None
     if log_keep is not None:
         # A sum of logarithms from the tile's start; masked before it is raised, for what is masked may overflow.
-        gone = torch.nn.functional.pad(log_keep, (0, short)).unflatten(1, (count, size)).cumsum(-1)
+        gone = torch.nn.functional.pad(log_keep, (0, short)).unflatten(2, (count, size)).cumsum(-1)
         between = (gone[..., :, None] - gone[..., None, :]).masked_fill(~tiles[0].inside, 0.0)
         inside, opened, ends = inside * between.exp(), opened * gone.exp(), gone[..., -1]
     local = inside @ tiled
-    if count == 1:
-        carried = running[:, None]
-    else:
-        after = _scan(local[:, :, -1], running, ends, tiles[1:])
-        carried = torch.cat([running[:, None], after[:, :-1]], 1)
-    return (local + opened[..., None] * carried[:, :, None]).flatten(1, 2)[:, :time]
+    carried = running[:, :, None]
+    if count > 1:
+        after = _scan(local[..., -1, :], running, ends, tiles[1:])
+        carried = torch.cat([carried, after[:, :, :-1]], 2)
+    return (local + opened[..., None] * carried[..., None, :]).flatten(2, 3)[:, :, :time]
 
 
 def _spread(values: Tensor, widths: Sequence[int]) -> Tensor:
@@ -190,12 +199,12 @@ def segment_windows(
         sums: (B, T, C') the running sums, of which the last row of each document is carried.
         open_made: (B, C) the same of the sums that the state carries.
     """
-    history = torch.cat([state.earlier[:, None], state.last[:, None], open_made[:, None], made], 1)
-    last, earlier = [], []
-    for s, part in enumerate(history.split(list(widths), -1)):
-        last.append(take(part, plan.last[..., s]) * (plan.complete[..., s] >= 1)[..., None])
-        earlier.append(take(part, plan.earlier[..., s]) * (plan.complete[..., s] >= 2)[..., None])
-    windows = SegmentWindows(made, torch.cat(last, -1), torch.cat(earlier, -1))
+    history = _apart(torch.cat([state.earlier[:, None], state.last[:, None], open_made[:, None], made], 1), widths)
+    seen = []
+    for row, least in ((plan.last, 1), (plan.earlier, 2)):
+        row, there = row.transpose(1, 2)[..., None], (plan.complete >= least).transpose(1, 2)[..., None]
+        seen.append(_together(history.gather(2, row.expand(-1, -1, -1, history.shape[-1])) * there, widths))
+    windows = SegmentWindows(made, *seen)
     rows = (clock.length - 1)[:, None]
     carried = []
     for new, old in ((sums, state.running), (windows.last, state.last), (windows.earlier, state.earlier)):
