@@ -19,15 +19,8 @@ def parameters(config: DyadConfig) -> int:
     block = norms_and_identity + (_written(config) + _blockwise(config)) * width
     reading = (sum(config.ranks) + _weighing(config)) * width + _weighing_biases(config)
     slots = _slot_readings(config) * width + len(config.slot_contexts or ()) * config.slot_gate
-    decision_bias = config.selector_heads * config.decision_slots * layers
-    return (
-        embeddings
-        + width
-        + layers * block
-        + _listeners(config) * reading
-        + _slot_layers(config) * slots
-        + decision_bias
-    )
+    blocks = layers * (block + config.selector_heads * config.decision_slots)
+    return embeddings + width + blocks + _listeners(config) * reading + _slot_layers(config) * slots
 
 
 def _listeners(config: DyadConfig) -> int:
@@ -89,7 +82,11 @@ def training_flops_per_token(config: DyadConfig, sequence_length: int) -> float:
     A multiplication and an addition count as two. The pyramid's additions, T log T in number, are not products and are
     not counted; they are a few hundredths of it.
     """
-    return 3 * forward_flops(config, sequence_length) / sequence_length
+    forward = forward_flops(config, sequence_length)
+    once = 0  # products with what needs no gradient: which tokens share a segment
+    if not config.forgetting:
+        once = 2 * _listeners(config) * _segment_products(config, sequence_length)
+    return (3 * forward - once) / sequence_length
 
 
 def forward_flops(config: DyadConfig, sequence_length: int) -> int:

@@ -77,11 +77,14 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, preset: str = "tiny", **overrides) -> DyadForCausalLM:
-    """A preset narrowed to width 64 (or as told), all of its weights random."""
+def make_model(
+    dtype: torch.dtype = torch.float64, seed: int = 0, preset: str | None = None, **overrides
+) -> DyadForCausalLM:
+    """A preset, or a model without mechanisms but those told, at width 64 or as told; all of its weights random."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_levels": 7, "vocab_size": 259}
     torch.manual_seed(seed)
-    model = DyadForCausalLM(DyadConfig.from_preset(preset, **{**sizes, **overrides}))
+    fields = {**sizes, **overrides}
+    model = DyadForCausalLM(DyadConfig(**fields) if preset is None else DyadConfig.from_preset(preset, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)

@@ -24,7 +24,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_predictions_equal_the_model(shape):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_levels": 6}
-    config = DyadConfig.from_preset("tiny", **{**sizes, **shape})
+    config = DyadConfig(**{**sizes, **shape})
     model = DyadForCausalLM(config)
     assert parameters(config) == sum(p.numel() for p in model.parameters())
     for length in (1, 50, 64):
@@ -35,14 +35,12 @@ def test_predictions_equal_the_model(shape):
         assert cache.state_bytes() == state_bytes(config)
     with FlopCounterMode(display=False) as counter:
         model.train()(ids, labels=ids).loss.backward()
-    assert counter.get_total_flops() == pytest.approx(64 * training_flops_per_token(config, 64), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(64 * training_flops_per_token(config, 64), rel=0.02)
 
 
 def test_long_segments_are_counted_too():
     """Tiles of tiles, and tiles of those."""
-    config = DyadConfig.from_preset(
-        "tiny", hidden_size=8, num_hidden_layers=1, num_levels=2, semantic_levels=["word"], level_rank=2
-    )
+    config = DyadConfig(hidden_size=8, num_hidden_layers=1, num_levels=2, semantic_levels=["word"], level_rank=2)
     for length in (33, 1025):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             DyadForCausalLM(config).eval()(torch.randint(0, 259, (1, length)))
@@ -50,7 +48,7 @@ def test_long_segments_are_counted_too():
 
 
 def test_one_token_computes_the_chosen_levels_alone():
-    config = DyadConfig.from_preset("tiny", hidden_size=32, selector="topk", selector_count=1, selector_heads=2)
+    config = DyadConfig(hidden_size=32, selector="topk", selector_count=1, selector_heads=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         DyadForCausalLM(config).eval()(torch.tensor([[65]]))
     assert counter.get_total_flops() < forward_flops(config, 1)

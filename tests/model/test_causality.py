@@ -8,7 +8,7 @@ import torch
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.model import PRESETS, tower
 
-from .conftest import make_model, random_ids
+from .conftest import VARIANTS, make_model, text_ids
 
 
 def narrowed(preset: str, **overrides) -> DyadForCausalLM:
@@ -27,15 +27,22 @@ def test_later_tokens_change_no_earlier_logit_in_variants(variant, training):
     assert_causal(make_model(**variant).train(training))
 
 
-def assert_causal(model: DyadForCausalLM) -> None:
-    ids = random_ids(2, 96)
+def seeded(model: DyadForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits with the same dropout and noise each time; no pass corrects the selectors' bias by the one before."""
     torch.manual_seed(3)
-    before = model(ids).logits
+    for layer in model.model.layers:
+        if layer.tower.selector is not None and layer.tower.selector.chooses:
+            layer.tower.selector.load.zero_()
+    return model(ids).logits
+
+
+def assert_causal(model: DyadForCausalLM) -> None:
+    ids = text_ids(2, 96)
+    before = seeded(model, ids)
     for cut in (1, 2, 3, 8, 31, 32, 33, 63, 64, 95):
         changed = ids.clone()
         changed[0, cut:] = (changed[0, cut:] + 101) % 259
-        torch.manual_seed(3)  # the same dropout
-        after = model(changed).logits
+        after = seeded(model, changed)
         assert torch.equal(after[0, :cut], before[0, :cut])
         assert torch.equal(after[1], before[1])  # across rows of the batch
         assert not torch.equal(after[0, cut:], before[0, cut:])
@@ -43,8 +50,10 @@ def assert_causal(model: DyadForCausalLM) -> None:
 
 def test_no_gradient_reaches_an_earlier_logit_from_a_later_token(variant):
     model = make_model(**variant)
-    embedded = model.get_input_embeddings()(random_ids(2, 70)).detach().requires_grad_()
-    logits = model(inputs_embeds=embedded).logits
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+    logits = model(text_ids(2, 70)).logits
+    (embedded,) = seen
     for t in (0, 1, 15, 16, 33, 68):
         (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)
         assert (gradient[0, t + 1 :] == 0).all()
@@ -54,7 +63,7 @@ def test_no_gradient_reaches_an_earlier_logit_from_a_later_token(variant):
 
 def test_nothing_crosses_padding_or_a_document_boundary(variant):
     model = make_model(**variant)
-    ids = random_ids(1, 60)
+    ids = text_ids(1, 60)
     positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
     before = model(ids, position_ids=positions).logits
     changed = ids.clone()
@@ -119,12 +128,18 @@ SCHEDULE = {"steps": 120, "warm_up": 60}
 def leak_model(**overrides) -> DyadForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 128}
-    return DyadForCausalLM(DyadConfig.from_preset("tiny", **{**sizes, **overrides}))
+    return DyadForCausalLM(DyadConfig(**{**sizes, **overrides}))
 
 
 @pytest.mark.parametrize("symbols", [8, 256])
 def test_nobody_gains_on_streams_that_cannot_be_predicted(symbols):
     assert max(highest_gains(leak_model(), symbols, **SCHEDULE).values()) < LIMIT
+
+
+def test_nobody_gains_with_every_mechanism():
+    """In training mode: choices by load, learned boundaries and gates, all of them learning."""
+    model = leak_model(**{**VARIANTS["everything"], "hidden_size": 32, "num_levels": 6, "slot_entries": 64})
+    assert max(highest_gains(model.train(), 8, **SCHEDULE).values()) < LIMIT
 
 
 @pytest.mark.parametrize("preset", ["small", "base"])

@@ -20,7 +20,7 @@ from dyadlm.accounting import parameters
 from dyadlm.data import byte_tokenizer
 from dyadlm.model.configuration import LEVEL_FEATURES
 
-from .conftest import make_model, random_ids
+from .conftest import VARIANTS, make_model, random_ids, text_ids
 
 
 def generate(model, ids, mask=None, **options):
@@ -108,7 +108,7 @@ def test_weights_are_tied_unless_told_otherwise(tmp_path):
 
 def test_blocks_start_silent_through_every_way_of_making_a_model():
     """transformers skips `_init_weights` for outside modules without parameters of their own: look at the result."""
-    config = DyadConfig.from_preset("tiny", hidden_size=48, num_hidden_layers=2)
+    config = DyadConfig(hidden_size=48, num_hidden_layers=2)
     ids = random_ids(1, 40)
     for model in (DyadForCausalLM(config), AutoModelForCausalLM.from_config(config)):
         hidden = model(ids, output_hidden_states=True).hidden_states
@@ -212,7 +212,7 @@ def test_pipeline_generates_text(tmp_path):
 
 def test_plain_trainer_trains_it(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in random_ids(1, 32).repeat(16, 1)]
-    model = DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=2))
+    model = DyadForCausalLM(DyadConfig(hidden_size=32, num_hidden_layers=2))
     arguments = TrainingArguments(
         str(tmp_path),
         max_steps=30,
@@ -228,11 +228,16 @@ def test_plain_trainer_trains_it(tmp_path):
     assert final < 0.5 * result.training_loss
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model, ids = make_model().train(), random_ids(2, 40)
+@pytest.mark.parametrize("name", ["default", "gumbel", "everything"])
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    model, ids = make_model(**VARIANTS[name]).train(), text_ids(2, 40)
 
     def gradients():
+        torch.manual_seed(5)  # the same noise
         model.zero_grad()
+        for layer in model.model.layers:
+            if layer.tower.selector is not None:
+                layer.tower.selector.load.zero_()  # so that no pass corrects the bias by the one before
         model(ids, labels=ids).loss.backward()
         return [p.grad.clone() for p in model.parameters()]
 
@@ -302,6 +307,44 @@ def test_level_contributions_show_each_level():
     assert torch.equal(loud[0, 3], silent[0, 3])
 
 
+def test_every_parameter_gets_a_gradient(variant):
+    """As training in parallel demands of each pass."""
+    model, ids = make_model(**variant).train(), text_ids(2, 60)
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["semantic", "topk", "everything"])
+def test_mechanisms_generate_save_and_load(name, tmp_path):
+    model, ids = make_model(torch.float32, **VARIANTS[name]), text_ids(2, 21)
+    for layer in model.model.layers:
+        if layer.tower.selector is not None:
+            layer.tower.selector.bias.normal_()
+    with_state = generate(model, ids, use_cache=True, max_new_tokens=8)
+    assert torch.equal(with_state, generate(model, ids, use_cache=False, max_new_tokens=8))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+    for key, buffer in loaded.named_buffers():  # also those that no file holds
+        assert torch.equal(buffer, dict(model.named_buffers())[key])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_vocabulary_of_any_size_and_contexts_of_any_length():
+    fields = {**VARIANTS["slots"], "semantic_levels": ["learned"], "vocab_size": 2**17, "max_position_embeddings": 32}
+    fields["slot_contexts"] = [1, 2, 3, 4, 6, 8]
+    model = make_model(torch.float32, **fields)
+    assert model(random_ids(1, 200, vocabulary=2**17), logits_to_keep=5).logits.isfinite().all()
+
+
+def test_what_reads_the_tokens_refuses_embeddings():
+    for name in ("semantic", "slots"):
+        model = make_model(**VARIANTS[name])
+        with pytest.raises(UserError, match="give input_ids"):
+            model(inputs_embeds=model.get_input_embeddings()(text_ids(1, 5)))
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # read by peft, not by us
 def test_lora_on_the_projections_trains(tmp_path):
     peft = pytest.importorskip("peft")
@@ -342,10 +385,33 @@ def test_lora_on_the_projections_trains(tmp_path):
         ({"level_alignment": "sliding", "num_levels": 30}, "use hybrid or dual"),
         ({"vocab_size": 65, "eos_token_id": 65}, "eos_token_id is 65 but vocab_size is 65"),
         ({"model_type": "llama"}, "no field 'model_type'"),
+        ({"semantic_levels": ["verse"]}, "semantic_levels is 'verse'"),
+        ({"semantic_levels": ["word", "word"]}, "names something twice"),
+        ({"semantic_memory": 3}, "semantic_memory is 3"),
+        ({"boundary_rate": 0.0}, "boundary_rate is 0.0"),
+        ({"tower": "both"}, "tower is 'both'"),
+        ({"selector": "best"}, "selector is 'best'"),
+        ({"selector": "topk", "selector_heads": 3}, "divisor of hidden_size"),
+        ({"selector": "topk", "selector_count": 9}, "there are 8 levels"),
+        ({"selector": "entmax", "selector_margin": 0.1}, "use topk or gumbel"),
+        ({"decision_slots": True}, "set selector too"),
+        ({"slot_contexts": [0]}, "replace 0"),
+        ({"slot_contexts": ["page"]}, "replace 'page'"),
+        ({"slot_contexts": [1], "slot_entries": 24, "slot_ways": 4}, "no power of two of sets"),
+        ({"slot_contexts": [1], "slot_evict": "fifo"}, "slot_evict is 'fifo'"),
+        ({"slot_contexts": [1], "slot_scope": "all"}, "slot_scope is 'all'"),
+        ({"slot_contexts": [1], "slot_layers": [4]}, "slot_layers names block 4"),
     ],
 )
 def test_wrong_configurations_are_named_in_one_sentence(wrong, message):
-    wrong = {"name": "tiny", **wrong}
+    wrong = {
+        "name": "tiny",
+        "num_levels": 8,
+        "level_rank": None,
+        "semantic_levels": None,
+        "slot_contexts": None,
+        **wrong,
+    }
     with pytest.raises(UserError, match=message) as error:
         DyadConfig.from_preset(wrong.pop("name"), **wrong)
     assert "\n" not in str(error.value)
@@ -359,10 +425,10 @@ def test_special_tokens_follow_the_vocabulary():
     assert DyadConfig.from_preset("tiny", vocab_size=65, eos_token_id=[1, 2]).eos_token_id == [1, 2]
 
 
-def test_overrides_keep_a_preset_consistent():
-    config = DyadConfig.from_preset("tiny", hidden_size=64, max_position_embeddings=1024)
+def test_what_is_not_told_follows_from_what_is():
+    config = DyadConfig(hidden_size=64, max_position_embeddings=1024)
     assert (config.intermediate_size, config.level_rank, config.num_levels) == (176, 12, 10)
     assert config.alignments == ["sliding"] * 4 + ["dual"] * 6
     assert DyadConfig.from_preset("tiny", hidden_size=64, intermediate_size=100).intermediate_size == 100
-    sizes = {parameters(DyadConfig.from_preset("tiny", level_feature=feature)) for feature in LEVEL_FEATURES}
+    sizes = {parameters(DyadConfig(level_feature=feature)) for feature in LEVEL_FEATURES}
     assert len(sizes) == 1  # features compare at equal parameters

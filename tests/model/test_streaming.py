@@ -6,7 +6,7 @@ import torch
 from dyadlm import DyadCache, UserError
 from dyadlm.accounting import state_bytes
 
-from .conftest import make_model, random_ids
+from .conftest import SLOTS, SMALL, VARIANTS, make_model, random_ids, text_ids
 
 EXACT = 1e-9
 
@@ -19,7 +19,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def state_distance(a: DyadCache, b: DyadCache) -> float:
     left, right = a.tensors(), b.tensors()
     assert left.keys() == right.keys()
-    return max(distance(left[name], right[name]) for name in left)
+    return max(distance(left[name].double(), right[name].double()) for name in left if left[name].numel())
 
 
 def read(model, ids, cuts=(), mask=None, cache=None):
@@ -33,7 +33,7 @@ def read(model, ids, cuts=(), mask=None, cache=None):
 
 
 def test_chunks_and_single_tokens_equal_the_whole(variant):
-    model, ids = make_model(**variant), random_ids(2, 150)
+    model, ids = make_model(**variant), text_ids(2, 150)
     full = model(ids, use_cache=True)
     generator = torch.Generator().manual_seed(1)
     random_cuts = sorted(set(torch.randint(1, 150, (9,), generator=generator).tolist()))
@@ -44,7 +44,7 @@ def test_chunks_and_single_tokens_equal_the_whole(variant):
 
 
 def test_float32_token_by_token_equals_the_whole(variant):
-    model, ids = make_model(torch.float32, **variant), random_ids(1, 140)
+    model, ids = make_model(torch.float32, **variant), text_ids(1, 140)
     logits, cache = read(model, ids, range(1, 140))
     full = model(ids, use_cache=True)
     assert distance(logits, full.logits) < 1e-4
@@ -57,7 +57,7 @@ def test_padding_changes_nothing(variant, side):
     model = make_model(**variant)
     lengths, width = (17, 40, 64), 70
     ids, mask = torch.full((3, width), 256), torch.zeros(3, width, dtype=torch.long)
-    rows = [random_ids(1, n, seed=n) for n in lengths]
+    rows = [text_ids(1, n, seed=n) for n in lengths]
     places = []
     for b, row in enumerate(rows):
         n = row.shape[1]
@@ -69,7 +69,7 @@ def test_padding_changes_nothing(variant, side):
             place = torch.randperm(width, generator=torch.Generator().manual_seed(b))[:n].sort().values
         ids[b, place], mask[b, place] = row[0], 1
         places.append(place)
-    follow = random_ids(3, 9, seed=7)
+    follow = text_ids(3, 9, seed=7)
     for cuts in ([], [5, 30, 66]):
         logits, cache = read(model, ids, cuts, mask)
         continued, after = read(model, follow, cache=cache)
@@ -84,7 +84,7 @@ def test_padding_changes_nothing(variant, side):
 def test_packed_documents_equal_each_alone(variant):
     model = make_model(**variant)
     sizes = (1, 30, 2, 64, 23)
-    documents = [random_ids(1, n, seed=n) for n in sizes]
+    documents = [text_ids(1, n, seed=n) for n in sizes]
     packed = torch.cat(documents, 1)
     positions = torch.cat([torch.arange(n) for n in sizes])[None]
     for cut in (None, 31, 40):
@@ -109,7 +109,7 @@ def test_packed_and_left_padded_at_once():
 
 
 def test_saved_and_restored_state_continues_as_if_never_interrupted(variant, tmp_path):
-    model, ids = make_model(**variant), random_ids(2, 90)
+    model, ids = make_model(**variant), text_ids(2, 90)
     _, cache = read(model, ids[:, :50])
     cache.save(tmp_path / "state.safetensors", model.config)
     restored = DyadCache.load(tmp_path / "state.safetensors", model.config)
@@ -126,6 +126,8 @@ def test_state_files_of_other_models_and_other_files_are_refused(tmp_path):
     cache.save(tmp_path / "state", model.config)
     with pytest.raises(UserError, match="another shape"):
         DyadCache.load(tmp_path / "state", make_model(num_levels=6).config)
+    with pytest.raises(UserError, match="another shape"):
+        DyadCache.load(tmp_path / "state", make_model(semantic_levels=["word"]).config)
     with pytest.raises(UserError, match="no state file"):
         DyadCache.load(tmp_path / "missing", model.config)
     (tmp_path / "text").write_text("not a state")
@@ -136,16 +138,42 @@ def test_state_files_of_other_models_and_other_files_are_refused(tmp_path):
         DyadCache.load(tmp_path / "model" / "model.safetensors", model.config)
 
 
-def test_rows_can_be_reordered_repeated_and_sliced():
-    model, ids = make_model(), random_ids(3, 41)
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_rows_can_be_reordered_repeated_and_sliced(name):
+    model, ids = make_model(**VARIANTS[name]), text_ids(3, 41)
     _, cache = read(model, ids)
-    follow = random_ids(3, 5, seed=4)
+    follow = text_ids(3, 5, seed=4)
     order = torch.tensor([2, 0, 0])
     expected = model(torch.cat([ids[order], follow], 1)).logits[:, 41:]
     chosen = cache.select_rows(order)
     assert distance(model(follow, past_key_values=chosen).logits, expected) < EXACT
     cache.reorder_cache(order)
+    _, other = read(model, ids[:1])
+    other.batch_repeat_interleave(3)
+    assert distance(model(follow, past_key_values=other).logits[1:], expected[1:]) < EXACT
     assert distance(model(follow, past_key_values=cache).logits, expected) < EXACT
+
+
+def test_a_memory_of_the_stream_passes_into_the_next_document_and_nothing_else_does():
+    """Packed is then not the same as alone: what slots hold is read on, what is pending is not written."""
+    model = make_model(**SMALL, **SLOTS, slot_contexts=[1, "word"], slot_scope="stream")
+    first, second = torch.tensor([[65, 66, 67]]), torch.tensor([[65, 68, 69]])
+    packed = torch.cat([first, second], 1)
+    positions = torch.arange(3).repeat(2)[None]
+    whole = model(packed, position_ids=positions, use_cache=True)
+    alone = model(second, use_cache=True)
+    assert distance(whole.logits[:, 4:], alone.logits[:, 1:]) < EXACT  # 68 and 69 have no past in the stream
+    changed = model(torch.cat([torch.tensor([[68, 66, 67]]), second], 1), position_ids=positions).logits
+    assert distance(changed[:, 4:5], whole.logits[:, 4:5]) > 1e-4  # but if they have, it is read
+    cut = DyadCache()
+    parts = [
+        model(packed[:, part], position_ids=positions[:, part], past_key_values=cut).logits
+        for part in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    assert distance(torch.cat(parts, 1), whole.logits) < EXACT
+    assert state_distance(cut, whole.past_key_values) < EXACT
+    for state in whole.past_key_values.layers:  # 67 stood last in its document: what followed it is not known
+        assert (state.slots[0][:, 0] != 67).all()
 
 
 def test_state_size_is_constant_and_as_predicted(variant):
@@ -212,6 +240,10 @@ def test_bfloat16_keeps_a_float32_state_and_stays_near():
     state = out.past_key_values.tensors()
     assert all(tensor.dtype == torch.float32 for name, tensor in state.items() if name != "position")
     assert (out.logits.float().log_softmax(-1) - exact).abs().mean() < 0.1
+    everything = make_model(torch.bfloat16, **VARIANTS["everything"])
+    logits, cache = read(everything, text_ids(1, 60), [30, 31])
+    assert logits.isfinite().all()
+    assert not {tensor.dtype for tensor in cache.tensors().values()} & {torch.bfloat16, torch.float16}
     half = make_model(torch.bfloat16)
     logits, cache = read(half, ids[:, :80], range(1, 80))
     assert all(tensor.dtype == torch.float32 for name, tensor in cache.tensors().items() if name != "position")
