@@ -2,9 +2,9 @@
 
     python benchmarks/composition.py [--arm "topk" ...] [--tokens 1536000]
 
-Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, three paired seeds. Every arm is the tiny
-preset with some fields changed; its ranks are chosen so that it has the preset's number of parameters. For arms that
-select: the entropy of the routes over log K, how many levels weigh more than zero, and how long a choice lasts.
+Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, three paired seeds. Every arm is the
+tiny preset with some fields changed; its ranks are chosen so that it has the preset's number of parameters. For arms
+that select: the entropy of the routes over log K, how many levels weigh more than zero, and how long a choice lasts.
 """
 
 import statistics
@@ -18,25 +18,27 @@ from dyadlm.data import TokenStream, resolve_data
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, mean_run_length
 
-SEMANTIC = ["syllable", "word", "sentence", "line"]
-CONTEXTS = [1, 2, 3, 4, 6, 8, "word"]
-NEAR = {"num_levels": 4, "level_alignment": "sliding"}
-COMPOSED = {**NEAR, "semantic_levels": SEMANTIC, "salience": True, "slot_contexts": CONTEXTS, "slot_layers": [1]}
+# The preset is the composition; each arm changes one thing about it.
 ARMS: dict[str, dict[str, Any]] = {
     "composed": {},
-    "without slots": {"slot_contexts": None, "slot_layers": None},
-    "without salience": {"salience": False},
-    "without semantic levels": {"semantic_levels": None, "num_levels": 8, "level_alignment": "hybrid"},
-    "with far levels": {"num_levels": 8, "level_alignment": "hybrid"},
-    "with forgetting": {"forgetting": True},
     "dense": {"selector": "dense"},
     "topk": {"selector": "topk"},
     "entmax": {"selector": "entmax"},
+    "without slots": {"slot_contexts": []},
+    "without semantic levels": {"semantic_levels": [], "num_levels": 8},
+    "with far levels": {"num_levels": 8},
+    "without salience": {"salience": False},
     "gumbel": {"selector": "gumbel"},
     "topk, margin 0.5": {"selector": "topk", "selector_margin": 0.5},
     "topk, decision slots": {"selector": "topk", "decision_slots": True},
-    "learned boundary": {"semantic_levels": [*SEMANTIC[:3], "learned"]},
+    "slots, lru": {"slot_evict": "lru"},
+    "slots, gate": {"slot_gate": True},
+    "slots, learned code too": {"slot_contexts": [2, 3, 4, 6, 8, "word", "code"]},
+    "forgetting": {"forgetting": True},
+    "learned boundary for the line": {"semantic_levels": ["syllable", "word", "sentence", "learned"]},
+    "paragraph too": {"semantic_levels": ["syllable", "word", "sentence", "line", "paragraph"]},
     "one tower from the input": {"tower": "input"},
+    "foundation": {"slot_contexts": [], "semantic_levels": [], "num_levels": 8, "salience": False},
 }
 SEEDS = (0, 1, 2)
 BATCH = {"batch_size": 4, "sequence_length": 256}
@@ -44,7 +46,7 @@ STUDENT = 4.303  # t of two degrees of freedom, 95 %
 
 
 def built(fields: dict[str, Any], rank: int) -> DyadForCausalLM:
-    return dyad(**{**COMPOSED, **fields, "level_rank": rank})
+    return dyad(**{**fields, "level_rank": rank})
 
 
 def rank_for(fields: dict[str, Any], target: int) -> int:
