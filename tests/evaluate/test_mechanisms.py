@@ -16,7 +16,8 @@ TEXT = b"the cat sat. the cat ran. "
 def make(**fields) -> DyadForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_levels": 3, "slot_entries": 4096, "selector_heads": 2}
-    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **sizes | fields)).eval()
+    plain = {"semantic_levels": [], "selector": "none", "slot_contexts": []}  # whatever the preset has
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **plain | sizes | fields)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)

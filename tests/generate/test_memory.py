@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     About three seconds of training.
     """
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_levels": 3, "slot_entries": 256}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_levels": 3, "slot_entries": 256, "semantic_levels": []}
     config = DyadConfig.from_preset("tiny", slot_contexts=[2], slot_scope="stream", **sizes)
     model = DyadForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -129,13 +129,14 @@ def test_a_cache_that_saw_nothing_starts_anywhere():
 
 def test_what_cannot_recall_is_told(folder, tmp_path):
     state = tmp_path / "state.safetensors"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_levels": 3}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_levels": 3, "semantic_levels": [], "slot_contexts": []}
     plain = DyadForCausalLM(DyadConfig.from_preset("tiny", **sizes)).eval()
-    list(generate_text(plain, byte_tokenizer(), READ, max_new_tokens=1, state_out=state))
+    for model, path in ((plain, state), (load_weights(folder), tmp_path / "other")):
+        list(generate_text(model, byte_tokenizer(), READ, max_new_tokens=1, state_out=path))
     for model, options, message in (
         (plain, {"state_in": state}, "no slots"),
         (plain, {}, "--state-in"),
-        (load_weights(folder), {"state_in": state}, "slot_scope=stream"),
+        (load_weights(folder), {"state_in": tmp_path / "other"}, "slot_scope=stream"),
     ):
         with pytest.raises(UserError, match=message):
             list(generate_text(model, byte_tokenizer(), CUE, new_document=True, **options))

@@ -33,7 +33,11 @@ def figures(monkeypatch) -> list[Figure]:
 
 @pytest.fixture
 def dyad() -> DyadForCausalLM:
-    return DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=3)).eval()
+    return DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=3, **PLAIN)).eval()
+
+
+# Whatever presets have.
+PLAIN = {"semantic_levels": [], "selector": "none", "slot_contexts": []}
 
 
 def metrics(steps: int) -> list[dict]:
@@ -128,7 +132,8 @@ def test_mechanisms_are_drawn_as_they_were_measured(tmp_path, figures):
 
 
 def test_what_cannot_be_measured_is_said(tmp_path, figures):
-    config = DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=1, slot_contexts=[1], slot_gate=True)
+    fields = {**PLAIN, "slot_contexts": [1], "slot_gate": True, "hidden_size": 32, "num_hidden_layers": 1}
+    config = DyadConfig.from_preset("tiny", **fields)
     reading = read_tower(DyadForCausalLM(config).eval(), byte_tokenizer(), "text")
     assert ["depends on more than the tokens" in note for note in reading.notes] == [True]
     draw_tower(reading, tmp_path / "tower.png")

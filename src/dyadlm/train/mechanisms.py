@@ -20,8 +20,8 @@ class Mechanisms(TrainerCallback):
     of a step, in all processes, make one correction before the step ends: several processes and accumulated gradients
     give what one batch gives, and a checkpoint lacks nothing.
 
-    Progress matters to passes in training alone: in evaluation gumbel has no noise, and only gradients depend on its
-    temperature. It is not saved, and 1 again where training ends.
+    Progress matters to passes in training alone: in evaluation topk has its count, gumbel has no noise, and only
+    gradients depend on its temperature. It is not saved, and 1 again where training ends.
     """
 
     def __init__(self, model: DyadForCausalLM):
