@@ -83,12 +83,11 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
         if learned.shape[-1]:
             own = learned.shape[-1] if config.tower == "layer" else 1  # one tower has one router
             segments[LEARNED] = learned.permute(2, 0, 1)[:own]
-    return Behaviour(routes, segments, _hits(model, ids))
+    return Behaviour(routes, segments, _hits(model, config, ids))
 
 
-def _hits(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+def _hits(model: PreTrainedModel, config: DyadConfig, ids: Tensor) -> dict[str, Tensor]:
     """Where slots know each context, of models whose tokens alone say what is written; else nothing."""
-    config = model.config
     if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
         return {}
     clock = make_clock(*ids.shape, device=ids.device)

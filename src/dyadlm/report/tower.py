@@ -5,6 +5,7 @@ Dimension letters: L layers, T tokens, H heads, K levels, N rows of a panel.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -107,15 +108,8 @@ def _panels(reading: TowerReading, lengths: np.ndarray) -> list[Panel]:
         shown = np.unique(np.linspace(0, len(routes) - 1, min(len(routes), MOST_LAYERS)).round().astype(int)).tolist()
         height = max(0.05 * routes.shape[2], 0.17) * levels
         for layer in shown:
-            panels.append(
-                Panel(
-                    height,
-                    lambda axes, layer=layer: _draw_routes(
-                        axes, routes[layer], reading.levels, layer, layer == shown[0]
-                    ),
-                    written=layer == shown[-1],
-                )
-            )
+            draw = partial(_draw_routes, routes[layer], reading.levels, layer, layer == shown[0])
+            panels.append(Panel(height, draw, written=layer == shown[-1]))
     return panels
 
 
@@ -140,7 +134,7 @@ def _draw_hits(axes: Axes, hits: dict[str, np.ndarray]) -> None:
     axes.set_title("Which contexts the slots had met before")
 
 
-def _draw_routes(axes: Axes, routes: np.ndarray, levels: Sequence[str], layer: int, first: bool) -> None:
+def _draw_routes(routes: np.ndarray, levels: Sequence[str], layer: int, first: bool, axes: Axes) -> None:
     """routes (T, H, K): a band for each level, in it a line for each head, as dark as the level weighs."""
     tokens, heads, count = routes.shape
     palette = HEADS if heads <= len(HEADS) else [colormaps["turbo"](place) for place in np.linspace(0.05, 0.95, heads)]
