@@ -158,9 +158,11 @@ def _scan(x: Tensor, running: Tensor, log_keep: Tensor | None, tiles: Sequence[T
     tiled = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (count, size))
     ends = None
     if log_keep is not None:
-        # A sum of logarithms from the tile's start; masked before it is raised, for what is masked may overflow.
-        gone = torch.nn.functional.pad(log_keep, (0, short)).unflatten(2, (count, size)).cumsum(-1)
-        between = (gone[..., :, None] - gone[..., None, :]).masked_fill(~tiles[0].inside, 0.0)
+        # The logarithms from j to i are summed for each j by itself: in a difference of sums from the tile's start, the
+        # rounding would depend on what stood there before the segment, though it be another document.
+        kept = torch.nn.functional.pad(log_keep, (0, short)).unflatten(2, (count, size))
+        between = kept[..., None].expand(*kept.shape, size).tril(-1).cumsum(-2)
+        gone = kept.cumsum(-1)
         inside, opened, ends = inside * between.exp(), opened * gone.exp(), gone[..., -1]
     local = inside @ tiled
     carried = running[:, :, None]
