@@ -42,19 +42,23 @@ def _written(config: DyadConfig) -> int:
     return sum(_parts(config, level) * rank for level, rank in enumerate(config.ranks))
 
 
+def _semantic(config: DyadConfig) -> list[str]:
+    return config.semantic_levels or []
+
+
 def _ruled(config: DyadConfig) -> int:
     """Semantic levels that follow rules."""
-    return sum(name != LEARNED for name in config.semantic_levels or ())
+    return sum(name != LEARNED for name in _semantic(config))
 
 
 def _weighing(config: DyadConfig) -> int:
     """Numbers that salience, forgetting and the learned boundary read off a token."""
-    router = 2 * max(config.ranks) * (LEARNED in (config.semantic_levels or ()))
+    router = 2 * max(config.ranks) * (LEARNED in _semantic(config))
     return _weighing_biases(config) + router
 
 
 def _weighing_biases(config: DyadConfig) -> int:
-    sliding, semantic = config.alignments.count("sliding"), len(config.semantic_levels or ())
+    sliding, semantic = config.alignments.count("sliding"), len(_semantic(config))
     alone = min(sliding, 1) if config.transport_space == "model" else sliding
     salience = alone + (sliding < len(config.alignments)) + semantic
     return salience * config.salience + semantic * config.forgetting
@@ -96,7 +100,7 @@ def forward_flops(config: DyadConfig, sequence_length: int) -> int:
     """
     time, width = sequence_length, config.hidden_size
     in_model_space = config.transport_space == "model"
-    semantic = ["semantic"] * len(config.semantic_levels or ())
+    semantic = ["semantic"] * len(_semantic(config))
     heard = written = 0
     for level, (alignment, rank) in enumerate(zip([*config.alignments, *semantic], config.ranks, strict=True)):
         parts, rows = _parts(config, level), time
@@ -120,7 +124,9 @@ def _segment_products(config: DyadConfig, time: int) -> int:
         size = min(TILE, time)
         time = -(-time // size)
         products += time * size * size
-    return products * sum(width + 1 for width in _segment_widths(config))
+    widths, ruled = [width + 1 for width in _segment_widths(config)], [name != LEARNED for name in _semantic(config)]
+    together = [[w for w, by in zip(widths, ruled, strict=True) if by == rule] for rule in (True, False)]
+    return products * sum(len(group) * max(group, default=0) for group in together)  # as wide as the widest
 
 
 def _segment_widths(config: DyadConfig) -> list[int]:
@@ -164,7 +170,7 @@ def _listening_state(config: DyadConfig) -> State:
     ]
     numbers += (max(deep, default=-1) + 1) * HISTORY * (config.hidden_size + weight)
     numbers += sum(3 * width + 1 for width in _segment_widths(config))
-    if LEARNED in (config.semantic_levels or ()):  # the key, and the count of segments
+    if LEARNED in _semantic(config):  # the key, and the count of segments
         numbers, integers = numbers + max(config.ranks), integers + 2
     return numbers, integers, 0
 
