@@ -6,7 +6,7 @@ import torch
 from dyadlm import DyadConfig, DyadForCausalLM
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_levels": 4, "selector_heads": 2}
-SLOTS = {"slot_entries": 16, "slot_ways": 4, "slot_width": 3}
+SLOTS = {"slot_entries": 16, "slot_ways": 4, "slot_width": 3, "slot_layers": [0, 1]}
 VARIANTS: dict[str, dict] = {
     "default": {},
     "pair": {"level_feature": "pair"},
