@@ -21,16 +21,17 @@ from dyadlm.ops.selection import chosen_count, entropy, mean_run_length
 # The preset is the composition; each arm changes one thing about it.
 ARMS: dict[str, dict[str, Any]] = {
     "composed": {},
-    "dense": {"selector": "dense"},
-    "topk": {"selector": "topk"},
-    "entmax": {"selector": "entmax"},
+    # Many small heads choose better than few large ones.
+    "dense": {"selector": "dense", "selector_heads": 16},
+    "topk": {"selector": "topk", "selector_heads": 16},
+    "entmax": {"selector": "entmax", "selector_heads": 16},
     "without slots": {"slot_contexts": []},
     "without semantic levels": {"semantic_levels": [], "num_levels": 8},
     "with far levels": {"num_levels": 8},
     "without salience": {"salience": False},
-    "gumbel": {"selector": "gumbel"},
-    "topk, margin 0.5": {"selector": "topk", "selector_margin": 0.5},
-    "topk, decision slots": {"selector": "topk", "decision_slots": True},
+    "gumbel": {"selector": "gumbel", "selector_heads": 16},
+    "topk, margin 0.5": {"selector": "topk", "selector_heads": 16, "selector_margin": 0.5},
+    "topk, decision slots": {"selector": "topk", "selector_heads": 16, "decision_slots": True},
     "slots, lru": {"slot_evict": "lru"},
     "slots, gate": {"slot_gate": True},
     "slots, learned code too": {"slot_contexts": [2, 3, 4, 6, 8, "word", "code"]},

@@ -107,7 +107,7 @@ class DyadConfig(PreTrainedConfig):
     salience: bool = False
     forgetting: bool = False
     selector: str = "none"
-    selector_heads: int = 4
+    selector_heads: int = 16
     selector_count: int = 3
     selector_margin: float = 0.0
     selector_balance: float = 1e-3
