@@ -4,14 +4,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._inductor.exc import InductorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dyadlm import DyadForCausalLM
+from dyadlm import DyadForCausalLM, RunFailed
 from dyadlm.data import TokenStream
 from dyadlm.evaluate.mechanisms import behaviour
 from dyadlm.model import DyadConfig
 from dyadlm.train import TrainingData, train
 from dyadlm.train.plan import make_plan
+from dyadlm.train.trainer import LanguageModelTrainer
 
 EVERYTHING = (
     "model.num_levels=4", "model.semantic_levels=[syllable, word, learned]", "model.semantic_memory=2",
@@ -136,3 +138,12 @@ def test_bytes_are_known_as_they_are(tmp_path, small, words):
     plan = make_plan(small(tmp_path / "run", "model.semantic_levels=[word]"), words(), tmp_path / "run")
     fresh = DyadForCausalLM(DyadConfig.from_preset("tiny", semantic_levels=["word"]))
     assert torch.equal(plan.model.model.boundaries.marks, fresh.model.boundaries.marks)
+
+
+def test_a_model_that_cannot_be_compiled_is_told(tmp_path, small, words, console, monkeypatch):
+    def fail(*args, **kwargs):
+        raise InductorError(ValueError("no such instruction"), None)
+
+    monkeypatch.setattr(LanguageModelTrainer, "train", fail)
+    with pytest.raises(RunFailed, match=r"no such instruction.*leave torch_compile out"):
+        train(small(tmp_path / "run", "torch_compile=true"), words(), console)

@@ -97,7 +97,7 @@ def train(settings: TrainSettings, data: TrainingData | None = None, console: Co
         if resumed is not None:
             console.print(f"Going on from {resumed}.", highlight=False)
         begin = time.perf_counter()
-        with handler:
+        with handler, _compiler_errors(plan.arguments):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.perf_counter() - begin
         if trainer.state.global_step < plan.arguments.max_steps:
@@ -252,6 +252,21 @@ def _card(settings: TrainSettings, plan: Plan, result: Mapping[str, Any]) -> str
             "sequence_length": settings.data.sequence_length,
         }
     )
+
+
+@contextlib.contextmanager
+def _compiler_errors(arguments: TrainingArguments) -> Iterator[None]:
+    """A model that the compiler of this machine cannot take is a failed run, told in a sentence."""
+    if not arguments.torch_compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunFailed(f"torch.compile cannot take this model here ({reason}); leave torch_compile out.") from error
 
 
 @contextlib.contextmanager
