@@ -109,7 +109,8 @@ def test_training_ends_when_all_is_right_or_lost_or_late():
     assert result["parts"]["length=1"]["accuracy"] == 1.0
     lost = Study(None, recipe(steps=50)).run(Cell("tiny", float("inf"), 0, TINY))
     assert lost["stopped"] == "diverged"
-    late = Study(None, recipe(steps=None, minutes=0.005)).run(Cell("tiny", 1e-3, 0, TINY))
+    hard = {"task": "parity", "parts": ("length=200",)}  # nothing learns this in a moment
+    late = Study(None, recipe(steps=None, minutes=0.005, **hard)).run(Cell("tiny", 1e-3, 0, TINY))
     assert late["stopped"] == "minutes"
     assert late["steps"] > 0
 

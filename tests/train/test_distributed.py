@@ -43,9 +43,9 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
         (sharded, *halved, "fsdp=true", "max_steps=2", "--resume"),
         (carried, *halved, *HISTORIES, "max_steps=2"),
         (carried, *halved, *HISTORIES, "max_steps=4", "--resume"),
-        (selecting, *halved, *MECHANISMS, "max_steps=2"),
-        (selecting, *halved, *MECHANISMS, "max_steps=4", "--resume"),
-        (selecting_shards, *halved, *MECHANISMS, "max_steps=2", "fsdp=true"),
+        # Not in two parts: how many levels topk takes follows from max_steps.
+        (selecting, *halved, *MECHANISMS, "max_steps=4"),
+        (selecting_shards, *halved, *MECHANISMS, "max_steps=4", "fsdp=true"),
     ]
     command = " -- ".join(" ".join(map(str, run)) for run in runs)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
@@ -69,15 +69,12 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
     for name in ("loss", "cost", "grad_norm", "eval_loss", "eval_largest_load", "eval_hits_2"):
         expected = [line[name] for line in whole.metrics if name in line]
         assert metrics(selecting, name) == pytest.approx(expected, rel=1e-4)
-        assert metrics(selecting_shards, name) == pytest.approx(
-            expected[: len(metrics(selecting_shards, name))], rel=1e-4
-        )
+        assert metrics(selecting_shards, name) == pytest.approx(expected, rel=1e-4)
     expected = load_file(tmp_path / "one-selecting" / "model.safetensors")
-    after_two_steps = load_file(tmp_path / "one-selecting" / "checkpoint-2" / "model.safetensors")
-    for run, weights in ((selecting, expected), (selecting_shards, after_two_steps)):
+    for run in (selecting, selecting_shards):
         found = load_file(run / "model.safetensors")
-        for name in (name for name in weights if name.endswith("selector.bias")):
-            torch.testing.assert_close(found[name], weights[name], rtol=0, atol=1e-6)
+        for name in (name for name in expected if name.endswith("selector.bias")):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
             assert found[name].any()
 
     one = load_file(tmp_path / "one" / "model.safetensors")
@@ -95,5 +92,6 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
     assert last_complete(sharded) == sharded / "checkpoint-2"
     # Only the first process writes and prints.
     shown = [line for line in done.stdout.splitlines() if line.startswith("step 4/4 ")]
-    assert len(shown) == len([line for line in console.file.getvalue().splitlines() if line.startswith("step 4/4 ")])
+    alone = [line for line in console.file.getvalue().splitlines() if line.startswith("step 4/4 ")]
+    assert len(shown) * 3 == len(alone) * 4  # of the runs above, 4 came to the end in pairs and 3 alone
     assert len(list((replicated / "tensorboard").iterdir())) == 1

@@ -56,8 +56,8 @@ def score(
                     reduction="none",
                 ).view(targets.shape)
             for name in STATE_NAMES:
-                if name in output:
-                    state[name] = output[name]
+                if (after := getattr(output, name, None)) is not None:
+                    state[name] = after
             for window, row, scored in zip(batch, nats.cpu().numpy(), targets != NO_TARGET, strict=True):
                 if scored.any():
                     yield window.start + 1 + offset + int(scored.argmax()), row[scored]

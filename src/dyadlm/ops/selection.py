@@ -215,7 +215,9 @@ def balanced(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
     By `rate`, levels chosen less than the mean rise and those chosen more fall. No loss is involved.
     """
-    return bias + rate * (load.mean(-1, keepdim=True) - load).sign().to(bias.dtype)
+    short = load.mean(-1, keepdim=True) - load
+    # The mean of equal loads is equal to them but for rounding, and rounding corrects nothing.
+    return bias + rate * torch.where(short.abs() > 1e-5, short.sign(), 0.0).to(bias.dtype)
 
 
 # ---- Measures of routes
