@@ -15,7 +15,7 @@ from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.train.validation import ValidationSample
 
 FAMILIES = {"dyad": dyad, "llama": matched_llama, "mamba2": mamba2}
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 BATCH = {"batch_size": 4, "sequence_length": 256}
 SWEEP, FULL = 1_024_000, 6_000_640
 VALIDATION_TOKENS = 262_144
