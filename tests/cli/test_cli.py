@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,7 +72,10 @@ def contents(place) -> dict:
 def start(place, *arguments) -> subprocess.Popen:
     """A process of its own, for what only signals and pipes can tell."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "-m", "dyadlm", *arguments], cwd=place, text=True, **pipes)
+    # A shell's background jobs ignore SIGINT, and their children with them; what is tested is the program.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "dyadlm", *arguments]
+    return subprocess.Popen(command, cwd=place, text=True, preexec_fn=heed, **pipes)
 
 
 # ---- Errors
