@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dyadlm.errors import UserError
 from dyadlm.ops.pyramid import Clock, accumulator
+from dyadlm.ops.selection import real_tokens
 
 RULES = ("syllable", "word", "sentence", "line", "paragraph")
 LEARNED = "learned"
@@ -181,7 +182,7 @@ class BoundaryRouter(nn.Module):
         first = clock.index == 0
         begins = (chance > 0.5) | first
         sure = torch.where(begins, chance, 1 - chance).masked_fill(first, 1.0)
-        real = torch.arange(x.shape[1], device=x.device) < clock.length[:, None]
+        real = real_tokens(clock)
         counted = real.sum().clamp(min=1)
         chosen, likely = (begins & real).sum() / counted, (chance * real).sum() / counted
         span = 1 / self.rate  # the cost of H-Net, 1 where the share of beginnings is 1 / span

@@ -20,8 +20,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "level_rank": 22,
         **COMPOSITION,
     },
-    # About 11M parameters.
+    # About 11.6M parameters.
     "small": {"hidden_size": 288, "num_hidden_layers": 7, "max_position_embeddings": 1024, **COMPOSITION},
-    # About 130M parameters.
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "max_position_embeddings": 2048, **COMPOSITION},
+    # About 120M parameters.
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "max_position_embeddings": 2048,
+        "level_rank": 100,
+        **COMPOSITION,
+    },
 }

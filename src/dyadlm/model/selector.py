@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dyadlm.model.configuration import CHOOSING, DyadConfig
 from dyadlm.ops.pyramid import Clock, accumulator, take
-from dyadlm.ops.selection import balanced, load, select
+from dyadlm.ops.selection import balanced, load, real_tokens, select, straight_through
 
 COOLEST = 0.1  # the temperature of gumbel when training ends
 SETTLED = 0.5  # the part of training by whose end topk is down to its count
@@ -86,10 +86,11 @@ class DecisionSlots(nn.Module):
         chance = self.gate(x).sigmoid()
         decides = chance > 0.5
         if clock.padded:
-            decides = decides & (torch.arange(time, device=x.device) < clock.length[:, None])[..., None]
+            decides = decides & real_tokens(clock)[..., None]
         choice = nn.functional.one_hot(routes.argmax(-1), self.levels).to(said.dtype)
-        passed = 1.0 + chance - chance.detach()
-        content = accumulator(torch.cat([choice, said.unflatten(-1, (self.heads, -1))], -1) * passed[..., None])
+        content = accumulator(
+            torch.cat([choice, said.unflatten(-1, (self.heads, -1))], -1) * straight_through(chance)[..., None]
+        )
         kept = content.shape[-1]
         before = state[0] if state else content.new_zeros(batch, self.heads, kept)
         column = torch.arange(1, time + 1, device=x.device)[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dyadlm.model.configuration import CODE_BITS, LEARNED_CODE, DyadConfig
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.pyramid import Clock
+from dyadlm.ops.selection import real_tokens, straight_through
 from dyadlm.ops.slots import Lookup, SlotState, slot_lookup, slot_read, slot_store
 
 WRITE_COST = 0.01  # nats a token that writes everything pays, where a gate may close
@@ -95,7 +96,7 @@ class IdentitySlots(nn.Module):
         chance = self.code(x).sigmoid()
         bits = chance > 0.5
         number = (bits.long() << torch.arange(CODE_BITS, device=x.device)).sum(-1)
-        known = torch.arange(x.shape[1], device=x.device) < clock.length[:, None]
+        known = real_tokens(clock)
         coded = Contexts(torch.where(known, number, -1)[..., None, None], known[..., None])
         if contexts is not None:
             beyond = torch.where(known, 0, -1)[..., None, None].expand(-1, -1, -1, contexts.words.shape[3] - 1)
@@ -107,8 +108,3 @@ class IdentitySlots(nn.Module):
         sure = torch.ones_like(coded.known, dtype=x.dtype)
         sure[..., place] = torch.where(bits, chance, 1 - chance).mean(-1)
         return coded, sure
-
-
-def straight_through(chance: Tensor) -> Tensor:
-    """One, with the gradient of `chance`: of a choice that was made, how sure it was."""
-    return 1.0 + chance - chance.detach()

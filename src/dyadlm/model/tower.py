@@ -27,7 +27,6 @@ from dyadlm.model.boundaries import LEARNED, BoundaryRouter
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.selector import Selector
-from dyadlm.model.slots import straight_through
 from dyadlm.ops.pyramid import (
     Clock,
     Nodes,
@@ -45,6 +44,7 @@ from dyadlm.ops.pyramid import (
     window_lag,
 )
 from dyadlm.ops.segments import SegmentCount, SegmentPlan, SegmentState, segment_plan, segment_sums, segment_windows
+from dyadlm.ops.selection import straight_through
 from dyadlm.ops.transport import phase_transport
 
 SALIENCE_RANGE = 3.0  # weights between exp(-3) and exp(3)

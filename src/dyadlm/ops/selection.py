@@ -153,6 +153,11 @@ class _StraightThrough(torch.autograd.Function):
         return None, gradient
 
 
+def straight_through(chance: Tensor) -> Tensor:
+    """One, with the gradient of `chance`: of a choice that was made, how sure it was."""
+    return 1.0 + chance - chance.detach()
+
+
 # ---- 1.5-entmax
 
 

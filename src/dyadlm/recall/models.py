@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -22,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dyadlm.errors import UserError
 from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
-from dyadlm.train.settings import coerce
+from dyadlm.train.settings import coerce, parse_assignment
 
 WIDTH, LAYERS = 64, 2
 
@@ -62,16 +61,7 @@ def small_fields(name: str, width: int = WIDTH, layers: int = LAYERS) -> dict[st
 
 def parse_fields(assignments: Iterable[str]) -> dict[str, Any]:
     """`FIELD=VALUE` texts, values as in YAML. Raises `UserError` for what is none."""
-    given = {}
-    for text in assignments:
-        name, sign, value = text.partition("=")
-        if not sign or not name.strip():
-            raise UserError(f"--set takes FIELD=VALUE, not {text!r}.")
-        try:
-            given[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"The value of {name.strip()} cannot be read: {value!r}.") from error
-    return given
+    return dict(parse_assignment(text, "FIELD=VALUE") for text in assignments)
 
 
 def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:

@@ -374,11 +374,11 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; choose one of {', '.join(sorted(known))}" if len(known) <= 12 else ""
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key=value`, the value read as YAML. Raises `UserError` if it is no such thing."""
+def parse_assignment(text: str, form: str = "key=value") -> tuple[str, Any]:
+    """`key=value`, the value read as YAML. Raises `UserError`, naming the form, if it is no such thing."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-        raise UserError(f"--set takes key=value, not {text!r}.")
+        raise UserError(f"--set takes {form}, not {text!r}.")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
