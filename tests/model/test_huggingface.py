@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,6 +19,7 @@ from transformers import (
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
 from dyadlm.accounting import parameters
 from dyadlm.data import byte_tokenizer
+from dyadlm.model.cache import state_signature
 from dyadlm.model.configuration import LEVEL_FEATURES
 
 from .conftest import VARIANTS, make_model, random_ids, text_ids
@@ -336,6 +338,53 @@ def test_a_vocabulary_of_any_size_and_contexts_of_any_length():
     fields["slot_contexts"] = [1, 2, 3, 4, 6, 8]
     model = make_model(torch.float32, **fields)
     assert model(random_ids(1, 200, vocabulary=2**17), logits_to_keep=5).logits.isfinite().all()
+
+
+# What the first version wrote, before there were semantic levels, salience, selectors and slots.
+FOUNDATION = """{
+  "architectures": ["DyadForCausalLM"], "bos_token_id": 257, "dropout": 0.0, "dtype": "float32", "early": "zero",
+  "eos_token_id": 258, "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 48,
+  "level_alignment": "hybrid", "level_feature": "product+pair", "level_rank": 3, "max_position_embeddings": 256,
+  "model_type": "dyadlm", "num_hidden_layers": 2, "num_levels": 5, "pad_token_id": 256, "rms_norm_eps": 1e-06,
+  "tie_word_embeddings": true, "transformers_version": "5.23.0", "transport_space": "level", "use_cache": true,
+  "vocab_size": 259
+}"""
+FOUNDATION_BLOCK = (
+    "tower_identity", "mlp_identity", "tower_norm.weight", *(f"tower.bottlenecks.{k}.weight" for k in range(5)),
+    "tower.up_tokens.weight", "tower.up_nodes.4.weight", "tower.gate.weight", "tower.age.weight", "mlp_norm.weight",
+    "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight",
+)  # fmt: skip
+FOUNDATION_STATE = (
+    '{"alignments": ["sliding", "sliding", "sliding", "sliding", "dual"], "hidden_size": 16, "num_hidden_layers": 2, '
+    '"ranks": [3, 3, 3, 3, 3], "transport_space": "level"}'
+)
+
+
+def test_a_folder_of_the_first_version_is_the_same_model_still(tmp_path):
+    """Fields that it does not know are off; weights have the names they had, and say the same; so does the state."""
+    names = [f"model.layers.{layer}.{name}" for layer in range(2) for name in FOUNDATION_BLOCK]
+    names = sorted(["model.embed_tokens.weight", *names, "model.norm.weight"])
+    (tmp_path / "config.json").write_text(FOUNDATION)
+    shapes = dict(DyadForCausalLM(AutoConfig.from_pretrained(tmp_path)).named_parameters())
+    assert sorted(shapes) == names
+    weights = {}
+    for number, name in enumerate(names):
+        waves = (torch.arange(shapes[name].numel()) * (0.7 + number)).sin() * 0.3
+        weights[name] = waves.view(shapes[name].shape)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    ids = (torch.arange(40) * 37 % 259)[None]
+    out = model(ids, labels=ids, use_cache=True, output_routes=True)
+    # What the first version said.
+    assert out.loss.item() == pytest.approx(5.5377593, abs=1e-5)
+    last = torch.tensor([-0.02482475, 0.00807427, 0.02810274, 0.00333566, -0.02674871])
+    assert torch.allclose(out.logits[0, -1, :5], last, atol=1e-5)
+    assert out.routes is out.boundaries is out.metrics is None
+    parts = {name.rpartition(".")[0] for name in out.past_key_values.tensors()}
+    assert parts == {"", *(f"layers.{layer}.{part}" for layer in range(2) for part in ("rings", "blocks"))}
+    assert state_signature(model.config) == FOUNDATION_STATE
 
 
 def test_what_reads_the_tokens_refuses_embeddings():

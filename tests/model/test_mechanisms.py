@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.model.slots import plan_slots
+from dyadlm.ops import make_clock
+from dyadlm.ops.contexts import context_tags
+from dyadlm.ops.slots import EVICTIONS, slot_read
 
-from .conftest import SMALL, VARIANTS, make_model, random_ids, text_ids
+from .conftest import SLOTS, SMALL, VARIANTS, make_model, random_ids, text_ids
 
 
 def fresh(**fields) -> DyadForCausalLM:
@@ -36,6 +40,47 @@ def test_what_was_written_once_is_recalled_at_any_distance(distance):
     again = torch.tensor([[65, 66, *between, 68]])  # another context, whose set may be the same, finds nothing
     nothing = recalled(model, torch.tensor([[68]]))
     assert torch.equal(recalled(model, again)[-1], nothing[-1])
+
+
+@pytest.mark.parametrize("evict", EVICTIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_collision_brings_back_a_wrong_value_in_a_vocabulary_of_131072(seed, evict):
+    """Told from the tokens themselves: what is read stood right after the context that stands here now."""
+    contexts, generator = [1, 2, 3, 4, 6, 8, "word"], torch.Generator().manual_seed(seed)
+    config = DyadConfig(vocab_size=2**17, slot_contexts=contexts, slot_entries=16, slot_ways=4, slot_evict=evict)
+    # Tokens far apart and next to each other, in phrases that come back changed here and there.
+    tokens = torch.cat([torch.arange(8), torch.arange(2**16, 2**16 + 8), torch.arange(2**17 - 8, 2**17)])
+    phrase, time = torch.randint(0, 24, (14,), generator=generator), 400
+    changed = torch.rand(time, generator=generator) < 0.06
+    ids = tokens[torch.where(changed, torch.randint(0, 24, (time,), generator=generator), phrase.repeat(30)[:time])]
+    begins = ids % 3 == 0
+    clock = make_clock(1, time)
+    tags, _ = context_tags(ids[None], contexts, config.vocab_size, clock, word_begins=begins[None])
+    lookup = plan_slots(tags, clock, config, None)
+    read = slot_read(torch.arange(time)[None, :, None, None], lookup)[0, :, :, 0].tolist()
+    text, starts = ids.tolist(), (begins | (torch.arange(time) == 0)).tolist()
+
+    def context(end: int, kind: int | str) -> list[int]:
+        begin = end - kind if isinstance(kind, int) else max(t for t in range(end) if starts[t])
+        return text[begin:end] if begin >= 0 else []
+
+    for n, kind in enumerate(contexts):
+        found = lookup.found[0, :, n].nonzero().flatten().tolist()
+        for t in found:
+            assert context(read[t][n], kind) == context(t + 1, kind) != []
+            assert read[t][n] <= t
+        assert 20 < len(found) < time - 20  # contexts come back, and others have taken the place of some
+
+
+def test_what_writing_costs_is_a_mean_over_tokens_and_not_over_padding():
+    fields = {**SMALL, **SLOTS, "slot_contexts": [1, "word"], "slot_gate": True}
+    model, ids = make_model(**fields), text_ids(2, 30)
+    whole = model(ids[:, :17]).metrics["cost"]
+    assert not torch.allclose(model(ids).metrics["cost"], whole, rtol=1e-3)  # what else there is would count
+    for place in (slice(0, 17), slice(13, 30)):
+        mask, padded = torch.zeros(2, 30, dtype=torch.long), torch.full((2, 30), 256)
+        mask[:, place], padded[:, place] = 1, ids[:, :17]
+        assert torch.allclose(model(padded, attention_mask=mask).metrics["cost"], whole, rtol=1e-12)
 
 
 def test_a_decision_holds_until_the_gate_opens_again():
@@ -124,6 +169,34 @@ def test_the_bias_follows_the_load_in_training_alone():
     for layer, before in zip(model.model.layers, biases, strict=True):
         moved = layer.tower.selector.bias - before
         assert 0.09 < moved.abs().max() < 0.11
+
+
+@pytest.mark.parametrize("name", ["topk", "gumbel", "everything"])
+def test_recomputed_activations_correct_the_bias_once(name):
+    """Gradient checkpointing runs each block twice a step: biases and losses stay those of one run, to the bit."""
+    results = []
+    for recomputed in (False, True):
+        model = make_model(torch.float32, **{**VARIANTS[name], "selector_balance": 0.05}).train()
+        if recomputed:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its newer name
+        optimizer, passes, losses = torch.optim.SGD(model.parameters(), lr=0.1), [], []
+        model.model.layers[0].tower.selector.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        torch.manual_seed(7)
+        for step in range(3):
+            model.set_progress((step + 1) / 3)  # at 0, topk still takes all levels
+            ids = text_ids(2, 40, seed=step)
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        biases = torch.stack([layer.tower.selector.bias for layer in model.model.layers])
+        assert len(passes) == (6 if recomputed else 3)
+        # The load of the last step is still to come: two corrections so far.
+        assert biases.abs().max() == pytest.approx(0.1)
+        results.append((biases, torch.stack(losses)))
+    for once, twice in zip(*results, strict=True):
+        assert torch.equal(once, twice)
 
 
 def test_rows_of_a_batch_do_not_meet():

@@ -107,10 +107,10 @@ class DyadConfig(PreTrainedConfig):
     salience: bool = False
     forgetting: bool = False
     selector: str = "none"
-    selector_heads: int = 16
+    selector_heads: int = 32
     selector_count: int = 3
     selector_margin: float = 0.0
-    selector_balance: float = 1e-3
+    selector_balance: float = 1e-4
     slot_contexts: list[int | str] | None = None
     slot_layers: list[int] | None = None
     slot_entries: int = 1024

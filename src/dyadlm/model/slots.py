@@ -76,7 +76,8 @@ class IdentitySlots(nn.Module):
             chance = self.gate(x).sigmoid()
             writes = chance > 0.5
             values = values * straight_through(chance)[..., None]
-            cost = WRITE_COST * chance.mean()
+            real = real_tokens(clock)[..., None].expand_as(chance)
+            cost = WRITE_COST * (chance * real).sum() / real.sum().clamp(min=1)
         if sure is not None:
             values = values * straight_through(sure)[..., None]
         if plan is None:
