@@ -7,6 +7,7 @@ sequences, reads a prompt in one pass, and decodes token by token.
 Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S semantic levels, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 from dyadlm.errors import UserError
 from dyadlm.model.boundaries import Boundaries, TextState
 from dyadlm.model.cache import BlockState, DyadCache
+from dyadlm.model.companion import COMPANIONS, Companion, Lesson
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
 from dyadlm.model.selector import DecisionSlots, Selector
 from dyadlm.model.slots import IdentitySlots, plan_slots, plans_alike
@@ -225,14 +227,20 @@ class DyadModel(DyadPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_routes: bool = False,
+        added_embeds: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> "DyadModelOutput | tuple[Any, ...]":
-        """Hidden states of a chunk: `last_hidden_state` (B, T, D). Arguments as in `DyadForCausalLM.forward`."""
+        """Hidden states of a chunk: `last_hidden_state` (B, T, D). Arguments as in `DyadForCausalLM.forward`.
+
+        added_embeds: (B, T, D), added to the embedding of the tokens.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if added_embeds is not None:
+            inputs_embeds = inputs_embeds + added_embeds
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = past_key_values if past_key_values is not None or not use_cache else DyadCache()
@@ -383,6 +391,14 @@ def _reorder(output: Tensor, order: Tensor) -> Tensor:
     return output.gather(1, order.view(*order.shape, *[1] * (output.dim() - 2)).expand_as(output))
 
 
+def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All named scalars; the costs become one. Names other than `cost` are unique."""
+    named = {name: value for part in metrics for name, value in part.items()}
+    if costs := [part["cost"] for part in metrics if "cost" in part]:
+        named["cost"] = torch.stack(costs).sum()
+    return named
+
+
 def require_fitting(
     batch: int, time: int, attention_mask: Tensor | None, position_ids: Tensor | None, others: dict[str, Any]
 ) -> None:
@@ -445,12 +461,19 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the form transformers reads
+    companions: nn.ModuleDict
 
     def __init__(self, config: DyadConfig):
         super().__init__(config)
         self.model = DyadModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.companions = nn.ModuleDict()  # of training alone
         self.post_init()
+
+    def accompany(self, name: str, companion: Companion) -> None:
+        """Let a companion train beside the model. `save_pretrained` leaves it out; evaluation mode never calls it."""
+        self.companions[name] = companion
+        self._keys_to_ignore_on_save = {key for key in self.state_dict() if key.startswith(COMPANIONS)}
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tell the semantic levels and word contexts what text each token stands for; bytes need no telling."""
@@ -504,6 +527,9 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         Raises:
             UserError: a cache of another kind or batch size, or an attention mask that is not (B, T).
         """
+        companions = [cast(Companion, part) for part in self.companions.values()] if self.training else []
+        extra = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if companions else {}
+        added = [part for part in (companion.embed(extra) for companion in companions) if part is not None]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -513,17 +539,22 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_routes=output_routes,
+            added_embeds=torch.stack(added).sum(0) if added else None,
             return_dict=True,
             **{name: kwargs[name] for name in ("cu_seq_lens_q", "seq_idx") if name in kwargs},
         )
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
-        loss = None
+        loss, metrics = None, outputs.metrics
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and outputs.metrics is not None:
-                loss = loss + outputs.metrics["cost"]
+            if companions:
+                assert input_ids is not None, "companions read the tokens"
+                lesson = Lesson(input_ids, labels, attention_mask, position_ids, hidden, extra)
+                metrics = add_up([metrics or {}, *[companion.losses(lesson) for companion in companions]])
+            if self.training and metrics is not None and "cost" in metrics:
+                loss = loss + metrics["cost"]
         output = DyadOutput(
             loss=loss,
             logits=logits,
@@ -531,7 +562,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             routes=outputs.routes,
             boundaries=outputs.boundaries,
-            metrics=outputs.metrics,
+            metrics=metrics,
         )
         return (
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output

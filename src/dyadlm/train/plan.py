@@ -20,6 +20,7 @@ from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
 from dyadlm.train.canaries import CanaryPlan, PlantedWindows, plan_canaries
+from dyadlm.train.companions import add_companions
 from dyadlm.train.histories import require_carriable
 from dyadlm.train.settings import TrainSettings
 from dyadlm.train.trainer import LanguageModelTrainer
@@ -102,6 +103,7 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     model = _model(settings, data.tokenizer)
     if settings.train.carry_state:
         require_carriable(model)
+    add_companions(model, settings, arguments)
     require_optimizer(arguments, model)
     number = arguments.max_steps * batch
     windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(

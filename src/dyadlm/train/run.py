@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, require_new, write_atomically
 from dyadlm.train.checkpoint import last_complete, read_manifest, remove_leftovers, require_same
+from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import CANARIES_NAME, model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.plan import Plan, TrainingData, make_plan
@@ -245,7 +246,7 @@ def _card(settings: TrainSettings, plan: Plan, result: Mapping[str, Any]) -> str
         | {
             "name": settings.output.resolve().name,
             "model_type": plan.model.config.model_type,
-            "parameters": sum(weight.numel() for weight in plan.model.parameters()),
+            "parameters": published_parameters(plan.model),
             "sources": settings.sources,
             "licences": plan.licences,
             "tokenizer": f"{len(plan.tokenizer):,} tokens",
