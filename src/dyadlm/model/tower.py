@@ -18,7 +18,7 @@ H heads.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,12 @@ class Tower(nn.Module):
     """Levels → bottlenecks → features → gated up-projection, over one state.
 
     reads: whether it has bottlenecks of its own; if not, it writes back what another tower's levels say.
+    credit: where the gradient of what the levels say goes; what they say is the same. joint: to the bottlenecks and the
+        tokens that were read; reverse: to the tokens alone; detached: to neither, so that no token is shaped by later
+        ones through the tower. How tokens are weighed, forgotten and cut into learned segments is learned in each case.
     """
+
+    credit: Literal["joint", "reverse", "detached"] = "joint"
 
     def __init__(self, config: DyadConfig, reads: bool = True):
         super().__init__()
@@ -137,6 +142,11 @@ class Tower(nn.Module):
         if self.learned:
             self.router = BoundaryRouter(width, max(self.ranks), config.boundary_rate)
 
+    def borrow(self, owner: "Tower") -> None:
+        """Read through the very bottlenecks of another tower, and have none: they are named and saved there alone."""
+        del self.bottlenecks
+        object.__setattr__(self, "bottlenecks", owner.bottlenecks)  # not as a part, which `self.bottlenecks =` makes it
+
     def ups(self) -> list[nn.Linear]:
         """Every up-projection: what the tower writes goes through one of them."""
         nodes = [self.up_nodes[str(k)] for k in self.node_levels]
@@ -157,6 +167,8 @@ class Tower(nn.Module):
         clock, nodes, shares = timing.clock, timing.nodes, timing.shares
         features: dict[int, Tensor] = {}
         rings = state.rings
+        if self.credit == "detached":
+            x = x.detach()
         alone, together, by_rule, by_router = self.weights(x)
         if self.sliding:
             if self.in_model_space:
@@ -248,10 +260,21 @@ class Tower(nn.Module):
         """x (B, T, D) through the bottleneck of each of some levels: (B, T, R) each."""
         modules = [self.bottlenecks[k] for k in levels]
         if not all(type(module) is nn.Linear for module in modules):  # such as adapters around them
-            return [module(x) for module in modules]
+            return [self.through_bottleneck(x, k) for k in levels]
         # One wide product is faster than several narrow ones.
-        together = nn.functional.linear(x, torch.cat([cast(nn.Linear, module).weight for module in modules]))
-        return list(together.split([self.ranks[k] for k in levels], -1))
+        together = torch.cat([cast(nn.Linear, module).weight for module in modules])
+        if self.credit != "joint":
+            together = together.detach()
+        return list(nn.functional.linear(x, together).split([self.ranks[k] for k in levels], -1))
+
+    def through_bottleneck(self, x: Tensor, level: int) -> Tensor:
+        """x (..., D) through the bottleneck of one level: (..., R)."""
+        bottleneck = self.bottlenecks[level]
+        if self.credit == "joint":
+            return bottleneck(x)
+        fixed = {name: weight.detach() for name, weight in bottleneck.named_parameters()}
+        read: Tensor = torch.func.functional_call(bottleneck, fixed, (x,))
+        return read
 
     def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, through its bottleneck unless transport comes first: (..., D) → (..., R or D).
@@ -262,8 +285,9 @@ class Tower(nn.Module):
         if self.in_model_space:
             return means
         if self.salience is None:
-            return accumulator(self.bottlenecks[level](means.to(dtype)))
-        return torch.cat([accumulator(self.bottlenecks[level](means[..., :-1].to(dtype))), means[..., -1:]], -1)
+            return accumulator(self.through_bottleneck(means.to(dtype), level))
+        read = accumulator(self.through_bottleneck(means[..., :-1].to(dtype), level))
+        return torch.cat([read, means[..., -1:]], -1)
 
     def compare(self, level: int, current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
         """The feature of a level from the means over two windows of its width (..., R or D) → (..., F R)."""
@@ -302,7 +326,7 @@ class Tower(nn.Module):
             parts.append(part)
         parts += older
         if self.in_model_space:
-            return self.bottlenecks[level](torch.stack(parts, -2).to(dtype)).flatten(-2)
+            return self.through_bottleneck(torch.stack(parts, -2).to(dtype), level).flatten(-2)
         return torch.cat(parts, -1).to(dtype)
 
     def mix(self, features: dict[int, Tensor], timing: Timing) -> Tensor:
