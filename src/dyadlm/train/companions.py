@@ -1,5 +1,6 @@
 """What trains beside a model (`dyadlm.model.companion`): made by settings, kept in checkpoints, never exported."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from dyadlm.errors import UserError
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.companion import COMPANIONS, Companion
+from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.settings import TrainSettings
+from dyadlm.train.twin import Twin
 
 COMPANIONS_NAME = "companions.safetensors"
 
@@ -20,7 +23,11 @@ def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: T
 
     Raises `UserError` where they cannot train: beside a model of another kind, and in shards.
     """
-    companions: dict[str, Companion] = {}
+    companions: dict[str, Callable[[DyadForCausalLM], Companion]] = {}  # made of a model once it is seen to be of ours
+    if settings.twin.conditioning != "off":
+        companions["twin"] = lambda model: Twin(model, settings.twin)
+    if settings.fingerprint.shown:
+        companions["fingerprint"] = lambda model: Fingerprint(model.config, settings.fingerprint.tags)
     if not companions:
         return
     names = " and ".join(f"{name}.*" for name in companions)
@@ -28,8 +35,8 @@ def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: T
         raise UserError(f"{names} is for dyadlm models alone, not for {type(model).__name__}; leave it out.")
     if arguments.fsdp:
         raise UserError(f"{names} shares parameters with the model, which FSDP cannot shard; leave fsdp or it out.")
-    for name, companion in companions.items():
-        model.accompany(name, companion)
+    for name, make in companions.items():
+        model.accompany(name, make(model))
 
 
 def save_companions(model: nn.Module, folder: Path) -> None:
