@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dyadlm.model.planner import Plan
+
 COMPANIONS = "companions."  # how the names of their parameters begin in a model
 
 
@@ -19,11 +21,14 @@ class Lesson(NamedTuple):
     position_ids: Tensor | None  # (B or 1, T), 0 where a document starts
     hidden: Tensor  # (B, T, D), the model's last hidden state
     extra: dict[str, Tensor]  # what else the collator sent, by name
+    plan: Plan | None = None  # what the model planned, if a companion reads that
 
 
 class Companion(nn.Module):
     """A part that trains beside a model (`DyadForCausalLM.accompany`). Both methods run inside the model's forward, so
     that every way of training in parallel sees its parameters. Its parameters are initialised when it is made."""
+
+    reads_plan = False  # whether `Lesson.plan` is wanted
 
     def embed(self, extra: dict[str, Tensor]) -> Tensor | None:
         """What is added to the embedding of the tokens, (B, T, D); None: nothing. `extra` as in `Lesson`."""

@@ -347,16 +347,42 @@ class Tower(nn.Module):
 
     def apart(self, features: dict[int, Tensor], timing: Timing, levels: Sequence[int]) -> Iterator[Tensor]:
         """What each of some levels writes back at each token, before the gate: (B, T, D) each."""
-        weights = {}
-        if self.up_tokens is not None:
-            split = self.up_tokens.weight.split(self.token_widths, 1)
-            weights = dict(zip(self.token_levels, split, strict=True))
+        weights = self.token_weights()
         for k in levels:
             if k in weights:
                 yield nn.functional.linear(features[k], weights[k])
             else:
                 j = self.node_levels[k]
                 yield broadcast(self.up_nodes[str(k)](features[k]), timing.nodes[j], j, timing.clock)
+
+    def token_weights(self) -> dict[int, Tensor]:
+        """By token level, the weight (D, F R) through which it writes back."""
+        if self.up_tokens is None:
+            return {}
+        return dict(zip(self.token_levels, self.up_tokens.weight.split(self.token_widths, 1), strict=True))
+
+    def imagine(self, x: Tensor, current: Tensor, last: Tensor, previous: Tensor, routes: Tensor | None) -> Tensor:
+        """What the block would know of the past if at every token its levels held these nodes.
+
+        Args:
+            x: (B, T, D), what it reads. current, last, previous: (B, T, all ranks), the newest first.
+            routes: (B, T, H, K) the choice that holds, of a tower that selects.
+
+        Returns:
+            (B, T, D). The gate knows no ages here.
+        """
+        weights = self.token_weights() | {k: cast(nn.Linear, self.up_nodes[str(k)]).weight for k in self.node_levels}
+        known = torch.ones_like(x[..., :1], dtype=torch.bool)
+        written = torch.zeros_like(x)
+        nodes = (part.split(self.ranks, -1) for part in (current, last, previous))
+        for k, (now, before, earlier) in enumerate(zip(*nodes, strict=True)):
+            older = [earlier] * (self.config.semantic_memory - 1) * (k >= len(self.alignments))
+            said = nn.functional.linear(self.feature(k, now, before, known, x.dtype, older), weights[k])
+            if routes is not None:
+                heads, levels = routes.shape[2:]
+                said = (said.unflatten(-1, (heads, -1)) * (routes[..., k, None] * levels)).flatten(2)
+            written = written + said
+        return nn.functional.silu(self.gate(x)) * written
 
     def choose(
         self, x: Tensor, features: dict[int, Tensor], timing: Timing, held: tuple[Tensor, ...]

@@ -6,6 +6,8 @@ Dimension letters: V vocabulary (any leading dimensions).
 import torch
 from torch import Tensor
 
+from dyadlm.ops.pyramid import accumulator
+
 
 def nucleus(log_probabilities: Tensor, mass: float) -> Tensor:
     """The smallest set of likeliest tokens that together reach a mass: (..., V) → (..., V) bool; none for mass 0.
@@ -31,9 +33,9 @@ def consensus(engineer: Tensor, artist: Tensor, mass: float) -> Tensor:
         mass: of the nucleus; 0: the engineer's distribution as it is.
 
     Returns:
-        (..., V) log-probabilities. Where the artist allows nothing of the nucleus, the engineer's.
+        (..., V) log-probabilities, float32 at least. Where the artist allows nothing of the nucleus, the engineer's.
     """
-    alone, opinion = engineer.log_softmax(-1), artist.log_softmax(-1)
+    alone, opinion = accumulator(engineer).log_softmax(-1), accumulator(artist).log_softmax(-1)
     if not mass:
         return alone
     inside = nucleus(alone, mass)

@@ -108,5 +108,5 @@ def turned_round(clock: Clock) -> Tensor:
 
 def _without_slots_and_selectors(config: DyadConfig) -> DyadConfig:
     config = copy.deepcopy(config)
-    config.slot_contexts, config.decision_slots, config.selector = [], False, "none"
+    config.slot_contexts, config.decision_slots, config.selector, config.planner = [], False, "none", "none"
     return config
