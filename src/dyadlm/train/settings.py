@@ -366,7 +366,10 @@ def read_record(run: Path) -> dict[str, Any]:
 def coerce(value: Any, annotation: Any, key: str) -> Any:
     """`value` as the type that `annotation` asks for; raises `UserError` if it is no such thing."""
     if typing.get_origin(annotation) is Literal:
-        if value in (literals := typing.get_args(annotation)):
+        literals = typing.get_args(annotation)
+        if value is False and "off" in literals:  # as YAML reads it
+            return "off"
+        if value in literals:
             return value
         raise UserError(f"{key} cannot be {value!r}{_nearest(value, literals)}.")
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union

@@ -24,7 +24,7 @@ from dyadlm.train.settings import TwinOptions
 
 
 class Twin(Companion):
-    """A stack like the model's, without slots and selectors, on the tokens of each document in reverse.
+    """A stack like the model's, without slots, selectors and planner, on the tokens of each document in reverse.
 
     Shared with the model and named there alone: the embedding of the tokens, so that identities agree, and every
     bottleneck. Its own: all else, and a head D → V even where the model's is tied, so that to the twin the embedding is
@@ -38,7 +38,7 @@ class Twin(Companion):
         assert options.conditioning != "off", "without a twin there is nothing to make"
         self.weight = options.weight
         self._twin_of = (model.model,)  # in a tuple, so that it is no part of the twin
-        self.stack = DyadModel(_without_slots_and_selectors(model.config))
+        self.stack = DyadModel(_levels_alone(model.config))
         del self.stack.embed_tokens, self.stack.boundaries
         self.head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
         model._init_weights(self.head)
@@ -106,7 +106,7 @@ def turned_round(clock: Clock) -> Tensor:
     return torch.where(column < length, start + following - 1 - column, column)
 
 
-def _without_slots_and_selectors(config: DyadConfig) -> DyadConfig:
+def _levels_alone(config: DyadConfig) -> DyadConfig:
     config = copy.deepcopy(config)
     config.slot_contexts, config.decision_slots, config.selector, config.planner = [], False, "none", "none"
     return config
