@@ -186,12 +186,12 @@ class DyadPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, DyadModel):  # buffers that no file holds are made anew, also when weights are loaded
             init.ones_(module.progress)
+            if module.forecasters is not None:  # at first nothing is expected to change
+                for linear in module.forecasters.exits:
+                    init.zeros_(cast(nn.Linear, linear).weight)
         elif isinstance(module, Selector):
             if module.chooses:
                 init.zeros_(module.load)
-        elif isinstance(module, Forecasters):  # at first nothing is expected to change
-            for linear in module.exits:
-                init.zeros_(cast(nn.Linear, linear).weight)
         elif isinstance(module, Planner):
             init.copy_(module.share, module.initial_shares())
             if module.proposal is not None:
@@ -664,8 +664,10 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         far = forecasters.again(outlook.memory[..., None, :], supposed).to(hidden.dtype)
         said = self.lm_head(planner.artist(near, far, embed(futures), hidden[..., None, :]))
         choice = planner.choose(engineer, proposal, futures, said, self.config.consensus or 1.0)
-        artist = said.gather(2, choice[..., None, None].expand(-1, -1, 1, said.shape[-1])).squeeze(2)
-        return Plan(outlook, proposal, futures, choice, artist)
+        far, artist = (
+            part.gather(2, choice[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2) for part in (far, said)
+        )
+        return Plan(outlook, proposal, futures, choice, far, artist)
 
     def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
         past_key_values.reorder_cache(beam_idx)

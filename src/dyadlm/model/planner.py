@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     proposal: Tensor  # (B, T, V) logits of the token after next
     futures: Tensor  # (B, T, M) int64, tokens after next that were considered
     choice: Tensor  # (B, T) int64, which of them the artist's future is
+    far: Tensor  # (B, T, C) each level's node after next, in that future
     artist: Tensor  # (B, T, V) logits of the next token, given that future
 
 

@@ -12,7 +12,8 @@ from dyadlm.errors import UserError
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.companion import COMPANIONS, Companion
 from dyadlm.train.fingerprint import Fingerprint
-from dyadlm.train.settings import TrainSettings
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions, TrainSettings
 from dyadlm.train.twin import Twin
 
 COMPANIONS_NAME = "companions.safetensors"
@@ -28,6 +29,12 @@ def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: T
         companions["twin"] = lambda model: Twin(model, settings.twin)
     if settings.fingerprint.shown:
         companions["fingerprint"] = lambda model: Fingerprint(model.config, settings.fingerprint.tags)
+    if isinstance(model, DyadForCausalLM) and model.planner is not None:
+        companions["planner"] = lambda model: PlannerLessons(model, settings.planner)
+    elif settings.planner != PlannerOptions():
+        raise UserError(
+            "planner.* teaches a planner, which this model has not; set model.planner too, or leave it out."
+        )
     if not companions:
         return
     names = " and ".join(f"{name}.*" for name in companions)
