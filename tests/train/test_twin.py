@@ -166,7 +166,7 @@ def test_words_of_several_tokens_stay_whole_backwards():
 
 
 def test_bottlenecks_are_shared_and_named_once():
-    model, twin = with_twin(**VARIANTS["everything"], tie_word_embeddings=False, planner="head")
+    model, twin = with_twin(**VARIANTS["everything"], tie_word_embeddings=False)
     assert twin.stack.forecasters is None
     for own, layer in zip(twin.stack.layers, model.model.layers, strict=True):
         assert own.tower.bottlenecks is layer.tower.bottlenecks
