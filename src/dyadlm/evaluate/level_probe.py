@@ -128,7 +128,7 @@ def probe_levels(
         for spans in (words_of(content), sentences_of(content))
     ]
     was_training = model.training
-    model.eval()
+    model.train(False)
     names = level_names(model.config)
     scores: list[list[LevelScore]] = [[], []]
     for block, levels in enumerate(_features(model, tokens, [where for where, _, _ in examples])):
@@ -225,7 +225,8 @@ def ridge_classes(features: Tensor, labels: Tensor, asked: Tensor, classes: int)
     share = y.mean(0)
     gram = x.T @ x + PENALTY * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     weights = torch.linalg.solve(gram, x.T @ (y - share))
-    return ((asked - mean) / spread @ weights + share).argmax(1)
+    guesses: Tensor = (asked - mean) / spread @ weights + share
+    return guesses.argmax(1)
 
 
 def _scores(
