@@ -42,7 +42,7 @@ class Outlook(NamedTuple):
     memory: Tensor  # (B, T, K W) what the recurrences hold
     complete: Tensor  # (B, T, K) bool: `last` became complete, or known to be, at this token
     judged: Tensor  # (B, T, K) bool: and it had been forecast, for there was a node before it
-    expected: Tensor  # (B, T, C) where judged: what `last` had been forecast to be
+    expected: Tensor  # (B, T, C) what `last` had been forecast to be; zero where not judged
     values: Tensor  # (B, T, C) what each token is to the levels: nodes are means of these
     begins: Tensor  # (B, T, K) bool: where the levels' nodes begin
     routes: Tensor | None  # (B, T, H, K) of the last block, if it selects
@@ -145,7 +145,7 @@ class Forecasters(nn.Module):
             return None, state
         forecast = last + self.change(memory.to(dtype), frozen=False)
         first = previous[:, :1] + self.change(old[:, None].to(dtype), frozen=False)
-        expected = torch.cat([first, forecast[:, :-1]], 1)
+        expected = torch.cat([first, forecast[:, :-1]], 1) * spread(judged, self.ranks)
         outlook = Outlook(forecast, last, previous, memory, complete, judged, expected, values, plan.begins, routes)
         return outlook, state
 
