@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 from dyadlm import UserError
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model.companion import Lesson
+from dyadlm.model.planner import forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME
-from dyadlm.train.planner import PlannerLessons, ahead, forecast_errors, level_keys, reading_order, true_future
+from dyadlm.train.planner import PlannerLessons, ahead, reading_order, true_future
 from dyadlm.train.settings import PlannerOptions
 
 from ..model.conftest import SMALL, make_model, text_ids
@@ -113,11 +114,11 @@ def test_the_cost_is_the_weighed_sum_and_the_teacher_leaves():
         *(f"skill_{name}" for name in ("1", "2", "4", "word")),
     }
     assert early.keys() == late.keys() == names
-    assert level_keys(model.config) == ["1", "2", "4", "word"]
+    assert model.config.level_keys == ["1", "2", "4", "word"]
     assert late["teacher_loss"] == late["artist_loss"]
     assert abs(early["teacher_loss"] - early["artist_loss"]) > 1e-4
     for found, teacher in ((early, 0.9 * early["teacher_loss"]), (late, 0.0)):
-        unskilled = sum(1 - found[f"skill_{name}"] for name in level_keys(model.config)) / 4
+        unskilled = sum(1 - found[f"skill_{name}"] for name in model.config.level_keys) / 4
         expected = 0.3 * unskilled + 0.5 * found["proposal_loss"] + 0.7 * found["artist_loss"] + teacher
         assert found["cost"] == pytest.approx(expected)
     without = losses(taught(PlannerOptions()), lesson, 0.0)

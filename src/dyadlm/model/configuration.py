@@ -292,6 +292,11 @@ class DyadConfig(PreTrainedConfig):
         )
 
     @property
+    def level_keys(self) -> list[str]:
+        """The names of the levels as parts of names: 1, 2, 4 ..., then those of the semantic levels."""
+        return [str(2**level) for level in range(len(self.alignments))] + list(self.semantic_levels or ())
+
+    @property
     def longest_segment(self) -> int:
         """Tokens after which a segment of a semantic level is cut: 2^K, K counting the semantic levels too."""
         return int(2 ** len(self.ranks))

@@ -17,7 +17,7 @@ Dimension letters: B batch, T time, M futures, V vocabulary, D width, K levels, 
 H heads of a selector, W numbers that a level's recurrence keeps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -30,6 +30,7 @@ from dyadlm.ops.pyramid import Clock, accumulator
 from dyadlm.ops.recurrence import linear_scan
 from dyadlm.ops.segments import SegmentCount, SegmentState, segment_plan, segment_sums, segment_windows, spread
 
+LEAST = 1e-8  # added to squared errors, for nodes that do not change at all
 SEMANTIC_SHARE = 1 / 8  # of a segment, what one token is taken for at first
 
 
@@ -50,6 +51,24 @@ class Outlook(NamedTuple):
     def each(self, function: Callable[[Tensor], Tensor]) -> "Outlook":
         """The outlook with a function applied to every part."""
         return Outlook(*cast(tuple[Tensor, ...], tuple(None if part is None else function(part) for part in self)))
+
+
+def forecast_errors(outlook: Outlook, ranks: Sequence[int]) -> Tensor:
+    """(K,): for each level, the squared error of its forecasts over that of persistence; 1 where nothing was judged.
+
+    One less this is the skill of a level. Gradients flow to the forecasts alone.
+    """
+    missed, stayed = (error.sum((0, 1)) for error in node_errors(outlook, ranks))
+    return (missed + LEAST) / (stayed + LEAST)
+
+
+def node_errors(outlook: Outlook, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(B, T, K) each: how far forecasts lay from what came, and how far what stood before, squared; 0 if not judged."""
+    errors = []
+    for guess in (outlook.expected, outlook.previous):
+        squares = (guess - outlook.last).square() * spread(outlook.judged, ranks)
+        errors.append(torch.stack([part.sum(-1) for part in squares.split(list(ranks), -1)], -1))
+    return errors[0], errors[1]
 
 
 class Plan(NamedTuple):

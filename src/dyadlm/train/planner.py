@@ -7,7 +7,6 @@ that loss lies below the artist's is what they give away. Nothing else ever sees
 Dimension letters: B batch, T time, D width, K levels, C ranks of all levels, V vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,9 @@ from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.companion import Companion, Lesson
 from dyadlm.model.modeling import chunk_clock, left_packing
-from dyadlm.model.planner import Outlook
+from dyadlm.model.planner import Outlook, forecast_errors
 from dyadlm.ops.pyramid import Clock, take
-from dyadlm.ops.segments import spread
 from dyadlm.train.settings import PlannerOptions
-
-LEAST = 1e-8  # added to the error of persistence, for nodes that do not change at all
 
 
 class PlannerLessons(Companion):
@@ -47,7 +43,7 @@ class PlannerLessons(Companion):
         errors = forecast_errors(plan.outlook, model.config.ranks)
         found = {
             f"skill_{name}": skill
-            for name, skill in zip(level_keys(model.config), (1 - errors).detach().unbind(), strict=True)
+            for name, skill in zip(model.config.level_keys, (1 - errors).detach().unbind(), strict=True)
         }
         next_label, after_next = (ahead(lesson.labels, order, clock, steps) for steps in (1, 2))
         artist, proposal = nats(plan.artist, next_label), nats(plan.proposal, after_next)
@@ -77,25 +73,6 @@ class PlannerLessons(Companion):
             lesson.hidden,
         )
         return nats(model.lm_head(picture), labels)
-
-
-def level_keys(config: DyadConfig) -> list[str]:
-    """The names of the levels as parts of names: 1, 2, 4 ..., then those of the semantic levels."""
-    return [str(2**level) for level in range(len(config.alignments))] + list(config.semantic_levels or ())
-
-
-def forecast_errors(outlook: Outlook, ranks: Sequence[int]) -> Tensor:
-    """(K,): for each level, the squared error of its forecasts over that of persistence; 1 where nothing was judged.
-
-    Gradients flow to the forecasts alone.
-    """
-    judged = spread(outlook.judged, ranks)
-    errors = (outlook.expected - outlook.last).square() * judged
-    persistence = (outlook.previous - outlook.last).square() * judged
-    sums = [
-        torch.stack([part.sum() for part in torch.split(squares, list(ranks), -1)]) for squares in (errors, persistence)
-    ]
-    return (sums[0] + LEAST) / (sums[1] + LEAST)
 
 
 def reading_order(lesson: Lesson) -> tuple[Tensor, Clock]:
