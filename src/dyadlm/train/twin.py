@@ -41,7 +41,8 @@ class Twin(Companion):
         self.stack = DyadModel(_levels_alone(model.config))
         del self.stack.embed_tokens, self.stack.boundaries
         self.head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
-        model._init_weights(self.head)
+        # As a tied head begins: a louder one would send the embedding gradients that drown the model's.
+        nn.init.normal_(self.head.weight, std=model.config.initializer_range)
         for own, layer in zip(self.stack.layers, model.model.layers, strict=True):
             assert isinstance(own, DyadBlock)
             tower = cast(DyadBlock, layer).tower
