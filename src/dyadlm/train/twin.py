@@ -108,6 +108,8 @@ def turned_round(clock: Clock) -> Tensor:
 
 
 def _levels_alone(config: DyadConfig) -> DyadConfig:
+    """The same stack without what recalls, selects and plans."""
     config = copy.deepcopy(config)
-    config.slot_contexts, config.decision_slots, config.selector, config.planner = [], False, "none", "none"
+    config.slot_contexts, config.decision_slots = [], False
+    config.selector = config.planner = "none"
     return config
