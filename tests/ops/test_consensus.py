@@ -38,6 +38,7 @@ def test_nothing_changes_outside_the_nucleus_nor_its_mass(values, mass, seed):
     held = alone.exp()[inside].sum().item()
     assert found.exp()[inside].sum().item() == pytest.approx(held, abs=1e-9)
     assert held >= mass - 1e-9
+    assert mass or not inside.any()
     if inside.any():  # and no smaller set of likeliest tokens reaches the mass
         assert held - alone.exp()[inside].min().item() < mass + 1e-9
         assert alone[inside].min() >= alone[~inside].max() if (~inside).any() else True

@@ -23,8 +23,8 @@ SHARED = (
 HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
 
 MECHANISMS = (
-    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4", "model.selector_balance=0.01",
-    "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
+    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4",
+    "model.selector_balance=0.01", "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
 )  # fmt: skip
 # Without forecasts: how much better they are than persistence is not the mean of what each process finds.
 PLANNER = ("model.planner=stack", "model.planner_futures=2", "model.consensus=0.9", "planner.forecast=0")
