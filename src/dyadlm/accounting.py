@@ -120,7 +120,7 @@ def training_flops_per_token(config: DyadConfig, sequence_length: int) -> float:
         products -= 2 * (meaning + _node_sum_products(config, time))
         products -= time * keep * channels * (2 + 3 * config.planner_futures)
         if config.planner == "stack":
-            products -= time * width * (config.vocab_size + _written(config))
+            products -= time * width * (2 * config.vocab_size + _written(config))
     return 2 * products / time
 
 

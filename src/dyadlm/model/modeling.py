@@ -656,7 +656,9 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         if planner.proposal is not None:
             proposed = planner.propose(hidden, forecast)
         else:
-            proposed = planner.norm(self.model.imagine(engineer.detach().softmax(-1) @ embed.weight, outlook))
+            # At first all tokens are expected alike: the mean embedding is tiny, and its gradient through norms is huge.
+            expected = engineer.detach().softmax(-1) @ embed.weight.detach()
+            proposed = planner.norm(self.model.imagine(expected, outlook))
         proposal = self.lm_head(proposed)
         futures = proposal.detach().topk(planner.futures, -1).indices
         near = forecast[..., None, :]
