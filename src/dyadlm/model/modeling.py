@@ -656,7 +656,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         if planner.proposal is not None:
             proposed = planner.propose(hidden, forecast)
         else:
-            # At first all tokens are expected alike: the mean embedding is tiny, and its gradient through norms is huge.
+            # At first all tokens are expected alike; so small a mean would have a huge gradient through the norms.
             expected = engineer.detach().softmax(-1) @ embed.weight.detach()
             proposed = planner.norm(self.model.imagine(expected, outlook))
         proposal = self.lm_head(proposed)
