@@ -241,6 +241,9 @@ def test_scores_are_those_of_the_forced_letters():
     assert hits.tolist() == [0, 1, 0, 0, 1, 0]
     wrong = math.log2(math.exp(LIKELY) + 258)
     assert bits == pytest.approx(counts * wrong - hits * LIKELY / math.log(2), rel=1e-5)
+    # A special token ends a word.
+    apart = TokenStream.from_tokens(np.array([*b"than", 258, *b"Hamlet"]), 258)
+    assert forced_scores(right, apart, WORDS, window=10)[2].tolist() == [6]
     # A word that began before its window is not forced there: with windows of 10, "than" is cut.
     assert forced_scores(right, stream, WORDS, window=10)[2].tolist()[:2] == [0, 5]
 
