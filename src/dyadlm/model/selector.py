@@ -56,7 +56,7 @@ class Selector(nn.Module):
             held=held[0] if held else None,
         )
         if self.training and self.chooses:
-            self.load = load(weights.detach(), clock); self.balance()
+            self.load = load(weights.detach(), clock)
         return weights, (last,) if last is not None and config.selector_margin else ()
 
     @torch.no_grad()
