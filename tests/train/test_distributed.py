@@ -22,8 +22,8 @@ SHARED = (
 HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
 
 MECHANISMS = (
-    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4", "model.selector_balance=0.01",
-    "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
+    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4",
+    "model.selector_balance=0.01", "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
 )  # fmt: skip
 
 
