@@ -398,9 +398,10 @@ class Tower(nn.Module):
         chosen = list(range(levels))
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # over many tokens, nearly every level is chosen somewhere
             chosen = routes.amax((0, 1, 2)).nonzero().flatten().tolist()
-        written = x.new_zeros(*x.shape[:2], heads, x.shape[2] // heads)
+        weights = (routes * levels).transpose(-1, -2)[..., None, :]
+        written = x.new_zeros(*x.shape[:2], x.shape[2] // heads, heads)
         for level, said in zip(chosen, self.apart(features, timing, chosen), strict=True):
-            written = written + said.unflatten(-1, (heads, -1)) * (routes[..., level, None] * levels)
+            written = written + said.unflatten(-1, (-1, heads)) * weights[:, :, level]
         return written.flatten(2), routes, held
 
     def contributions(self, x: Tensor, features: dict[int, Tensor], timing: Timing) -> Tensor:
@@ -410,7 +411,7 @@ class Tower(nn.Module):
         if self.selector is not None:
             routes, _ = self.selector(x, timing.clock, timing.progress, ())
             heads, levels = routes.shape[2:]
-            each = (each.unflatten(2, (heads, -1)) * (routes * levels)[:, :, :, None]).flatten(2, 3)
+            each = (each.unflatten(2, (-1, heads)) * (routes * levels)[:, :, None]).flatten(2, 3)
         return (gate[..., None] * each).norm(dim=2)
 
 
