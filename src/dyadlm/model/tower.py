@@ -378,10 +378,7 @@ class Tower(nn.Module):
         for k, (now, before, earlier) in enumerate(zip(*nodes, strict=True)):
             older = [earlier] * (self.config.semantic_memory - 1) * (k >= len(self.alignments))
             said = nn.functional.linear(self.feature(k, now, before, known, x.dtype, older), weights[k])
-            if routes is not None:
-                heads, levels = routes.shape[2:]
-                said = (said.unflatten(-1, (heads, -1)) * (routes[..., k, None] * levels)).flatten(2)
-            written = written + said
+            written = written + (said if routes is None else by_head(said, routes[..., k] * routes.shape[-1]))
         return nn.functional.silu(self.gate(x)) * written
 
     def choose(
@@ -394,25 +391,29 @@ class Tower(nn.Module):
         if self.selector is None:
             return self.mix(features, timing), None, ()
         routes, held = self.selector(x, timing.clock, timing.progress, held)
-        heads, levels = routes.shape[2:]
+        levels = routes.shape[-1]
         chosen = list(range(levels))
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # over many tokens, nearly every level is chosen somewhere
             chosen = routes.amax((0, 1, 2)).nonzero().flatten().tolist()
-        weights = (routes * levels).transpose(-1, -2)[..., None, :]
-        written = x.new_zeros(*x.shape[:2], x.shape[2] // heads, heads)
+        weights = (routes * levels).transpose(-1, -2)
+        written = torch.zeros_like(x)
         for level, said in zip(chosen, self.apart(features, timing, chosen), strict=True):
-            written = written + said.unflatten(-1, (-1, heads)) * weights[:, :, level]
-        return written.flatten(2), routes, held
+            written = written + by_head(said, weights[:, :, level])
+        return written, routes, held
 
     def contributions(self, x: Tensor, features: dict[int, Tensor], timing: Timing) -> Tensor:
         """The length of what each level adds at each token, gate included: (B, T, K)."""
         gate = self.open(x, timing)
-        each = torch.stack(list(self.apart(features, timing, range(len(self.ranks)))), -1)
+        each = list(self.apart(features, timing, range(len(self.ranks))))
         if self.selector is not None:
             routes, _ = self.selector(x, timing.clock, timing.progress, ())
-            heads, levels = routes.shape[2:]
-            each = (each.unflatten(2, (-1, heads)) * (routes * levels)[:, :, None]).flatten(2, 3)
-        return (gate[..., None] * each).norm(dim=2)
+            each = [by_head(said, routes[..., level] * len(each)) for level, said in enumerate(each)]
+        return (gate[..., None] * torch.stack(each, -1)).norm(dim=2)
+
+
+def by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """x (..., D), the channels h, h + H, h + 2 H … of each head h times its weight (..., H)."""
+    return (x.unflatten(-1, (-1, weights.shape[-1])) * weights[..., None, :]).flatten(-2)
 
 
 def weigh(parts: list[Tensor], weights: Tensor | None) -> Tensor:
