@@ -3,7 +3,7 @@
 Dimension letters: B texts, T tokens, L layers, H heads, K levels, C ranks of all levels, N contexts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,9 +106,10 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
         if learned.shape[-1]:
             own = learned.shape[-1] if config.tower == "layer" else 1  # one tower has one router
             segments[LEARNED] = learned.permute(2, 0, 1)[:own]
-    outlook = None if output.plan is None else output.plan.outlook
-    ranks = tuple(zip(config.level_keys, config.ranks, strict=True))
-    return Behaviour(routes, segments, _hits(model, config, ids), outlook, ranks)
+    found = Behaviour(routes, segments, _hits(model, config, ids))
+    if output.plan is None:
+        return found
+    return replace(found, outlook=output.plan.outlook, ranks=tuple(zip(config.level_keys, config.ranks, strict=True)))
 
 
 def _hits(model: PreTrainedModel, config: DyadConfig, ids: Tensor) -> dict[str, Tensor]:
