@@ -66,6 +66,7 @@ class Position(Probe):
         binned = [by_position[low:high].mean() for low, high in pairwise(edges)]
         middles = [float(positions[low:high].mean()) for low, high in pairwise(edges)]
         fall = float(difference.mean())
+        moves = "falls" if fall < 0 else "rises"
         return ProbeResult(
             self.id,
             {
@@ -74,7 +75,7 @@ class Position(Probe):
                 "late_rise": Reading(float(max(0.0, tenths[-1] - tenths.min())), "bits/token", "lower"),
             },
             {"loss by position": Curve(middles, [float(b) for b in binned], "position", "bits/token", log_x=True)},
-            f"From position {NEAR} to {far} the loss {'falls' if fall < 0 else 'rises'} by {abs(fall):.3f} bits a token.",
+            f"From position {NEAR} to {far} the loss {moves} by {abs(fall):.3f} bits per token.",
             {"length": length, "windows": len(ids), "near": NEAR, "far": far},
             left_out="" if far == FAR else f"the context ends at {length} tokens; far is position {far}",
         )
