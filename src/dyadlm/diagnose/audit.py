@@ -254,8 +254,8 @@ class Auditor:
         """What was saved and loaded gives what it gave before."""
         with tempfile.TemporaryDirectory() as folder, without_bars_of_transformers():
             self.model.save_pretrained(Path(folder) / "model")
-            restored = load_weights(Path(folder) / "model", self.model.dtype).to(self.model.device)  # type: ignore[arg-type]
-        mine, self.model = self.model, restored.eval()  # type: ignore[no-untyped-call]
+            restored = load_weights(Path(folder) / "model", self.model.dtype)
+        mine, self.model = self.model, restored.to(self.model.device)
         try:
             found = self.logits(self.ids)
         finally:

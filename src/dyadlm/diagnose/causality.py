@@ -40,7 +40,8 @@ def telling_length(config: PreTrainedConfig) -> int:
     """The fewest tokens on which a model does all that it does on long texts: more than two of its windows or chunks,
     and as many as BigBird needs, which attends fully (and from then on always) to anything shorter."""
     if isinstance(config, DyadConfig):
-        return 2 * 2 ** max(0, config.num_levels - 1) + 1
+        widest: int = 2 ** (len(config.alignments) - 1)
+        return 2 * widest + 1
     config = config.get_text_config(decoder=True)
     needed = 1
     for name in SPARSE_FIELDS:
@@ -66,7 +67,7 @@ def chosen_length(config: PreTrainedConfig | None, context: int | None, least: i
 
 def special_tokens(subject: Subject) -> set[int]:
     """Ids that a model may treat apart: of its tokenizer and of its configuration."""
-    special = set(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else set()
+    special: set[Any] = set(subject.tokenizer.all_special_ids) if subject.tokenizer is not None else set()
     config = getattr(subject.module, "config", None)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, name, None)

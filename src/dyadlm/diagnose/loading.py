@@ -84,7 +84,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be loaded as a GGUF model ({reason}); give another file.") from error
-    return cast(PreTrainedModel, model.eval()), tokenizer
+    return cast(PreTrainedModel, model), tokenizer
 
 
 def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], split: str = "validation") -> Material:

@@ -61,10 +61,10 @@ class Bytes(Probe):
         total = 3 * len(ids)
         nats = _in_rows(subject, ids, budget, total)
         sizes = np.array([[len(table[token]) for token in row] for row in ids.tolist()])
-        numbers, place = np.unique(documents, return_inverse=True)
-        by_document = [np.bincount(place, weights=each.sum(1)) for each in (nats / math.log(2), sizes[:, 1:])]
-        bits = float(by_document[0].sum() / by_document[1].sum())
-        interval = ratio_interval(*by_document) if len(numbers) > 1 else None
+        _, place = np.unique(documents, return_inverse=True)
+        spent = np.bincount(place, weights=nats.sum(1) / math.log(2))
+        read = np.bincount(place, weights=sizes[:, 1:].sum(1).astype(float))
+        bits, interval = float(spent.sum() / read.sum()), ratio_interval(spent, read)
         inside = float(np.maximum(sizes - 1, 0).sum() / sizes.sum())
         cutter = _Cutter(subject.tokenizer, table)
         readings, left_out = {}, []

@@ -214,14 +214,14 @@ def _peak_bytes(call: Callable[[int], object], length: int, device: torch.device
     return float(seen.peak)
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """How many bytes the tensors hold that are made inside; what an operator frees before it returns is not seen.
 
     peak: the most at any time.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 

@@ -128,8 +128,8 @@ class Leak(Probe):
 
         def learn(loss: Tensor) -> None:
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()  # type: ignore[no-untyped-call]
 
         with fixed_chance(budget.seed):
             gain = stream_gain(
