@@ -4,7 +4,7 @@ Dimension letters: B texts, T tokens, V vocabulary, D width, L layers, H heads, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,21 @@ class Subject(ABC):
     def without_level(self, level: int) -> "Subject | None":
         """The same model with one of its levels silenced; None if it has no such level."""
         return None
+
+    def lens(self, hidden: Tensor) -> Tensor | None:
+        """What the head would say of a layer's output, were it the last: (B, T, D) of any but the last layer of
+        `hidden` → logits (B, T, V)."""
+        return None
+
+    def blend(self, ids: Tensor, other: Tensor, share: Tensor) -> Tensor | None:
+        """Logits (B, V) after texts whose embeddings lie between those of two: `share` (B,) float32 of the way from
+        ids (B, T) to other (B, T). What reads the tokens themselves reads ids."""
+        return None
+
+    @property
+    def levels(self) -> Sequence[str]:
+        """What its levels are called, in the order of `routes` and `without_level`; none if it has no levels."""
+        return ()
 
     @property
     def module(self) -> nn.Module | None:

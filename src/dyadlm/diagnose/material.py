@@ -28,6 +28,12 @@ class Material:
         Returns (B, T) int64 and the number of each one's document, int64 (B,), to resample by. Fewer, if the text does
         not hold so many. Raises `TooLittle` if it holds none.
         """
+        found = self.places(count, length, seed)
+        rows = [stream.tokens(first, first + length).astype(np.int64) for stream, first, _ in found]
+        return torch.from_numpy(np.stack(rows)), np.array([document for *_, document in found])
+
+    def places(self, count: int, length: int, seed: int = 0) -> list[tuple[TokenStream, int, int]]:
+        """Where these windows are: the stream, their first token in it, the number of the document."""
         places = []
         number = 0
         for stream in self.text:
@@ -40,5 +46,4 @@ class Material:
             every = len(places) / count
             offset = np.random.default_rng(seed).random() * every
             places = [places[int(offset + i * every) % len(places)] for i in range(count)]
-        rows = [stream.tokens(first, first + length).astype(np.int64) for stream, first, _ in places]
-        return torch.from_numpy(np.stack(rows)), np.array([document for *_, document in places])
+        return places

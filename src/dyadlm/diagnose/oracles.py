@@ -1,10 +1,10 @@
 """Models that are made, not trained: what they know is known. The controls of the probes are built from them.
 
-Dimension letters: B texts, T tokens, V vocabulary.
+Dimension letters: B texts, T tokens, V vocabulary, D width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,69 @@ class Oracle(Subject):
 
     def logits(self, ids: Tensor) -> Tensor:
         return self._function(ids)
+
+
+class Shown(Oracle):
+    """An oracle that shows more than logits: what it is given functions for, named as the methods of a subject.
+
+    head: (D, V), by which logits are made of the last of the hidden states; without it, all tokens are alike.
+    silenced: by name of a level, the model without it.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        name: str,
+        *,
+        logits: Callable[[Tensor], Tensor] | None = None,
+        hidden: Callable[[Tensor], list[Tensor]] | None = None,
+        head: Tensor | None = None,
+        attention: Callable[[Tensor], list[Tensor]] | None = None,
+        routes: Callable[[Tensor], list[Tensor]] | None = None,
+        bounds: Callable[[Tensor], dict[str, Tensor]] | None = None,
+        fingerprinted: Callable[[Tensor, Tensor], Tensor] | None = None,
+        blend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        silenced: Mapping[str, Subject] | None = None,
+        context: int | None = None,
+    ):
+        super().__init__(vocabulary, logits or self._from_hidden, name, context)
+        self._hidden, self._head, self._attention, self._routes = hidden, head, attention, routes
+        self._bounds, self._fingerprinted, self._blend = bounds, fingerprinted, blend
+        self._silenced = silenced or {}
+
+    def _from_hidden(self, ids: Tensor) -> Tensor:
+        if self._hidden is None or self._head is None:
+            return torch.zeros(*ids.shape, self.vocabulary)
+        return self._hidden(ids)[-1] @ self._head
+
+    def hidden(self, ids: Tensor) -> list[Tensor] | None:
+        return None if self._hidden is None else self._hidden(ids)
+
+    def lens(self, hidden: Tensor) -> Tensor | None:
+        return None if self._head is None else hidden @ self._head
+
+    def attention(self, ids: Tensor) -> list[Tensor] | None:
+        return None if self._attention is None else self._attention(ids)
+
+    def routes(self, ids: Tensor) -> list[Tensor] | None:
+        return None if self._routes is None else self._routes(ids)
+
+    def bounds(self, ids: Tensor) -> dict[str, Tensor] | None:
+        return None if self._bounds is None else self._bounds(ids)
+
+    def fingerprinted(self, ids: Tensor, index: Tensor) -> Tensor | None:
+        return None if self._fingerprinted is None else self._fingerprinted(ids, index)
+
+    def blend(self, ids: Tensor, other: Tensor, share: Tensor) -> Tensor | None:
+        return None if self._blend is None else self._blend(ids, other, share)
+
+    def without_level(self, level: int) -> Subject | None:
+        models = list(self._silenced.values())
+        return models[level] if level < len(models) else None
+
+    @property
+    def levels(self) -> Sequence[str]:
+        return list(self._silenced)
 
 
 def uniform(vocabulary: int) -> Oracle:

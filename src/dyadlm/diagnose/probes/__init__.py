@@ -3,11 +3,39 @@
 from collections.abc import Sequence
 
 from dyadlm.diagnose.probe import Probe
+from dyadlm.diagnose.probes.bounds import Bounds
+from dyadlm.diagnose.probes.bytes import Bytes
+from dyadlm.diagnose.probes.cost import Cost
+from dyadlm.diagnose.probes.decay import Decay
+from dyadlm.diagnose.probes.diffuse import Diffuse
+from dyadlm.diagnose.probes.drift import Drift
+from dyadlm.diagnose.probes.identity import Identity
+from dyadlm.diagnose.probes.leak import Leak
 from dyadlm.diagnose.probes.loop import Loop
+from dyadlm.diagnose.probes.octave import Octave
 from dyadlm.diagnose.probes.position import Position
+from dyadlm.diagnose.probes.select import Select
+from dyadlm.diagnose.probes.window import Window
 from dyadlm.errors import UserError
 
-PROBES: dict[str, type[Probe]] = {probe.id: probe for probe in (Position, Loop)}
+PROBES: dict[str, type[Probe]] = {
+    probe.id: probe
+    for probe in (
+        Leak,
+        Bytes,
+        Octave,
+        Window,
+        Bounds,
+        Position,
+        Diffuse,
+        Loop,
+        Drift,
+        Decay,
+        Select,
+        Identity,
+        Cost,
+    )
+}
 
 
 def chosen(names: Sequence[str] = ()) -> list[Probe]:
