@@ -31,6 +31,7 @@ from dyadlm.diagnose.probes.drift import _hsic, _kernel
 from dyadlm.diagnose.probes.identity import _area
 from dyadlm.diagnose.probes.window import _fit
 from dyadlm.diagnose.run import ask
+from dyadlm.diagnose.statistics import percentiles, redrawn
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
 STRUCTURE = ["octave", "window", "diffuse", "drift", "decay", "select", "identity"]
@@ -320,7 +321,17 @@ def test_no_document_is_both_fitted_and_tested():
     ],
 )
 def test_an_exponential_alone_has_a_time_scale(response, has_scale):
-    fit = _fit(response(np.arange(128.0)), 63.0)
-    assert fit.has_scale == has_scale
+    fit = _fit(response(np.arange(128.0))[None], 63.0)
+    assert fit.has_scale.tolist() == [has_scale]
     if has_scale:
         assert fit.scale == pytest.approx(20)
+
+
+def test_what_is_redrawn_begins_with_the_whole_and_keeps_documents_together():
+    values, documents = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]), np.array([5, 5, 9])
+    sums = redrawn(values, documents)
+    assert sums[0].tolist() == [7.0, 70.0]
+    assert set(sums[:, 0]) == {6.0, 7.0, 8.0}  # twice the one document, both, twice the other
+    assert set(redrawn(values, np.zeros(3))[:, 0]) == {3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0}
+    assert percentiles(redrawn(values[:1], documents[:1])[:, 0]) is None
+    assert percentiles(sums[:, 0]) == (6.0, 8.0)

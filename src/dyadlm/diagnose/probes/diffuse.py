@@ -5,7 +5,6 @@ Dimension letters: B windows, T tokens, L layers, H heads.
 
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +60,8 @@ class Diffuse(Probe):
         seen = torch.arange(FIRST, length + 1).double()
         everything = _Measured(*(torch.stack(part).nanmean(0) for part in zip(*layers, strict=True)))
         by_token = everything.entropy.mean(0)
-        slope = float(np.polyfit(seen.log().numpy(), by_token.numpy(), 1)[0])
+        logs = (seen.log() - seen.log().mean()).numpy()
+        slope = everything.entropy.numpy() @ logs / (logs @ logs)  # of each text; their mean is that of the mean
 
         def reading(values: Tensor, unit: str, better: Better, note: str = "") -> Reading:
             known = ~values.isnan().numpy()
@@ -74,7 +74,13 @@ class Diffuse(Probe):
             "sink_rate": reading(100 * everything.sinks, "% of heads", "lower", "what may make entropy low"),
             "first_token": reading(everything.first, "share of attention", "lower"),
             "effective": reading(everything.effective, "tokens", "lower", "in the last quarter of the window"),
-            "slope": Reading(slope, "nats per e-fold", "lower", note="1 if spread over all, 0 if over a fixed number"),
+            "slope": Reading(
+                float(slope.mean()),
+                "nats per e-fold",
+                "lower",
+                mean_interval(slope, documents),
+                "1 if spread over all, 0 if over a fixed number",
+            ),
         }
         if not everything.others.isnan().all():
             readings["entropy_without_first"] = reading(everything.others, "share of log (t − 1)", "lower")

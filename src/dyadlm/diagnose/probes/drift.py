@@ -17,7 +17,7 @@ from dyadlm.diagnose.oracles import Shown, independent
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import hidden_states, rows_of, states_at
-from dyadlm.diagnose.statistics import mean_interval
+from dyadlm.diagnose.statistics import mean_interval, percentiles, redrawn
 
 LENGTH, LEAST = 128, 16
 SAMPLED = 16  # tokens of a window that are compared; neighbours are no independent sample
@@ -28,7 +28,8 @@ class Drift(Probe):
     """Whether what stands at a token stays where it was, turns, or becomes something else from layer to layer.
 
     Definition: cka = debiased linear CKA of the embedding and the last layer's output: HSIC(X, Y) / √(HSIC(X, X)
-        HSIC(Y, Y)) with the unbiased HSIC of Song et al., over tokens of different windows; cosine = the mean cosine of
+        HSIC(Y, Y)) with the unbiased HSIC of Song et al., over tokens of many windows, in batches
+        of 256 (which are what is redrawn for its interval); cosine = the mean cosine of
         the same two at the same token, each feature standardised over tokens; adjacent_cka and adjacent_cosine = the
         mean of the same over neighbouring layers; lens_kl = KL(final prediction ‖ the head's reading of a layer's
         output), mean over layers before the last. The first token of a window is left out.
@@ -59,7 +60,7 @@ class Drift(Probe):
         states = [state.flatten(0, 1) for state in states_at(subject, ids, torch.from_numpy(columns), budget)]
         order = torch.from_numpy(random.permutation(len(states[0])))
         pairs = [(0, layer) for layer in range(1, len(states))] + list(pairwise(range(len(states))))
-        alike = dict(zip(pairs, _cka(states, pairs, order), strict=True))
+        alike = dict(zip(pairs, _cka(states, pairs, order, budget.seed), strict=True))
         standard = [_standardised(state) for state in states]
         cosines = {
             pair: torch.cosine_similarity(standard[pair[0]], standard[pair[1]], dim=1).view(len(ids), each).mean(1)
@@ -76,11 +77,14 @@ class Drift(Probe):
         readings = {}
         known = alike[0, last]
         if known is not None:
-            readings["cka"] = Reading(known, "CKA", "higher", note="embedding to last layer; blind to rotations")
+            readings["cka"] = Reading(
+                float(known[0]), "CKA", "higher", percentiles(known), "embedding to last layer; blind to rotations"
+            )
         readings["cosine"] = cosine(cosines[0, last])
         near = [value for step in steps if (value := alike[step]) is not None]
         if near:
-            readings["adjacent_cka"] = Reading(float(np.mean(near)), "CKA", "higher")
+            close = np.mean(near, 0)
+            readings["adjacent_cka"] = Reading(float(close[0]), "CKA", "higher", percentiles(close))
         readings["adjacent_cosine"] = cosine(between)
         depths = list(range(1, len(states)))
         curves = {
@@ -91,7 +95,7 @@ class Drift(Probe):
         seen = [(layer, value) for layer in depths if (value := alike[0, layer]) is not None]
         if seen:
             curves["CKA with the embedding"] = Curve(
-                [layer for layer, _ in seen], [value for _, value in seen], "layer", "CKA"
+                [layer for layer, _ in seen], [float(value[0]) for _, value in seen], "layer", "CKA"
             )
         left_out = []
         if count < wanted:
@@ -107,7 +111,7 @@ class Drift(Probe):
             curves["KL of the final prediction to the lens"] = Curve(
                 list(range(len(far))), far.mean(1).tolist(), "layer", "nats"
             )
-        said = "" if known is None else f"has a CKA of {known:.2f} with the last layer's output and "
+        said = "" if known is None else f"has a CKA of {known[0]:.2f} with the last layer's output and "
         sentence = f"The embedding {said}lies at a cosine of {readings['cosine'].value:.2f} to it."
         if known is None:
             sentence = f"The embedding lies at a cosine of {readings['cosine'].value:.2f} to the last layer's output."
@@ -196,20 +200,20 @@ def _standardised(states: Tensor) -> Tensor:
     return (states - states.mean(0)) * torch.where(spread > 1e-6, 1 / spread.clamp(min=1e-6), 0.0)
 
 
-def _cka(states: list[Tensor], pairs: list[tuple[int, int]], order: Tensor) -> list[float | None]:
-    """Debiased linear CKA of pairs of layers, states (N, D) each, from batches of tokens in the given order; None where
-    a layer does not vary."""
+def _cka(states: list[Tensor], pairs: list[tuple[int, int]], order: Tensor, seed: int) -> list[np.ndarray | None]:
+    """Debiased linear CKA of pairs of layers, states (N, D) each, from batches of tokens in the given order: as it is,
+    then with batches redrawn. None where a layer does not vary."""
     batches = [batch for batch in torch.split(order, AT_ONCE) if len(batch) >= min(AT_ONCE, len(order)) // 2]
-    across, alone = np.zeros(len(pairs)), np.zeros(len(states))
+    each = []
     for batch in batches:
         kernels = [_kernel(state[batch]) for state in states]
-        alone += [_hsic(kernel, kernel) for kernel in kernels]
-        across += [_hsic(kernels[a], kernels[b]) for a, b in pairs]
-    found: list[float | None] = []
-    for (a, b), value in zip(pairs, across, strict=True):
-        known = alone[a] > 0 and alone[b] > 0
-        found.append(float(value / np.sqrt(alone[a] * alone[b])) if known else None)
-    return found
+        each.append([_hsic(kernel, kernel) for kernel in kernels] + [_hsic(kernels[a], kernels[b]) for a, b in pairs])
+    sums = redrawn(np.array(each), np.arange(len(each)), seed)
+    alone, across = sums[:, : len(states)], sums[:, len(states) :]
+    return [
+        values / np.sqrt(alone[:, a] * alone[:, b]) if (alone[:, [a, b]] > 0).all() else None
+        for (a, b), values in zip(pairs, across.T, strict=True)
+    ]
 
 
 def _kernel(states: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dyadlm.diagnose.oracles import NEVER, Oracle, Shown, copied, copier, materi
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
 from dyadlm.diagnose.result import Better, Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, rows_of
+from dyadlm.diagnose.statistics import percentiles, redrawn
 from dyadlm.evaluate.bootstrap import ratio_interval
 
 LONGEST = 1024
@@ -68,8 +69,10 @@ class Octave(Probe):
         total = float(loss[0] - loss[-1])
         readings = {"total": per_byte(bits[0] - bits[-1], "higher", f"gained from 1 to {longest} tokens")}
         if total > 0:
-            half = float(2 ** np.interp(total / 2, np.maximum.accumulate(loss[0] - loss), np.arange(len(loss))))
-            readings["half_at"] = Reading(half, "tokens", "profile", note="of context give half of the total")
+            half = np.array([_half(fallen) for fallen in redrawn((bits[0] - bits).T, documents, budget.seed)])
+            readings["half_at"] = Reading(
+                float(half[0]), "tokens", "profile", percentiles(half), "of context give half of the total"
+            )
         for k, (near, far) in enumerate(pairwise(contexts)):
             readings[f"gain_{near}_to_{far}"] = per_byte(bits[k] - bits[k + 1])
         readings["bits_per_byte"] = per_byte(bits[-1], "lower", f"the loss after {longest} tokens")
@@ -188,6 +191,11 @@ def _after(subject: Subject, ids: Tensor, context: int, block: int, budget: Budg
     nats = all_nats(subject, groups.flatten(0, 1), budget)[:, -at_once:].double().sum(1)
     bits: np.ndarray = (nats.view(len(ids), -1).sum(1) / math.log(2)).numpy()
     return bits
+
+
+def _half(fallen: np.ndarray) -> float:
+    """The context at which half of what the loss falls in all is reached, of what it has fallen at 1, 2, 4 ..."""
+    return float(2 ** np.interp(fallen[-1] / 2, np.maximum.accumulate(fallen), np.arange(len(fallen))))
 
 
 def _silenced(

@@ -15,7 +15,7 @@ from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Shown, independent, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
-from dyadlm.diagnose.statistics import mean_interval
+from dyadlm.diagnose.statistics import mean_interval, percentiles, redrawn
 from dyadlm.ops.selection import entropy
 
 LENGTH, LEAST = 256, 16
@@ -92,21 +92,24 @@ class Select(Probe):
             same.append((choice[:, 1:] == choice[:, :-1]).double().mean(1))
             loads.append(one_hot(choice, levels).double().mean(1))
             budget.progress(min(start + rows, len(ids)), 2 * len(ids))
-        blends, stays, load = torch.cat(entropies), torch.cat(same), torch.cat(loads).mean(0)  # load (L H, K)
+        blends, stays, each = torch.cat(entropies), torch.cat(same), torch.cat(loads)
+        load = redrawn(each.numpy(), documents, budget.seed)  # (1 + draws, L H, K)
+        load = load / load.sum(-1, keepdims=True)
+        agree = (load**2).sum(-1).mean(1)
+        uneven, unused = levels * agree - 1, (load == 0).mean((1, 2))
         by_text = [values.mean(1).double().numpy() for values in (blends, stays)]
         mean = [float(values.mean()) for values in by_text]
         changes = 1 - mean[1]
-        spread = levels * (load**2).sum(-1) - 1
         readings = {
             "entropy": Reading(mean[0], "share of log K", "lower", mean_interval(by_text[0], documents)),
             "same_next": Reading(
                 mean[1], "share", "higher", mean_interval(by_text[1], documents), "read beside same_by_load"
             ),
             "same_by_load": Reading(
-                float((load**2).sum(-1).mean()), "share", "profile", note="same_next of independent choices"
+                float(agree[0]), "share", "profile", percentiles(agree), "same_next of independent choices"
             ),
-            "load_cv2": Reading(float(spread.mean()), "none", "lower", note="0 if all are chosen alike"),
-            "unused": Reading(float((load == 0).double().mean()), "share of levels", "lower"),
+            "load_cv2": Reading(float(uneven[0]), "none", "lower", percentiles(uneven), "0 if all are chosen alike"),
+            "unused": Reading(float(unused[0]), "share of levels", "lower", percentiles(unused)),
         }
         if changes > 0:
             interval = mean_interval(1 - by_text[1], documents)
@@ -119,7 +122,7 @@ class Select(Probe):
         curves = {
             "load": Curve(
                 [float(level) for level in range(levels)],
-                load.mean(0).tolist(),
+                load[0].mean(0).tolist(),
                 label if len(label) < 200 else "level",
                 "share of choices",
             )

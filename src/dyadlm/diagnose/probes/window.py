@@ -18,6 +18,7 @@ from dyadlm.diagnose.oracles import Shown, independent
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import hidden_states
+from dyadlm.diagnose.statistics import percentiles, redrawn
 from dyadlm.model.boundaries import Boundaries
 from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.ops.pyramid import make_clock
@@ -26,7 +27,6 @@ LENGTH, LEAST = 256, 32
 FLOOR = 1e-4  # of the response at the token itself: below, float32 rounds
 LAGS = 8  # that a time scale is fitted to, at least
 YOKED = 32  # lags that are compared across and within a boundary
-RESAMPLES = 500
 
 
 class Window(Probe):
@@ -37,8 +37,9 @@ class Window(Probe):
         exp(−lag/τ). A layer has a time scale if that fits better than a power of the lag and than a power of the
         position; layers_with_scale = the share that do; spread = log2 of the longest over the shortest τ among them.
         yoking_NAME = (across − within) / within, where these are the mean of r at lags from 1 to 32 with and without a
-        segment's beginning between the two tokens, at equal lag, weighed by how many pairs of both kinds there are:
-        by sentences and words of the text, or by the model's own partitions if it has no tokenizer. Mean over layers.
+        segment's beginning between the two tokens, at equal lag, weighed by how many pairs of both kinds there are,
+        over swaps that leave the boundaries where they were: of words and sentences of the text, or of the model's own
+        partitions if it has no tokenizer. Mean over layers.
     Units: tokens; octaves; shares. Direction: spread and share higher; yoking: a profile, −1 where nothing crosses a
         boundary, 0 where boundaries play no part.
     Paper: Skrill and Norman-Haignere 2023 (NeurIPS): early layers exponential and yoked to position, late layers a
@@ -63,6 +64,7 @@ class Window(Probe):
         swapped, places = _swap(ids, length // 4, length // 8, budget.seed)
         lags = length - int(places.max())  # lag 0 included
         segments, source = _partitions(subject, ids)
+        moved, _ = _partitions(subject, swapped)
         found: list[Tensor] = []
         rows = max(1, budget.rows(length) // 2)
         for start in range(0, len(ids), rows):
@@ -72,25 +74,30 @@ class Window(Probe):
         responses = torch.cat(found, 1).double().numpy()  # (L, B, G)
         layers = len(responses)
         at = float(places.double().mean())
-        fits = [_fit(response.mean(0), at) for response in responses]
-        scales = {layer + 1: fit.scale for layer, fit in enumerate(fits) if fit.has_scale}
+        fits = [_fit(redrawn(response, documents, budget.seed), at) for response in responses]
+        lasting = np.mean([fit.has_scale for fit in fits], 0)
+        scales = {layer + 1: fit.scale for layer, fit in enumerate(fits) if fit.has_scale[0]}
         readings = {
             "layers_with_scale": Reading(
-                len(scales) / layers, "share of layers", "higher", note="whose response falls exponentially"
+                float(lasting[0]),
+                "share of layers",
+                "higher",
+                percentiles(lasting),
+                "whose response falls exponentially",
             )
         }
-        taus = list(scales.values())
-        if len(taus) > 1:
-            readings["spread"] = Reading(math.log2(max(taus) / min(taus)), "octaves", "higher")
-        for layer, tau in scales.items():
-            interval = _scale_interval(responses[layer - 1], documents, budget.seed)
-            readings[f"tau_layer_{layer}"] = Reading(tau, "tokens", "profile", interval)
+        if len(scales) > 1:
+            spread = np.log2(np.max(list(scales.values()), 0) / np.min(list(scales.values()), 0))
+            readings["spread"] = Reading(float(spread[0]), "octaves", "higher", percentiles(spread))
+        for layer, scale in scales.items():
+            readings[f"tau_layer_{layer}"] = Reading(float(scale[0]), "tokens", "profile", percentiles(scale))
         for name, begins in segments.items():
-            across, within = _yoking(responses, begins, places)
-            if across is not None:
-                readings[f"yoking_{name}"] = Reading(
-                    across, "share", "profile", note=f"{100 * within:.0f} % of the pairs lie within one"
-                )
+            kept = (begins == moved[name]).all(1).numpy()
+            yoked = _yoking(responses[:, kept], begins[kept], places[kept], documents[kept], budget.seed)
+            if yoked is not None:
+                share = f"of {kept.sum()} swaps that move no boundary of it"
+                readings[f"yoking_{name}"] = Reading(float(yoked[0]), "share", "profile", percentiles(yoked), share)
+        taus = [float(scale[0]) for scale in scales.values()]
         if taus:
             says = (
                 f"{len(scales)} of {layers} layers forget exponentially, in {min(taus):.3g} to {max(taus):.3g} tokens."
@@ -158,8 +165,8 @@ class Window(Probe):
 
 
 class _Fit(NamedTuple):
-    scale: float  # tokens
-    has_scale: bool
+    scale: np.ndarray  # (R,) tokens
+    has_scale: np.ndarray  # (R,) bool
 
 
 def _swap(ids: Tensor, first: int, spread: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -196,37 +203,21 @@ def _usable(response: np.ndarray) -> np.ndarray:
     return np.arange(1, 1 + (below[0] if len(below) else len(response) - 1))
 
 
-def _fit(response: np.ndarray, place: float) -> _Fit:
-    """The time scale of a response (G,) to a swap at `place`, and whether it has one."""
-    lags = _usable(response)
+def _fit(responses: np.ndarray, place: float) -> _Fit:
+    """The time scales of responses (R, G) to a swap at `place`, and which have one. The first says how far to look."""
+    lags = _usable(responses[0])
     if len(lags) < LAGS:
-        return _Fit(math.nan, False)
-    logs = np.log(response[lags])
+        return _Fit(np.full(len(responses), np.nan), np.zeros(len(responses), dtype=bool))
+    logs = np.log(np.maximum(responses[:, lags], FLOOR * responses[:, :1]))
+    logs = logs - logs.mean(1, keepdims=True)
     slopes, errors = [], []
     for form in (lags.astype(float), np.log(lags), np.log(place + 1 + lags)):
-        (slope, offset), *_ = np.polyfit(form, logs, 1, full=True)
-        slopes.append(slope)
-        errors.append(float(((logs - slope * form - offset) ** 2).sum()))
-    has_scale = slopes[0] < 0 and errors[0] < min(errors[1:])
-    return _Fit(float(-1 / slopes[0]) if slopes[0] < 0 else math.inf, bool(has_scale))
-
-
-def _scale_interval(responses: np.ndarray, documents: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """95 % interval of τ when documents are drawn anew; of one document alone, texts. responses (B, G)."""
-    units = documents if len(np.unique(documents)) > 1 else np.arange(len(responses))
-    named, unit = np.unique(units, return_inverse=True)
-    if len(named) < 2:
-        return None
-    sums = np.zeros((len(named), responses.shape[1]))
-    np.add.at(sums, unit, responses)
-    lags = _usable(responses.mean(0)).astype(int)
-    random = np.random.default_rng(seed)
-    drawn = random.multinomial(len(named), np.full(len(named), 1 / len(named)), size=RESAMPLES) @ sums
-    logs = np.log(np.maximum(drawn[:, lags], FLOOR * drawn[:, :1]))
-    centred = lags - lags.mean()
-    slopes = logs @ centred / (centred @ centred)
-    low, high = np.percentile(-1 / np.minimum(slopes, -1e-9), [2.5, 97.5])
-    return float(low), float(high)
+        form = form - form.mean()
+        slopes.append(logs @ form / (form @ form))
+        errors.append(((logs - slopes[-1][:, None] * form) ** 2).sum(1))
+    falls = slopes[0] < 0
+    scale = np.where(falls, -1 / np.where(falls, slopes[0], -1.0), np.inf)
+    return _Fit(scale, falls & (errors[0] < np.minimum(*errors[1:])))
 
 
 def _partitions(subject: Subject, ids: Tensor) -> tuple[dict[str, Tensor], str]:
@@ -240,29 +231,28 @@ def _partitions(subject: Subject, ids: Tensor) -> tuple[dict[str, Tensor], str]:
     return subject.bounds(ids) or {}, "the model's own"
 
 
-def _yoking(responses: np.ndarray, begins: Tensor, places: Tensor) -> tuple[float | None, float]:
-    """(across − within) / within over lags with pairs of both kinds, mean over layers (L, B, G); and the share of pairs
-    within a segment. None if no lag has both kinds."""
+def _yoking(
+    responses: np.ndarray, begins: Tensor, places: Tensor, documents: np.ndarray, seed: int
+) -> np.ndarray | None:
+    """(across − within) / within over lags with pairs of both kinds, mean over layers, of responses (L, B, G): as it
+    is, then redrawn. None if no lag has both kinds."""
     lags = min(YOKED, responses.shape[2] - 1)
-    counted = begins.long().cumsum(1)
-    where = places[:, None] + torch.arange(lags + 1)
-    passed = counted.gather(1, where)
-    within = (passed[:, 1:] == passed[:, :1]).numpy()  # (B, lags)
-    kinds = within.sum(0), (~within).sum(0)
-    both = (kinds[0] > 0) & (kinds[1] > 0)
-    if not both.any():
-        return None, float(within.mean())
-    seen = responses[:, :, 1 : lags + 1]
-    means = [
-        np.where(which, seen, 0.0).sum(1) / np.maximum(kind, 1)
-        for which, kind in zip((within, ~within), kinds, strict=True)
-    ]
-    weight = np.where(both, 1 / (1 / np.maximum(kinds[0], 1) + 1 / np.maximum(kinds[1], 1)), 0.0)
-    inside, across = (mean @ weight for mean in means)
-    felt = inside > 0
-    if not felt.any():
-        return None, float(within.mean())
-    return float(((across - inside)[felt] / inside[felt]).mean()), float(within.mean())
+    passed = begins.long().cumsum(1).gather(1, places[:, None] + torch.arange(lags + 1))
+    inside = (passed[:, 1:] == passed[:, :1]).double().numpy()  # (B, lags)
+    if not (inside.any(0) & (inside < 1).any(0)).any():
+        return None
+    seen = responses[:, :, 1 : lags + 1].swapaxes(0, 1)  # (B, L, lags)
+    felt, count = [], []
+    for kind in (inside, 1 - inside):
+        count.append(redrawn(kind, documents, seed))
+        felt.append(redrawn(seen * kind[:, None], documents, seed) / np.maximum(count[-1], 1)[:, None])
+    weight = (count[0] * count[1] / np.maximum(count[0] + count[1], 1))[:, None]  # 0 where there is one kind alone
+    within, across = ((mean * weight).sum(2) for mean in felt)  # (draws, L)
+    layers = within[0] > 0
+    if not layers.any():
+        return None
+    share: np.ndarray = ((across - within)[:, layers] / np.maximum(within[:, layers], 1e-30)).mean(1)
+    return share
 
 
 def _curve(response: np.ndarray) -> Curve:
