@@ -183,15 +183,17 @@ def future_gradient(module: nn.Module, ids: Tensor, positions: Sequence[int]) ->
             with fixed_chance(), torch.enable_grad():
                 logits = module_logits(module, ids)[:, : t + 1].float()
                 weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(t)).to(logits.device)
-                if not seen or not logits.requires_grad:
+                # Some embed pads of their own behind the text, or other things beside it.
+                read = next((embedded for embedded in seen if embedded.shape[1] >= ids.shape[1]), None)
+                if read is None or not logits.requires_grad:
                     return None
                 try:
-                    (gradient,) = torch.autograd.grad((logits * weights).sum(), seen[0], allow_unused=True)
+                    (gradient,) = torch.autograd.grad((logits * weights).sum(), read, allow_unused=True)
                 except (RuntimeError, AssertionError):  # some have gradients in training alone
                     return None
-            if gradient is None or gradient.shape[1] != ids.shape[1]:
+            if gradient is None:
                 return None
-            past, future = gradient[:, : t + 1].abs().max(), gradient[:, t + 1 :].abs().max()
+            past, future = gradient[:, : t + 1].abs().max(), gradient[:, t + 1 : ids.shape[1]].abs().max()
             worst = max(worst, float(future) / max(float(past), 1e-30))
     finally:
         handle.remove()

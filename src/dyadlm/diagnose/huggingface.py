@@ -149,8 +149,9 @@ class HuggingFaceSubject(Subject):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        weights = sum(float(weight.double().sum()) for weight in self.model.parameters())
-        return {**super().identity, "type": self.model.config.model_type, "weights": weights}
+        weights = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
+        # As text, for NaN equals nothing.
+        return {**super().identity, "type": self.model.config.model_type, "weights": str(weights)}
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, count: int) -> Tensor:

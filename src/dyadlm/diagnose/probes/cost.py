@@ -23,7 +23,8 @@ SHORTEST, LONGEST = 64, 2048
 REPEATS = 3
 # No single call is begun that is expected to take longer.
 PATIENCE_SECONDS, FAST_PATIENCE_SECONDS = 4.0, 1.0
-WRITTEN = 256
+DECODING = 4  # times as much, for as many calls make one
+PROMPT, WRITTEN = 16, 256
 
 
 class Cost(Probe):
@@ -50,6 +51,7 @@ class Cost(Probe):
         lengths = [length for length in _doubling(SHORTEST) if length <= longest]
         if len(lengths) < 2:
             raise NotApplicable(f"a context of {longest} tokens is too short to see anything grow")
+        written = [length for length in _doubling(SHORTEST // 4) if length <= min(WRITTEN, longest - PROMPT)]
         patience = FAST_PATIENCE_SECONDS if budget.fast else PATIENCE_SECONDS
         device = next((weight.device for weight in subject.module.parameters()), None) if subject.module else None
         draw = torch.Generator().manual_seed(budget.seed)
@@ -57,16 +59,14 @@ class Cost(Probe):
         kinds: dict[str, Callable[[int], object]] = {"reading": lambda length: subject.logits(row[:, :length])}
         if subject.module is not None:
             kinds["training"] = _trainer(subject.module, row)
-        kinds["decoding"] = lambda length: subject.greedy(row[:, :16], length)
+        kinds["decoding"] = lambda length: subject.greedy(row[:, :PROMPT], length)
         readings, curves, left_out = {}, {}, []
         for number, (kind, call) in enumerate(kinds.items()):
-            allowed = [length for length in lengths if length <= WRITTEN] if kind == "decoding" else lengths
-            allowed = [length for length in allowed if kind != "decoding" or length + 16 <= longest]
-            if kind == "decoding" and allowed and allowed[0] == SHORTEST:
-                allowed = [SHORTEST // 4, SHORTEST // 2, *allowed]
-            seconds = _timed(call, allowed, patience, device)
+            allowed = written if kind == "decoding" else lengths
+            allows = patience * (DECODING if kind == "decoding" else 1)
+            seconds = _timed(call, allowed, allows, device)
             if len(seconds) < 2:
-                left_out.append(f"{kind}, of which one call takes longer than {patience:g} seconds")
+                left_out.append(f"{kind}, of which one call takes too long or has no room in the context")
                 continue
             reached = list(seconds)
             if reached[-1] < allowed[-1]:
@@ -179,10 +179,10 @@ def _trainer(module: nn.Module, row: Tensor) -> Callable[[int], object]:
 def _timed(
     call: Callable[[int], object], lengths: list[int], patience: float, device: torch.device | None
 ) -> dict[int, float]:
-    """Seconds by length, while a call stays within patience; growth of up to the third power is expected."""
+    """Seconds by length, while a call stays within patience; of twice the tokens, three times as many are expected."""
     seconds: dict[int, float] = {}
     for length in lengths:
-        if seconds and 4 * list(seconds.values())[-1] > patience:
+        if seconds and 3 * list(seconds.values())[-1] > patience:
             break
         took = []
         for repeat in range(REPEATS + (not seconds)):  # the very first one warms up

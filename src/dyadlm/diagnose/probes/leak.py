@@ -123,8 +123,9 @@ class Leak(Probe):
         weights = [weight for weight in pupil.parameters() if weight.is_floating_point()]
         for weight in weights:
             weight.requires_grad_()
-        # Its state is small: a copy and its gradients are all that a large model costs.
-        optimizer = torch.optim.Adafactor(weights, lr=1e-3)
+        # Its state is small: a copy and its gradients are all that a large model costs. Steps do not shrink with the
+        # weights, so that those which are zero move.
+        optimizer = torch.optim.Adafactor(weights, lr=3e-3, eps=(None, 1.0))
 
         def learn(loss: Tensor) -> None:
             optimizer.zero_grad()
