@@ -203,6 +203,18 @@ def test_octave_takes_the_longest_context_that_documents_fill():
     assert "64" in result.left_out
 
 
+def test_swaps_that_move_a_boundary_are_no_yoking():
+    def counted(ids):
+        """How many segments have begun: a swap is felt after it if and only if it makes or unmakes a beginning."""
+        begun = (ids == 0).cumsum(1)[..., None].float()
+        return [begun, begun]
+
+    model = Shown(4, "counts", hidden=counted, bounds=lambda ids: {"own": ids == 0})
+    result = ask(PROBES["window"](), model, independent(4, 32, 256), Budget())
+    assert result.readings
+    assert "yoking_own" not in result.readings
+
+
 def test_attention_that_is_no_distribution_is_refused():
     shown = Shown(8, "linear", attention=lambda ids: [torch.ones(len(ids), 1, ids.shape[1], ids.shape[1])])
     assert "sum to 1" in ask(PROBES["diffuse"](), shown, independent(8, 4, 256), Budget()).not_applicable
@@ -314,6 +326,7 @@ def test_no_document_is_both_fitted_and_tested():
     ("response", "has_scale"),
     [
         (lambda lag: np.exp(-lag / 20), True),
+        (lambda lag: np.exp(-lag / 500), False),
         (lambda lag: (1.0 + lag) ** -0.7, False),
         (lambda lag: 64 / (64 + lag), False),
         (lambda lag: np.exp(lag / 50), False),

@@ -16,7 +16,7 @@ from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Shown, independent
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
-from dyadlm.diagnose.states import hidden_states, rows_of, states_at
+from dyadlm.diagnose.states import rows_of, states_at
 from dyadlm.diagnose.statistics import mean_interval, percentiles, redrawn
 
 LENGTH, LEAST = 128, 16
@@ -32,7 +32,8 @@ class Drift(Probe):
         of 256 (which are what is redrawn for its interval); cosine = the mean cosine of
         the same two at the same token, each feature standardised over tokens; adjacent_cka and adjacent_cosine = the
         mean of the same over neighbouring layers; lens_kl = KL(final prediction ‖ the head's reading of a layer's
-        output), mean over layers before the last. The first token of a window is left out.
+        output), mean over layers before the last
+        and over a quarter of the texts. The first token of a window is left out.
     Units: none, −1 to 1; nats. Direction: cka and cosine higher, lens_kl lower, if a space that keeps its meaning is
         wanted. CKA does not see a rotation, cosine and the lens do: a high cka with a low cosine is a space that turns.
     Paper: Kornblith et al. 2019 (arXiv 1905.00414), Nguyen et al. 2021 (arXiv 2010.15327) for the unbiased estimate in
@@ -57,7 +58,8 @@ class Drift(Probe):
         random = np.random.default_rng(budget.seed)
         each = min(SAMPLED, length - 1)
         columns = np.stack([1 + random.permutation(length - 1)[:each] for _ in range(len(ids))])
-        states = [state.flatten(0, 1) for state in states_at(subject, ids, torch.from_numpy(columns), budget)]
+        by_window = states_at(subject, ids, torch.from_numpy(columns), budget)
+        states = [state.flatten(0, 1) for state in by_window]
         order = torch.from_numpy(random.permutation(len(states[0])))
         pairs = [(0, layer) for layer in range(1, len(states))] + list(pairwise(range(len(states))))
         alike = dict(zip(pairs, _cka(states, pairs, order, budget.seed), strict=True))
@@ -100,7 +102,7 @@ class Drift(Probe):
         left_out = []
         if count < wanted:
             left_out.append(f"{count} texts instead of {wanted}")
-        far = self._lens(subject, ids[: max(8, len(ids) // 4)], budget)
+        far = self._lens(subject, ids, torch.from_numpy(columns), by_window, max(8, len(ids) // 4), budget)
         if far is None:
             left_out.append("the logit lens, for the norm and the head of this model are not recognised")
         else:
@@ -119,20 +121,22 @@ class Drift(Probe):
         return ProbeResult(self.id, readings, curves, sentence, settings, left_out="; ".join(left_out))
 
     @staticmethod
-    def _lens(subject: Subject, ids: Tensor, budget: Budget) -> Tensor | None:
-        """KL of the final prediction to the head's reading, (L, B) by layer from the embedding to the last but one;
-        None without a lens."""
+    def _lens(
+        subject: Subject, ids: Tensor, columns: Tensor, states: list[Tensor], count: int, budget: Budget
+    ) -> Tensor | None:
+        """KL of the final prediction to the head's reading at some tokens of the first `count` windows, (L, B) by layer
+        from the embedding to the last but one; None without a lens. columns (B, M), states (B, M, D)."""
         rows, parts = rows_of(subject, budget, ids.shape[1]), []
-        for start in range(0, len(ids), rows):
-            some = ids[start : start + rows]
-            final = subject.logits(some)[:, 1:].log_softmax(-1)
+        for start in range(0, min(count, len(ids)), rows):
+            some = slice(start, min(start + rows, count))
+            logits = subject.logits(ids[some])
+            final = logits.gather(1, columns[some, :, None].expand(-1, -1, logits.shape[-1])).log_softmax(-1)
             found = []
-            for state in hidden_states(subject, some)[:-1]:
-                said = subject.lens(state[:, 1:])
+            for state in states[:-1]:
+                said = subject.lens(state[some])
                 if said is None:
                     return None
-                said = said.log_softmax(-1)
-                kl = final.exp() * torch.where(final.isfinite(), final - said, 0.0)
+                kl = final.exp() * torch.where(final.isfinite(), final - said.log_softmax(-1), 0.0)
                 found.append(kl.sum(-1).mean(1))
             parts.append(torch.stack(found))
         return torch.cat(parts, 1)

@@ -35,11 +35,11 @@ class Window(Probe):
     Definition: r(lag) = the mean over texts of |h' − h| at the token `lag` after the swap, for each layer. log r is
         fitted by least squares, from lag 1 to where r is below 1e-4 of that at lag 0, by a line in lag: r ∝
         exp(−lag/τ). A layer has a time scale if that fits better than a power of the lag and than a power of the
-        position; layers_with_scale = the share that do; spread = log2 of the longest over the shortest τ among them.
-        yoking_NAME = (across − within) / within, where these are the mean of r at lags from 1 to 32 with and without a
-        segment's beginning between the two tokens, at equal lag, weighed by how many pairs of both kinds there are,
-        over swaps that leave the boundaries where they were: of words and sentences of the text, or of the model's own
-        partitions if it has no tokenizer. Mean over layers.
+        position, and τ is no longer than the lags measured; layers_with_scale = the share that do; spread = log2 of the
+        longest over the shortest τ among them. yoking_NAME = (across − within) / within, where these are the mean of r
+        at lags from 1 to 32 with and without a segment's beginning between the two tokens, at equal lag, weighed by how
+        many pairs of both kinds there are, over swaps that leave the boundaries where they were: of words and sentences
+        of the text, or of the model's own partitions if it has no tokenizer. Mean over layers.
     Units: tokens; octaves; shares. Direction: spread and share higher; yoking: a profile, −1 where nothing crosses a
         boundary, 0 where boundaries play no part.
     Paper: Skrill and Norman-Haignere 2023 (NeurIPS): early layers exponential and yoked to position, late layers a
@@ -215,7 +215,7 @@ def _fit(responses: np.ndarray, place: float) -> _Fit:
         form = form - form.mean()
         slopes.append(logs @ form / (form @ form))
         errors.append(((logs - slopes[-1][:, None] * form) ** 2).sum(1))
-    falls = slopes[0] < 0
+    falls = slopes[0] < -1 / lags[-1]  # what falls more slowly cannot be told from what does not fall
     scale = np.where(falls, -1 / np.where(falls, slopes[0], -1.0), np.inf)
     return _Fit(scale, falls & (errors[0] < np.minimum(*errors[1:])))
 
