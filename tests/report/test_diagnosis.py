@@ -59,10 +59,12 @@ def reading(value: float, half: float | None = 0.1, better="lower", unit="bits/b
     return Reading(value, unit, better, None if half is None else (value - half, value + half))
 
 
-def diagnosis(name: str, *results: ProbeResult, vocabulary: int = 256, text: str = "a text") -> Diagnosis:
+def diagnosis(
+    name: str, *results: ProbeResult, vocabulary: int = 256, text: str = "a text", tokens: int = 99
+) -> Diagnosis:
     circumstances = {
         "subject": {"name": name, "vocabulary": vocabulary, "context": None},
-        "material": {"name": text, "tokens": 4096},
+        "material": {"name": text, "tokens": tokens},
         "budget": {"tokens": 1.0, "fast": False, "seed": 7},
         "versions": {"dyadlm": "0", "torch": "2"},
     }
@@ -244,8 +246,10 @@ def one(value: float, half: float | None = 0.1, left_out: str = "", **others) ->
         ([diagnosis("a", one(1, better="profile")), diagnosis("b", one(2, better="profile"))], None, "profile"),
         ([diagnosis("a", one(1, None)), diagnosis("b", one(2))], None, "interval"),
         ([diagnosis("a", one(1)), diagnosis("b", one(math.nan))], None, "interval"),
+        ([diagnosis("a", one(1, None)), diagnosis("b", one(1))], None, "same value"),
         ([diagnosis("a", one(1)), diagnosis("b", one(2), text="other")], None, "same text"),
-        ([diagnosis("a", one(1)), diagnosis("b", one(2), vocabulary=9)], 0, "lowest"),
+        ([diagnosis("a", one(1)), diagnosis("b", one(2), tokens=98)], None, "same text"),
+        ([diagnosis("a", one(1)), diagnosis("b", one(2), vocabulary=9, tokens=98)], 0, "lowest"),
         (
             [diagnosis("a", one(1, unit="bits/token")), diagnosis("b", one(2, unit="bits/token"), vocabulary=9)],
             None,
@@ -264,21 +268,31 @@ def test_best_only_where_it_can_be_told(models, best, word):
 
 
 @pytest.mark.parametrize(
-    ("value", "step", "expected"),
+    ("arguments", "expected"),
     [
-        (0.0, 0.0, "0"), (1.0, 0.0, "1.00"), (-0.21345, 0.02, "−0.213"), (0.4417, 0.0095, "0.4417"),
-        (12345.6, 0.0, "12,346"), (1e-9, 0.0, "1e−9"), (2.5e8, 0.0, "2.5e8"), (math.nan, 0.0, "not a number"),
-        (-math.inf, 1.0, "−∞"), (-1e-9, 0.1, "0.00"), (100.0, 30.0, "100"),
+        ((0.0,), "0"), ((1.0,), "1.00"), ((12345.6,), "12,346"), ((1e-9,), "1e−9"), ((2.5e8,), "2.5e8"),
+        ((math.nan,), "not a number"), ((-math.inf,), "−∞"), ((-0.21345, 0.3, 0.02), "−0.213"),
+        ((0.4417, 0.5, 0.0095), "0.4417"), ((224.48226, 224.5, 4e-4), "224.5"), ((-1e-9, 1.0), "0.00"),
+        ((100.0, 130.0, 30.0), "100"),
     ],
 )  # fmt: skip
-def test_numbers_are_written_for_people(value, step, expected):
-    assert number(value, step) == expected
+def test_numbers_are_written_for_people(arguments, expected):
+    assert number(*arguments) == expected
 
 
-def test_an_interval_gives_the_digits():
-    assert written(Reading(0.44172, "", "lower", (0.401, 0.483))) == ("0.442", "0.401 to 0.483")
-    assert written(Reading(1.0, "", "lower", (1.0, 1.0))) == ("1.00", "1.00 to 1.00")
-    assert written(Reading(math.nan, "", "lower", (math.nan, 1.0))) == ("not a number", "")
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [
+        (0.44172, (0.401, 0.483), ("0.442", "0.401 to 0.483")),
+        (1.0, (1.0, 1.0), ("1.00", "1.00 to 1.00")),
+        (0.0, (0.0, 0.0), ("0", "0 to 0")),
+        (0.9999, (0.9999, 0.9999001), ("0.9999", "0.9999 to 0.9999")),
+        (2.7e-9, (0.0, 8.1e-9), ("2.7e−9", "0 to 8.1e−9")),
+        (math.nan, (math.nan, 1.0), ("not a number", "")),
+    ],
+)
+def test_an_interval_gives_the_digits(value, interval, expected):
+    assert written(Reading(value, "", "lower", interval)) == expected
 
 
 def test_a_curve_is_told_in_one_sentence():
@@ -287,6 +301,9 @@ def test_a_curve_is_told_in_one_sentence():
     assert told([(look, curve)]) == "By step, in bits: m falls from 1.00 at 1 to 0.700 at 64, lowest 0.200 at 8."
     flat = Curve([1, 2], [3.0, 3.01], "step", "bits")
     assert told([(look, flat)]) == "By step, in bits: m begins and ends near 3.01."
+    assert told([(look, Curve([1, 2], [0.0, 1e-9], "step", "bits")), (look, curve)]).startswith(
+        "By step, in bits: m begins and ends near 0.00; m falls"
+    )
     assert "5 models end between 0.700 and 3.01 bits" in told([(look, curve)] * 4 + [(look, flat)])
 
 

@@ -7,6 +7,7 @@ so that it follows the page from light to dark.
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def draw_curves(curves: Sequence[tuple[Look, Curve]]) -> Figure:
         for look, curve in curves:
             _draw_curve(axes, look, curve, band=min(0.2, 0.7 / len(curves)))
         _scale_x(axes, [x for _, curve in curves for x in curve.x], first.log_x)
-        axes.set(xlabel=first.x_label, ylabel=first.y_label)
+        _leave_flat(axes, [y for _, curve in curves for y in curve.y if math.isfinite(y)])
+        axes.set(xlabel=first.x_label, ylabel=textwrap.fill(first.y_label, LONGEST_NAME))
         axes.yaxis.set_major_formatter(_scalar())
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
         if len(curves) > 1:
@@ -248,6 +250,14 @@ def _scale_x(axes: Axes, points: Sequence[float], logarithmic: bool) -> None:
         axes.set_xlim(*_with_room(axes, finite))
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _leave_flat(axes: Axes, values: Sequence[float]) -> None:
+    """What hardly changes is not blown up to a mountain."""
+    low, high = min(values), max(values)
+    room = 0.02 * max(abs(low), abs(high)) or 1.0
+    if high - low < 0.1 * room:
+        axes.set_ylim(low - room, high + room)
 
 
 def _with_room(axes: Axes, finite: Sequence[float]) -> tuple[float, float]:

@@ -52,13 +52,21 @@ class Figure(NamedTuple):
 
 def subjects(diagnoses: Sequence[Diagnosis], references: Sequence[Diagnosis]) -> tuple[list[Subject], list[Subject]]:
     """The models and the references, each with its look."""
-    asked = [[each.circumstances.get(what) for what in ("material", "budget")] for each in (*diagnoses, *references)]
     shown = looks([each.subject for each in diagnoses], [each.subject for each in references])
     every = [
-        Subject(look, each, same == asked[0])
-        for look, each, same in zip(shown, (*diagnoses, *references), asked, strict=True)
+        Subject(look, each, _alike(each, diagnoses[0]))
+        for look, each in zip(shown, (*diagnoses, *references), strict=True)
     ]
     return every[: len(diagnoses)], every[len(diagnoses) :]
+
+
+def _alike(one: Diagnosis, other: Diagnosis) -> bool:
+    """The same text, as far as can be told, and the same budget. Vocabularies decide how many tokens a text has."""
+    known = [each.circumstances for each in (one, other)]
+    texts = [dict(each.get("material", {})) for each in known]
+    if len({each.get("subject", {}).get("vocabulary") for each in known}) > 1:
+        texts = [{name: value for name, value in text.items() if name != "tokens"} for text in texts]
+    return texts[0] == texts[1] and known[0].get("budget") == known[1].get("budget")
 
 
 def compare(models: Sequence[Subject], probe: str, name: str) -> Verdict:
@@ -95,6 +103,8 @@ def _incomparable(found: Sequence[tuple[Subject, Reading]], probe: str) -> str:
         return "No best is marked: tokens of different vocabularies do not compare."
     if len({model.diagnosis.results[probe].left_out for model, _ in found}) > 1:
         return "No best is marked: not the same was left out for every model."
+    if len({reading.value for _, reading in found}) == 1:
+        return "The models have the same value."
     if not all(math.isfinite(sum((reading.value, *(reading.interval or [math.nan])))) for _, reading in found):
         return "No best is marked: not every model has an interval."
     return ""
@@ -107,22 +117,27 @@ def _overlap(one: Reading, other: Reading) -> bool:
 
 
 def written(reading: Reading) -> Figure:
-    """With two digits of half the interval's width, or three of the value where there is no interval."""
+    """With two digits of half the interval's width, but no more than four of all; three where there is no interval."""
     interval = reading.interval
     if interval is None or not math.isfinite(sum((reading.value, *interval))):
         return Figure(number(reading.value))
-    step = (interval[1] - interval[0]) / 2
-    value, low, high = (number(each, step) for each in (reading.value, *interval))
+    size, step = max(map(abs, (reading.value, *interval))), (interval[1] - interval[0]) / 2
+    value, low, high = (number(each, size, step) for each in (reading.value, *interval))
     return Figure(value, f"{low} to {high}")
 
 
-def number(value: float, step: float = 0.0) -> str:
-    """For people. step: a size of which two digits are shown; 0: three digits of the number itself are."""
+def number(value: float, size: float | None = None, step: float = 0.0) -> str:
+    """For people. size: of the largest number beside it, its own if None, of which three digits are shown; step: if it
+    is known, two of its digits are, but no more than four of the size."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    size = abs(step or value)
-    decimals = (1 if step else 2) - math.floor(math.log10(size)) if size else 0
-    if decimals > 6 or abs(value) >= 1e7:
+    size = abs(value) if size is None else size
+    if size == 0:
+        return "0"
+    decimals = 2 - math.floor(math.log10(size))
+    if step:
+        decimals = min(1 - math.floor(math.log10(step)), decimals + 1)
+    if decimals > 6 or size >= 1e7:
         mantissa, exponent = f"{value:.1e}".split("e")
         text = f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
     else:
@@ -133,7 +148,9 @@ def number(value: float, step: float = 0.0) -> str:
 def told(curves: Sequence[tuple[Look, Curve]]) -> str:
     """One sentence: where the curves of models begin, end and turn."""
     first = curves[0][1]
-    courses = [course for look, curve in curves if not look.muted and (course := _course(look, curve))]
+    values = [y for look, curve in curves if not look.muted for y in curve.y if math.isfinite(y)]
+    span = max(values, default=0.0) - min(values, default=0.0)
+    courses = [course for look, curve in curves if not look.muted and (course := _course(look, curve, span))]
     if not courses:
         return f"{first.y_label} by {first.x_label}, of references alone."
     if len(courses) > MOST_TOLD:
@@ -142,21 +159,19 @@ def told(curves: Sequence[tuple[Look, Curve]]) -> str:
     return f"By {first.x_label}, in {first.y_label}: {'; '.join(courses)}."
 
 
-def _course(look: Look, curve: Curve) -> str:
-    """Of one curve; empty if it has no point."""
+def _course(look: Look, curve: Curve, span: float) -> str:
+    """Of one curve; empty if it has no point. span: of all curves; what is small beside it is left out."""
     points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
     if not points:
         return ""
-    values = [y for _, y in points]
     (begin, first), (end, last) = points[0], points[-1]
-    span = max(values) - min(values)
 
     def at(x: float, y: float) -> str:
-        return f"{number(y, max(span, abs(y)) / 10)} at {compact(x)}"
+        return f"{number(y, max(span, abs(y)))} at {compact(x)}"
 
     if len(points) == 1:
         return f"{look.short} has {at(begin, first)}"
-    if abs(last - first) <= 0.02 * max(abs(first), abs(last)):
+    if abs(last - first) <= max(0.02 * max(abs(first), abs(last)), 0.01 * span):
         course = f"{look.short} begins and ends near {at(end, last).partition(' ')[0]}"
     else:
         course = f"{look.short} {'falls' if last < first else 'rises'} from {at(begin, first)} to {at(end, last)}"
