@@ -1,11 +1,13 @@
 """`dyadlm diagnose` from end to end: what it prints and keeps, and what it says of what is not as it should be."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_gguf_available
 
 from dyadlm.cli import main
 from dyadlm.cli.diagnose import names
@@ -180,6 +182,15 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", absent)
     assert call("diagnose", "garbage.gguf", "--device", "cpu") == 2
+    assert "pip install 'dyadlm[gguf]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(is_gguf_available(), reason="the package is there")
+def test_a_file_that_needs_the_missing_package(place, capsys):
+    field = b"general.architecture"
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(field)) + field
+    (place / "llama.gguf").write_bytes(header + struct.pack("<IQ", 8, 5) + b"llama")
+    assert call("diagnose", "llama.gguf", "--device", "cpu") == 2
     assert "pip install 'dyadlm[gguf]'" in capsys.readouterr().err
 
 

@@ -55,9 +55,9 @@ def telling_length(config: PreTrainedConfig) -> int:
     return needed
 
 
-def chosen_length(config: PreTrainedConfig | None, context: int | None, least: int) -> tuple[int, str]:
-    """How many tokens to read, and what that leaves out, if anything."""
-    needed = 1 if config is None else telling_length(config)
+def chosen_length(config: object, context: int | None, least: int) -> tuple[int, str]:
+    """How many tokens to read, and what that leaves out, if anything. config: a model's, if it has one."""
+    needed = telling_length(config) if isinstance(config, PreTrainedConfig) else 1
     length = max(least, needed + 4)
     longest = min(LONGEST, context or LONGEST)
     if needed > longest:

@@ -1,9 +1,9 @@
 """How does cost grow with length?"""
 
-import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,8 +37,9 @@ class Cost(Probe):
     Units: none; 1 is linear. Direction: lower.
     Paper: none; attention is quadratic, recurrences are linear.
     Pitfalls: overheads that do not grow hide what does, so short lengths show exponents that are too low: look at the
-        curve and at `longest`; a busy machine disturbs seconds, not memory; kernels that never hold the T × T weights
-        are linear in memory at quadratic time. The interval is that of the fitted line.
+        curve; a busy machine disturbs seconds, not memory; kernels that never hold the T × T weights are linear in
+        memory at quadratic time; on a CPU, what an operator frees before it returns is not seen. The interval is that
+        of repeated timings alone.
     """
 
     id: ClassVar[str] = "cost"
@@ -73,16 +74,17 @@ class Cost(Probe):
                 left_out.append(f"{kind} at more than {reached[-1]} tokens, for time")
             values = {f"{kind}_seconds": list(seconds.values())}
             if kind != "decoding":
-                values[f"{kind}_memory"] = [_peak_bytes(call, length, device) for length in reached]
+                values[f"{kind}_memory"] = [[_peak_bytes(call, length, device)] for length in reached]
             for name, measured in values.items():
-                if min(measured) <= 0:
+                least = [min(each) for each in measured]
+                if min(least) <= 0:
                     left_out.append(f"{name.replace('_', ' of ')}: nothing was seen to be allocated")
                     continue
                 slope, interval = exponent(reached, measured)
                 unit = "seconds" if name.endswith("seconds") else "bytes"
-                note = f"{measured[-1]:.3g} {unit} at {reached[-1]} tokens"
+                note = f"{least[-1]:.3g} {unit} at {reached[-1]} tokens"
                 readings[name] = Reading(slope, "exponent", "lower", interval, note)
-                curves[name.replace("_", ": ")] = Curve(reached, measured, "tokens", unit, log_x=True)
+                curves[name.replace("_", ": ")] = Curve(reached, least, "tokens", unit, log_x=True)
             budget.progress(number + 1, len(kinds))
         if not readings:
             raise NotApplicable(f"one pass over {SHORTEST * 2} tokens takes longer than {patience:g} seconds")
@@ -148,15 +150,20 @@ class Sleeper(Oracle):
         return ids.new_zeros(1, count)
 
 
-def exponent(lengths: list[int], measured: list[float]) -> tuple[float, tuple[float, float] | None]:
-    """The slope of ln y in ln T over the three longest lengths, and its 95 % interval (None for two points)."""
-    x, y = np.log(lengths[-3:]), np.log(measured[-3:])
-    slope, height = np.polyfit(x, y, 1)
-    if len(x) < 3:
-        return float(slope), None
-    error = math.sqrt(float(((y - slope * x - height) ** 2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum()))
-    half = 12.706 * error  # Student's t with one degree of freedom
-    return float(slope), (float(slope - half), float(slope + half))
+def exponent(lengths: list[int], measured: list[list[float]]) -> tuple[float, tuple[float, float] | None]:
+    """The slope of ln y in ln T over the three longest lengths, y the least of the repeats at each; and the interval in
+    which it lies for 95 % of the ways to take one repeat of each. None where nothing was repeated."""
+    x, repeats = np.log(lengths[-3:]), [np.log(each) for each in measured[-3:]]
+
+    def slope(y: Sequence[float]) -> float:
+        return float(np.polyfit(x, y, 1)[0])
+
+    best = slope([float(each.min()) for each in repeats])
+    ways = [slope(chosen) for chosen in product(*repeats)]
+    if len(ways) < 2:
+        return best, None
+    low, high = np.percentile(ways, [2.5, 97.5])
+    return best, (float(min(low, best)), float(max(high, best)))
 
 
 def _doubling(first: int) -> list[int]:
@@ -178,11 +185,11 @@ def _trainer(module: nn.Module, row: Tensor) -> Callable[[int], object]:
 
 def _timed(
     call: Callable[[int], object], lengths: list[int], patience: float, device: torch.device | None
-) -> dict[int, float]:
+) -> dict[int, list[float]]:
     """Seconds by length, while a call stays within patience; of twice the tokens, three times as many are expected."""
-    seconds: dict[int, float] = {}
+    seconds: dict[int, list[float]] = {}
     for length in lengths:
-        if seconds and 3 * list(seconds.values())[-1] > patience:
+        if seconds and 3 * min(list(seconds.values())[-1]) > patience:
             break
         took = []
         for repeat in range(REPEATS + (not seconds)):  # the very first one warms up
@@ -193,7 +200,7 @@ def _timed(
             took.append(time.perf_counter() - begin)
             if took[-1] * REPEATS > patience and repeat:
                 break
-        seconds[length] = min(took)
+        seconds[length] = took[-REPEATS:]
     return seconds
 
 
