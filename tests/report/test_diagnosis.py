@@ -270,9 +270,9 @@ def test_best_only_where_it_can_be_told(models, best, word):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((0.0,), "0"), ((1.0,), "1.00"), ((12345.6,), "12,346"), ((1e-9,), "1e−9"), ((2.5e8,), "2.5e8"),
+        ((0.0,), "0"), ((1.0,), "1.00"), ((12345.6,), "12,346"), ((1e-9,), "1e−9"), ((-2.5e8,), "−250M"),
         ((math.nan,), "not a number"), ((-math.inf,), "−∞"), ((-0.21345, 0.3, 0.02), "−0.213"),
-        ((0.4417, 0.5, 0.0095), "0.4417"), ((224.48226, 224.5, 4e-4), "224.5"), ((-1e-9, 1.0), "0.00"),
+        ((0.4417, 0.5, 0.0095), "0.4417"), ((224.48226, 224.5, 4e-4), "224.5"), ((-1e-9, 1.0), "0"),
         ((100.0, 130.0, 30.0), "100"),
     ],
 )  # fmt: skip
@@ -302,7 +302,7 @@ def test_a_curve_is_told_in_one_sentence():
     flat = Curve([1, 2], [3.0, 3.01], "step", "bits")
     assert told([(look, flat)]) == "By step, in bits: m begins and ends near 3.01."
     assert told([(look, Curve([1, 2], [0.0, 1e-9], "step", "bits")), (look, curve)]).startswith(
-        "By step, in bits: m begins and ends near 0.00; m falls"
+        "By step, in bits: m begins and ends near 0; m falls"
     )
     assert "5 models end between 0.700 and 3.01 bits" in told([(look, curve)] * 4 + [(look, flat)])
 
@@ -349,6 +349,10 @@ def test_curves_keep_their_band_their_colour_and_any_name():
     assert svg == to_svg(figure, "key", 'a "title"')
     assert "_hidden" in svg
     assert "<script" not in svg
+    large = draw_curves([(models[0], Curve([1, 2], [1e7, 2e7], "tokens", "bytes"))]).axes[0]
+    assert large.yaxis.get_major_formatter()(2e7) == "20M"
+    flat = draw_curves([(models[0], Curve([1, 2], [1.0, 1.00001], "layer", "bits"))]).axes[0]
+    assert flat.get_ylim() == pytest.approx((0.98, 1.02), abs=1e-3)
     single = draw_curves([(models[0], Curve([3], [1.0], "layer", "bits", [0.9], [1.1]))])
     assert len(single.axes[0].collections) == 1
     assert not single.legends

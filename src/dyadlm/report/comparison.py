@@ -97,9 +97,9 @@ def draw_curves(curves: Sequence[tuple[Look, Curve]]) -> Figure:
         for look, curve in curves:
             _draw_curve(axes, look, curve, band=min(0.2, 0.7 / len(curves)))
         _scale_x(axes, [x for _, curve in curves for x in curve.x], first.log_x)
-        _leave_flat(axes, [y for _, curve in curves for y in curve.y if math.isfinite(y)])
+        heights = [y for _, curve in curves for part in (curve.y, curve.low, curve.high) for y in part or ()]
+        _scale_y(axes, [y for y in heights if math.isfinite(y)])
         axes.set(xlabel=first.x_label, ylabel=textwrap.fill(first.y_label, LONGEST_NAME))
-        axes.yaxis.set_major_formatter(_scalar())
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
         if len(curves) > 1:
             handles = [_handle(look) for look, _ in curves]
@@ -252,12 +252,13 @@ def _scale_x(axes: Axes, points: Sequence[float], logarithmic: bool) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _leave_flat(axes: Axes, values: Sequence[float]) -> None:
+def _scale_y(axes: Axes, values: Sequence[float]) -> None:
     """What hardly changes is not blown up to a mountain."""
     low, high = min(values), max(values)
-    room = 0.02 * max(abs(low), abs(high)) or 1.0
-    if high - low < 0.1 * room:
-        axes.set_ylim(low - room, high + room)
+    most = max(abs(low), abs(high))
+    if high - low < 0.002 * most or most == 0:
+        axes.set_ylim(low - (0.02 * most or 1.0), high + (0.02 * most or 1.0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)) if most >= 1e4 else _scalar())
 
 
 def _with_room(axes: Axes, finite: Sequence[float]) -> tuple[float, float]:

@@ -137,12 +137,14 @@ def number(value: float, size: float | None = None, step: float = 0.0) -> str:
     decimals = 2 - math.floor(math.log10(size))
     if step:
         decimals = min(1 - math.floor(math.log10(step)), decimals + 1)
-    if decimals > 6 or size >= 1e7:
+    if size >= 1e7:
+        return compact(value)
+    if decimals > 6:
         mantissa, exponent = f"{value:.1e}".split("e")
-        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     else:
         text = f"{value:,.{max(decimals, 0)}f}"
-    return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
+    return text.replace("-", "−") if text.split("e")[0].strip("-0.,") else "0"
 
 
 def told(curves: Sequence[tuple[Look, Curve]]) -> str:
