@@ -28,7 +28,7 @@ from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, ProbeR
 from dyadlm.diagnose.linear_probe import fitted_on, ridge, ridge_classes
 from dyadlm.diagnose.oracles import Shown, independent, material_of, uniform
 from dyadlm.diagnose.probes.drift import _hsic, _kernel
-from dyadlm.diagnose.probes.identity import _area
+from dyadlm.diagnose.probes.identity import _area, _cosines, _Sample
 from dyadlm.diagnose.probes.window import _fit
 from dyadlm.diagnose.run import ask
 from dyadlm.diagnose.statistics import percentiles, redrawn
@@ -297,6 +297,17 @@ def test_the_area_under_the_curve_counts_pairs():
     scores, positive = random.integers(5, size=40).astype(float), random.random(40) < 0.3
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
     assert _area(scores, positive) == pytest.approx(np.mean(pairs))
+
+
+def test_cosines_are_of_tokens_of_different_windows():
+    windows, own = 64, torch.randint(0, 8, (64 * 16,))
+    turned = (own + torch.randint(0, 8, (windows,)).repeat_interleave(16)) % 8  # alike within a window alone
+    states = torch.eye(8)[turned].view(windows, 16, 8)
+    found = _cosines(_Sample([states], own, own, own, np.arange(windows)))
+    assert found["cosine_same_token"].value == pytest.approx(0.5, abs=0.03)
+    kept = _Sample([torch.eye(8)[own].view(windows, 16, 8)], own, own, own.flip(0), np.arange(windows))
+    assert _cosines(kept)["cosine_same_token"].value == 1.0
+    assert _cosines(kept)["cosine_same_next"].value == pytest.approx(0.5, abs=0.03)
 
 
 def test_ridge_solves_the_smaller_system_and_means_the_same():

@@ -182,7 +182,7 @@ def _measure(weights: Tensor) -> _Measured:
     # Of p_i / rest the entropy is (Σ −p_i log p_i) / rest + log rest, without the first.
     kept = (entropy - torch.special.entr(first)) / rest.clamp(min=1e-6) + rest.clamp(min=1e-6).log()
     highest = torch.arange(FIRST - 1, length).double().log()
-    shares = torch.where(rest > 1e-3, (kept / highest).clamp(0, 1), torch.nan)
+    shares = torch.where(rest > 1e-3, (kept / highest).clamp(min=0), torch.nan)
     return _Measured(
         entropy.mean(1),
         entropy[..., -(length // 4) :].exp().mean((1, 2)),

@@ -189,11 +189,16 @@ class Drift(Probe):
                 "a layer that draws all anew",
                 True,
                 lambda: (
-                    Shown(symbols, "anew", hidden=lambda ids: [table[ids], table.flip(0)[ids.flip(0)]], head=head),
+                    Shown(
+                        symbols,
+                        "anew",
+                        hidden=lambda ids: [10 + table[ids], 10 + table.flip(0)[ids.flip(0)]],
+                        head=head,
+                    ),
                     text,
                 ),
                 {"cka": Expected(0.0, 0.05), "cosine": Expected(0.0, 0.05)},
-                "debiased CKA of independent states is 0 on average, which plain CKA is not",
+                "debiased CKA of independent states is 0 on average, as plain CKA is not; what all share is no likeness",
             ),
         ]
 
