@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import BigBirdConfig, LlamaConfig, MistralConfig, Qwen2Config, ReformerConfig
 
 from dyadlm import DyadConfig
 from dyadlm.cli import main
@@ -106,6 +106,8 @@ def test_the_length_shows_what_a_model_does_on_long_texts():
     assert telling_length(MistralConfig(sliding_window=100)) == 201
     assert telling_length(Qwen2Config(sliding_window=100, use_sliding_window=False)) == 1
     assert telling_length(DyadConfig(num_levels=6)) == 65
+    assert telling_length(BigBirdConfig()) == 705  # (5 + 2 · 3) · 64, and one more
+    assert telling_length(ReformerConfig(lsh_attn_chunk_length=30)) == 129  # its local chunks are of 64
     length, left_out = chosen_length(MistralConfig(sliding_window=4096), None, 100)
     assert length == 2048
     assert "8193" in left_out

@@ -13,6 +13,7 @@ from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, Subject, ask
 from dyadlm.diagnose.causality import GAIN_LIMIT, future_gradient
 from dyadlm.diagnose.oracles import independent
+from dyadlm.diagnose.probes.cost import Allocations
 from dyadlm.diagnose.tokens import token_bytes
 
 TEXT = (
@@ -105,6 +106,17 @@ def test_costs_are_measured(subject, monkeypatch):
     assert not result.failed + result.not_applicable
     assert 0.5 < result.readings["training_memory"].value < 2.1
     assert {"training_seconds", "reading_seconds", "decoding_seconds"} <= set(result.readings)
+
+
+def test_bytes_at_once_are_those_that_were_not_there_before():
+    before = torch.zeros(1000)
+    with Allocations() as seen:
+        view = before.view(10, 100)
+        (view + 1).sum()  # gone at once, but for the sum
+        kept = view + 2
+        kept.add_(1)
+    assert seen.peak == 4 * 1000 + 4
+    assert seen.now == kept.nbytes
 
 
 def test_every_byte_is_a_token(subject):
