@@ -198,7 +198,7 @@ class Drift(Probe):
                     text,
                 ),
                 {"cka": Expected(0.0, 0.05), "cosine": Expected(0.0, 0.05)},
-                "debiased CKA of independent states is 0 on average, as plain CKA is not; what all share is no likeness",
+                "debiased CKA of independent states is 0 on average, unlike plain CKA; what all share is no likeness",
             ),
         ]
 
