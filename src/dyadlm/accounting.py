@@ -1,7 +1,7 @@
 """What a model will cost, from its configuration alone. Tests assert each figure equal to the real model's.
 
 Dimension letters: T time, V vocabulary, D width, L layers, K levels, R rank, F parts of a level's feature, S semantic
-levels, H heads, N tables of slots.
+levels, H heads, N tables of slots, M futures, W numbers that a forecaster's recurrence keeps.
 """
 
 from dyadlm.model.boundaries import LEARNED
@@ -20,7 +20,28 @@ def parameters(config: DyadConfig) -> int:
     reading = (sum(config.ranks) + _weighing(config)) * width + _weighing_biases(config)
     slots = _slot_readings(config) * width + len(config.slot_contexts or ()) * config.slot_gate
     blocks = layers * (block + config.selector_heads * config.decision_slots)
-    return embeddings + width + blocks + _listeners(config) * reading + _slot_layers(config) * slots
+    reading_and_slots = _listeners(config) * reading + _slot_layers(config) * slots
+    return embeddings + width + blocks + reading_and_slots + _planner_parameters(config)
+
+
+def _planner_parameters(config: DyadConfig) -> int:
+    if config.planner == "none":
+        return 0
+    width, keep, channels, levels = config.hidden_size, config.planner_width, sum(config.ranks), len(config.ranks)
+    proposal = _gated(width + channels, width // 2, width) * (config.planner == "head")
+    artist = width * width * (config.artist_sees == "both") + _artist(config)
+    return 3 * keep * channels + proposal + levels + artist + 2 * width
+
+
+def _gated(inputs: int, inner: int, outputs: int) -> int:
+    return inner * (2 * inputs + outputs)
+
+
+def _artist(config: DyadConfig) -> int:
+    """Numbers of the artist's units, each level's and the token's."""
+    width, inner = config.hidden_size, config.planner_width
+    levels = sum(_gated(width + 2 * rank, inner, width) for rank in config.ranks)
+    return levels + _gated(2 * width, inner, width)
 
 
 def _listeners(config: DyadConfig) -> int:
@@ -84,20 +105,40 @@ def training_flops_per_token(config: DyadConfig, sequence_length: int) -> float:
     """Floating-point operations of the matrix products of one training step, forward and backward, per token.
 
     A multiplication and an addition count as two. The pyramid's additions, T log T in number, are not products and are
-    not counted; they are a few hundredths of it.
+    not counted; they are a few hundredths of it. Of companions, only the lessons of a planner are counted, without a
+    teacher.
     """
-    forward = forward_flops(config, sequence_length)
-    once = 0  # products with what needs no gradient: which tokens share a segment
-    if not config.forgetting:
-        once = 2 * _listeners(config) * _segment_products(config, sequence_length)
-    return (3 * forward - once) / sequence_length
+    time = sequence_length
+    products = 3 * _stack_products(config, time)
+    if not config.forgetting:  # of what needs no gradient, there is one product: which tokens share a segment
+        products -= _listeners(config) * _segment_products(config, time)
+    if config.planner != "none":
+        width, keep, channels = config.hidden_size, config.planner_width, sum(config.ranks)
+        products += 3 * (_memory_products(config, time) + _plan_products(config, time))
+        # What tokens are to the levels has no gradient at all; nor have nodes, and forecasters on a hypothesis.
+        meaning = time * (1 + config.planner_futures) * width * channels
+        products -= 2 * (meaning + _node_sum_products(config, time))
+        products -= time * keep * channels * (2 + 3 * config.planner_futures)
+        if config.planner == "stack":
+            products -= time * width * (2 * config.vocab_size + _written(config))
+    return 2 * products / time
 
 
 def forward_flops(config: DyadConfig, sequence_length: int) -> int:
     """Floating-point operations of the matrix products over one sequence from a fresh start.
 
-    One token on its own costs less than that where a selector leaves out levels.
+    One token on its own costs less than that where a selector leaves out levels. The plan is counted where there is
+    consensus; the state of a planner goes on in any case.
     """
+    products = _stack_products(config, sequence_length)
+    if config.planner != "none":
+        products += _memory_products(config, sequence_length)
+        products += _plan_products(config, sequence_length) * bool(config.consensus)
+    return 2 * products
+
+
+def _stack_products(config: DyadConfig, sequence_length: int) -> int:
+    """Products of the blocks and the head."""
     time, width = sequence_length, config.hidden_size
     in_model_space = config.transport_space == "model"
     semantic = ["semantic"] * len(_semantic(config))
@@ -114,16 +155,47 @@ def forward_flops(config: DyadConfig, sequence_length: int) -> int:
     block = written * width + time * width * _blockwise(config)
     slots = time * width * _slot_readings(config)
     products = _listeners(config) * listening + config.num_hidden_layers * block + _slot_layers(config) * slots
-    return 2 * (products + time * width * config.vocab_size)
+    return products + time * width * config.vocab_size
 
 
-def _segment_products(config: DyadConfig, time: int) -> int:
-    """Products of the sums over segments: a triangular matrix for each tile of tokens, then for tiles of tiles."""
+def _memory_products(config: DyadConfig, time: int) -> int:
+    """Products that carry on what forecasters remember: nodes, and what is read off them."""
+    channels = sum(config.ranks)
+    reading = config.hidden_size * channels + 2 * config.planner_width * channels
+    return time * reading + _node_sum_products(config, time)
+
+
+def _node_sum_products(config: DyadConfig, time: int) -> int:
+    return _tile_products(time) * len(config.ranks) * max(config.ranks)
+
+
+def _plan_products(config: DyadConfig, time: int) -> int:
+    """Products of forecasts, proposal, hypotheses and artist."""
+    width, keep, channels, vocabulary = config.hidden_size, config.planner_width, sum(config.ranks), config.vocab_size
+    forecasts = (time + 1) * keep * channels
+    proposal = width * vocabulary
+    if config.planner == "head":
+        proposal += _gated(width + channels, width // 2, width)
+    else:
+        proposal += width * (vocabulary + _written(config) + width + 3 * (config.intermediate_size or 0))
+    future = width * channels + 3 * keep * channels + _artist(config) + width * vocabulary
+    start = width * width * (config.artist_sees == "both")
+    return forecasts + time * (proposal + start + config.planner_futures * future)
+
+
+def _tile_products(time: int) -> int:
+    """Products, for one channel, of sums over segments: a triangular matrix for each tile, then for tiles of tiles."""
     products = 0
     while time > 1:
         size = min(TILE, time)
         time = -(-time // size)
         products += time * size * size
+    return products
+
+
+def _segment_products(config: DyadConfig, time: int) -> int:
+    """Products of the sums over the segments of semantic levels."""
+    products = _tile_products(time)
     widths, ruled = [width + 1 for width in _segment_widths(config)], [name != LEARNED for name in _semantic(config)]
     together = [[w for w, by in zip(widths, ruled, strict=True) if by == rule] for rule in (True, False)]
     return products * sum(len(group) * max(group, default=0) for group in together)  # as wide as the widest
@@ -144,6 +216,9 @@ def state_bytes(config: DyadConfig, bytes_per_number: int = 4) -> int:
         (_slot_layers(config), _slot_state(config)),
     ):
         numbers, integers, flags = numbers + count * part[0], integers + count * part[1], flags + count * part[2]
+    if config.planner != "none":  # three nodes of each level, and what its recurrence keeps; two counts
+        numbers += 3 * sum(config.ranks) + len(config.ranks) * config.planner_width
+        integers += 2 * len(config.ranks)
     return numbers * bytes_per_number + integers * 8 + flags
 
 

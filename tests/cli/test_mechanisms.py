@@ -14,7 +14,7 @@ from dyadlm.generate import load_model
 
 TEXT = "the king speaks of love and war. in a dark wood the queen speaks. "
 EVERYTHING = [
-    "--set", "model.hidden_size=16", "model.num_hidden_layers=2", "model.num_levels=4",
+    "--set", "model.hidden_size=16", "model.selector_heads=4", "model.num_hidden_layers=2", "model.num_levels=4",
     "model.semantic_levels=[syllable, word, sentence, line, paragraph, learned]", "model.semantic_memory=2",
     "model.salience=true", "model.forgetting=true", "model.selector=gumbel", "model.selector_margin=0.3",
     "model.decision_slots=true", "model.slot_contexts=[1, 2, 8, word, code]", "model.slot_entries=64",

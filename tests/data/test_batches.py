@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer
+from dyadlm.data.batches import tag_code
+from dyadlm.data.streams import Segment, SegmentTable
 from dyadlm.errors import UserError
 
 
@@ -217,3 +219,27 @@ def test_documents_of_a_stream_in_memory():
     assert stream.documents == [(0, 4, "page"), (4, 5, "page#2"), (5, 7, "page#3")]
     assert stream.bytes_of(0, 7) == 4
     assert TokenStream.from_tokens([1, 2, 3]).documents == [(0, 3, "tokens")]
+
+
+def test_tags_say_document_section_and_kind_alike_in_every_stream():
+    table = SegmentTable.from_segments([
+        Segment(0, "Hamlet", "Act 1", "verse"), Segment(4, "Hamlet", "Act 1", "prose"), Segment(7, "Lear", "", "verse"),
+    ])  # fmt: skip
+    tagged = TokenStream([np.arange(10, dtype=np.int32)], lambda: table)
+    other = TokenStream([np.arange(20, dtype=np.int32)], lambda: SegmentTable.from_segments([Segment(0, *lear)]))
+    lear = ("Lear", "", "verse")
+    windows = TrainingWindows([(tagged, 1.0), (other, 1.0)], 10, 8, with_tags=True, with_segments=True)
+    seen = set()
+    for number in range(8):
+        item = windows[number]
+        assert item["tags"].shape == (10, 3)
+        assert item["tags"].dtype == torch.int64
+        for codes, segment in zip(item["tags"].tolist(), item["segments"].tolist(), strict=True):
+            assert codes == [tag_code(name) for name in windows.segment(segment)]
+        seen.add(windows.place(number))
+    assert {source for source, _ in seen} == {0, 1}
+    assert len({start for source, start in seen if source == 0}) > 1  # around the ring too
+    names = ["Hamlet", "Lear", "Act 1", "", "verse", "prose"]
+    assert len({tag_code(name) for name in names}) == len(names)
+    assert all(-(2**63) <= tag_code(name) < 2**63 for name in names)
+    assert tag_code("Lear") == -2436340275145767243  # of every run

@@ -24,6 +24,34 @@ def make(**fields) -> DyadForCausalLM:
     return model
 
 
+def test_skills_are_measured_as_defined():
+    model = make(planner="head", semantic_levels=["word"])
+    seen = behaviour(model, torch.tensor([list(TEXT), list(reversed(TEXT))]))
+    outlook, measures, latest = seen.outlook, seen.measures(), seen.skills()
+    starts = [0]
+    for rank in model.config.ranks:
+        starts.append(starts[-1] + rank)
+    for level, name in enumerate(["1", "2", "4", "word"]):
+        own = slice(starts[level], starts[level + 1])
+        missed = stayed = 0.0
+        for row in range(2):
+            last = math.nan
+            for t in range(len(TEXT)):
+                if outlook.judged[row, t, level]:
+                    came = outlook.last[row, t, own]
+                    here = (outlook.expected[row, t, own] - came).square().sum().item()
+                    before = (outlook.previous[row, t, own] - came).square().sum().item()
+                    missed, stayed, last = missed + here, stayed + before, max(1 - here / before, -1.0)
+                if row == 0:
+                    assert latest[level, t].item() == pytest.approx(last, rel=1e-4, abs=1e-5, nan_ok=True)
+        assert measures[f"skill_{name}"] == pytest.approx(1 - missed / stayed, rel=1e-4)
+    unseen = behaviour(make(), torch.tensor([list(TEXT)]))
+    assert unseen.skills() is None
+    assert not [name for name in unseen.measures() if name.startswith("skill")]
+    short = behaviour(model, torch.tensor([[97, 98]])).measures()
+    assert {name for name in short if name.startswith("skill")} == {"skill_1"}  # of others nothing came
+
+
 def test_routes_are_measured_as_defined():
     model = make(selector="entmax")
     ids = torch.tensor([list(TEXT), list(reversed(TEXT))])

@@ -61,6 +61,20 @@ VARIANTS: dict[str, dict] = {
         "slot_layers": [1],
     },
     "slots_code": {**SMALL, **SLOTS, "slot_contexts": ["code"], "slot_ways": 2},
+    "planner": {
+        **SMALL,
+        "semantic_levels": ["learned", "word"],
+        "semantic_memory": 2,
+        "level_rank": [3, 4, 5, 6, 7, 8],
+        "level_feature": "transport+pair",
+        "planner": "stack",
+        "planner_width": 5,
+        "planner_futures": 3,
+        "artist_sees": "both",
+        "selector": "dense",
+        "consensus": 0.9,
+    },
+    "planner_input": {**SMALL, "tower": "input", "semantic_levels": ["word"], "planner": "head", "consensus": 0.8},
     "everything": {
         **SMALL,
         **SLOTS,
@@ -73,6 +87,9 @@ VARIANTS: dict[str, dict] = {
         "decision_slots": True,
         "slot_contexts": [1, 2, "word", "code"],
         "slot_gate": True,
+        "planner": "head",
+        "planner_futures": 2,
+        "consensus": 0.7,
     },
 }
 

@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.accounting import forward_flops, parameters, state_bytes, training_flops_per_token
 from dyadlm.model import PRESETS
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions
 
 from .conftest import VARIANTS
 
@@ -17,6 +19,7 @@ SHAPES = [
     {"level_alignment": "block", "transport_space": "model", "level_feature": "transport+centroid"},
     {"level_alignment": ["sliding", "dual", "prefix", "block", "sliding", "dual"], "level_feature": "transport"},
     {"level_alignment": "sliding", "transport_space": "model", "level_feature": "transport+pair"},
+    {"planner": "stack", "level_feature": "pair"},
     *({"num_levels": 7, **variant} for variant in VARIANTS.values()),
 ]
 
@@ -33,6 +36,8 @@ def test_predictions_equal_the_model(shape):
             cache = model.eval()(ids, use_cache=True).past_key_values
         assert counter.get_total_flops() == forward_flops(config, length)
         assert cache.state_bytes() == state_bytes(config)
+    if config.planner != "none":
+        model.accompany("planner", PlannerLessons(model, PlannerOptions()))
     with FlopCounterMode(display=False) as counter:
         model.train()(ids, labels=ids).loss.backward()
     assert counter.get_total_flops() == pytest.approx(64 * training_flops_per_token(config, 64), rel=0.02)

@@ -1,12 +1,17 @@
 """What must never break: nothing at or before t depends on what comes after (design, section 10)."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
-from dyadlm.model import PRESETS, tower
+from dyadlm.model import PRESETS, selector, slots, tower
+from dyadlm.ops import segments as segment_ops
+from dyadlm.ops import selection
+from dyadlm.ops import slots as slot_ops
+from dyadlm.ops.pyramid import take
 
 from .conftest import VARIANTS, make_model, text_ids
 
@@ -49,11 +54,14 @@ def assert_causal(model: DyadForCausalLM) -> None:
 
 
 def test_no_gradient_reaches_an_earlier_logit_from_a_later_token(variant):
-    model = make_model(**variant)
+    assert_no_gradient_from_later(make_model(**variant))
+
+
+def assert_no_gradient_from_later(model: DyadForCausalLM) -> None:
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
     logits = model(text_ids(2, 70)).logits
-    (embedded,) = seen
+    embedded = seen[0]  # a planner embeds its proposals, too
     for t in (0, 1, 15, 16, 33, 68):
         (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)
         assert (gradient[0, t + 1 :] == 0).all()
@@ -163,6 +171,13 @@ def test_the_floor_catches_blocks_shown_to_all_their_own_tokens(monkeypatch):
     assert highest_gains(leak_model(), 8, **SCHEDULE)[None] > LIMIT
 
 
+def test_the_floor_catches_slots_that_hold_what_is_still_to_come(monkeypatch):
+    """With every mechanism; x_{t+1} is what slots find at t."""
+    read_ahead(monkeypatch)
+    model = leak_model(**{**VARIANTS["everything"], "num_levels": 2, "semantic_levels": ["word", "learned"]})
+    assert highest_gains(model.train(), 8, steps=30, warm_up=15, time=64)[None] > LIMIT
+
+
 def test_the_floor_catches_a_glimpse_two_tokens_ahead():
     """x_{t+2} shown to the head at t: nothing is gained on uniform tokens, much on their copies."""
     model = leak_model()
@@ -177,6 +192,73 @@ def test_the_floor_catches_a_glimpse_two_tokens_ahead():
     gains = highest_gains(model, 8, **SCHEDULE)
     assert gains[None] < LIMIT
     assert gains[1] > LIMIT
+
+
+def read_ahead(monkeypatch) -> None:
+    """A slot is read before it is written: at t, what will follow the context that stands at t."""
+
+    def found(values, lookup, state=None):
+        following = torch.arange(1, values.shape[1] + 1).clamp(max=values.shape[1] - 1)
+        column = following[:, None].expand_as(lookup.column)
+        lookup = dataclasses.replace(lookup, column=column, found=torch.ones_like(lookup.found))
+        return slot_ops.slot_read(values, lookup, state)
+
+    monkeypatch.setattr(slots, "slot_read", found)
+
+
+def whole_segments(monkeypatch) -> None:
+    """A segment is summed backwards, from its end."""
+
+    def summed(x, widths, plan, running, log_keep=None):
+        return segment_ops.segment_sums(x, widths, plan, running, log_keep).roll(-1, 1)
+
+    monkeypatch.setattr(tower, "segment_sums", summed)
+
+
+def weights_over_the_chunk(monkeypatch) -> None:
+    """Salience as a softmax over time."""
+
+    def weights(self, x):
+        parts = weighed(self, x)
+        return tuple(part if part is None else part / part.mean(1, keepdim=True) for part in parts)
+
+    weighed = tower.Tower.weights
+    monkeypatch.setattr(tower.Tower, "weights", weights)
+
+
+def tokens_chosen_by_levels(monkeypatch) -> None:
+    """Scores against those of the other tokens of the chunk, as where experts choose their tokens."""
+
+    def chosen(scores, *args, **options):
+        return selection.select(scores - scores.mean(1, keepdim=True), *args, **options)
+
+    monkeypatch.setattr(selector, "select", chosen)
+
+
+def decided_ahead(monkeypatch) -> None:
+    """A decision is remembered before it is made."""
+    monkeypatch.setattr(selector, "take", lambda rows, where: take(rows, (where + 1).clamp(max=rows.shape[1] - 1)))
+
+
+PATCHES = (read_ahead, whole_segments, weights_over_the_chunk, tokens_chosen_by_levels, decided_ahead)
+PARTS = {  # what a part of the first block says, and how many tokens early
+    "tower.salience": 1, "tower.forgetting": 1, "tower.selector.scores": 1, "tower.router.key": 2, "decision.gate": 1,
+    "slots.code": 1, "slots.gate": 40, "mlp_norm": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("leak", [*PATCHES, *PARTS], ids=lambda leak: getattr(leak, "__name__", leak))
+def test_a_leak_in_any_mechanism_is_caught(leak, monkeypatch):
+    """By the perturbation and by the gradient test alike, with every mechanism on."""
+    model = make_model(**VARIANTS["everything"])
+    if leak in PATCHES:
+        leak(monkeypatch)
+    else:
+        part, ahead = model.model.layers[0].get_submodule(leak), PARTS[leak]
+        part.register_forward_hook(lambda module, args, output: output.roll(-ahead, 1))
+    for check in (assert_causal, assert_no_gradient_from_later):
+        with pytest.raises(AssertionError):
+            check(model)
 
 
 def test_the_perturbation_test_catches_a_leak():

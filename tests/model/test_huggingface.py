@@ -21,6 +21,8 @@ from dyadlm.accounting import parameters
 from dyadlm.data import byte_tokenizer
 from dyadlm.model.cache import state_signature
 from dyadlm.model.configuration import LEVEL_FEATURES
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions
 
 from .conftest import VARIANTS, make_model, random_ids, text_ids
 
@@ -232,7 +234,7 @@ def test_plain_trainer_trains_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["default", "gumbel", "everything"])
 def test_gradient_checkpointing_gives_the_same_gradients(name):
-    model, ids = make_model(**VARIANTS[name]).train(), text_ids(2, 40)
+    model, ids = taught(make_model(**VARIANTS[name])).train(), text_ids(2, 40)
 
     def gradients():
         torch.manual_seed(5)  # the same noise
@@ -309,9 +311,16 @@ def test_level_contributions_show_each_level():
     assert torch.equal(loud[0, 3], silent[0, 3])
 
 
+def taught(model):
+    """The model with the companion that teaches its planner, if it has one."""
+    if model.planner is not None:
+        model.accompany("planner", PlannerLessons(model, PlannerOptions()))
+    return model
+
+
 def test_every_parameter_gets_a_gradient(variant):
-    """As training in parallel demands of each pass."""
-    model, ids = make_model(**variant).train(), text_ids(2, 60)
+    """As training in parallel demands of each pass; a planner is taught by its companion, as `dyadlm train` does."""
+    model, ids = taught(make_model(**variant)).train(), text_ids(2, 60)
     model(ids, labels=ids).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 

@@ -17,6 +17,8 @@ SMALL = {
     "flipflop": ["length=4", "length=64", "length=64,ignore=0.1"],
     "permutations": ["length=20", "length=9,elements=3"],
     "needle": ["length=3", "length=60,pairs=4,vocabulary=32", "length=60,pairs=4,distance=48"],
+    "path-star": ["length=8,path=2,nodes=3", "length=40,degree=3,path=4", "length=29,degree=3,path=4,ask=first"],
+    "lookahead": ["length=9,strings=2,tokens=2,symbols=2", "length=64", "length=50,strings=3,ask=first"],
 }
 CASES = [(name, text) for name, texts in SMALL.items() for text in texts]
 
@@ -74,6 +76,48 @@ class Composer:
         return self.every.index(self.so_far)
 
 
+class Planner:
+    """Walks back from the goal to the start, and then forward."""
+
+    def __init__(self, nodes):
+        self.nodes, self.read, self.before, self.way = nodes, [], {}, None
+
+    def __call__(self, token):
+        if self.way is not None:
+            return self.way.pop(0) if self.way else None
+        if token == self.nodes + 1:
+            mark = self.read.index(self.nodes)
+            edges = self.read[:mark]
+            before = dict(zip(edges[1::2], edges[0::2], strict=True))
+            start, goal = self.read[mark + 1 :]
+            self.way = [goal]
+            while before[self.way[0]] != start:
+                self.way.insert(0, before[self.way[0]])
+            return self.way.pop(0)
+        if token != self.nodes + 2:
+            self.read.append(token)
+        return None
+
+
+class Lookup:
+    """Reads a string forward when its end is named."""
+
+    def __init__(self, symbols):
+        self.bar, self.strings, self.open, self.way = symbols, {}, [], None
+
+    def __call__(self, token):
+        if self.way is not None:
+            return self.way.pop(0) if self.way else None
+        if token == self.bar:
+            self.strings[self.open[-1]], self.open = self.open, []
+        elif token == self.bar + 1:
+            self.way = self.strings[self.open[0]]
+            return self.way.pop(0)
+        elif token < self.bar:
+            self.open.append(token)
+        return None
+
+
 def oracle(task):
     """Answers question by question; it is shown one token after the other and never sees a later one."""
     return {
@@ -84,6 +128,8 @@ def oracle(task):
         "parity": Counter,
         "flipflop": FlipFlopper,
         "permutations": lambda: Composer(task.elements),
+        "path-star": lambda: Planner(task.nodes),
+        "lookahead": lambda: Lookup(task.symbols),
     }[task.name]()
 
 
@@ -113,7 +159,21 @@ GUESSES = {
     "parity": lambda task, tokens, random: random.integers(2),
     "flipflop": lambda task, tokens, random: random.integers(2),
     "permutations": lambda task, tokens, random: random.integers(task.vocabulary),
+    "path-star": lambda task, tokens, random: random.choice(neighbours(task, tokens)),
+    "lookahead": lambda task, tokens, random: random.choice(beginnings(task, tokens)),
 }
+
+
+def neighbours(task, tokens):
+    """Of the start: the nodes that an edge leads to from there."""
+    mark = tokens.tolist().index(task.nodes)
+    edges = tokens[tokens != task.nodes + 2][: 2 * task.degree * (task.path - 1)].reshape(-1, 2)
+    return edges[edges[:, 0] == tokens[mark + 1], 1]
+
+
+def beginnings(task, tokens):
+    """The first symbols of all strings."""
+    return tokens[tokens != task.symbols + 2][: task.strings * (task.tokens + 1)].reshape(task.strings, -1)[:, 0]
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, texts[-1]) for name, texts in SMALL.items()])
@@ -192,6 +252,56 @@ def test_a_needle_is_as_far_as_it_says():
     assert asked == 2999
 
 
+@pytest.mark.parametrize("degree", [2, 5])
+def test_a_star_has_arms_of_its_length_in_any_order(degree):
+    task = parse_task("path-star", f"length=64,degree={degree},path=6,nodes=60")
+    first_edges = set()
+    for number in range(40):
+        tokens, answers = task.item("train", 0, number)
+        mark = tokens.tolist().index(60)
+        edges = tokens[tokens != 62][: 2 * 5 * degree].reshape(-1, 2)
+        assert len(np.unique(edges)) == 5 * degree + 1
+        assert len(np.unique(edges[:, 1])) == 5 * degree  # one way to each
+        start, goal = tokens[mark + 1 : mark + 3]
+        assert (edges[:, 0] == start).sum() == degree
+        assert goal not in edges[:, 0]
+        assert tokens[mark + 3] == 61
+        assert np.flatnonzero(answers >= 0).tolist() == list(range(mark + 3, mark + 8))
+        assert answers[mark + 7] == goal
+        assert tokens[mark + 4 :].tolist() == answers[mark + 3 : mark + 7].tolist()  # taught by the true steps
+        first_edges.add(int(np.flatnonzero(edges[:, 0] == start)[0]))
+        once, first = parse_task("path-star", str(task) + ",ask=first"), np.flatnonzero(answers >= 0)[0]
+        assert once.questions == 1
+        assert parse_task("path-star", str(once)) == once
+        assert np.flatnonzero(once.item("train", 0, number)[1] >= 0).tolist() == [first]
+    assert len(first_edges) > 3
+
+
+def test_first_and_last_symbols_tell_strings_apart_and_the_others_do_not():
+    task = parse_task("lookahead", "length=30,strings=4,tokens=4,symbols=5")
+    middles, places = 0, np.zeros(4)
+    for number in range(50):
+        tokens, answers = task.item("train", 0, number)
+        strings = tokens[tokens != 7][:20].reshape(4, 5)
+        assert (strings[:, 4] == 5).all()
+        assert len(set(strings[:, 0])) == len(set(strings[:, 3])) == 4
+        middles += len(set(strings[:, 1]))
+        (place,) = np.flatnonzero(strings[:, 3] == tokens[-5])
+        asked = strings[place, :4]
+        places[place] += 1
+        assert answers[-4:].tolist() == asked.tolist()
+        assert tokens[-4:].tolist() == [6, *asked[:3]]
+    assert middles < 190
+    assert places.min() >= 4
+
+
+def test_chance_is_that_of_a_guess_at_the_first_step_and_none_after_it():
+    assert parse_task("path-star", "length=64,degree=4,path=5").chance == pytest.approx((1 / 4 + 3) / 4)
+    assert parse_task("path-star", "length=64,degree=4,path=5,ask=first").chance == 1 / 4
+    assert parse_task("lookahead", "length=64,strings=5,tokens=8").chance == pytest.approx((1 / 5 + 7) / 8)
+    assert parse_task("lookahead", "length=64,strings=5,tokens=8,ask=first").chance == 1 / 5
+
+
 def test_permutations_are_applied_one_after_the_other():
     every, then = permutation_table(3)
     swap_first, rotate = every.index((1, 0, 2)), every.index((1, 2, 0))
@@ -224,6 +334,14 @@ def test_standard_parameters_are_those_of_the_task(name):
         ("permutations", "elements=7", "from 2 to 6"),
         ("needle", "length=100,distance=99", "length=102"),
         ("needle", "length=100,pairs=9,vocabulary=32", "vocabulary=36"),
+        ("path-star", "path=1", "at least 2"),
+        ("path-star", "degree=1", "at least 2"),
+        ("path-star", "length=100,degree=5,path=11", "nodes=51"),
+        ("path-star", "length=22", "length=23"),
+        ("lookahead", "tokens=1", "at least 2"),
+        ("lookahead", "strings=1", "at least 2"),
+        ("lookahead", "symbols=3", "symbols=4"),
+        ("lookahead", "length=44", "length=45"),
     ],
 )
 def test_what_cannot_be_says_what_can(name, text, remedy):

@@ -131,6 +131,20 @@ def test_mechanisms_are_drawn_as_they_were_measured(tmp_path, figures):
     assert [text.get_text() for text in layers[0].get_legend().get_texts()] == ["head 1", "head 2"]
 
 
+def test_forecasts_are_drawn_as_they_were_judged(tmp_path, figures):
+    torch.manual_seed(0)
+    fields = {**PLAIN, "semantic_levels": ["word"], "hidden_size": 32, "num_hidden_layers": 1, "num_levels": 3}
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **fields, planner="head")).eval()
+    torch.nn.init.normal_(model.model.forecasters.exits[0].weight)
+    reading = read_tower(model, byte_tokenizer(), "a bad dad had a bad ad")
+    draw_tower(reading, tmp_path / "tower.png")
+    (drawn,) = [axes for title, axes in panels(figures[0]).items() if title.startswith("Forecasts")]
+    shown = np.ma.filled(np.ma.asarray(drawn.images[0].get_array()), np.nan)
+    np.testing.assert_allclose(shown, reading.behaviour.skills().numpy(), rtol=1e-5)
+    assert (shown[0, 1:] != 0).all()
+    assert [label.get_text() for label in drawn.get_yticklabels()] == ["1", "2", "4", "word"]
+
+
 def test_what_cannot_be_measured_is_said(tmp_path, figures):
     fields = {**PLAIN, "slot_contexts": [1], "slot_gate": True, "hidden_size": 32, "num_hidden_layers": 1}
     config = DyadConfig.from_preset("tiny", **fields)

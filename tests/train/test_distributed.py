@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dyadlm.train import train
 from dyadlm.train.checkpoint import last_complete
+from dyadlm.train.companions import COMPANIONS_NAME
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
 # The first steps of AdamW move every weight by the learning rate, whatever the size of its gradient, so that rounding
@@ -22,8 +23,15 @@ SHARED = (
 HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
 
 MECHANISMS = (
-    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_balance=0.01",
-    "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
+    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4",
+    "model.selector_balance=0.01", "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
+)  # fmt: skip
+# Without forecasts: how much better they are than persistence is not the mean of what each process finds.
+PLANNER = ("model.planner=stack", "model.planner_futures=2", "model.consensus=0.9", "planner.forecast=0")
+# With fingerprints beside it, whose draw knows nothing of processes; without cooldown, which follows from max_steps.
+TWIN = (
+    "twin.conditioning=reverse", "twin.weight=0.5", "fingerprint.shown=true", "fingerprint.dropout=0.4",
+    "fingerprint.cooldown=0",
 )  # fmt: skip
 
 
@@ -34,8 +42,8 @@ def metrics(run, name):
 
 def test_two_processes_train_like_one(tmp_path, small, words, console):
     """One launch for all, because importing torch takes longest."""
-    names = ("replicated", "sharded", "carried", "selecting", "selecting-shards")
-    replicated, sharded, carried, selecting, selecting_shards = (tmp_path / name for name in names)
+    names = ("replicated", "sharded", "carried", "selecting", "selecting-shards", "twins", "planned")
+    replicated, sharded, carried, selecting, selecting_shards, twins, planned = (tmp_path / name for name in names)
     halved = (*SHARED, "per_device_train_batch_size=2")
     runs = [
         (replicated, *halved, "max_steps=4"),
@@ -46,6 +54,9 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
         # Not in two parts: how many levels topk takes follows from max_steps.
         (selecting, *halved, *MECHANISMS, "max_steps=4"),
         (selecting_shards, *halved, *MECHANISMS, "max_steps=4", "fsdp=true"),
+        (twins, *halved, *TWIN, "max_steps=2"),
+        (twins, *halved, *TWIN, "max_steps=4", "--resume"),
+        (planned, *halved, *PLANNER, "max_steps=2"),
     ]
     command = " -- ".join(" ".join(map(str, run)) for run in runs)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
@@ -77,6 +88,22 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
             assert found[name].any()
 
+    whole = train(small(tmp_path / "one-twin", *SHARED, *TWIN, "max_steps=4"), words(), console)
+    for name in ("loss", "twin_loss", "fingerprint_shown", "cost", "grad_norm"):
+        assert metrics(twins, name) == pytest.approx([line[name] for line in whole.metrics if name in line], rel=1e-4)
+    for name in ("model.safetensors", COMPANIONS_NAME):
+        expected, found = (load_file(run / "checkpoint-4" / name) for run in (tmp_path / "one-twin", twins))
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
+
+    whole = train(small(tmp_path / "one-planned", *SHARED, *PLANNER, "max_steps=2"), words(), console)
+    for name in ("loss", "proposal_loss", "artist_loss", "cost", "grad_norm"):
+        assert metrics(planned, name) == pytest.approx([line[name] for line in whole.metrics if name in line], rel=1e-4)
+    assert metrics(planned, "eval_loss") == pytest.approx(
+        [line["eval_loss"] for line in whole.metrics if "eval_loss" in line], rel=1e-4
+    )
+
     one = load_file(tmp_path / "one" / "model.safetensors")
     two = load_file(replicated / "model.safetensors")
     after_two_steps = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors", "cpu")
@@ -93,5 +120,5 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
     # Only the first process writes and prints.
     shown = [line for line in done.stdout.splitlines() if line.startswith("step 4/4 ")]
     alone = [line for line in console.file.getvalue().splitlines() if line.startswith("step 4/4 ")]
-    assert len(shown) * 3 == len(alone) * 4  # of the runs above, 4 came to the end in pairs and 3 alone
+    assert len(shown) * 4 == len(alone) * 5  # of the runs above, 5 came to the end in pairs and 4 alone
     assert len(list((replicated / "tensorboard").iterdir())) == 1

@@ -1,5 +1,7 @@
 """Training models with every mechanism: they are told what they need, and nothing depends on how a step is cut."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,13 +19,15 @@ from dyadlm.train.trainer import LanguageModelTrainer
 
 EVERYTHING = (
     "model.num_levels=4", "model.semantic_levels=[syllable, word, learned]", "model.semantic_memory=2",
-    "model.salience=true", "model.forgetting=true", "model.selector=gumbel", "model.selector_margin=0.5",
+    "model.salience=true", "model.forgetting=true", "model.selector=gumbel", "model.selector_heads=16",
+    "model.selector_margin=0.5",
     "model.selector_balance=0.01", "model.decision_slots=true", "model.slot_contexts=[1, 2, word, code]",
     "model.slot_entries=64", "model.slot_gate=true", "model.slot_evict=lru",
 )  # fmt: skip
 # Without chance, and with a cost that is a mean over tokens: any cut of a batch gives the same.
 EXACT = (
-    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_balance=0.01",
+    "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=16",
+    "model.selector_balance=0.01",
     "model.decision_slots=true", "model.slot_contexts=[1, 2]", "model.slot_entries=64", "model.slot_gate=true",
     "model.dropout=0", "train.schedule=constant", "logging_steps=1",
 )  # fmt: skip
@@ -48,6 +52,32 @@ def test_progress_follows_the_steps_of_the_whole_run(tmp_path, small, words, con
     told.clear()
     train(small(tmp_path / "run", *options, "max_steps=8", resume=True), words(), console)
     assert told == [0.5, 0.625, 0.75, 0.875, 1.0]
+
+
+@pytest.mark.parametrize(("selector", "told"), [("topk", True), ("gumbel", True), ("dense", False)])
+def test_another_number_of_steps_is_said_to_change_how_selectors_are_annealed(
+    tmp_path, small, words, console, selector, told
+):
+    output = tmp_path / "run"
+    options = (
+        *PLAIN,
+        "model.num_levels=4",
+        f"model.selector={selector}",
+        "model.selector_heads=4",
+        "save_steps=1",
+        "eval_steps=0",
+    )
+    train(small(output, *options, "max_steps=1"), words(), console)
+    assert "annealed" not in console.file.getvalue()
+    train(small(output, *options, "max_steps=2", resume=True), words(), console)
+    said = f"selector {selector}: annealed over 1 steps until step 1, over 2 from there on"
+    choices = json.loads((output / "dyadlm.json").read_text())["choices"]
+    assert [choice for choice in choices if "annealed" in choice] == [said] * told
+    assert console.file.getvalue().count("annealed") == told
+    # The same number again is no change.
+    (output / "checkpoint-2" / "checkpoint.json").unlink()
+    train(small(output, *options, "max_steps=2", "logging_steps=1", resume=True), words(), console)
+    assert console.file.getvalue().count("annealed") == told
 
 
 def test_resumed_runs_and_checkpointed_gradients_give_the_same_weights(tmp_path, small, words, console):

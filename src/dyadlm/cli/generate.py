@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, NewDocument, StateIn, load, read_prompt, reader_may_leave
+from dyadlm.cli.shared import (
+    Device,
+    Dtype,
+    Fields,
+    Model,
+    NewDocument,
+    StateIn,
+    errors,
+    load,
+    read_prompt,
+    reader_may_leave,
+)
 
 
 def generate(
@@ -24,6 +35,12 @@ def generate(
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state after prompt and continuation.")
     ] = None,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate", help="With --temperature 0: read the token foreseen after next along with the next."
+        ),
+    ] = False,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -34,12 +51,14 @@ def generate(
     """
     from dyadlm.errors import UserError
     from dyadlm.generate import Sampling, generate_text
+    from dyadlm.generate.speculation import Drafts
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt)
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
     loaded, tokenizer = load(model, device, dtype, fields)
+    drafts = Drafts() if speculate else None
     pieces = generate_text(
         loaded,
         tokenizer,
@@ -50,6 +69,7 @@ def generate(
         state_in=state_in,
         new_document=new_document,
         state_out=state_out,
+        drafts=drafts,
     )
     with reader_may_leave():
         # The first piece before the prompt's echo: a request that turns out wrong prints nothing.
@@ -57,3 +77,5 @@ def generate(
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+    if drafts is not None:
+        errors.print(f"{drafts.accepted} of {drafts.made} tokens foreseen two ahead were right ({drafts.rate:.0%}).")

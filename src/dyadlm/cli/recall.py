@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def recall(
-    task: Annotated[str, typer.Option(help="mqar, induction, copying, parity, flipflop, permutations or needle.")],
+    task: Annotated[
+        str,
+        typer.Option(help="mqar, induction, copying, parity, flipflop, permutations, needle, path-star or lookahead."),
+    ],
     model: Annotated[
         str,
         typer.Option(help="A preset, a folder, or an architecture of transformers by its model type, such as llama."),

@@ -1,5 +1,7 @@
 """Training windows: which tokens the model sees at which moment, as a pure function of a seed and a number."""
 
+import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -38,6 +40,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
                             token; 0 is where a lane entered the text, so that the state must start anew
         index               with `with_index`: the global index of each token
         segments            with `with_segments`: the number of each token's segment; see `segment`
+        tags                with `with_tags`: (sequence_length, 3), the `tag_code` of each token's document, section and
+                            kind
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         document_reset: bool = False,
         with_index: bool = False,
         with_segments: bool = False,
+        with_tags: bool = False,
         lanes: int = 0,
     ):
         """Raises `UserError` if there is no stream, a weight is not positive, or a stream is below one window.
@@ -74,6 +79,7 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         self.document_reset = document_reset
         self.with_index = with_index
         self.with_segments = with_segments
+        self.with_tags = with_tags
         self.lanes = lanes
         self.run_windows = self._longest_run([weight for _, weight in streams]) if lanes else 1
         self._length = length
@@ -106,6 +112,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
         if self.with_segments:
             before = sum(len(other.segments) for other in self.streams[:source])
             item["segments"] = before + _tensor([stream.segment_numbers(*piece) for piece in pieces])
+        if self.with_tags:
+            item["tags"] = _tensor([_tags(stream, *piece) for piece in pieces])
         return item
 
     def place(self, number: int) -> tuple[int, int]:
@@ -177,6 +185,20 @@ def _document_positions(stream: TokenStream, pieces: Sequence[tuple[int, int]]) 
         at = np.arange(start, stop)
         positions.append(at - stream.document_starts[np.searchsorted(stream.document_starts, at, side="right") - 1])
     return _tensor(positions)
+
+
+@functools.lru_cache(maxsize=4096)
+def tag_code(name: str) -> int:
+    """A signed 64-bit number for the name of a document, section or kind: a hash, the same in every stream and run."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _tags(stream: TokenStream, start: int, stop: int) -> np.ndarray:
+    """Codes of document, section and kind of the tokens start..stop-1, int64 (stop - start, 3)."""
+    numbers, within = np.unique(stream.segment_numbers(start, stop), return_inverse=True)
+    codes = [[tag_code(name) for name in stream.segments[number][1:]] for number in numbers]
+    return np.array(codes, dtype=np.int64)[within]
 
 
 def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:

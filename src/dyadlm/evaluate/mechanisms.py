@@ -1,9 +1,9 @@
 """What the mechanisms of a dyadlm model do: which levels are chosen, where segments begin, what slots recall.
 
-Dimension letters: B texts, T tokens, L layers, H heads, K levels, N contexts.
+Dimension letters: B texts, T tokens, L layers, H heads, K levels, C ranks of all levels, N contexts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from dyadlm.data.tokenizer import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.boundaries import LEARNED, TextState
+from dyadlm.model.planner import LEAST, Outlook, forecast_errors, node_errors
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, load, mean_run_length
@@ -28,11 +29,14 @@ class Behaviour:
 
     routes: (L, B, T, H, K), weights of the levels. segments: by name of the level, (1 or L, B, T) bool, where they
     begin: for each layer if learned, else for all of them. hits: by context, (B, T) bool, where slots knew it.
+    outlook: what was foreseen of the levels and came; ranks: their names and widths.
     """
 
     routes: Tensor | None
     segments: dict[str, Tensor]
     hits: dict[str, Tensor]
+    outlook: Outlook | None = None
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def measures(self) -> dict[str, float]:
         """Means over all texts, layers and heads, as flat names.
@@ -40,6 +44,7 @@ class Behaviour:
         commitment: the entropy of the weights over log K, 0 for one level alone. levels_chosen: that weigh more than
         zero. run_length: tokens for which a head's set of levels stays. largest_load, smallest_load: the share of
         tokens at which the most and the least used level of any head is chosen. segment_length_NAME: tokens.
+        skill_LEVEL: by how much forecasts of its nodes are better than persistence: 1 for what came, 0 for what stood.
         hits_CONTEXT: the share of tokens at which slots knew the context.
         """
         found: dict[str, float] = {}
@@ -58,7 +63,25 @@ class Behaviour:
             found[f"segment_length_{name}"] = begins.numel() / max(int(begins.sum()), 1)
         for name, hit in self.hits.items():
             found[f"hits_{name}"] = hit.float().mean().item()
+        if self.outlook is not None:
+            skills = 1 - forecast_errors(self.outlook, [rank for _, rank in self.ranks])
+            judged = self.outlook.judged.sum((0, 1)).tolist()
+            for (name, _), skill, count in zip(self.ranks, skills.tolist(), judged, strict=True):
+                if count:
+                    found[f"skill_{name}"] = skill
         return found
+
+    def skills(self) -> Tensor | None:
+        """(K, T), of the first text: the skill of the node that has just come, from -1 at worst to 1; held until the
+        next one; not a number before the first. None for models that forecast nothing."""
+        if self.outlook is None:
+            return None
+        missed, stayed = (error[0] for error in node_errors(self.outlook, [rank for _, rank in self.ranks]))
+        skill = (1 - missed / stayed.clamp(min=LEAST)).clamp(min=-1)
+        judged = self.outlook.judged[0]
+        columns = torch.arange(len(judged), device=judged.device)[:, None]
+        latest = torch.where(judged, columns, -1).cummax(0).values
+        return skill.gather(0, latest.clamp(min=0)).masked_fill(latest < 0, torch.nan).T
 
     def layer(self, number: int) -> "Behaviour":
         """That of one layer alone, without what all layers share."""
@@ -73,7 +96,7 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
     config = model.config
     if not isinstance(config, DyadConfig):
         return Behaviour(None, {}, {})
-    output = model(input_ids=ids, output_routes=True, use_cache=False, logits_to_keep=1)
+    output = model(input_ids=ids, output_routes=True, output_plan=True, use_cache=False, logits_to_keep=1)
     routes = None if output.routes is None else torch.stack(output.routes)
     segments: dict[str, Tensor] = {}
     if output.boundaries is not None:
@@ -83,7 +106,10 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
         if learned.shape[-1]:
             own = learned.shape[-1] if config.tower == "layer" else 1  # one tower has one router
             segments[LEARNED] = learned.permute(2, 0, 1)[:own]
-    return Behaviour(routes, segments, _hits(model, config, ids))
+    found = Behaviour(routes, segments, _hits(model, config, ids))
+    if output.plan is None:
+        return found
+    return replace(found, outlook=output.plan.outlook, ranks=tuple(zip(config.level_keys, config.ranks, strict=True)))
 
 
 def _hits(model: PreTrainedModel, config: DyadConfig, ids: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import require_new
 from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.generate.sampling import Sampler, Sampling
+from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
 from dyadlm.model import DyadCache, DyadConfig
 
 # Tokens read in one forward pass; longer texts go through in pieces, at constant memory.
@@ -50,12 +51,15 @@ class Session:
         """Read a text as `generate` is given it: where a document begins with the specials its tokenizer adds."""
         self.read(self._tokenizer(text, add_special_tokens=self.begins)["input_ids"])
 
-    def write(self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[str]:
+    def write(
+        self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), drafts: Drafts | None = None
+    ) -> Iterator[str]:
         """Continue, yielding text as it comes. What is written has been read, too: the state includes it.
 
         Ends after `max_new_tokens`, at an end of text (which is not read), or with the token that completes
         one of the `stop` strings in what is written (it is yielded, as in Hugging Face, where the end of the
-        prompt may be part of it). Raises `UserError` if there is nothing to continue from, and `RunFailed` if
+        prompt may be part of it). drafts: speculate (`dyadlm.generate.speculation`), and count in it how that goes.
+        Raises `UserError` if there is nothing to continue from, and `RunFailed` if
         the model's logits are not numbers.
         """
         if self._logits is None:
@@ -64,23 +68,35 @@ class Session:
             raise UserError(f"Ask for at least 1 new token, not {max_new_tokens}.")
         if not all(stop):
             raise UserError("A stop string has at least one character.")
+        guess = None
+        if drafts is not None:
+            guess = Speculation(require_proposals(self._model, sampling), self._state, self._logits, drafts)
         sampler, decoder = Sampler(sampling, self._model.device), IncrementalDecoder(self._tokenizer)
         ends, tail = self._end_tokens(), ""
-        for _ in range(max_new_tokens):
-            if not torch.isfinite(self._logits.max()):
-                raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
-            token = sampler(self._logits)
-            if token in ends:
-                break
-            self._read(torch.tensor([token], device=self._model.device))
-            if piece := decoder.push(token):
-                yield piece
-                tail += piece
-                if any(text in tail for text in stop):
-                    return
-                tail = tail[-max(map(len, stop), default=1) :]
-        if rest := decoder.finish():
-            yield rest
+        try:
+            for _ in range(max_new_tokens):
+                logits = self._logits if guess is None else guess.logits
+                if not torch.isfinite(logits.max()):
+                    raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
+                token = sampler(logits) if guess is None else guess.next()
+                if token in ends:
+                    break
+                if guess is None:
+                    self._read(torch.tensor([token], device=self._model.device))
+                else:
+                    guess.take()
+                if piece := decoder.push(token):
+                    yield piece
+                    tail += piece
+                    if any(text in tail for text in stop):
+                        return
+                    tail = tail[-max(map(len, stop), default=1) :]
+            if rest := decoder.finish():
+                yield rest
+        finally:
+            if guess is not None:
+                guess.settle()
+                self._state, self._logits = guess.state, guess.logits
 
     def save(self, path: Path) -> None:
         """Write the state as safetensors, replacing the file. Raises `UserError` if the model has none."""
@@ -183,18 +199,21 @@ def generate_text(
     state_in: Path | None = None,
     new_document: bool = False,
     state_out: Path | None = None,
+    drafts: Drafts | None = None,
 ) -> Iterator[str]:
     """Continue a prompt, yielding text as it comes: what Hugging Face `generate` writes with these options.
 
     state_in: a saved state that the prompt continues. new_document: the prompt begins a new document instead, which
     recalls what the slots of the saved state hold. state_out: where the state after prompt and
-    continuation goes when the text has ended; a new file, or `state_in` again.
+    continuation goes when the text has ended; a new file, or `state_in` again. drafts: speculate, greedily, and count.
     Raises `UserError` for an empty prompt, an option out of range, and a state that does not fit.
     """
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
+    if drafts is not None:
+        require_proposals(model, sampling or Sampling())
     session = open_session(model, tokenizer, state_in, new_document, state_out)
     session.read_prompt(prompt)
-    yield from session.write(max_new_tokens, sampling or Sampling(), stop)
+    yield from session.write(max_new_tokens, sampling or Sampling(), stop, drafts)
     if state_out is not None:
         session.save(state_out)

@@ -57,6 +57,15 @@ def _in_word(character: str) -> bool:
     return character.isalnum() or character in APOSTROPHES
 
 
+def mirrored(marks: Tensor) -> Tensor:
+    """What marks become where the text is read backwards: a token that ended a segment begins one, and the reverse.
+
+    Tokens that stick stay as they are: together, at the end of what comes before them in the order of reading.
+    """
+    swapped = marks & (HEAD | TAIL) | (marks & ENDS) * STARTS | (marks & STARTS) // STARTS * ENDS
+    return torch.where(marks & STICKS > 0, marks, swapped)
+
+
 def marks_of(texts: Sequence[str], rules: Sequence[str]) -> Tensor:
     """The marks of a vocabulary: (V, S) uint8."""
     marks = [[token_marks(rule, text) for rule in rules] for text in texts]
@@ -122,8 +131,12 @@ class Boundaries(nn.Module):
         """Follow a vocabulary that grows or shrinks; what is new has no text."""
         self.marks = nn.functional.pad(self.marks, (0, 0, 0, vocab_size - self.marks.shape[0]))
 
-    def forward(self, ids: Tensor, clock: Clock, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, ids: Tensor, clock: Clock, state: tuple[Tensor, ...], backwards: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ids (B, T) int64 → where segments begin (B, T, S) bool, and the state after the chunk.
+
+        backwards: the tokens are those of a text read from its end.
 
         Raises:
             UserError: no tokenizer has told what the tokens stand for.
@@ -135,7 +148,7 @@ class Boundaries(nn.Module):
                     "bytes; call model.use_tokenizer(tokenizer) once before the first pass."
                 )
             self.known = True
-        marks = self.marks[ids]
+        marks = mirrored(self.marks[ids]) if backwards else self.marks[ids]
         continues = (clock.index > 0)[..., None]
         sticks = (marks & STICKS > 0) & continues
         if not state:

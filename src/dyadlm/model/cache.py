@@ -1,7 +1,7 @@
 """The state of a model between chunks, and all that depends on the Hugging Face cache interface.
 
-The state mirrors the modules: one `BlockState` per block, and what is read off the text for all blocks together. Its
-size depends on the configuration alone.
+The state mirrors the modules: one `BlockState` per block, what is read off the text for all blocks together, and what
+forecasters remember. Its size depends on the configuration alone.
 
 Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of the block tree the last four.
 """
@@ -37,7 +37,15 @@ class BlockState(NamedTuple):
     decision: tuple[Tensor, ...] = ()  # the choice (B, heads, K) and the content (B, D) last decided on
 
 
-Record = TypeVar("Record", BlockState, TextState)
+class PlannerState(NamedTuple):
+    """What the forecasters carry; empty at the start and for models without them."""
+
+    nodes: tuple[Tensor, ...] = ()  # SegmentState of all levels: (B, ranks) each
+    counts: tuple[Tensor, ...] = ()  # SegmentCount: (B, levels) int64 each
+    memory: tuple[Tensor, ...] = ()  # one (B, levels x planner_width)
+
+
+Record = TypeVar("Record", BlockState, TextState, PlannerState)
 
 
 class DyadCache:
@@ -52,13 +60,17 @@ class DyadCache:
     def __init__(self) -> None:
         self.layers: list[BlockState] = []
         self.text = TextState()
+        self.planner = PlannerState()
         self.position: Tensor | None = None  # (B,) int64, tokens of each row's open document
         self.columns_seen = 0  # columns fed so far, padding included: what `generate` counts
 
-    def update(self, layers: list[BlockState], text: TextState, position: Tensor, columns: int) -> None:
+    def update(
+        self, layers: list[BlockState], text: TextState, planner: PlannerState, position: Tensor, columns: int
+    ) -> None:
         """Take the state after a chunk of `columns` columns. Copies, so that no view keeps a whole chunk alive."""
         self.layers = [_map_tensors(layer, torch.clone) for layer in layers]
         self.text = _map_tensors(text, torch.clone)
+        self.planner = _map_tensors(planner, torch.clone)
         self.position = position
         self.columns_seen += columns
 
@@ -88,6 +100,7 @@ class DyadCache:
                 _map_tensors(layer, lambda t: t.index_select(0, rows.to(t.device))) for layer in self.layers
             ]
             chosen.text = _map_tensors(self.text, lambda t: t.index_select(0, rows.to(t.device)))
+            chosen.planner = _map_tensors(self.planner, lambda t: t.index_select(0, rows.to(t.device)))
             chosen.position = self.position.index_select(0, rows.to(self.position.device))
         chosen.columns_seen = self.columns_seen
         return chosen
@@ -111,9 +124,15 @@ class DyadCache:
         """
         if self.position is not None:
             self.layers = [BlockState(slots=layer.slots) for layer in self.layers]
-            self.text = TextState()
+            self.text, self.planner = TextState(), PlannerState()
             self.position = torch.zeros_like(self.position)
             self.columns_seen = 0
+
+    def copy(self) -> "DyadCache":
+        """A cache that stands where this one does and goes on by itself. They share tensors, which nobody writes to."""
+        twin = DyadCache()
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def reset(self) -> None:
         """Forget everything."""
@@ -123,13 +142,15 @@ class DyadCache:
         """Move every tensor to a device, in place."""
         self.layers = [_map_tensors(layer, lambda t: t.to(device)) for layer in self.layers]
         self.text = _map_tensors(self.text, lambda t: t.to(device))
+        self.planner = _map_tensors(self.planner, lambda t: t.to(device))
         self.position = None if self.position is None else self.position.to(device)
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name: `position`, `text.marks.J`, `layers.I.rings.J` and so on."""
+        """Every tensor by name: `position`, `text.marks.J`, `planner.nodes.J`, `layers.I.rings.J` and so on."""
         named = {} if self.position is None else {"position": self.position}
-        records: list[tuple[str, BlockState | TextState]] = [("text", self.text)]
+        records: list[tuple[str, BlockState | TextState | PlannerState]] = [("text", self.text)]
+        records.append(("planner", self.planner))
         records += [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
         for prefix, record in records:
             for field, group in zip(record._fields, record, strict=True):
@@ -175,6 +196,7 @@ class DyadCache:
         cache.columns_seen = int(metadata["columns_seen"])
         cache.position = tensors.get("position")
         cache.text = _read(TextState, tensors, "text")
+        cache.planner = _read(PlannerState, tensors, "planner")
         count = config.num_hidden_layers if cache.position is not None else 0
         cache.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(count)]
         return cache
@@ -196,6 +218,8 @@ def state_signature(config: DyadConfig) -> str:
         also += ["selector_heads", "selector_margin"]
     if config.tower != "layer":
         also.append("tower")
+    if config.planner != "none":
+        also.append("planner_width")
     fields |= {name: getattr(config, name) for name in also if getattr(config, name)}
     return json.dumps(fields, sort_keys=True)
 

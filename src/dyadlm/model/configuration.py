@@ -31,6 +31,8 @@ SELECTORS = ("none", *selection.KINDS)
 CHOOSING = ("topk", "gumbel")
 LEARNED_CODE = "code"
 CODE_BITS = 16
+PLANNERS = ("none", "head", "stack")
+SIGHTS = ("forecast", "both")
 HYBRID_SLIDING_WIDTH = 8
 WIDEST_SLIDING_LEVEL = 16
 BYTE_VOCABULARY = 259
@@ -79,6 +81,14 @@ class DyadConfig(PreTrainedConfig):
             on it: it may be changed after loading.
         slot_gate: whether a learned gate decides what is written.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
+        planner: whether the model forecasts the next node of each level of its last block and plans by them
+            (`dyadlm.model.planner`), and how it proposes the token after next: none | head (from the hidden state and
+            the forecasts) | stack (the last block, run on what is expected).
+        planner_width: numbers that the recurrence of each level keeps.
+        planner_futures: m, tokens after next that are considered.
+        artist_sees: `forecast`: the future as foreseen alone; `both`: the hidden state beside it.
+        consensus: the mass of the engineer's nucleus inside which the artist chooses; 0: logits are the engineer's.
+            In evaluation mode alone; weights do not depend on it: it may be changed after loading.
         early: what counts before a document starts: zero | partial | mask (`dyadlm.ops.pyramid`).
         dropout: on the embedding and on what each block adds.
         pad_token_id, bos_token_id, eos_token_id: None: those of the byte tokenizer if the vocabulary is of its size.
@@ -120,6 +130,11 @@ class DyadConfig(PreTrainedConfig):
     slot_scope: str = "document"
     slot_gate: bool = False
     decision_slots: bool = False
+    planner: str = "none"
+    planner_width: int = 32
+    planner_futures: int = 1
+    artist_sees: str = "forecast"
+    consensus: float = 0.0
     early: str = "zero"
     dropout: float = 0.0
     rms_norm_eps: float = 1e-6
@@ -189,6 +204,7 @@ class DyadConfig(PreTrainedConfig):
         _require_between("boundary_rate", self.boundary_rate, 0.01, 1.0)
         self._settle_selector()
         self._settle_slots()
+        self._settle_planner()
         self._settle_specials()
         super().__post_init__(**kwargs)
 
@@ -233,6 +249,22 @@ class DyadConfig(PreTrainedConfig):
                     f"slot_layers names block {layer!r}; give numbers from 0 to {self.num_hidden_layers - 1}."
                 )
 
+    def _settle_planner(self) -> None:
+        _require_choice("planner", self.planner, PLANNERS)
+        _require_choice("artist_sees", self.artist_sees, SIGHTS)
+        for name in ("planner_width", "planner_futures"):
+            _require_positive(name, getattr(self, name))
+        if self.planner_futures > self.vocab_size:
+            raise UserError(
+                f"planner_futures is {self.planner_futures} but vocab_size is {self.vocab_size}; choose fewer."
+            )
+        if self.consensus != 1.0:
+            _require_between("consensus", self.consensus, 0.0, 1.0)
+        if self.consensus and self.planner == "none":
+            raise UserError("consensus needs an artist; set planner too, or consensus=0.")
+        if self.planner == "stack" and self.transport_space == "model":
+            raise UserError("planner=stack reads forecasts of levels, not of the model; set transport_space=level.")
+
     def _settle_specials(self) -> None:
         for name, byte_id in BYTE_SPECIALS.items():
             given = getattr(self, name)
@@ -258,6 +290,11 @@ class DyadConfig(PreTrainedConfig):
             if isinstance(self.level_rank, list)
             else [int(self.level_rank or 1)] * (len(self.alignments) + len(self.semantic_levels or ()))
         )
+
+    @property
+    def level_keys(self) -> list[str]:
+        """The names of the levels as parts of names: 1, 2, 4 ..., then those of the semantic levels."""
+        return [str(2**level) for level in range(len(self.alignments))] + list(self.semantic_levels or ())
 
     @property
     def longest_segment(self) -> int:

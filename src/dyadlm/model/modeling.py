@@ -7,7 +7,9 @@ sequences, reads a prompt in one pass, and decodes token by token.
 Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S semantic levels, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,12 +20,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from dyadlm.errors import UserError
-from dyadlm.model.boundaries import Boundaries, TextState
-from dyadlm.model.cache import BlockState, DyadCache
+from dyadlm.model.boundaries import LEARNED, Boundaries, TextState
+from dyadlm.model.cache import BlockState, DyadCache, PlannerState
+from dyadlm.model.companion import COMPANIONS, Companion, Lesson
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
+from dyadlm.model.planner import Forecasters, Outlook, Plan, Planner
 from dyadlm.model.selector import DecisionSlots, Selector
 from dyadlm.model.slots import IdentitySlots, plan_slots, plans_alike
 from dyadlm.model.tower import Said, Timing, Tower, chunk_timing
+from dyadlm.ops.consensus import consensus
 from dyadlm.ops.contexts import Contexts, ContextState, context_tags
 from dyadlm.ops.pyramid import Clock, make_clock, next_position
 from dyadlm.ops.segments import SegmentCount, SegmentPlan, segment_plan
@@ -43,6 +48,7 @@ class DyadOutput(ModelOutput):
         boundaries: (B, T, S) bool, where segments begin: the levels that follow rules in their order, then the learned
             level as each block sees it.
         metrics: named scalars of the mechanisms that are on; in training their `cost` is part of the loss.
+        plan: what a model that plans foresees, proposes and prefers.
     """
 
     loss: Tensor | None = None
@@ -52,6 +58,7 @@ class DyadOutput(ModelOutput):
     routes: tuple[Tensor, ...] | None = None
     boundaries: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
+    plan: Plan | None = None
 
 
 @dataclass
@@ -64,6 +71,7 @@ class DyadModelOutput(ModelOutput):
     routes: tuple[Tensor, ...] | None = None
     boundaries: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
+    outlook: Outlook | None = None
 
 
 class SwiGLU(nn.Module):
@@ -124,6 +132,16 @@ class DyadBlock(GradientCheckpointingLayer):
         read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
         return hidden + self.dropout(self.mlp(read)), state, notes
 
+    def imagine(self, hidden: Tensor, identity: Tensor, outlook: Outlook) -> Tensor:
+        """What it would make of hidden (B, T, D) if its levels held the nodes that are forecast: (B, T, D).
+
+        All that belongs to one position is as it is; slots and decisions recall nothing.
+        """
+        nodes = (outlook.forecast.detach(), outlook.last, outlook.previous)
+        read = self.tower_norm(hidden) + self.tower_identity * identity
+        hidden = hidden + self.tower.imagine(read, *nodes, outlook.routes)
+        return hidden + self.mlp(self.mlp_norm(hidden) + self.mlp_identity * identity)
+
     def relate(self, read: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
         """All that the block knows of the past at each token: read (B, T, D) → (B, T, D).
 
@@ -168,9 +186,16 @@ class DyadPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, DyadModel):  # buffers that no file holds are made anew, also when weights are loaded
             init.ones_(module.progress)
+            if module.forecasters is not None:  # at first nothing is expected to change
+                for linear in module.forecasters.exits:
+                    init.zeros_(cast(nn.Linear, linear).weight)
         elif isinstance(module, Selector):
             if module.chooses:
                 init.zeros_(module.load)
+        elif isinstance(module, Planner):
+            init.copy_(module.share, module.initial_shares())
+            if module.proposal is not None:
+                init.zeros_(module.proposal.down.weight)
         elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
             init.constant_(module.tower_identity, 0.1)
             init.constant_(module.mlp_identity, 0.1)
@@ -213,6 +238,7 @@ class DyadModel(DyadPreTrainedModel):
             self.boundaries = Boundaries(config.rules, config.vocab_size, config.vocab_size == BYTE_VOCABULARY)
         self.layers = nn.ModuleList(DyadBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.forecasters = Forecasters(config) if config.planner != "none" else None
         self.post_init()
 
     def forward(
@@ -225,14 +251,21 @@ class DyadModel(DyadPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_routes: bool = False,
+        output_outlook: bool = False,
+        added_embeds: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> "DyadModelOutput | tuple[Any, ...]":
-        """Hidden states of a chunk: `last_hidden_state` (B, T, D). Arguments as in `DyadForCausalLM.forward`."""
+        """Hidden states of a chunk: `last_hidden_state` (B, T, D). Arguments as in `DyadForCausalLM.forward`.
+
+        added_embeds: (B, T, D), added to the embedding of the tokens.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if added_embeds is not None:
+            inputs_embeds = inputs_embeds + added_embeds
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = past_key_values if past_key_values is not None or not use_cache else DyadCache()
@@ -262,8 +295,13 @@ class DyadModel(DyadPreTrainedModel):
         text = cache.text if cache is not None and started else TextState()
         segments, contexts, text = self.read_text(input_ids, order, clock, text)
         outputs, states, notes = self.stack(inputs_embeds, clock, segments, contexts, states, cache is not None)
+        outlook, planner = None, cache.planner if cache is not None and started else PlannerState()
+        if self.forecasters is not None and (use_cache or output_outlook):
+            values = self.level_values(inputs_embeds, outputs[-2])
+            begins = self.semantic_begins(segments, notes[-1])
+            outlook, planner = self.forecasters(values, begins, clock, planner, output_outlook, notes[-1].routes)
         if cache is not None and use_cache:
-            cache.update(states, text, next_position(clock), time)
+            cache.update(states, text, planner, next_position(clock), time)
         routes = tuple(note.routes for note in notes if note.routes is not None)
         begun = [segments.begins] if segments is not None else []
         begun += [note.boundary[..., None] for note in notes if note.boundary is not None]
@@ -273,6 +311,8 @@ class DyadModel(DyadPreTrainedModel):
             outputs = [_reorder(output, back) for output in outputs]
             routes = tuple(_reorder(route, back) for route in routes)
             boundaries = None if boundaries is None else _reorder(boundaries, back)
+            if outlook is not None:
+                outlook = outlook.each(partial(_reorder, order=back))
         costs = [note.cost for note in notes if note.cost is not None]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -283,6 +323,7 @@ class DyadModel(DyadPreTrainedModel):
             routes=routes or None if output_routes else None,
             boundaries=boundaries if output_routes else None,
             metrics={"cost": torch.stack(costs).sum()} if costs else None,
+            outlook=outlook,
         )
         return (
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
@@ -350,6 +391,34 @@ class DyadModel(DyadPreTrainedModel):
         return outputs, carried, notes
 
     @torch.no_grad()
+    def level_values(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What tokens are to the last block's levels: embedded, and the block's input, (..., D) → (..., ranks)."""
+        heard, last = self.identity_norm(embedded), cast(DyadBlock, self.layers[-1])
+        tower = last.tower
+        if self.config.tower == "input":
+            tower = cast(DyadBlock, self.layers[0]).tower
+        else:
+            heard = last.tower_norm(hidden) + last.tower_identity * heard
+        return torch.cat(tower.through_bottlenecks(heard, range(len(self.config.ranks))), -1)
+
+    @torch.no_grad()
+    def level_meaning(self, tokens: Tensor) -> Tensor:
+        """What tokens (...) are to the last block's levels while nothing is known of their past: (..., ranks)."""
+        embedded = self.embed_tokens(tokens)
+        return self.level_values(embedded, embedded)
+
+    def imagine(self, embedded: Tensor, outlook: Outlook) -> Tensor:
+        """What the last block makes of expected tokens (B, T, D) if its levels move on as forecast: (B, T, D)."""
+        return cast(DyadBlock, self.layers[-1]).imagine(embedded, self.identity_norm(embedded), outlook)
+
+    def semantic_begins(self, segments: SegmentPlan | None, note: Notes) -> Tensor | None:
+        """Where segments begin (B, T, S) bool, in the order of the semantic levels; None without any."""
+        by_rule = iter(() if segments is None else segments.begins.unbind(-1))
+        names = self.config.semantic_levels or ()
+        columns = [note.boundary if name == LEARNED else next(by_rule) for name in names]
+        return torch.stack(cast(list[Tensor], columns), -1) if columns else None
+
+    @torch.no_grad()
     def level_contributions(self, input_ids: Tensor) -> Tensor:
         """How loudly each level speaks: the length of what it adds to the residual stream.
 
@@ -381,6 +450,14 @@ class DyadModel(DyadPreTrainedModel):
 def _reorder(output: Tensor, order: Tensor) -> Tensor:
     """The columns of (B, T, ...) in the order (B, T) int64."""
     return output.gather(1, order.view(*order.shape, *[1] * (output.dim() - 2)).expand_as(output))
+
+
+def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All named scalars; the costs become one. Names other than `cost` are unique."""
+    named = {name: value for part in metrics for name, value in part.items()}
+    if costs := [part["cost"] for part in metrics if "cost" in part]:
+        named["cost"] = torch.stack(costs).sum()
+    return named
 
 
 def require_fitting(
@@ -445,12 +522,20 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the form transformers reads
+    companions: nn.ModuleDict
 
     def __init__(self, config: DyadConfig):
         super().__init__(config)
         self.model = DyadModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.planner = Planner(config) if config.planner != "none" else None
+        self.companions = nn.ModuleDict()  # of training alone
         self.post_init()
+
+    def accompany(self, name: str, companion: Companion) -> None:
+        """Let a companion train beside the model. `save_pretrained` leaves it out; evaluation mode never calls it."""
+        self.companions[name] = companion
+        self._keys_to_ignore_on_save = {key for key in self.state_dict() if key.startswith(COMPANIONS)}
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tell the semantic levels and word contexts what text each token stands for; bytes need no telling."""
@@ -483,11 +568,16 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_routes: bool = False,
+        output_plan: bool = False,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DyadOutput | tuple[Any, ...]:
         """Logits of a chunk, and the loss if labels are given.
+
+        In evaluation mode the logits of a model with `config.consensus` are the log-probabilities that its engineer and
+        artist agree on, and the loss is theirs. Without it a plan is made only if asked for; a state keeps what the
+        forecasters remember all the same, so that it may be asked for later.
 
         Args:
             input_ids: (B, T) int64.
@@ -499,11 +589,18 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             use_cache: whether to return the state; default: when one is given, or when not training.
             output_hidden_states: whether to return all hidden states.
             output_routes: whether to return routes and boundaries.
+            output_plan: whether to return the plan, of models that have a planner.
             logits_to_keep: only the last so many positions (or these indices) get logits; 0: all.
 
         Raises:
             UserError: a cache of another kind or batch size, or an attention mask that is not (B, T).
         """
+        companions = [cast(Companion, part) for part in self.companions.values()] if self.training else []
+        extra = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if companions else {}
+        added = [part for part in (companion.embed(extra) for companion in companions) if part is not None]
+        teaching = labels is not None and any(companion.reads_plan for companion in companions)
+        mass = 0.0 if self.training or self.planner is None else self.config.consensus
+        planning = self.planner is not None and bool(output_plan or teaching or mass)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -513,17 +610,29 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_routes=output_routes,
+            output_outlook=planning,
+            added_embeds=torch.stack(added).sum(0) if added else None,
             return_dict=True,
             **{name: kwargs[name] for name in ("cu_seq_lens_q", "seq_idx") if name in kwargs},
         )
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
-        loss = None
+        plan = None
+        if planning:
+            plan = self.draw_plan(hidden[:, keep], logits, outputs.outlook.each(lambda part: part[:, keep]))
+            plan = plan._replace(outlook=outputs.outlook)
+            if mass:
+                logits = consensus(logits, plan.artist, mass)
+        loss, metrics = None, outputs.metrics
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and outputs.metrics is not None:
-                loss = loss + outputs.metrics["cost"]
+            if companions:
+                assert input_ids is not None, "companions read the tokens"
+                lesson = Lesson(input_ids, labels, attention_mask, position_ids, hidden, extra, plan)
+                metrics = add_up([metrics or {}, *[companion.losses(lesson) for companion in companions]])
+            if self.training and metrics is not None and "cost" in metrics:
+                loss = loss + metrics["cost"]
         output = DyadOutput(
             loss=loss,
             logits=logits,
@@ -531,11 +640,36 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             routes=outputs.routes,
             boundaries=outputs.boundaries,
-            metrics=outputs.metrics,
+            metrics=metrics,
+            plan=plan if output_plan else None,
         )
         return (
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
         )
+
+    def draw_plan(self, hidden: Tensor, engineer: Tensor, outlook: Outlook) -> Plan:
+        """The plan at some tokens: hidden (B, T, D), the engineer's logits (B, T, V), and the outlook there."""
+        planner, forecasters = self.planner, self.model.forecasters
+        assert planner is not None
+        assert forecasters is not None
+        embed, forecast = self.model.embed_tokens, outlook.forecast.detach().to(hidden.dtype)
+        if planner.proposal is not None:
+            proposed = planner.propose(hidden, forecast)
+        else:
+            # At first all tokens are expected alike; so small a mean would have a huge gradient through the norms.
+            expected = engineer.detach().softmax(-1) @ embed.weight.detach()
+            proposed = planner.norm(self.model.imagine(expected, outlook))
+        proposal = self.lm_head(proposed)
+        futures = proposal.detach().topk(planner.futures, -1).indices
+        near = forecast[..., None, :]
+        supposed = planner.suppose(near, self.model.level_meaning(futures))
+        far = forecasters.again(outlook.memory[..., None, :], supposed).to(hidden.dtype)
+        said = self.lm_head(planner.artist(near, far, embed(futures), hidden[..., None, :]))
+        choice = planner.choose(engineer, proposal, futures, said, self.config.consensus or 1.0)
+        far, artist = (
+            part.gather(2, choice[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2) for part in (far, said)
+        )
+        return Plan(outlook, proposal, futures, choice, far, artist)
 
     def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
         past_key_values.reorder_cache(beam_idx)

@@ -1,6 +1,7 @@
 """The selector: which levels of the tower count at a token, for each head; and the slots that keep its decisions.
 
-A head is a group of channels. Its weights over the levels multiply what they write to these channels.
+Head h of H is the channels h, h + H, h + 2 H …: so its weights, which multiply what the levels write to these channels,
+stand side by side with those of the other heads.
 
 Dimension letters: B batch, T time, D width, H heads, K levels.
 """
@@ -89,7 +90,7 @@ class DecisionSlots(nn.Module):
             decides = decides & real_tokens(clock)[..., None]
         choice = nn.functional.one_hot(routes.argmax(-1), self.levels).to(said.dtype)
         content = accumulator(
-            torch.cat([choice, said.unflatten(-1, (self.heads, -1))], -1) * straight_through(chance)[..., None]
+            torch.cat([choice, said.unflatten(-1, (-1, self.heads)).mT], -1) * straight_through(chance)[..., None]
         )
         kept = content.shape[-1]
         before = state[0] if state else content.new_zeros(batch, self.heads, kept)

@@ -18,7 +18,7 @@ H heads.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,12 @@ class Tower(nn.Module):
     """Levels → bottlenecks → features → gated up-projection, over one state.
 
     reads: whether it has bottlenecks of its own; if not, it writes back what another tower's levels say.
+    credit: where the gradient of what the levels say goes; what they say is the same. joint: to the bottlenecks and the
+        tokens that were read; reverse: to the tokens alone; detached: to neither, so that no token is shaped by later
+        ones through the tower. How tokens are weighed, forgotten and cut into learned segments is learned in each case.
     """
+
+    credit: Literal["joint", "reverse", "detached"] = "joint"
 
     def __init__(self, config: DyadConfig, reads: bool = True):
         super().__init__()
@@ -137,6 +142,11 @@ class Tower(nn.Module):
         if self.learned:
             self.router = BoundaryRouter(width, max(self.ranks), config.boundary_rate)
 
+    def borrow(self, owner: "Tower") -> None:
+        """Read through the very bottlenecks of another tower, and have none: they are named and saved there alone."""
+        del self.bottlenecks
+        object.__setattr__(self, "bottlenecks", owner.bottlenecks)  # not as a part, which `self.bottlenecks =` makes it
+
     def ups(self) -> list[nn.Linear]:
         """Every up-projection: what the tower writes goes through one of them."""
         nodes = [self.up_nodes[str(k)] for k in self.node_levels]
@@ -157,6 +167,8 @@ class Tower(nn.Module):
         clock, nodes, shares = timing.clock, timing.nodes, timing.shares
         features: dict[int, Tensor] = {}
         rings = state.rings
+        if self.credit == "detached":
+            x = x.detach()
         alone, together, by_rule, by_router = self.weights(x)
         if self.sliding:
             if self.in_model_space:
@@ -248,10 +260,21 @@ class Tower(nn.Module):
         """x (B, T, D) through the bottleneck of each of some levels: (B, T, R) each."""
         modules = [self.bottlenecks[k] for k in levels]
         if not all(type(module) is nn.Linear for module in modules):  # such as adapters around them
-            return [module(x) for module in modules]
+            return [self.through_bottleneck(x, k) for k in levels]
         # One wide product is faster than several narrow ones.
-        together = nn.functional.linear(x, torch.cat([cast(nn.Linear, module).weight for module in modules]))
-        return list(together.split([self.ranks[k] for k in levels], -1))
+        together = torch.cat([cast(nn.Linear, module).weight for module in modules])
+        if self.credit != "joint":
+            together = together.detach()
+        return list(nn.functional.linear(x, together).split([self.ranks[k] for k in levels], -1))
+
+    def through_bottleneck(self, x: Tensor, level: int) -> Tensor:
+        """x (..., D) through the bottleneck of one level: (..., R)."""
+        bottleneck = self.bottlenecks[level]
+        if self.credit == "joint":
+            return bottleneck(x)
+        fixed = {name: weight.detach() for name, weight in bottleneck.named_parameters()}
+        read: Tensor = torch.func.functional_call(bottleneck, fixed, (x,))
+        return read
 
     def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, through its bottleneck unless transport comes first: (..., D) → (..., R or D).
@@ -262,8 +285,9 @@ class Tower(nn.Module):
         if self.in_model_space:
             return means
         if self.salience is None:
-            return accumulator(self.bottlenecks[level](means.to(dtype)))
-        return torch.cat([accumulator(self.bottlenecks[level](means[..., :-1].to(dtype))), means[..., -1:]], -1)
+            return accumulator(self.through_bottleneck(means.to(dtype), level))
+        read = accumulator(self.through_bottleneck(means[..., :-1].to(dtype), level))
+        return torch.cat([read, means[..., -1:]], -1)
 
     def compare(self, level: int, current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype) -> Tensor:
         """The feature of a level from the means over two windows of its width (..., R or D) → (..., F R)."""
@@ -302,7 +326,7 @@ class Tower(nn.Module):
             parts.append(part)
         parts += older
         if self.in_model_space:
-            return self.bottlenecks[level](torch.stack(parts, -2).to(dtype)).flatten(-2)
+            return self.through_bottleneck(torch.stack(parts, -2).to(dtype), level).flatten(-2)
         return torch.cat(parts, -1).to(dtype)
 
     def mix(self, features: dict[int, Tensor], timing: Timing) -> Tensor:
@@ -323,16 +347,39 @@ class Tower(nn.Module):
 
     def apart(self, features: dict[int, Tensor], timing: Timing, levels: Sequence[int]) -> Iterator[Tensor]:
         """What each of some levels writes back at each token, before the gate: (B, T, D) each."""
-        weights = {}
-        if self.up_tokens is not None:
-            split = self.up_tokens.weight.split(self.token_widths, 1)
-            weights = dict(zip(self.token_levels, split, strict=True))
+        weights = self.token_weights()
         for k in levels:
             if k in weights:
                 yield nn.functional.linear(features[k], weights[k])
             else:
                 j = self.node_levels[k]
                 yield broadcast(self.up_nodes[str(k)](features[k]), timing.nodes[j], j, timing.clock)
+
+    def token_weights(self) -> dict[int, Tensor]:
+        """By token level, the weight (D, F R) through which it writes back."""
+        if self.up_tokens is None:
+            return {}
+        return dict(zip(self.token_levels, self.up_tokens.weight.split(self.token_widths, 1), strict=True))
+
+    def imagine(self, x: Tensor, current: Tensor, last: Tensor, previous: Tensor, routes: Tensor | None) -> Tensor:
+        """What the block would know of the past if at every token its levels held these nodes.
+
+        Args:
+            x: (B, T, D), what it reads. current, last, previous: (B, T, all ranks), the newest first.
+            routes: (B, T, H, K) the choice that holds, of a tower that selects.
+
+        Returns:
+            (B, T, D). The gate knows no ages here.
+        """
+        weights = self.token_weights() | {k: cast(nn.Linear, self.up_nodes[str(k)]).weight for k in self.node_levels}
+        known = torch.ones_like(x[..., :1], dtype=torch.bool)
+        written = torch.zeros_like(x)
+        nodes = (part.split(self.ranks, -1) for part in (current, last, previous))
+        for k, (now, before, earlier) in enumerate(zip(*nodes, strict=True)):
+            older = [earlier] * (self.config.semantic_memory - 1) * (k >= len(self.alignments))
+            said = nn.functional.linear(self.feature(k, now, before, known, x.dtype, older), weights[k])
+            written = written + (said if routes is None else by_head(said, routes[..., k] * routes.shape[-1]))
+        return nn.functional.silu(self.gate(x)) * written
 
     def choose(
         self, x: Tensor, features: dict[int, Tensor], timing: Timing, held: tuple[Tensor, ...]
@@ -344,24 +391,29 @@ class Tower(nn.Module):
         if self.selector is None:
             return self.mix(features, timing), None, ()
         routes, held = self.selector(x, timing.clock, timing.progress, held)
-        heads, levels = routes.shape[2:]
+        levels = routes.shape[-1]
         chosen = list(range(levels))
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # over many tokens, nearly every level is chosen somewhere
             chosen = routes.amax((0, 1, 2)).nonzero().flatten().tolist()
-        written = x.new_zeros(*x.shape[:2], heads, x.shape[2] // heads)
+        weights = (routes * levels).transpose(-1, -2)
+        written = torch.zeros_like(x)
         for level, said in zip(chosen, self.apart(features, timing, chosen), strict=True):
-            written = written + said.unflatten(-1, (heads, -1)) * (routes[..., level, None] * levels)
-        return written.flatten(2), routes, held
+            written = written + by_head(said, weights[:, :, level])
+        return written, routes, held
 
     def contributions(self, x: Tensor, features: dict[int, Tensor], timing: Timing) -> Tensor:
         """The length of what each level adds at each token, gate included: (B, T, K)."""
         gate = self.open(x, timing)
-        each = torch.stack(list(self.apart(features, timing, range(len(self.ranks)))), -1)
+        each = list(self.apart(features, timing, range(len(self.ranks))))
         if self.selector is not None:
             routes, _ = self.selector(x, timing.clock, timing.progress, ())
-            heads, levels = routes.shape[2:]
-            each = (each.unflatten(2, (heads, -1)) * (routes * levels)[:, :, :, None]).flatten(2, 3)
-        return (gate[..., None] * each).norm(dim=2)
+            each = [by_head(said, routes[..., level] * len(each)) for level, said in enumerate(each)]
+        return (gate[..., None] * torch.stack(each, -1)).norm(dim=2)
+
+
+def by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """x (..., D), the channels h, h + H, h + 2 H … of each head h times its weight (..., H)."""
+    return (x.unflatten(-1, (-1, weights.shape[-1])) * weights[..., None, :]).flatten(-2)
 
 
 def weigh(parts: list[Tensor], weights: Tensor | None) -> Tensor:

@@ -128,7 +128,7 @@ def segment_sums(
         kept = (~plan.begins[:, 0]).to(x.dtype)
         if log_keep is not None:
             kept = kept * log_keep[:, 0].exp()
-        return x + (_spread(kept, widths) * running)[:, None]
+        return x + (spread(kept, widths) * running)[:, None]
     gone = None if log_keep is None else log_keep.transpose(1, 2)
     summed = _scan(_apart(x, widths), _apart(running[:, None], widths).squeeze(2), gone, plan.tiles)
     return _together(summed, widths)
@@ -172,7 +172,7 @@ def _scan(x: Tensor, running: Tensor, log_keep: Tensor | None, tiles: Sequence[T
     return (local + opened[..., None] * carried[..., None, :]).flatten(2, 3)[:, :, :time]
 
 
-def _spread(values: Tensor, widths: Sequence[int]) -> Tensor:
+def spread(values: Tensor, widths: Sequence[int]) -> Tensor:
     """(..., S) → (..., C): each segmentation's number for all its channels."""
     return torch.cat([values[..., s : s + 1].expand(*values.shape[:-1], w) for s, w in enumerate(widths)], -1)
 

@@ -61,7 +61,7 @@ def select(
     if kind in ("dense", "entmax"):
         assert margin == 0.0
         assert bias is None
-        weights = entmax(logits) if kind == "entmax" else logits.softmax(-1)
+        weights = entmax(logits) if kind == "entmax" else softmax(logits)
         return weights.to(scores.dtype), None
     if kind == "gumbel" and noisy:
         logits = logits + gumbel_noise(logits)
@@ -69,9 +69,17 @@ def select(
         evidence = logits if bias is None else logits + bias
         chosen = choose(evidence, count if kind == "topk" else 1, clock, margin, held)
         masked = logits.masked_fill(~chosen, -math.inf)
-        hard = masked.softmax(-1) if kind == "topk" else chosen.to(logits.dtype)
-    soft = logits.softmax(-1) if kind == "topk" else (logits / temperature).softmax(-1)
+        hard = softmax(masked) if kind == "topk" else chosen.to(logits.dtype)
+    soft = softmax(logits if kind == "topk" else logits / temperature)
     return _StraightThrough.apply(hard, soft).to(scores.dtype), last_choice(chosen, clock, held)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """The softmax over the last dimension: (..., H, K) -> (..., H, K), laid out with K before H.
+
+    Over a last dimension of few entries torch is six times slower on a CPU.
+    """
+    return scores.transpose(-1, -2).contiguous().softmax(-2).transpose(-1, -2)
 
 
 # ---- Choosing

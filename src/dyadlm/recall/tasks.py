@@ -1,4 +1,4 @@
-"""Synthetic tasks whose every answer follows from what was read: recall, copying, state tracking.
+"""Synthetic tasks whose every answer follows from what was read: recall, copying, state tracking, planning.
 
 An item is one row: tokens, and at each position the answer asked for there, or -100. The answer is asked of the logits
 at that position, as of any next token. An item is a function of (task, parameters, split, seed, number) and of nothing
@@ -403,9 +403,115 @@ class Needle(Task):
         return tokens, answers
 
 
+@dataclass(frozen=True)
+class PathStar(Task):
+    """The path-star graph (Bachmann & Nagarajan 2024, arXiv 2403.06963): which way leads to the goal?
+
+    `degree` arms leave one start, each of `path` nodes, the start counted; nodes are 0 … `nodes` - 1, drawn without
+    replacement. A row: blanks; all edges, two nodes each, away from the start, shuffled; then a mark (`nodes`), the
+    start and the end of one arm, the goal; then a second mark (`nodes` + 1) and the nodes of that arm after the start,
+    the goal left out. Asked for at the second mark and at each node behind it is the next node, or with `ask=first` at
+    the mark alone. Blank is `nodes` + 2.
+
+    The first step can only be found by looking ahead to the goal; each later one is simply the end of the edge that
+    begins at the node just read. Chance takes any arm and then follows the edges: 1 / degree at the first step, 1 at
+    the others.
+    """
+
+    name = "path-star"
+    degree: int = 2
+    path: int = 5
+    nodes: int = 50
+    ask: Literal["all", "first"] = "all"
+
+    def check(self) -> None:
+        _require(self.path >= 2, f"path is {self.path}; it must be at least 2")
+        _require(self.degree >= 2, f"degree is {self.degree}; it must be at least 2")
+        edges = self.degree * (self.path - 1)
+        _require(edges < self.nodes, f"{self.degree} arms of {self.path} need nodes={edges + 1} or more")
+        least = 2 * edges + self.path + 2
+        _require(least <= self.length, f"{self.degree} arms of {self.path} need length={least} or more")
+
+    @property
+    def vocabulary(self) -> int:
+        return self.nodes + 3
+
+    @property
+    def chance(self) -> float:
+        return (1 + (self.questions - 1) * self.degree) / (self.questions * self.degree)
+
+    @property
+    def questions(self) -> int:
+        return 1 if self.ask == "first" else self.path - 1
+
+    def draw(self, random: np.random.Generator) -> Item:
+        tokens, answers = _blank_row(self.length, self.nodes + 2)
+        drawn = random.choice(self.nodes, self.degree * (self.path - 1) + 1, replace=False)
+        start, arms = drawn[0], drawn[1:].reshape(self.degree, self.path - 1)
+        whole = np.insert(arms, 0, start, axis=1)
+        edges = np.stack([whole[:, :-1], whole[:, 1:]], axis=-1).reshape(-1, 2)
+        way = arms[0]  # its nodes were drawn as those of the others, and its edges are among theirs
+        question = [self.nodes, start, way[-1], self.nodes + 1, *way[:-1]]
+        row = np.concatenate([random.permutation(edges).ravel(), question])
+        tokens[-len(row) :] = row
+        answers[len(tokens) - len(way) :][: self.questions] = way[: self.questions]
+        return tokens, answers
+
+
+@dataclass(frozen=True)
+class Lookahead(Task):
+    """Copying with lookahead: which string is to be copied is known by its end alone.
+
+    A row: blanks; `strings` strings of `tokens` symbols, a bar behind each; the last symbol of one of them; a mark, and
+    that string without its last symbol. Asked for at the mark and at each symbol behind it is the next symbol of the
+    string, the last included, or with `ask=first` at the mark alone. First symbols of the strings differ, and so do
+    last ones; all else is uniform. Symbols are 0 … `symbols` - 1, then the bar, the mark and blank.
+
+    Chance copies any of the strings, and the right one once its first symbol is known: 1 / strings at the first step,
+    1 at the others.
+    """
+
+    name = "lookahead"
+    strings: int = 4
+    tokens: int = 8
+    symbols: int = 32
+    ask: Literal["all", "first"] = "all"
+
+    def check(self) -> None:
+        _require(self.tokens >= 2, f"tokens is {self.tokens}; it must be at least 2")
+        _require(self.strings >= 2, f"strings is {self.strings}; it must be at least 2")
+        _require(self.strings <= self.symbols, f"{self.strings} strings need symbols={self.strings} or more")
+        least = self.strings * (self.tokens + 1) + self.tokens + 1
+        _require(least <= self.length, f"{self.strings} strings of {self.tokens} need length={least} or more")
+
+    @property
+    def vocabulary(self) -> int:
+        return self.symbols + 3
+
+    @property
+    def chance(self) -> float:
+        return (1 + (self.questions - 1) * self.strings) / (self.questions * self.strings)
+
+    @property
+    def questions(self) -> int:
+        return 1 if self.ask == "first" else self.tokens
+
+    def draw(self, random: np.random.Generator) -> Item:
+        bar, mark, blank = range(self.symbols, self.symbols + 3)
+        tokens, answers = _blank_row(self.length, blank)
+        strings = random.integers(self.symbols, size=(self.strings, self.tokens))
+        for end in (0, -1):
+            strings[:, end] = random.choice(self.symbols, self.strings, replace=False)
+        asked = strings[random.integers(self.strings)]
+        row = np.concatenate([np.insert(strings, self.tokens, bar, axis=1).ravel(), [asked[-1], mark], asked[:-1]])
+        tokens[-len(row) :] = row
+        answers[len(tokens) - len(asked) :][: self.questions] = asked[: self.questions]
+        return tokens, answers
+
+
 TASKS: dict[str, type[Task]] = {
     kind.name: kind
-    for kind in (AssociativeRecall, Induction, Copying, Parity, FlipFlop, Permutations, Needle)
+    for kind in (AssociativeRecall, Induction, Copying, Parity, FlipFlop, Permutations, Needle, PathStar, Lookahead)
 }  # fmt: skip
 # What is trained on, and what the same weights are asked beside it, where nothing else is said.
 TRAINED: dict[str, tuple[str, ...]] = {
@@ -416,6 +522,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "flipflop": ("length=256",),
     "permutations": ("length=32",),
     "needle": ("length=64,pairs=8", "length=256,pairs=8"),
+    "path-star": ("length=23",),
+    "lookahead": ("length=45",),
 }
 TESTED: dict[str, tuple[str, ...]] = {
     "mqar": ("length=4096,pairs=64", "length=65536,pairs=64"),
@@ -425,6 +533,8 @@ TESTED: dict[str, tuple[str, ...]] = {
     "flipflop": ("length=256,ignore=0.98", "length=256,ignore=0.1"),
     "permutations": ("length=128",),
     "needle": tuple(f"length={d + 1024},distance={d},pairs=8" for d in (1_000, 10_000, 100_000, 1_000_000)),
+    "path-star": ("length=23,ask=first",),
+    "lookahead": ("length=45,ask=first",),
 }
 
 

@@ -32,19 +32,21 @@ LINE = 0.24  # inches for one line of a panel that has names
 
 
 class Panel(NamedTuple):
-    """One panel of a picture. draw: into given axes; what it returns has a scale of colours. written: with tokens."""
+    """One panel of a picture. draw: into given axes; what it returns has a scale of colours. written: with tokens.
+    unit: of the scale."""
 
     height: float  # inches, without title and tokens
     draw: Callable[[Axes], Any]
     written: bool
+    unit: str = "length"
 
 
 def draw_tower(reading: TowerReading, path: Path) -> None:
     """One text from left to right, as PNG.
 
     From above: how much each level adds to the hidden state; where the segments of semantic levels begin; which
-    contexts slots knew; which levels each head chose, layer by layer; and the first panel for each layer. What a model
-    does not have is left out.
+    contexts slots knew; how well the levels were forecast; which levels each head chose, layer by layer; and the first
+    panel for each layer. What a model does not have is left out.
     """
     lengths = reading.contributions.float().cpu().numpy()
     layers, levels, tokens = lengths.shape
@@ -66,7 +68,7 @@ def draw_tower(reading: TowerReading, path: Path) -> None:
                 spine.set_visible(False)
             _write_tokens(axes, reading.pieces if panel.written else None, tokens)
             if image is not None:
-                bar = above.colorbar(image, cax=above.add_subplot(grid[number, 1]), label="length")
+                bar = above.colorbar(image, cax=above.add_subplot(grid[number, 1]), label=panel.unit)
                 bar.outline.set_visible(False)
         each = below.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for layer, axes in enumerate(each.flat):
@@ -103,6 +105,9 @@ def _panels(reading: TowerReading, lengths: np.ndarray) -> list[Panel]:
     if seen.hits:
         hits = {_context(name): hit[0].cpu().numpy() for name, hit in seen.hits.items()}
         panels.append(Panel(LINE * len(hits), lambda axes: _draw_hits(axes, hits), written=not seen.segments))
+    if (skills := seen.skills()) is not None:
+        shown = skills.float().cpu().numpy()
+        panels.append(Panel(LINE * levels, partial(_draw_skills, shown, reading.levels), True, "skill"))
     if seen.routes is not None:
         routes = seen.routes[:, 0].float().cpu().numpy()
         shown = np.unique(np.linspace(0, len(routes) - 1, min(len(routes), MOST_LAYERS)).round().astype(int)).tolist()
@@ -132,6 +137,13 @@ def _draw_hits(axes: Axes, hits: dict[str, np.ndarray]) -> None:
     known = np.stack(list(hits.values())).astype(int)
     _paint(axes, np.array([to_rgb(PALE), to_rgb(HIT)])[known], list(hits))
     axes.set_title("Which contexts the slots had met before")
+
+
+def _draw_skills(skills: np.ndarray, levels: Sequence[str], axes: Axes) -> Any:
+    """skills (K, T): not a number where nothing has come yet."""
+    axes.set_title("Forecasts against what came: how much nearer than what stood before")
+    axes.set_yticks(range(len(levels)), levels)
+    return axes.imshow(skills, aspect="auto", origin="lower", interpolation="nearest", cmap="RdBu", vmin=-1.0, vmax=1.0)
 
 
 def _draw_routes(routes: np.ndarray, levels: Sequence[str], layer: int, first: bool, axes: Axes) -> None:

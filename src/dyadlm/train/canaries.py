@@ -6,6 +6,7 @@ so that exposure can be told from chance. Everything follows from the seed.
 
 import random
 import string
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,6 +44,12 @@ class CanaryPlan:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "CanaryPlan":
+        """What `to_dict` made; raises KeyError or TypeError on anything else."""
+        members, twins = ([Canary(**canary) for canary in content[name]] for name in ("members", "twins"))
+        return cls(content["seed"], members, twins)
+
 
 def plan_canaries(
     count: int, seed: int, tokenizer: PreTrainedTokenizerBase, windows: int, sequence_length: int
@@ -63,7 +70,7 @@ def plan_canaries(
     twins: list[Canary] = []
     for repetitions in REPETITIONS:
         for _ in range(count):
-            texts = ["".join(draw.choices(ALPHABET, k=LENGTH)) for _ in range(2)]
+            texts = [_text(draw) for _ in range(2)]
             tokens = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
             room = sequence_length - max(map(len, tokens))
             if room < 1:
@@ -74,6 +81,16 @@ def plan_canaries(
             members.append(Canary(texts[0], tokens[0], repetitions, mine, offsets))
             twins.append(Canary(texts[1], tokens[1], repetitions, [], []))
     return CanaryPlan(seed, members, twins)
+
+
+def draw_references(count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of `count` strings drawn as canaries are, but planted nowhere: what exposure is a rank among."""
+    draw = random.Random(f"references {seed}")
+    return [tokenizer.encode(_text(draw), add_special_tokens=False) for _ in range(count)]
+
+
+def _text(draw: random.Random) -> str:
+    return "".join(draw.choices(ALPHABET, k=LENGTH))
 
 
 class PlantedWindows(Dataset[dict[str, torch.Tensor]]):

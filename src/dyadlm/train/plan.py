@@ -20,6 +20,9 @@ from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
 from dyadlm.train.canaries import CanaryPlan, PlantedWindows, plan_canaries
+from dyadlm.train.companions import add_companions
+from dyadlm.train.fingerprint import FingerprintedWindows
+from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
 from dyadlm.train.settings import TrainSettings
 from dyadlm.train.trainer import LanguageModelTrainer
@@ -102,6 +105,7 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     model = _model(settings, data.tokenizer)
     if settings.train.carry_state:
         require_carriable(model)
+    add_companions(model, settings, arguments)
     require_optimizer(arguments, model)
     number = arguments.max_steps * batch
     windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
@@ -110,12 +114,18 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
         length=number,
         seed=arguments.seed,
         document_reset=options.document_reset,
+        with_index=settings.fingerprint.shown,
+        with_tags=settings.fingerprint.shown and settings.fingerprint.tags,
         lanes=batch if settings.train.carry_state else 0,
     )
     canaries = None
     if options.canaries:
         canaries = plan_canaries(options.canaries, arguments.seed, data.tokenizer, number, options.sequence_length)
         windows = PlantedWindows(windows, canaries)
+    if settings.train.goldfish:
+        windows = GoldfishWindows(windows, settings.train.goldfish)
+    if settings.fingerprint.shown:
+        windows = FingerprintedWindows(windows, settings.fingerprint, arguments.seed)
     validation = None
     if streams := [stream for stream in data.validation if len(stream)]:
         validation = ValidationSample.draw(
@@ -135,7 +145,9 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
         # Each process goes on with the state of its own rows.
         order["rows_carried"] = {"processes": arguments.world_size, "rows": arguments.train_batch_size}
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
-    identity = {"order of text": order, "data": data.id, "model": configuration}
+    identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration}
+    if isinstance(model, DyadForCausalLM):
+        identity["set of companions"] = sorted(model.companions) or None  # None as in older checkpoints
     return Plan(
         arguments=arguments,
         model=model,

@@ -19,7 +19,9 @@ from transformers import TrainingArguments
 
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, require_new, write_atomically
+from dyadlm.model.configuration import CHOOSING
 from dyadlm.train.checkpoint import last_complete, read_manifest, remove_leftovers, require_same
+from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import CANARIES_NAME, model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.plan import Plan, TrainingData, make_plan
@@ -68,8 +70,6 @@ def train(settings: TrainSettings, data: TrainingData | None = None, console: Co
         console.print(f"{output} is already finished.")
         return finished
     plan = make_plan(settings, data, output)
-    for choice in plan.choices:
-        console.print(choice, highlight=False)
 
     with contextlib.ExitStack() as closing:
         if first:
@@ -77,6 +77,9 @@ def train(settings: TrainSettings, data: TrainingData | None = None, console: Co
             _require_own_output(settings)  # once more: another run may have begun since
         resumed = _checkpoint_to_resume(settings, plan.identity)
         step = read_step(resumed)
+        plan.choices.extend(_annealed_anew(settings, plan, step))
+        for choice in plan.choices:
+            console.print(choice, highlight=False)
         missed = _evaluation_missed(output, step, plan.arguments)
         plan.arguments.eval_on_start = plan.arguments.eval_on_start or missed
         handler = InterruptHandler()
@@ -155,6 +158,18 @@ def _checkpoint_to_resume(settings: TrainSettings, identity: Mapping[str, Any]) 
 def read_step(checkpoint: Path | None) -> int:
     """The step a checkpoint was made at; 0 for none."""
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+def _annealed_anew(settings: TrainSettings, plan: Plan, step: int) -> list[str]:
+    """That a selector comes down to its choice over another number of steps than it began with, if it does."""
+    kind = plan.identity["model"].get("selector")
+    if not step or kind not in CHOOSING or not (settings.output / RECORD_NAME).is_file():
+        return []
+    steps = plan.arguments.max_steps
+    before = read_record(settings.output).get("training_arguments", {}).get("max_steps", steps)
+    if before == steps:
+        return []
+    return [f"selector {kind}: annealed over {before} steps until step {step}, over {steps} from there on"]
 
 
 def _evaluation_missed(output: Path, step: int, arguments: TrainingArguments) -> bool:
@@ -245,7 +260,7 @@ def _card(settings: TrainSettings, plan: Plan, result: Mapping[str, Any]) -> str
         | {
             "name": settings.output.resolve().name,
             "model_type": plan.model.config.model_type,
-            "parameters": sum(weight.numel() for weight in plan.model.parameters()),
+            "parameters": published_parameters(plan.model),
             "sources": settings.sources,
             "licences": plan.licences,
             "tokenizer": f"{len(plan.tokenizer):,} tokens",

@@ -61,6 +61,8 @@ class TrainOptions:
     history_weight: p: a token after h tokens that the model has seen (of its document or lane, carried ones included)
         counts (h / data.sequence_length)^p, at most 1, in the loss that is minimised, over the mean of these weights;
         0: all count alike. The `loss` that is logged stays the mean over all tokens alike.
+    goldfish: k: one target in k counts for nothing, by a hash of the tokens before it, so that the same text always
+        loses the same ones (Hans et al. 2024, arXiv 2406.10209); 0: all count.
     """
 
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -70,16 +72,82 @@ class TrainOptions:
     divergence_rise: float = 2.0
     carry_state: bool = False
     history_weight: float = 0.0
+    goldfish: int = 0
 
     def __post_init__(self) -> None:
         _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
         _require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")
         _require(self.divergence_rise >= 0, "train.divergence_rise must be 0 or more")
         _require(self.history_weight >= 0, "train.history_weight must be 0 or more")
+        _require(self.goldfish == 0 or self.goldfish >= 2, "train.goldfish must be 0 or at least 2")
+
+
+@dataclass(frozen=True)
+class TwinOptions:
+    """Keys `twin.FIELD`: a stack on the reversed text that shares the bottlenecks, in training alone.
+
+    conditioning: what shapes the bottlenecks. joint: both losses; reverse: the twin's alone; detached: the twin's
+        alone, and no credit of the model's loss flows through the tower to what it reads; off: there is no twin.
+    weight: of the twin's loss beside the model's.
+    """
+
+    conditioning: Literal["off", "joint", "reverse", "detached"] = "off"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, "twin.weight must be above 0; twin.conditioning=off leaves the twin out")
+
+
+@dataclass(frozen=True)
+class FingerprintOptions:
+    """Keys `fingerprint.FIELD`: where each token stands in the corpus, shown in training at times and never after.
+
+    shown: whether there are fingerprints at all.
+    dropout: the chance that a sequence goes without. token_dropout: that a token of the others does.
+    tags: whether document, section and kind are shown beside the index.
+    cooldown: the last part of training, without any.
+    """
+
+    shown: bool = False
+    dropout: float = 0.75
+    token_dropout: float = 0.1
+    tags: bool = True
+    cooldown: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "token_dropout", "cooldown"):
+            _require(0 <= getattr(self, name) <= 1, f"fingerprint.{name} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class PlannerOptions:
+    """Keys `planner.FIELD`: how a model that plans (`model.planner`) is taught to.
+
+    forecast, proposal, artist, teacher: weights of the losses of its parts beside the engineer's.
+    teacher_until: the part of training after which the teacher no longer sees the true future but forecasts, as the
+        artist does; mixed in between.
+    """
+
+    forecast: float = 0.1
+    proposal: float = 0.2
+    artist: float = 0.2
+    teacher: float = 0.0
+    teacher_until: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("forecast", "proposal", "artist", "teacher"):
+            _require(getattr(self, name) >= 0, f"planner.{name} must be 0 or more")
+        _require(0 < self.teacher_until <= 1, "planner.teacher_until must lie above 0 and at most at 1")
 
 
 # A mechanism with settings of its own adds its record here.
-NAMESPACES: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
+NAMESPACES: dict[str, type] = {
+    "data": DataOptions,
+    "train": TrainOptions,
+    "twin": TwinOptions,
+    "fingerprint": FingerprintOptions,
+    "planner": PlannerOptions,
+}
 
 # Every value that differs from the defaults of TrainingArguments and of the records above.
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -177,6 +245,18 @@ class TrainSettings:
     @property
     def train(self) -> TrainOptions:
         return cast(TrainOptions, self.options["train"])
+
+    @property
+    def twin(self) -> TwinOptions:
+        return cast(TwinOptions, self.options["twin"])
+
+    @property
+    def fingerprint(self) -> FingerprintOptions:
+        return cast(FingerprintOptions, self.options["fingerprint"])
+
+    @property
+    def planner(self) -> PlannerOptions:
+        return cast(PlannerOptions, self.options["planner"])
 
     @classmethod
     def create(
@@ -286,7 +366,10 @@ def read_record(run: Path) -> dict[str, Any]:
 def coerce(value: Any, annotation: Any, key: str) -> Any:
     """`value` as the type that `annotation` asks for; raises `UserError` if it is no such thing."""
     if typing.get_origin(annotation) is Literal:
-        if value in (literals := typing.get_args(annotation)):
+        literals = typing.get_args(annotation)
+        if value is False and "off" in literals:  # as YAML reads it
+            return "off"
+        if value in literals:
             return value
         raise UserError(f"{key} cannot be {value!r}{_nearest(value, literals)}.")
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union

@@ -25,6 +25,7 @@ from dyadlm.errors import RunFailed
 from dyadlm.evaluate.mechanisms import behaviour
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.companion import COMPANIONS
 from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.checkpoint import (
     checkpoint_path,
@@ -35,6 +36,7 @@ from dyadlm.train.checkpoint import (
     remove_old,
     write_manifest,
 )
+from dyadlm.train.companions import load_companions, save_companions
 from dyadlm.train.export import CARD_NAME
 from dyadlm.train.histories import CarriedState, HistoryWeightedLoss
 from dyadlm.train.mechanisms import MeanMetrics, Mechanisms
@@ -198,6 +200,7 @@ class LanguageModelTrainer(Trainer):
         metrics = outputs.get("metrics") if isinstance(outputs, dict) else None
         if metrics:
             self._metrics.add(metrics)
+        if metrics and "cost" in metrics:
             cost = metrics["cost"]
             if self.label_smoother is None:  # the model has added the cost, and Trainer has scaled the sum
                 summed = self.args.average_tokens_across_devices and num_items_in_batch is not None
@@ -290,6 +293,8 @@ class LanguageModelTrainer(Trainer):
                 if self.carried is not None:
                     self.carried.save(staging, self.args.process_index)
                 if self.args.should_save:
+                    save_companions(cast(PreTrainedModel, self.model), staging)
+                if self.args.should_save:
                     self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
@@ -359,6 +364,10 @@ class LanguageModelTrainer(Trainer):
         """Names of weights that are other weights under a second name."""
         return set(cast(PreTrainedModel, self.model).all_tied_weights_keys or {})
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_companions(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the moments and the position in the schedule, but keep the values that this run was told."""
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
@@ -377,6 +386,7 @@ class LanguageModelTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once and so are missing; anything else means another model."""
         missing = set(load_result.missing_keys) - self._tied_names()
+        missing = {name for name in missing if not name.startswith(COMPANIONS)}  # they have a file of their own
         if missing or load_result.unexpected_keys:
             names = ", ".join(sorted(missing | set(load_result.unexpected_keys)))
             raise RunFailed(f"The checkpoint does not hold the weights of this model (these differ: {names}).")

@@ -1,6 +1,8 @@
 """The definitions: slow loops in float64. Every fast operator is tested against these; read these first."""
 
+from dyadlm.ops.reference.consensus import consensus
 from dyadlm.ops.reference.dyadic import centroid, phase_transport, pyramid, stream, windows_at
+from dyadlm.ops.reference.recurrence import linear_scan
 from dyadlm.ops.reference.segments import Segments, segments
 from dyadlm.ops.reference.selection import entmax, mean_run_length, select
 from dyadlm.ops.reference.slots import context_at, slot_reads, slot_set
@@ -8,8 +10,10 @@ from dyadlm.ops.reference.slots import context_at, slot_reads, slot_set
 __all__ = [
     "Segments",
     "centroid",
+    "consensus",
     "context_at",
     "entmax",
+    "linear_scan",
     "mean_run_length",
     "phase_transport",
     "pyramid",

@@ -1,0 +1,177 @@
+"""Training-time structure: what twin, fingerprints and planner do to the loss, the text and the time of a step.
+
+    python benchmarks/structure.py [--arm "twin joint" ...] [--corpus shakespeare] [--tokens 1536000]
+
+`dyadlm train` on Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, three seeds paired by
+first weights and order of text. Every arm has as many parameters at inference as the preset: one with a planner has
+narrower bottlenecks. Of each: validation nats; the share of repeated 4-grams in greedy text; milliseconds a step; and
+how well word and sentence identity can be read off the levels (`dyadlm.evaluate.level_probe`). A planner's model is
+scored twice: by its engineer alone and by consensus.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from common import Cells, arguments, dyad, require_green, size, validation_nats
+from dyadlm import DyadForCausalLM
+from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
+from dyadlm.data.tokenizer import decode_bytes
+from dyadlm.evaluate.level_probe import probe_levels
+from dyadlm.model.loading import load_weights
+from dyadlm.train import TrainSettings, train
+
+PLANNER = {"planner": "head", "planner_width": 16}
+FINGERPRINT = ("fingerprint.shown=true",)
+# By arm: fields of the model, and what training is told beside them.
+ARMS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
+    "baseline": ({}, ()),
+    "twin joint": ({}, ("twin.conditioning=joint",)),
+    "twin reverse": ({}, ("twin.conditioning=reverse",)),
+    "twin detached": ({}, ("twin.conditioning=detached",)),
+    "planner": (PLANNER, ()),
+    "planner, teacher": (PLANNER, ("planner.teacher=0.2",)),
+    "fingerprint": ({}, FINGERPRINT),
+    "all": (PLANNER, ("twin.conditioning=joint", "planner.teacher=0.2", *FINGERPRINT)),
+    "twin joint, weight 0.3": ({}, ("twin.conditioning=joint", "twin.weight=0.3")),
+    "planner, stack": (PLANNER | {"planner": "stack"}, ()),
+    "planner, four futures": (PLANNER | {"planner_futures": 4}, ()),
+    "planner, artist sees both": (PLANNER | {"artist_sees": "both"}, ()),
+}
+SEEDS = (0, 1, 2)
+CONSENSUS = 0.9
+PROBED_TOKENS = 2**17
+PROMPTS, PROMPT, WRITTEN = 32, 64, 256
+LOGGED = ("twin_loss", "proposal_loss", "artist_loss", "teacher_loss", "fingerprint_shown")  # the last of each
+STUDENT = 4.303  # t of two degrees of freedom, 95 %
+
+
+def rank_for(fields: dict[str, Any], target: int) -> int:
+    """The rank whose number of parameters is nearest to the target."""
+    return min(range(1, 64), key=lambda rank: abs(size(dyad(**fields, level_rank=rank)) - target))
+
+
+@torch.no_grad()
+def repeated_fours(model: DyadForCausalLM, stream: TokenStream) -> float:
+    """seq-rep-4 (Welleck et al. 2020, arXiv 1908.04319): 1 less distinct 4-grams of greedy continuations over all."""
+    every = len(stream) // PROMPTS
+    rows = np.stack([stream.tokens(place * every, place * every + PROMPT) for place in range(PROMPTS)])
+    prompts = torch.from_numpy(rows.astype(np.int64))
+    written = model.eval().generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=WRITTEN,
+        min_new_tokens=WRITTEN,
+        do_sample=False,
+    )[:, PROMPT:]
+    shares = []
+    for row in written.numpy():
+        fours = np.lib.stride_tricks.sliding_window_view(row, 4)
+        shares.append(1 - len(np.unique(fours, axis=0)) / len(fours))
+    return statistics.fmean(shares)
+
+
+def probed(model: DyadForCausalLM, stream: TokenStream) -> dict[str, Any]:
+    """Of words and of sentences: the mean accuracy over all levels, chance, and that of the levels each."""
+    content = decode_bytes(stream.tokens(0, min(len(stream), PROBED_TOKENS)))
+    result = probe_levels(model, byte_tokenizer(), content)
+    return {
+        name: {
+            "mean": round(scores.mean(), 4),
+            "chance": round(scores.chance, 4),
+            "shuffled": round(statistics.fmean(score.shuffled for score in scores.levels), 4),
+            "tested": scores.tested,
+            "levels": {f"{score.block}/{score.level}": round(score.accuracy, 4) for score in scores.levels},
+        }
+        for name, scores in (("word", result.word), ("sentence", result.sentence))
+    }
+
+
+def scored(model: DyadForCausalLM, stream: TokenStream) -> dict[str, float]:
+    return {"nats": validation_nats(model, stream, 256)["nats"], "seq_rep_4": round(repeated_fours(model, stream), 4)}
+
+
+def measure(arm: str, seed: int, corpus: str, tokens: int, learning_rate: float, target: int) -> dict[str, Any]:
+    """Train one arm and ask it everything."""
+    fields, told = ARMS[arm]
+    rank = rank_for(fields, target)
+    assignments = (
+        f"max_steps={tokens // 1024}",
+        f"seed={seed}",
+        f"learning_rate={learning_rate}",
+        "eval_steps=0",
+        f"model.level_rank={rank}",
+        *(f"model.{name}={value}" for name, value in fields.items()),
+        *told,
+    )
+    (stream,) = resolve_data([corpus]).validation
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainSettings.create(
+            Path(folder) / "run", preset="tiny", data=[corpus], device="cpu", assignments=assignments
+        )
+        result = train(settings, console=Console(quiet=True))
+        model = load_weights(result.output, torch.float32)
+        assert isinstance(model, DyadForCausalLM)
+    found = {
+        "parameters": size(model),
+        "level_rank": rank,
+        **scored(model, stream),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "milliseconds_per_step": round(1000 * result.seconds / result.steps, 2),
+        "logged": {name: value for line in result.metrics for name, value in line.items() if name.endswith(LOGGED)},
+        "skill": {
+            name: round(value, 4)
+            for line in result.metrics
+            for name, value in line.items()
+            if name.startswith("skill_")
+        },
+        "probe": probed(model, stream),
+    }
+    if model.planner is not None:
+        model.config.consensus = CONSENSUS
+        found["consensus"] = {"mass": CONSENSUS, **scored(model, stream)}
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "structure.json")
+    parser.add_argument("--arm", action="append", choices=ARMS, help="measure these arms only, beside the baseline")
+    parser.add_argument("--corpus", default="shakespeare")
+    parser.add_argument("--tokens", type=int, default=1_536_000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    require_green()
+    cells = Cells(options.output)
+    target = size(dyad())
+    arms = [arm for arm in ARMS if arm == "baseline" or arm in (options.arm or ARMS)]
+
+    def name(arm: str, seed: int) -> str:
+        return f"{arm} / {options.corpus} / {options.tokens} / {options.learning_rate:g} / {seed}"
+
+    todo = {name(arm, seed): (arm, seed) for seed in range(options.seeds) for arm in arms}
+    for cell in cells.missing(list(todo)):
+        arm, seed = todo[cell]
+        cells.store(cell, measure(arm, seed, options.corpus, options.tokens, options.learning_rate, target))
+    for arm in arms:
+        differences = [
+            cells.results[name(arm, seed)]["nats"] - cells.results[name("baseline", seed)]["nats"]
+            for seed in range(options.seeds)
+        ]
+        spread = ""
+        if len(differences) == len(SEEDS):
+            spread = f" ± {STUDENT * statistics.stdev(differences) / len(SEEDS) ** 0.5:.4f}"
+        print(f"{arm:30s} {statistics.fmean(differences):+.4f}{spread} nats against the baseline")
+
+
+if __name__ == "__main__":
+    main()

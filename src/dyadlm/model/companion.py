@@ -1,0 +1,40 @@
+"""What accompanies a model while it trains, and is never part of it: not exported, not called in evaluation.
+
+Dimension letters: B batch, T time, D width.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from dyadlm.model.planner import Plan
+
+COMPANIONS = "companions."  # how the names of their parameters begin in a model
+
+
+class Lesson(NamedTuple):
+    """One training pass, as the model was given it."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64, not shifted; -100 counts for nothing
+    attention_mask: Tensor | None  # (B, T), 0 for padding, anywhere in the row
+    position_ids: Tensor | None  # (B or 1, T), 0 where a document starts
+    hidden: Tensor  # (B, T, D), the model's last hidden state
+    extra: dict[str, Tensor]  # what else the collator sent, by name
+    plan: Plan | None = None  # what the model planned, if a companion reads that
+
+
+class Companion(nn.Module):
+    """A part that trains beside a model (`DyadForCausalLM.accompany`). Both methods run inside the model's forward, so
+    that every way of training in parallel sees its parameters. Its parameters are initialised when it is made."""
+
+    reads_plan = False  # whether `Lesson.plan` is wanted
+
+    def embed(self, extra: dict[str, Tensor]) -> Tensor | None:
+        """What is added to the embedding of the tokens, (B, T, D); None: nothing. `extra` as in `Lesson`."""
+        return None
+
+    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Scalars for the log, by names that no other companion has; what is to be minimised besides the model's own
+        loss is their entry `cost`, if there is one."""
+        return {}

@@ -1,0 +1,46 @@
+"""Two opinions on the next token: one says what is allowed, the other what is best among it.
+
+Dimension letters: V vocabulary (any leading dimensions).
+"""
+
+import torch
+from torch import Tensor
+
+from dyadlm.ops.pyramid import accumulator
+
+
+def nucleus(log_probabilities: Tensor, mass: float) -> Tensor:
+    """The smallest set of likeliest tokens that together reach a mass: (..., V) → (..., V) bool; none for mass 0.
+
+    Of tokens that are equally likely, those of lower number come first.
+    """
+    ordered, order = log_probabilities.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.exp()
+    before = probabilities.cumsum(-1) - probabilities
+    # What rounding leaves of the sum must not end the set at the first token.
+    inside = (before < mass) & (probabilities > 0)
+    return torch.zeros_like(inside).scatter(-1, order, inside)
+
+
+def consensus(engineer: Tensor, artist: Tensor, mass: float) -> Tensor:
+    """What engineer and artist agree on.
+
+    Inside the engineer's nucleus the product of both distributions, scaled to the nucleus' mass; outside it the
+    engineer's alone. That is a distribution, so text has a likelihood under it.
+
+    Args:
+        engineer: (..., V) logits. artist: (..., V) logits.
+        mass: of the nucleus; 0: the engineer's distribution as it is.
+
+    Returns:
+        (..., V) log-probabilities, float32 at least. Where the artist allows nothing of the nucleus, the engineer's.
+    """
+    alone, opinion = accumulator(engineer).log_softmax(-1), accumulator(artist).log_softmax(-1)
+    if not mass:
+        return alone
+    inside = nucleus(alone, mass)
+    heard = (inside & (opinion > -torch.inf)).any(-1, keepdim=True)
+    allowed = alone.masked_fill(~inside, -torch.inf)
+    both = allowed + torch.where(heard, opinion, 0.0)
+    scale = allowed.logsumexp(-1, keepdim=True) - both.logsumexp(-1, keepdim=True)
+    return torch.where(inside, both + scale, alone)

@@ -1,0 +1,71 @@
+"""What trains beside a model (`dyadlm.model.companion`): made by settings, kept in checkpoints, never exported."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from dyadlm.errors import UserError
+from dyadlm.model import DyadForCausalLM
+from dyadlm.model.companion import COMPANIONS, Companion
+from dyadlm.train.fingerprint import Fingerprint
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions, TrainSettings
+from dyadlm.train.twin import Twin
+
+COMPANIONS_NAME = "companions.safetensors"
+
+
+def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: TrainingArguments) -> None:
+    """Give a model the companions that the settings ask for.
+
+    Raises `UserError` where they cannot train: beside a model of another kind, and in shards.
+    """
+    companions: dict[str, Callable[[DyadForCausalLM], Companion]] = {}  # made of a model once it is seen to be of ours
+    if settings.twin.conditioning != "off":
+        companions["twin"] = lambda model: Twin(model, settings.twin)
+    if settings.fingerprint.shown:
+        companions["fingerprint"] = lambda model: Fingerprint(model.config, settings.fingerprint.tags)
+    if isinstance(model, DyadForCausalLM) and model.planner is not None:
+        companions["planner"] = lambda model: PlannerLessons(model, settings.planner)
+    elif settings.planner != PlannerOptions():
+        raise UserError(
+            "planner.* teaches a planner, which this model has not; set model.planner too, or leave it out."
+        )
+    if not companions:
+        return
+    names = " and ".join(f"{name}.*" for name in companions)
+    if not isinstance(model, DyadForCausalLM):
+        raise UserError(f"{names} is for dyadlm models alone, not for {type(model).__name__}; leave it out.")
+    if arguments.fsdp:
+        raise UserError(f"{names} shares parameters with the model, which FSDP cannot shard; leave fsdp or it out.")
+    for name, make in companions.items():
+        model.accompany(name, make(model))
+
+
+def save_companions(model: nn.Module, folder: Path) -> None:
+    """Write the weights of a model's companions, if it has any."""
+    weights = _weights(model)
+    if weights:
+        copies = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
+        save_file(copies, folder / COMPANIONS_NAME)
+
+
+def load_companions(model: nn.Module, folder: Path) -> None:
+    """Read what `save_companions` wrote into the companions of the same kinds."""
+    weights = _weights(model)
+    if weights:
+        saved = load_file(folder / COMPANIONS_NAME)
+        cast(DyadForCausalLM, model).companions.load_state_dict(saved)
+
+
+def published_parameters(model: nn.Module) -> int:
+    """How many parameters a model has without its companions."""
+    return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith(COMPANIONS))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return model.companions.state_dict() if isinstance(model, DyadForCausalLM) else {}

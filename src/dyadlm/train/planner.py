@@ -1,0 +1,154 @@
+"""What a planner learns from: its forecasts, its proposals and its artist are told what came.
+
+The teacher's lesson is one more: the same artist sees the true nodes of the future in place of forecasts, to learn what
+comes before what. These nodes are of what the model makes of the tokens from t+2 on, which have seen x_{t+1}; how far
+that loss lies below the artist's is what they give away. Nothing else ever sees them.
+
+Dimension letters: B batch, T time, D width, K levels, C ranks of all levels, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from dyadlm.data.batches import IGNORED_LABEL
+from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.companion import Companion, Lesson
+from dyadlm.model.modeling import chunk_clock, left_packing
+from dyadlm.model.planner import Outlook, forecast_errors
+from dyadlm.ops.pyramid import Clock, take
+from dyadlm.train.settings import PlannerOptions
+
+
+class PlannerLessons(Companion):
+    """The losses of a model's own planner. It has no parameters.
+
+    Logged: skill_LEVEL, one less the squared error of forecasts over that of persistence; proposal_loss, artist_loss
+    and teacher_loss in nats per token. The artist's is that of the future that was chosen.
+    """
+
+    reads_plan = True
+
+    def __init__(self, model: DyadForCausalLM, options: PlannerOptions):
+        super().__init__()
+        self.options = options
+        self._model = (model,)  # in a tuple, so that it is no part of its companion
+
+    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        assert lesson.plan is not None, "a model whose companion reads plans has a planner"
+        (model,), plan, options = self._model, lesson.plan, self.options
+        order, clock = reading_order(lesson)
+        errors = forecast_errors(plan.outlook, model.config.ranks)
+        found = {
+            f"skill_{name}": skill
+            for name, skill in zip(model.config.level_keys, (1 - errors).detach().unbind(), strict=True)
+        }
+        next_label, after_next = (ahead(lesson.labels, order, clock, steps) for steps in (1, 2))
+        artist, proposal = nats(plan.artist, next_label), nats(plan.proposal, after_next)
+        found |= {"proposal_loss": proposal, "artist_loss": artist}
+        cost = options.forecast * errors.mean() + options.proposal * proposal + options.artist * artist
+        if options.teacher:
+            found["teacher_loss"] = artist
+            mix = max(0.0, 1 - float(model.model.progress) / options.teacher_until)
+            if mix:  # else the teacher sees what the artist sees
+                found["teacher_loss"] = self.teach(lesson, order, clock, next_label, mix)
+                cost = cost + options.teacher * found["teacher_loss"]
+        return {name: value.detach() for name, value in found.items()} | {"cost": cost}
+
+    def teach(self, lesson: Lesson, order: Tensor, clock: Clock, labels: Tensor, mix: float) -> Tensor:
+        """The artist's loss where rows at random, so many of them as `mix`, see the true future: scalar."""
+        (model,), plan = self._model, lesson.plan
+        assert plan is not None
+        assert model.planner is not None
+        true = true_future(lesson.input_ids, plan.outlook, order, clock, model.config)
+        token = model.model.embed_tokens(true.token)
+        shown = (torch.rand(token.shape[0], 1, 1, device=token.device) < mix) & true.exists[..., None]
+        chosen = plan.futures.gather(-1, plan.choice[..., None]).squeeze(-1)
+        picture = model.planner.artist(
+            torch.where(shown, true.near, plan.outlook.forecast.detach()).to(token.dtype),
+            torch.where(shown, true.far, plan.far).to(token.dtype),
+            torch.where(shown, token, model.model.embed_tokens(chosen)),
+            lesson.hidden,
+        )
+        return nats(model.lm_head(picture), labels)
+
+
+def reading_order(lesson: Lesson) -> tuple[Tensor, Clock]:
+    """The order (B, T) int64 that brings real tokens to the front of each row, and the clock of that order."""
+    batch, time = lesson.input_ids.shape
+    device = lesson.input_ids.device
+    order = left_packing(lesson.attention_mask, batch, time)
+    clock = chunk_clock(batch, time, lesson.attention_mask, lesson.position_ids, order, None, device)
+    return torch.arange(time, device=device).expand(batch, -1) if order is None else order, clock
+
+
+def ahead(labels: Tensor, order: Tensor, clock: Clock, steps: int) -> Tensor:
+    """(B, T) int64: the label so many tokens later in the same document; `IGNORED_LABEL` where there is none."""
+    column = torch.arange(labels.shape[1], device=labels.device)
+    inside = (clock.index >= steps) & (column < clock.length[:, None])
+    there = labels.gather(1, order).masked_fill(~inside, IGNORED_LABEL)
+    later = torch.nn.functional.pad(there, (0, steps), value=IGNORED_LABEL)[:, steps:]
+    return later.gather(1, order.argsort(1))
+
+
+def nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of logits (B, T, V) over the labels (B, T) that count; 0 if none does."""
+    summed = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return summed / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+class Future(NamedTuple):
+    """What truly comes from t+2 on, at each token t. Without gradient."""
+
+    near: Tensor  # (B, T, C) each level's first node from there
+    far: Tensor  # (B, T, C) the node after it
+    token: Tensor  # (B, T) int64: x_{t+2}
+    exists: Tensor  # (B, T) bool: whether the document has such a token
+
+
+def true_future(ids: Tensor, outlook: Outlook, order: Tensor, clock: Clock, config: DyadConfig) -> Future:
+    """The true future of tokens ids (B, T): windows of 2^k tokens, and the rest of the segment open at t+2.
+
+    Nodes that the document's end cuts off are means of what there is; a far node of which nothing is left repeats the
+    near one.
+    """
+    time, ranks = ids.shape[1], config.ranks
+    column = torch.arange(time, device=ids.device).expand_as(order)
+    length = clock.length[:, None]
+
+    def following(flags: Tensor) -> Tensor:
+        """(B, T + 1) int64: the first column after each at which a flag is set, or the row's length."""
+        flagged = torch.where(flags, column, length)
+        later = torch.cat([flagged[:, 1:], length, length], 1)
+        return later.flip(1).cummin(1).values.flip(1)
+
+    values = outlook.values.gather(1, order[..., None].expand_as(outlook.values))
+    begins = outlook.begins.gather(1, order[..., None].expand_as(outlook.begins))
+    # A sum from the row's beginning: rounding grows with its length, but teaching needs no more than float32 leaves.
+    sums = torch.split(torch.nn.functional.pad(values.cumsum(1), (0, 0, 1, 0)), ranks, -1)
+    end = following(clock.index == 0)[:, :time]
+    first = column + 2
+    nears, fars = [], []
+    for level, summed in enumerate(sums):
+        if level < len(config.alignments):
+            middle = torch.minimum(first + 2**level, end)
+            last = torch.minimum(middle + 2**level, end)
+        else:
+            next_begin = following(begins[..., level])
+            middle = torch.minimum(next_begin.gather(1, first.clamp(max=time)), end)
+            last = torch.minimum(next_begin.gather(1, middle), end)
+        near = _between(summed, first, middle)
+        nears.append(near)
+        fars.append(torch.where((last > middle)[..., None], _between(summed, middle, last), near))
+    token = torch.nn.functional.pad(ids.gather(1, order), (0, 2))[:, 2:]
+    back = order.argsort(1)
+    near, far = (torch.cat(parts, -1).gather(1, back[..., None].expand(-1, -1, sum(ranks))) for parts in (nears, fars))
+    return Future(near, far, token.gather(1, back), (first < end).gather(1, back))
+
+
+def _between(sums: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Means from sums (B, T + 1, R) up to each column, over columns from start to stop (B, T): (B, T, R)."""
+    start, stop = start.clamp(max=sums.shape[1] - 1), stop.clamp(max=sums.shape[1] - 1)
+    return (take(sums, stop) - take(sums, start)) / (stop - start).clamp(min=1)[..., None]

@@ -1,0 +1,181 @@
+"""What a planner is taught is true: forecasts, targets, and the teacher's future, by slow loops; and its runs."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dyadlm import UserError
+from dyadlm.data.batches import IGNORED_LABEL
+from dyadlm.model.companion import Lesson
+from dyadlm.model.planner import forecast_errors
+from dyadlm.train import train
+from dyadlm.train.companions import COMPANIONS_NAME
+from dyadlm.train.planner import PlannerLessons, ahead, reading_order, true_future
+from dyadlm.train.settings import PlannerOptions
+
+from ..model.conftest import SMALL, make_model, text_ids
+
+WORDS = {**SMALL, "semantic_levels": ["word"], "num_levels": 3, "planner": "head", "planner_width": 4}
+SIZES = (9, 1, 2, 20)  # documents of a row
+EXACT = 1e-9
+
+
+def taught(options: PlannerOptions | None = None, **fields):
+    model = make_model(**{**WORDS, **fields}).train()
+    model.accompany("planner", PlannerLessons(model, options or PlannerOptions()))
+    return model
+
+
+def packed_lesson(model, padding: int = 3) -> tuple[Lesson, list[int | None]]:
+    """One row of several documents between pads, and the document of each column."""
+    ids = torch.cat([torch.full((1, padding), 256), *(text_ids(1, n, seed=n) for n in SIZES)], 1)
+    positions = torch.cat([torch.ones(padding), *(torch.arange(n) for n in SIZES)])[None].long()
+    mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+    labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
+    output = model.eval()(ids, attention_mask=mask, position_ids=positions, output_plan=True, output_hidden_states=True)
+    lesson = Lesson(ids, labels, mask, positions, output.hidden_states[-1], {}, output.plan)
+    return lesson, [None] * padding + [number for number, n in enumerate(SIZES) for _ in range(n)]
+
+
+def test_targets_lie_ahead_in_the_same_document():
+    lesson, documents = packed_lesson(taught())
+    order, clock = reading_order(lesson)
+    for steps in (1, 2, 30, 99):
+        found = ahead(lesson.labels, order, clock, steps)[0].tolist()
+        for t, document in enumerate(documents):
+            later = t + steps
+            inside = document is not None and later < len(documents) and documents[later] == document
+            assert found[t] == (lesson.input_ids[0, later].item() if inside else IGNORED_LABEL)
+
+
+def test_the_true_future_begins_after_next():
+    model = taught()
+    lesson, documents = packed_lesson(model)
+    outlook = lesson.plan.outlook
+    future = true_future(lesson.input_ids, outlook, *reading_order(lesson), model.config)
+    ranks, seen = model.config.ranks, 0
+    for t, document in enumerate(documents):
+        rest = [c for c in range(t + 2, len(documents)) if document is not None and documents[c] == document]
+        assert future.exists[0, t] == bool(rest)
+        if not rest:
+            continue
+        assert future.token[0, t] == lesson.input_ids[0, t + 2]
+        for level, rank in enumerate(ranks):
+            start = sum(ranks[:level])
+            if level < 3:
+                near, far = rest[: 2**level], rest[2**level : 2 ** (level + 1)]
+            else:
+                begins = [c for c in rest[1:] if outlook.begins[0, c, level]] + [rest[-1] + 1] * 2
+                near = [c for c in rest if c < begins[0]]
+                far = [c for c in rest if begins[0] <= c < begins[1]]
+            seen += bool(far)
+            for found, columns in ((future.near, near), (future.far, far or near)):
+                expected = outlook.values[0, columns, start : start + rank].mean(0)
+                assert torch.allclose(found[0, t, start : start + rank], expected, rtol=0, atol=EXACT)
+    assert seen > 20
+
+
+def test_errors_are_those_of_persistence_at_first_and_their_gradient_is_the_forecasts():
+    model = taught(semantic_levels=["word", "paragraph"])
+    for forecaster in model.model.forecasters.exits:
+        torch.nn.init.zeros_(forecaster.weight)
+    lesson, _ = packed_lesson(model)
+    errors = forecast_errors(lesson.plan.outlook, model.config.ranks)
+    assert torch.equal(errors, torch.ones_like(errors))  # at levels where nothing was judged, too
+    assert not lesson.plan.outlook.judged[..., -1].any()
+    model = taught()
+    outlook = packed_lesson(model)[0].plan.outlook
+    errors, start = forecast_errors(outlook, model.config.ranks), 0
+    for level, rank in enumerate(model.config.ranks):
+        own, at = slice(start, start + rank), outlook.judged[..., level]
+        start += rank
+        missed = (outlook.expected[..., own] - outlook.last[..., own])[at].square().sum()
+        stayed = (outlook.previous[..., own] - outlook.last[..., own])[at].square().sum()
+        assert errors[level].item() == pytest.approx((missed / stayed).item(), rel=1e-5)
+
+
+def losses(model, lesson, progress: float) -> dict[str, float]:
+    torch.manual_seed(0)
+    model.set_progress(progress)
+    return {name: value.item() for name, value in model.companions["planner"].losses(lesson).items()}
+
+
+def test_the_cost_is_the_weighed_sum_and_the_teacher_leaves():
+    options = PlannerOptions(forecast=0.3, proposal=0.5, artist=0.7, teacher=0.9, teacher_until=0.5)
+    model = taught(options)
+    lesson, _ = packed_lesson(model)
+    early, late = losses(model, lesson, 0.0), losses(model, lesson, 0.5)
+    names = {
+        "proposal_loss",
+        "artist_loss",
+        "teacher_loss",
+        "cost",
+        *(f"skill_{name}" for name in ("1", "2", "4", "word")),
+    }
+    assert early.keys() == late.keys() == names
+    assert model.config.level_keys == ["1", "2", "4", "word"]
+    assert late["teacher_loss"] == late["artist_loss"]
+    assert abs(early["teacher_loss"] - early["artist_loss"]) > 1e-4
+    for found, teacher in ((early, 0.9 * early["teacher_loss"]), (late, 0.0)):
+        unskilled = sum(1 - found[f"skill_{name}"] for name in model.config.level_keys) / 4
+        expected = 0.3 * unskilled + 0.5 * found["proposal_loss"] + 0.7 * found["artist_loss"] + teacher
+        assert found["cost"] == pytest.approx(expected)
+    without = losses(taught(PlannerOptions()), lesson, 0.0)
+    assert without["artist_loss"] == pytest.approx(early["artist_loss"])
+    assert "teacher_loss" not in without
+
+
+def test_the_teacher_alone_depends_on_the_true_future():
+    """Its inputs reach neither logits nor any other loss, and what it teaches is the artist."""
+    model = taught(PlannerOptions(teacher=1.0))
+    lesson, _ = packed_lesson(model)
+    before = losses(model, lesson, 0.0)
+    changed = lesson.plan.outlook._replace(values=lesson.plan.outlook.values + torch.randn(1, 35, 1).double())
+    after = losses(model, lesson._replace(plan=lesson.plan._replace(outlook=changed)), 0.0)
+    assert {name for name in before if before[name] != after[name]} == {"teacher_loss", "cost"}
+    torch.manual_seed(0)
+    model.zero_grad()
+    cost = model.companions["planner"].teach(lesson, *reading_order(lesson), lesson.labels, 1.0)
+    cost.backward()
+    reached = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert any("planner.artist" in name for name in reached)
+    assert not any(".layers." in name or ".forecasters." in name for name in reached)
+
+
+def test_every_weight_learns_so_that_processes_agree():
+    """Also where all lessons weigh nothing: DistributedDataParallel waits for every gradient."""
+    for fields in ({}, {"planner": "stack", "artist_sees": "both", "planner_futures": 2}):
+        model = taught(PlannerOptions(0.0, 0.0, 0.0, 0.0), **fields)
+        ids = text_ids(2, 30)
+        model(ids, labels=ids).loss.backward()
+        assert not [name for name, weight in model.named_parameters() if weight.grad is None]
+
+
+# ---- Runs
+
+PLANNED = ("model.planner=head", "model.consensus=0.9", "planner.teacher=0.3", "eval_steps=0")
+
+
+def test_a_resumed_run_is_the_whole_run_and_needs_no_companion_after_it(tmp_path, small, words, console):
+    options = (*PLANNED, "max_steps=4", "logging_steps=1")
+    whole = train(small(tmp_path / "run", *options), words(), console)
+    for name in ("skill_1", "proposal_loss", "artist_loss", "teacher_loss", "cost"):
+        assert len([line for line in whole.metrics if name in line]) == 4
+    last = whole.output / "checkpoint-4"
+    expected = load_file(last / "model.safetensors")
+    assert not (last / COMPANIONS_NAME).exists()  # lessons have no weights
+    (last / "checkpoint.json").unlink()  # as if killed before it was complete
+    train(small(whole.output, *options, "logging_steps=2", resume=True), words(), console)
+    assert "Going on from" in console.file.getvalue()
+    found = load_file(last / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    model = AutoModelForCausalLM.from_pretrained(whole.output)
+    assert model.config.consensus == 0.9
+    assert model.generate(text_ids(1, 8), max_new_tokens=3, do_sample=False).shape[1] <= 11
+
+
+def test_lessons_without_a_planner_are_refused(tmp_path, small, words, console):
+    with pytest.raises(UserError, match=r"set model\.planner"):
+        train(small(tmp_path / "run", "planner.artist=0.5", "max_steps=1"), words(), console)
