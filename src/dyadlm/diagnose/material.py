@@ -12,15 +12,20 @@ from torch import Tensor
 
 from dyadlm.data.streams import TokenStream
 from dyadlm.diagnose.probe import TooLittle
+from dyadlm.train.canaries import CanaryPlan
 
 
 @dataclass(frozen=True)
 class Material:
-    """Text as tokens. train: what the model may have been trained on, None if nobody knows. name: for the report."""
+    """Text as tokens. train: what the model may have been trained on, None if nobody knows. name: for the report.
+
+    canaries: what was planted in the training text, None if nothing is known of any.
+    """
 
     text: Sequence[TokenStream]
     train: Sequence[TokenStream] | None = None
     name: str = "text"
+    canaries: CanaryPlan | None = None
 
     def windows(self, count: int, length: int, seed: int = 0) -> tuple[Tensor, np.ndarray]:
         """`count` windows of `length` tokens that do not overlap, spread evenly over the text, none across documents.

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dyadlm.data.streams import TokenStream
+from dyadlm.data.tokenizer import NUM_BYTES, byte_tokenizer
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 
+BYTES = NUM_BYTES + 3  # tokens of the byte tokenizer
 NEVER = -30.0  # the logit of what an oracle holds impossible: finite, so that its surprise is a number
 
 
@@ -92,6 +94,13 @@ class Shown(Oracle):
     @property
     def levels(self) -> Sequence[str]:
         return list(self._silenced)
+
+
+def spelled(logits: Callable[[Tensor], Tensor], name: str) -> Oracle:
+    """An oracle whose tokens are those of the byte tokenizer."""
+    oracle = Oracle(BYTES, logits, name)
+    oracle.tokenizer = byte_tokenizer()
+    return oracle
 
 
 def uniform(vocabulary: int) -> Oracle:

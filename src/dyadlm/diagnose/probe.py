@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.result import ProbeResult
+from dyadlm.diagnose.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from dyadlm.diagnose.material import Material
@@ -49,7 +50,8 @@ class Expected:
 
 @dataclass(frozen=True)
 class Control:
-    """A model made so that the right answer is known without training. make: the model, and what it reads.
+    """A model made so that the right answer is known without training. make: the model, or its checkpoints, and what
+    they read.
 
     shows: whether it has the property that the probe looks for (+) or lacks it (-). derivation: where the expected
     values come from.
@@ -57,7 +59,7 @@ class Control:
 
     name: str
     shows: bool
-    make: Callable[[], "tuple[Subject, Material]"]
+    make: Callable[[], "tuple[Subject | Trajectory, Material]"]
     expected: Mapping[str, Expected]
     derivation: str
 
@@ -81,3 +83,32 @@ class Probe(ABC):
     @abstractmethod
     def controls(self) -> Sequence[Control]:
         """At least one that shows the property and one that lacks it, of under two seconds each."""
+
+
+class OverTime(Probe):
+    """A probe that looks at the checkpoints of a training, one at a time, and reads them together.
+
+    One that also has something to say of a single model overrides `run`.
+    """
+
+    def run(self, subject: Subject, material: "Material", budget: Budget) -> ProbeResult:
+        raise NotApplicable("one model tells nothing of its training; give a run with checkpoints: --over-time")
+
+    def run_over(self, trajectory: Trajectory, material: "Material", budget: Budget) -> ProbeResult:
+        """Ask all checkpoints. Raises `NotApplicable` with the reason, too few of them being one."""
+        if len(trajectory.steps) < 2:
+            raise NotApplicable(f"{trajectory.name} has fewer than two checkpoints; train with a smaller save_steps")
+        quiet = replace(budget, progress=lambda done, total: None)
+        seen = []
+        for subject in trajectory:
+            seen.append(self.observe(subject, material, quiet))
+            budget.progress(len(seen), len(trajectory.steps))
+        return self.conclude(trajectory.steps, seen, budget)
+
+    @abstractmethod
+    def observe(self, subject: Subject, material: "Material", budget: Budget) -> Any:
+        """What is kept of one checkpoint: small, and nothing of the model itself."""
+
+    @abstractmethod
+    def conclude(self, steps: Sequence[int], seen: Sequence[Any], budget: Budget) -> ProbeResult:
+        """What is to be said of checkpoints at these steps, ascending, by what was observed of each; two at least."""

@@ -11,8 +11,9 @@ import torch
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
-from dyadlm.diagnose.probe import Budget, NotApplicable, Probe
+from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe
 from dyadlm.diagnose.result import ProbeResult
+from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
 from dyadlm.version import __version__
@@ -52,7 +53,7 @@ class Diagnosis:
 
 
 def diagnose(
-    subject: Subject,
+    subject: Subject | Trajectory,
     material: Material,
     probes: Sequence[Probe],
     budget: Budget | None = None,
@@ -61,6 +62,7 @@ def diagnose(
 ) -> Diagnosis:
     """Ask every probe; what is wrong with one is its result, and the others still run.
 
+    subject: a model, or the checkpoints of a training.
     output: a JSON file, rewritten after each probe; results that stand there for the same model, text and budget are
     not measured again. progress: called with (the probe's id, done, total).
 
@@ -93,7 +95,7 @@ def diagnose(
 
 def ask(
     probe: Probe,
-    subject: Subject,
+    subject: Subject | Trajectory,
     material: Material,
     budget: Budget,
     progress: Callable[[str, int, int], None] = lambda probe, done, total: None,
@@ -102,7 +104,12 @@ def ask(
     begin = time.perf_counter()
     told = replace(budget, progress=lambda done, total: progress(probe.id, done, total))
     try:
-        result = probe.run(subject, material, told)
+        if not isinstance(subject, Trajectory):
+            result = probe.run(subject, material, told)
+        elif isinstance(probe, OverTime):
+            result = probe.run_over(subject, material, told)
+        else:
+            raise NotApplicable("it looks at one model, not at its training; leave --over-time out")
     except NotApplicable as reason:
         result = ProbeResult(probe.id, not_applicable=str(reason))
     except UserError as error:

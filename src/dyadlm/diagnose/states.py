@@ -6,9 +6,11 @@ Dimension letters: B windows, T tokens, M tokens of interest, L layers, D width.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.probe import Budget, NotApplicable
+from dyadlm.evaluate.memorisation import Reader
 from dyadlm.evaluate.scoring import LOGITS_AT_ONCE
 
 
@@ -49,3 +51,20 @@ def states_at(subject: Subject, ids: Tensor, columns: Tensor, budget: Budget) ->
         parts.append([state.gather(1, where.expand(-1, -1, state.shape[-1])) for state in states])
         budget.progress(min(start + rows, len(ids)), len(ids))
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def reader(subject: Subject, budget: Budget) -> Reader:
+    """A subject as what `dyadlm.evaluate.memorisation` reads with: of each token of rows (N, T) but the first its nats,
+    float64 (N, T - 1), and whether it is the likeliest, bool (N, T - 1)."""
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at_once, nats, likeliest = rows_of(subject, budget, rows.shape[1]), [], []
+        for start in range(0, len(rows), at_once):
+            ids = torch.from_numpy(rows[start : start + at_once])
+            logits, following = subject.logits(ids[:, :-1]), ids[:, 1:]
+            nats.append(cross_entropy(logits.transpose(1, 2), following, reduction="none").double().numpy())
+            likeliest.append((logits.argmax(-1) == following).numpy())
+            budget.progress(min(start + at_once, len(rows)), len(rows))
+        return np.concatenate(nats), np.concatenate(likeliest)
+
+    return read

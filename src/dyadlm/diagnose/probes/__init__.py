@@ -12,9 +12,11 @@ from dyadlm.diagnose.probes.drift import Drift
 from dyadlm.diagnose.probes.identity import Identity
 from dyadlm.diagnose.probes.leak import Leak
 from dyadlm.diagnose.probes.loop import Loop
+from dyadlm.diagnose.probes.memorise import Memorise
 from dyadlm.diagnose.probes.octave import Octave
 from dyadlm.diagnose.probes.position import Position
 from dyadlm.diagnose.probes.select import Select
+from dyadlm.diagnose.probes.whiteout import Whiteout
 from dyadlm.diagnose.probes.window import Window
 from dyadlm.errors import UserError
 
@@ -32,6 +34,8 @@ PROBES: dict[str, type[Probe]] = {
         Drift,
         Decay,
         Select,
+        Whiteout,
+        Memorise,
         Identity,
         Cost,
     )
