@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dyadlm.cli import data, evaluate, export, generate, inspect, recall, report, stream, train
+from dyadlm.cli import audit, data, diagnose, evaluate, export, generate, inspect, recall, report, stream, train
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.version import __version__
 
@@ -26,11 +26,13 @@ app.command()(generate.generate)
 app.command()(stream.stream)
 app.command()(inspect.inspect)
 app.command()(recall.recall)
+app.command()(diagnose.diagnose)
+app.command()(audit.audit)
 app.command()(export.export)
 app.command()(report.report)
 
 # Options that take all the values that follow: `--data a b` means `--data a --data b`.
-LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates")
+LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates", "--probe")
 
 
 def _print_version(asked: bool) -> None:

@@ -9,9 +9,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ PREFIX = 12
 
 ROWS_AT_ONCE = 64
 WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
+
+Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Rows (N, T) → nats and whether it is the likeliest, as `read` says of a model."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,19 @@ def memorisation(
     references: int = REFERENCES,
     prefix: int = PREFIX,
 ) -> Memorisation:
-    """Ask a model for the canaries of a plan.
+    """Ask a model for the canaries of a plan; see `recalled`."""
+    return recalled(partial(read, model), plan, tokenizer, context, references, prefix)
+
+
+def recalled(
+    reader: Reader,
+    plan: CanaryPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    context: Sequence[int] = (),
+    references: int = REFERENCES,
+    prefix: int = PREFIX,
+) -> Memorisation:
+    """Ask whatever reads for the canaries of a plan.
 
     context: tokens that stand before each string, as text stood before those planted; none: the token for a beginning.
     references: how many strings, drawn like canaries, exposure ranks them among.
@@ -107,7 +123,7 @@ def memorisation(
     canaries = [*plan.members, *plan.twins]
     strings = [canary.tokens for canary in canaries]
     assert prefix < min(map(len, strings)), "a canary must have something left to complete"
-    nats, completed = recite(model, [*strings, *draw_references(references, plan.seed, tokenizer)], context, prefix)
+    nats, completed = recite(reader, [*strings, *draw_references(references, plan.seed, tokenizer)], context, prefix)
     bits = exposures(nats[: len(strings)], nats[len(strings) :])
     per_token = nats[: len(strings)] / [len(tokens) for tokens in strings]
     split = len(plan.members)
@@ -135,20 +151,25 @@ def memorisation_of_run(run: Path, weights: Path | None = None, context: Sequenc
 
     Raises `UserError` if the run has planted none.
     """
+    plan = canaries_of_run(run)
+    folder = weights or run
+    return memorisation(load_weights(folder, torch.float32), plan, load_tokenizer(str(folder)), context)
+
+
+def canaries_of_run(run: Path) -> CanaryPlan:
+    """What a run has planted. Raises `UserError` if it is nothing."""
     try:
-        plan = CanaryPlan.from_dict(json.loads((run / CANARIES_NAME).read_text(encoding="utf-8")))
+        return CanaryPlan.from_dict(json.loads((run / CANARIES_NAME).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UserError(f"{run} has no {CANARIES_NAME}; train with data.canaries=1 or more.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{run / CANARIES_NAME} is no record of canaries ({error}); give the folder of a run."
         ) from error
-    folder = weights or run
-    return memorisation(load_weights(folder, torch.float32), plan, load_tokenizer(str(folder)), context)
 
 
 def recite(
-    model: PreTrainedModel, strings: Sequence[Sequence[int]], context: Sequence[int], prefix: int
+    reader: Reader, strings: Sequence[Sequence[int]], context: Sequence[int], prefix: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each string after `context`: its nats, float64 (N,), and whether greedy decoding from its first `prefix`
     tokens gives the rest, bool (N,).
@@ -161,7 +182,7 @@ def recite(
         stop = len(context) + len(tokens)
         row[:stop] = [*context, *tokens]
         within[len(context) : stop] = True
-    nats, likeliest = read(model, rows)
+    nats, likeliest = reader(rows)
     given = np.arange(rows.shape[1])[1:] < len(context) + prefix
     return (nats * inside[:, 1:]).sum(1), (likeliest | ~inside[:, 1:] | given).all(1)
 
@@ -281,22 +302,35 @@ def forced_positions(text: bytes, words: set[bytes]) -> np.ndarray:
     return starts
 
 
+def forced_tokens(stream: Stream, words: set[bytes], table: Sequence[bytes]) -> np.ndarray:
+    """int64 (tokens,): the token in which its word began, of tokens all of whose bytes are at `forced_positions`; else
+    -1. table: the bytes that each token stands for; what stands for none ends a word."""
+    pieces = [table[token] or b"\0" for token in stream.tokens(0, len(stream)).tolist()]
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    begins = ends - [len(piece) for piece in pieces]
+    starts = forced_positions(b"".join(pieces), words)
+    unforced = np.concatenate([[0], np.cumsum(starts < 0)])
+    inside = unforced[ends] == unforced[begins]
+    first = np.searchsorted(ends, starts[begins], side="right")
+    found: np.ndarray = np.where(inside, first, -1)
+    return found
+
+
 def forced_scores(
     model: PreTrainedModel, stream: Stream, words: set[bytes], window: int, tokens: int = 65_536
 ) -> np.ndarray:
     """float64 (3, U): bits, right guesses and number of the forced positions in each of the `even_windows` of a stream
     of bytes. A word that began before its window counts for nothing there."""
     rows, begin = even_windows(stream, window, tokens)
-    tokens_of_text = stream.tokens(0, len(stream))
-    text = np.where(tokens_of_text < NUM_BYTES, tokens_of_text, 0)  # special tokens are no letters
-    starts = forced_positions(text.astype(np.uint8).tobytes(), words)
+    table = [bytes([token]) if token < NUM_BYTES else b"" for token in range(vocabulary_size(model))]
+    starts = forced_tokens(stream, words, table)
     forced = np.stack([starts[start + 1 : start + window + 1] >= start for start in begin.tolist()])
     nats, likeliest = read(model, rows)
     return np.stack([(nats / math.log(2) * forced).sum(1), (likeliest & forced).sum(1), forced.sum(1)])
 
 
 def whiteout(scores: np.ndarray) -> Whiteout:
-    """scores (C, 3, U): `forced_scores` of each checkpoint, on the same windows."""
+    """scores (C, 3, U): `forced_scores` of each checkpoint, on the same windows, or their sums over documents."""
     bits, right, counts = scores[:, 0], scores[:, 1], scores[0, 2]
     assert counts.sum() > 0, "no position of the text is forced"
     losses, accuracy = bits.sum(1) / counts.sum(), right.sum(1) / counts.sum()

@@ -1,0 +1,89 @@
+"""`dyadlm audit`: is a causal language model causal, and does it keep its other promises? For a CI."""
+
+import json as json_format
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dyadlm.cli.shared import Device, errors
+
+if TYPE_CHECKING:
+    from dyadlm.diagnose.audit import Audit
+
+
+def audit(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A folder, a run, a Hugging Face name, or a GGUF file.")
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Instead, a small new model of this model type of transformers."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE ...", help="Fields of the configuration, with --architecture."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Of the texts read; by default what the model's windows and blocks need.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the texts, and of the weights of a new model.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as saved).")] = "float32",
+) -> None:
+    """Check that no later token changes an earlier logit, and that a cache, padding, a batch and a file change nothing.
+
+    Exit code 1 if a check failed.
+    """
+    from transformers.utils import logging
+
+    from dyadlm.diagnose.audit import audit, small_model
+    from dyadlm.diagnose.loading import load_subject
+    from dyadlm.errors import RunFailed, UserError
+    from dyadlm.generate.loading import resolve_device
+    from dyadlm.recall import parse_fields
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if (model is None) == (architecture is None):
+        raise UserError("Give one model: MODEL, or --architecture TYPE for a small new one.")
+    fields = parse_fields(assignments or ())
+    if architecture is not None:
+        made = small_model(architecture, fields, seed)
+        loaded, name = made.to(resolve_device(device)), f"a small {architecture}"  # type: ignore[arg-type]
+    else:
+        assert model is not None
+        if fields:
+            raise UserError("Fields are set on new models; give --set with --architecture.")
+        subject = load_subject(model, device, dtype)
+        loaded, name = subject.model, subject.name
+    with errors.status("auditing") as status:
+        found = audit(loaded, name, length, seed, lambda check, done, total: status.update(f"{check} {done}/{total}"))
+    if json:
+        typer.echo(json_format.dumps(found.to_dict(), indent=2))
+    else:
+        _show(found)
+    if not found.passed:
+        failed = ", ".join(check.name for check in found.checks if check.status == "failed")
+        raise RunFailed(f"{name} fails: {failed}.")
+
+
+def _show(found: "Audit") -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("check", "", "figure", "tolerance", "what was seen"):
+        table.add_column(title, justify="right" if title in ("figure", "tolerance") else "left", overflow="fold")
+    marks = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not applicable": "[dim]not applicable[/]"}
+    for check in found.checks:
+        figure = "" if check.figure is None else f"{check.figure:.1e}"
+        tolerance = "" if check.tolerance is None else f"{check.tolerance:.0e}"
+        table.add_row(check.name, marks[check.status], figure, tolerance, check.sentence)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    console.print(
+        f"{found.model}, texts of {found.length} random tokens; figures in standard deviations of the logits."
+    )
+    if found.left_out:
+        console.print(f"Not seen: {found.left_out}.")

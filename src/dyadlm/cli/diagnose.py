@@ -1,0 +1,242 @@
+"""`dyadlm diagnose`: how any causal language model fails, in figures with intervals and plain sentences."""
+
+import json as json_format
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dyadlm.cli.shared import Device, Dtype, errors
+
+if TYPE_CHECKING:
+    from dyadlm.diagnose import Diagnosis, Probe, ProbeResult
+
+REPORT = "report"
+# Logits of one batch, in numbers of four bytes; a few times as many stand in memory at the peak.
+LOGITS_AT_ONCE = 2**25
+
+
+def diagnose(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...", help="Folders, runs, checkpoints, Hugging Face names or GGUF files, side by side."
+        ),
+    ] = None,
+    probe: Annotated[
+        list[str] | None, typer.Option(metavar="ID ...", help="Only these probes; all of --list by default.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR|CORPUS|FILE ...", help="The text to read; a run of dyadlm has its own validation text."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the data: train, validation or test.")] = "validation",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A quarter of the text, and what takes long is left out.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep a JSON file for each model and the report here; what is there is not asked again."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of text.")] = 0,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Ask models whose right answers are known, instead.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--list", help="Print the probes and what they ask.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Ask each probe of each model. What a model cannot answer is said so, and the others are still asked."""
+    from transformers.utils import logging
+
+    from dyadlm.diagnose import chosen
+    from dyadlm.errors import UserError
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    probes = chosen(list(dict.fromkeys(probe or ())))
+    if show:
+        _list(probes)
+    elif self_test:
+        _self_test(probes)
+    elif not models:
+        raise UserError("There is no model to diagnose; name one, or give --list or --self-test.")
+    else:
+        found = [
+            _diagnose(model, name, probes, data or [], split, fast, seed, output, device, dtype)
+            for model, name in zip(models, names(models), strict=True)
+        ]
+        if output is not None:
+            _report(found, output)
+        if json:
+            typer.echo(json_format.dumps([diagnosis.to_dict() for diagnosis in found], indent=2))
+        else:
+            _show(found)
+
+
+def names(models: Sequence[str]) -> list[str]:
+    """A name for each model's file, all different."""
+    taken: list[str] = []
+    for model in models:
+        path = Path(model)
+        parts = path.resolve().parts if path.exists() else path.parts
+        wanted = parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(wanted)) or "model"
+        number = 2
+        while (name if number == 2 else f"{name}-{number - 1}") in taken:
+            number += 1
+        taken.append(name if number == 2 else f"{name}-{number - 1}")
+    return taken
+
+
+def _diagnose(
+    model: str,
+    name: str,
+    probes: "Sequence[Probe]",
+    data: list[str],
+    split: str,
+    fast: bool,
+    seed: int,
+    output: Path | None,
+    device: str,
+    dtype: str,
+) -> "Diagnosis":
+    from dyadlm.diagnose import Budget, diagnose
+    from dyadlm.diagnose.loading import load_material, load_subject
+
+    subject = load_subject(model, device, dtype)
+    material = load_material(model, subject, data, split)
+    budget = Budget(
+        batch_tokens=max(1, min(8192, LOGITS_AT_ONCE // subject.vocabulary)),
+        tokens=0.25 if fast else 1.0,
+        fast=fast,
+        seed=seed,
+    )
+    path = None if output is None else output / f"{name}.json"
+    with _bar(subject.name) as progress:
+        return diagnose(subject, material, probes, budget, path, progress)
+
+
+def _report(found: "list[Diagnosis]", output: Path) -> None:
+    """The page is made anew each time, of what the JSON files hold; nothing but an older page is replaced."""
+    import shutil
+
+    from dyadlm.report.diagnosis import FIGURES_NAME, JSON_NAME, PAGE_NAME, write_diagnosis
+
+    folder = output / REPORT
+    if folder.is_dir() and {file.name for file in folder.iterdir()} == {FIGURES_NAME, JSON_NAME, PAGE_NAME}:
+        shutil.rmtree(folder)
+    page = write_diagnosis(found, folder)
+    errors.print(f"Wrote {page}.", soft_wrap=True, markup=False)
+
+
+def _list(probes: "Sequence[Probe]") -> None:
+    table = _table("probe", "failure", "tokens", "question")
+    for probe in probes:
+        table.add_row(probe.id, probe.failure_mode, f"{probe.tokens:,}", probe.question)
+    _print(table)
+
+
+def _self_test(probes: "Sequence[Probe]") -> None:
+    """A line for each check, as it is made. Raises `RunFailed` if one leaves its tolerance."""
+    from dyadlm.diagnose import self_test
+    from dyadlm.errors import RunFailed
+
+    failed = number = 0
+    for check in self_test(probes):
+        measured = f"no value: {check.reason}" if check.measured is None else f"{check.measured:.6g}"
+        expected = f"{check.expected:.6g} ± {check.tolerance:.2g}"
+        verdict = "passed" if check.passed else "FAILED"
+        typer.echo(f"{verdict}  {check.probe}: {check.control}: {check.reading} {measured} (expected {expected})")
+        number, failed = number + 1, failed + (not check.passed)
+    if failed:
+        raise RunFailed(f"{failed} of {number} checks left their tolerance.")
+    typer.echo(f"All {number} checks passed.")
+
+
+class RateColumn(ProgressColumn):
+    """Steps of a probe's own, per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0.0:,.1f}/s")
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the probe's name, rate and time left; call what it yields with (probe, done, total)."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        asked: dict[str, TaskID] = {}
+
+        def progress(probe: str, done: int, total: int) -> None:
+            if probe not in asked:
+                for task in asked.values():
+                    bar.remove_task(task)
+                asked.clear()
+                asked[probe] = bar.add_task(f"{title}: {probe}")
+            bar.update(asked[probe], completed=done, total=total)
+
+        yield progress
+
+
+def _show(found: "list[Diagnosis]") -> None:
+    """A row for each probe and model: the headline, its interval, and the sentence."""
+    several = len(found) > 1
+    table = _table("probe", *(["model"] if several else []), "headline", "value", "95 % interval", "reading")
+    for name in dict.fromkeys(name for diagnosis in found for name in diagnosis.results):
+        for diagnosis in found:
+            if name in diagnosis.results:
+                model = [diagnosis.subject] if several else []
+                table.add_row(name, *model, *_row(diagnosis.results[name]))
+    _print(table)
+
+
+def _row(result: "ProbeResult") -> tuple[str, str, str, str]:
+    if result.not_applicable:
+        return "", "–", "", f"Not applicable: {result.not_applicable}."
+    if result.failed:
+        return "", "–", "", f"Failed: {result.failed}"
+    name, reading = next(iter(result.readings.items()))
+    interval = "" if reading.interval is None else f"{reading.interval[0]:.4g} to {reading.interval[1]:.4g}"
+    left_out = f" Left out: {result.left_out}." if result.left_out else ""
+    return name, f"{reading.value:.4g}", interval, result.sentence + left_out
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(title, justify="right" if title in ("value", "tokens") else "left", overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)

@@ -1,0 +1,184 @@
+"""Any Hugging Face causal language model as a subject; of a dyadlm model also its routes, boundaries and levels.
+
+Dimension letters: B texts, T tokens, V vocabulary, H heads, K levels.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dyadlm.diagnose.contract import Subject
+from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.evaluate.mechanisms import level_names
+from dyadlm.evaluate.scoring import vocabulary_size
+from dyadlm.model import DyadForCausalLM
+from dyadlm.model.tower import Tower
+
+# What models of transformers call the norm before their head.
+LAST_NORMS = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "ln_out", "post_layernorm")
+
+
+class HuggingFaceSubject(Subject):
+    """A model of transformers, in evaluation mode on its own device.
+
+    Where logits are not numbers every method raises `NotApplicable`: no figure follows from them.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "model"):
+        self.model = model.eval()  # type: ignore[no-untyped-call]
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocabulary = vocabulary_size(model)
+        learned = getattr(model.config, "max_position_embeddings", None)
+        self.context = None if isinstance(model, DyadForCausalLM) or not isinstance(learned, int) else learned
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        return self._numbers(self._run(ids).logits)
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor) -> list[Tensor] | None:
+        states = getattr(self._run(ids, output_hidden_states=True), "hidden_states", None)
+        return None if states is None else [self._numbers(state) for state in states]
+
+    @torch.no_grad()
+    def attention(self, ids: Tensor) -> list[Tensor] | None:
+        if isinstance(self.model, DyadForCausalLM):
+            return None
+        chosen = getattr(self.model.config, "_attn_implementation", None)
+        try:  # other implementations do not show their weights
+            self.model.set_attn_implementation("eager")
+            weights = getattr(self._run(ids, output_attentions=True), "attentions", None)
+        except (ValueError, AttributeError, NotImplementedError):
+            return None
+        finally:
+            if chosen is not None:
+                self.model.set_attn_implementation(chosen)
+        shown = [weight for weight in weights or () if isinstance(weight, Tensor) and weight.dim() == 4]
+        return [self._numbers(weight) for weight in shown] or None
+
+    @torch.no_grad()
+    def routes(self, ids: Tensor) -> list[Tensor] | None:
+        if isinstance(self.model, DyadForCausalLM):
+            routes = self._run(ids, output_routes=True).routes
+            return None if routes is None else [self._numbers(route) for route in routes]
+        count = getattr(self.model.config, "num_experts_per_tok", None)
+        if not isinstance(count, int) or not hasattr(self.model.config, "output_router_logits"):
+            return None
+        scores = getattr(self._run(ids, output_router_logits=True), "router_logits", None)
+        found = [score for score in scores or () if isinstance(score, Tensor) and score.numel() > ids.numel()]
+        return [_experts(self._numbers(score), count).view(*ids.shape, 1, -1) for score in found] or None
+
+    @torch.no_grad()
+    def bounds(self, ids: Tensor) -> dict[str, Tensor] | None:
+        if not isinstance(self.model, DyadForCausalLM):
+            return None
+        begins = self._run(ids, output_routes=True).boundaries
+        if begins is None:
+            return None
+        names = [name for name in self.model.config.semantic_levels or () if name != "learned"]
+        learned = [f"learned {layer}" for layer in range(begins.shape[-1] - len(names))]
+        return dict(zip([*names, *learned], begins.cpu().unbind(-1), strict=True))
+
+    @torch.no_grad()
+    def lens(self, hidden: Tensor) -> Tensor | None:
+        if self._head is None:
+            return None
+        norm, head = self._head
+        weight = cast(Tensor, head.weight)
+        return self._numbers(head(norm(hidden.to(weight.device, weight.dtype))))
+
+    @cached_property
+    @torch.no_grad()
+    def _head(self) -> tuple[nn.Module, nn.Module] | None:
+        """The norm and the head, where together they are seen to make the logits of what the norm reads."""
+        inner, head = self.model.base_model, self.model.get_output_embeddings()
+        inner = getattr(inner, "decoder", inner)
+        norms = [module for name in LAST_NORMS if isinstance(module := getattr(inner, name, None), nn.Module)]
+        if not norms or not isinstance(head, nn.Module):
+            return None
+        seen: list[Tensor] = []
+        hook = norms[0].register_forward_hook(lambda module, read, said: seen.append(said))
+        try:
+            logits = self._run(torch.arange(8)[None] % self.vocabulary).logits
+        finally:
+            hook.remove()
+        made = head(seen[-1]) if seen and isinstance(seen[-1], Tensor) else None
+        if made is None or made.shape != logits.shape:
+            return None
+        return (norms[0], head) if torch.allclose(made, logits, rtol=1e-3, atol=1e-3) else None
+
+    @torch.no_grad()
+    def blend(self, ids: Tensor, other: Tensor, share: Tensor) -> Tensor | None:
+        embedding = cast(nn.Module, self.model.get_input_embeddings())
+        toward = embedding(other.to(self.model.device))
+        far = share.to(toward.device, toward.dtype).view(-1, *[1] * (toward.dim() - 1))
+        hook = embedding.register_forward_hook(lambda module, read, said: torch.lerp(said, toward, far))
+        try:
+            return self._numbers(self._run(ids).logits[:, -1])
+        finally:
+            hook.remove()
+
+    @property
+    def levels(self) -> Sequence[str]:
+        return level_names(self.model.config) if isinstance(self.model, DyadForCausalLM) else ()
+
+    @torch.no_grad()
+    def without_level(self, level: int) -> Subject | None:
+        if not 0 <= level < len(self.levels):
+            return None
+        copied = deepcopy(self.model)
+        for module in copied.modules():
+            if isinstance(module, Tower):
+                if level in module.node_levels:
+                    cast(nn.Linear, module.up_nodes[str(level)]).weight.zero_()
+                else:
+                    assert module.up_tokens is not None
+                    column = module.token_levels.index(level)
+                    torch.split(module.up_tokens.weight, module.token_widths, 1)[column].zero_()
+        return HuggingFaceSubject(copied, self.tokenizer, f"{self.name} without {self.levels[level]}")
+
+    @property
+    def module(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        weights = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
+        # As text, for NaN equals nothing.
+        return {**super().identity, "type": self.model.config.model_type, "weights": str(weights)}
+
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, count: int) -> Tensor:
+        written = self.model.generate(
+            ids.to(self.model.device),
+            attention_mask=torch.ones_like(ids, device=self.model.device),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )
+        return cast(Tensor, written)[:, ids.shape[1] :].cpu()
+
+    def _run(self, ids: Tensor, **options: Any) -> Any:
+        return self.model(input_ids=ids.to(self.model.device), use_cache=False, **options)
+
+    def _numbers(self, output: Tensor) -> Tensor:
+        if not bool(torch.isfinite(output[..., : self.vocabulary].float()).any(-1).all()) or bool(output.isnan().any()):
+            raise NotApplicable(f"{self.name} returns values that are not numbers")
+        return output.float().cpu()
+
+
+def _experts(scores: Tensor, count: int) -> Tensor:
+    """How much each expert weighs by a router's scores (N, E), logits or probabilities: the `count` best share 1."""
+    are_shares = bool((scores >= 0).all()) and bool((scores.sum(-1) - 1).abs().max() < 1e-3)
+    shares = scores if are_shares else scores.softmax(-1)
+    best = shares.topk(min(count, shares.shape[-1]), -1)
+    chosen = torch.zeros_like(shares).scatter(-1, best.indices, best.values)
+    return chosen / chosen.sum(-1, keepdim=True)

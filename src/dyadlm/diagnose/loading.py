@@ -1,0 +1,120 @@
+"""Models and text as people name them: a folder, a run, a checkpoint, a Hugging Face name, a GGUF file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dyadlm.data import resolve_data
+from dyadlm.diagnose.huggingface import HuggingFaceSubject
+from dyadlm.diagnose.material import Material
+from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.errors import UserError
+from dyadlm.generate.loading import DTYPES, resolve_device
+from dyadlm.model.loading import load_weights, without_bars_of_transformers
+from dyadlm.train.settings import RECORD_NAME, read_record
+
+
+@dataclass(frozen=True)
+class NoText(Material):
+    """No text, and why: probes that ask for some are not applicable for this reason, the others run."""
+
+    reason: str = ""
+
+    def windows(self, count: int, length: int, seed: int = 0) -> Any:
+        raise NotApplicable(self.reason)
+
+
+def load_subject(path_or_name: str, device: str = "auto", dtype: str = "auto") -> HuggingFaceSubject:
+    """A model with its tokenizer, or without one where there is none to be found.
+
+    path_or_name: a folder, a run or a checkpoint of one, a Hugging Face name, or a file that ends in .gguf.
+    Raises `UserError` if there is no such model.
+    """
+    place = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}; choose auto or one of {', '.join(DTYPES)}.")
+    path = Path(path_or_name)
+    if path.suffix.lower() == ".gguf":
+        model, tokenizer = _load_gguf(path, DTYPES.get(dtype))
+    else:
+        model = load_weights(path_or_name, DTYPES.get(dtype))
+        tokenizer = find_tokenizer(path_or_name)
+    name = path.resolve().name if path.exists() else path_or_name
+    if name.startswith("checkpoint-"):
+        name = f"{path.resolve().parent.name} {name}"
+    return HuggingFaceSubject(model.to(place), tokenizer, name)  # type: ignore[arg-type]
+
+
+def find_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase | None:
+    """The fast tokenizer of a folder or a name, of the folder above for a checkpoint; None if there is none."""
+    path = Path(path_or_name)
+    places = [path_or_name, str(path.resolve().parent)] if path.name.startswith("checkpoint-") else [path_or_name]
+    for place in places:
+        # transformers makes up an empty tokenizer where a folder has but a configuration.
+        if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")) and not any(Path(place).glob("*.model")):
+            continue
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, AttributeError):
+            continue
+        if getattr(tokenizer, "is_fast", False):
+            return cast(PreTrainedTokenizerBase, tokenizer)
+    return None
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; give the path of a GGUF file.")
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    try:
+        with without_bars_of_transformers():
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype or torch.float32, **options)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+            except (ValueError, KeyError, TypeError, RuntimeError):
+                tokenizer = None  # not every vocabulary of GGUF is known to transformers
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs the package gguf, which is not installed; install it with `pip install 'dyadlm[gguf]'`."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be loaded as a GGUF model ({reason}); give another file.") from error
+    return cast(PreTrainedModel, model), tokenizer
+
+
+def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], split: str = "validation") -> Material:
+    """The text to ask a model on: what `data` names, or else, of a dyadlm run, what it was validated on.
+
+    Raises `UserError` if there is no text to be had, though the model could read some.
+    """
+    if subject.tokenizer is None:
+        return NoText([], None, "no text", f"{subject.name} has no tokenizer to read text with")
+    if len(subject.tokenizer) > subject.vocabulary and _largest_token(subject.tokenizer) >= subject.vocabulary:
+        reason = (
+            f"the tokenizer has {len(subject.tokenizer)} tokens but {subject.name} knows {subject.vocabulary}; "
+            "save the model's own tokenizer beside it"
+        )
+        return NoText([], None, "no text", reason)
+    if data:
+        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data))
+    run = next(
+        (place for place in (Path(model), Path(model).resolve().parent) if (place / RECORD_NAME).is_file()), None
+    )
+    if run is None:
+        raise UserError(f"{model} is no run of dyadlm, so its text is not known; give some with --data.")
+    sources = read_record(run)["settings"]["data"]
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    try:
+        resolved = resolve_data(sources, subject.tokenizer)
+    except UserError as error:
+        raise UserError(f"The text of {model} cannot be read again ({error}); give some with --data.") from error
+    return Material(resolved.split(split), [stream for stream, _ in resolved.train], " ".join(sources))
+
+
+def _largest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values(), default=0)

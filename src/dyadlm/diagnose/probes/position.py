@@ -1,0 +1,99 @@
+"""Does more past help? The loss by position in the context."""
+
+import math
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from dyadlm.diagnose.contract import Subject
+from dyadlm.diagnose.material import Material
+from dyadlm.diagnose.oracles import dirichlet, independent, laplace, uniform
+from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
+from dyadlm.diagnose.result import Curve, ProbeResult, Reading
+from dyadlm.diagnose.statistics import mean_interval
+
+NEAR, FAR = 50, 500  # Olsson et al. 2022 compare these positions
+AROUND = 0.1  # a position stands for those within a tenth of it
+
+
+class Position(Probe):
+    """How the loss falls as more tokens have been read.
+
+    Definition: L(t) = the mean surprise at the t-th token of windows of length T (t counted from 1), in bits per token.
+        far_minus_near = L(500) − L(50), each averaged over positions within 10 % of it; slope = the least-squares slope
+        of L in ln t from position 10 on; late_rise = max(0, L in the last tenth of the window − the lowest tenth).
+    Units: bits per token; slope: bits per token per e-fold of the context. Direction: lower; more negative says that
+        the past helps, and a late_rise of 0 that what is far does no harm.
+    Paper: Olsson et al. 2022 (arXiv 2209.11895), in-context learning score.
+    Pitfalls: windows start anywhere in a document, so the first positions lack a past that the text has; a model that
+        was trained on shorter windows than it is asked to read shows a late rise for that reason alone; the text's own
+        difficulty by position averages out over windows only.
+    """
+
+    id: ClassVar[str] = "position"
+    failure_mode: ClassVar[str] = "F4"
+    question: ClassVar[str] = "Does more past help?"
+    tokens: ClassVar[int] = 128 * 1024
+
+    def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
+        length = min(1024, subject.context or 1024)
+        if length < 1.1 * NEAR + 1:
+            raise TooLittle(f"a context of {length} tokens ends before position {NEAR}")
+        count = max(8, int(budget.tokens * self.tokens) // length)
+        ids, documents = material.windows(count, length, budget.seed)
+        rows = budget.rows(length)
+        parts = []
+        for start in range(0, len(ids), rows):
+            parts.append(subject.nats(ids[start : start + rows]))
+            budget.progress(min(start + rows, len(ids)), len(ids))
+        bits = torch.cat(parts).double().numpy() / math.log(2)  # (B, T - 1): of positions 2 to T
+        far = FAR if length > 1.1 * FAR else int((length - 1) / 1.1)
+
+        def around(position: int) -> np.ndarray:
+            low, high = int(position * (1 - AROUND)), int(position * (1 + AROUND))
+            mean: np.ndarray = bits[:, low - 2 : high - 1].mean(1)
+            return mean
+
+        by_position = bits.mean(0)
+        positions = np.arange(2, length + 1)
+        late = positions >= 10
+        slope = np.polyfit(np.log(positions[late]), by_position[late], 1)[0]
+        tenths = np.array([part.mean() for part in np.array_split(by_position, 10)])
+        difference = around(far) - around(NEAR)
+        edges = np.unique(np.geomspace(1, len(by_position), 25).astype(int))
+        binned = [by_position[low:high].mean() for low, high in pairwise(edges)]
+        middles = [float(positions[low:high].mean()) for low, high in pairwise(edges)]
+        fall = float(difference.mean())
+        moves = "falls" if fall < 0 else "rises"
+        return ProbeResult(
+            self.id,
+            {
+                "far_minus_near": Reading(fall, "bits/token", "lower", mean_interval(difference, documents)),
+                "slope": Reading(float(slope), "bits/token per e-fold", "lower"),
+                "late_rise": Reading(float(max(0.0, tenths[-1] - tenths.min())), "bits/token", "lower"),
+            },
+            {"loss by position": Curve(middles, [float(b) for b in binned], "position", "bits/token", log_x=True)},
+            f"From position {NEAR} to {far} the loss {moves} by {abs(fall):.3f} bits per token.",
+            {"length": length, "windows": len(ids), "near": NEAR, "far": far},
+            left_out="" if far == FAR else f"the context ends at {length} tokens; far is position {far}",
+        )
+
+    def controls(self) -> list[Control]:
+        return [
+            Control(
+                "a predictor that counts, V = 64",
+                True,
+                lambda: (laplace(64), dirichlet(64, 64, 1024)),
+                {"far_minus_near": Expected(-0.2777, 0.03)},
+                "Dirichlet(1): the mean of its predictive entropy after 49 and after 499 tokens",
+            ),
+            Control(
+                "independent tokens",
+                False,
+                lambda: (uniform(64), independent(64, 16, 1024)),
+                {"far_minus_near": Expected(0.0, 1e-6), "slope": Expected(0.0, 1e-6), "late_rise": Expected(0.0, 1e-6)},
+                "nothing can be learned from the past",
+            ),
+        ]

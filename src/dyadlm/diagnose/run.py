@@ -1,0 +1,121 @@
+"""Probes on a model, one after the other: resumable, in bounded memory, and none stops the others."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyadlm.diagnose.contract import Subject
+from dyadlm.diagnose.material import Material
+from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe
+from dyadlm.diagnose.result import ProbeResult
+from dyadlm.diagnose.trajectory import Trajectory
+from dyadlm.errors import UserError
+from dyadlm.files import write_atomically
+from dyadlm.version import __version__
+
+FORMAT = "dyadlm-diagnosis"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All results on one model, and what is needed to repeat them. results: by the probe's id, in the order asked."""
+
+    subject: str
+    results: Mapping[str, ProbeResult]
+    circumstances: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        results = {name: result.to_dict() for name, result in self.results.items()}
+        return {
+            "format": FORMAT,
+            "subject": self.subject,
+            "circumstances": dict(self.circumstances),
+            "results": results,
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> "Diagnosis":
+        """Read what `diagnose` wrote. Raises `UserError` if it is no such file."""
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != FORMAT:
+                raise ValueError(stored["format"])
+            results = {name: ProbeResult.from_dict(entry) for name, entry in stored["results"].items()}
+            return cls(stored["subject"], results, stored["circumstances"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no diagnosis; write one with `dyadlm diagnose --output DIR`.") from error
+
+
+def diagnose(
+    subject: Subject | Trajectory,
+    material: Material,
+    probes: Sequence[Probe],
+    budget: Budget | None = None,
+    output: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda probe, done, total: None,
+) -> Diagnosis:
+    """Ask every probe; what is wrong with one is its result, and the others still run.
+
+    subject: a model, or the checkpoints of a training.
+    output: a JSON file, rewritten after each probe; results that stand there for the same model, text and budget are
+    not measured again. progress: called with (the probe's id, done, total).
+
+    Raises:
+        UserError: `output` holds something else than a diagnosis, or that of another model, text or budget.
+    """
+    budget = budget or Budget()
+    circumstances = {
+        "subject": dict(subject.identity),
+        "material": {"name": material.name, "tokens": sum(len(stream) for stream in material.text)},
+        "budget": {"tokens": budget.tokens, "fast": budget.fast, "seed": budget.seed},
+        "versions": {"dyadlm": __version__, "torch": torch.__version__},
+    }
+    circumstances = json.loads(json.dumps(circumstances))  # as they will be read back
+    known: dict[str, ProbeResult] = {}
+    if output is not None and output.exists():
+        before = Diagnosis.load(output)
+        if before.circumstances != circumstances:
+            raise UserError(f"{output} is a diagnosis of another model, text or budget; choose another --output.")
+        known = dict(before.results)
+    results = dict(known)
+    for probe in probes:
+        if probe.id not in known or known[probe.id].failed:
+            results[probe.id] = ask(probe, subject, material, budget, progress)
+        if output is not None:
+            write_atomically(output, json.dumps(Diagnosis(subject.name, results, circumstances).to_dict()) + "\n")
+    asked = {probe.id: results[probe.id] for probe in probes}
+    return Diagnosis(subject.name, asked, circumstances)
+
+
+def ask(
+    probe: Probe,
+    subject: Subject | Trajectory,
+    material: Material,
+    budget: Budget,
+    progress: Callable[[str, int, int], None] = lambda probe, done, total: None,
+) -> ProbeResult:
+    """One probe's result, also where it does not apply or fails."""
+    begin = time.perf_counter()
+    told = replace(budget, progress=lambda done, total: progress(probe.id, done, total))
+    try:
+        if not isinstance(subject, Trajectory):
+            result = probe.run(subject, material, told)
+        elif isinstance(probe, OverTime):
+            result = probe.run_over(subject, material, told)
+        else:
+            raise NotApplicable("it looks at one model, not at its training; leave --over-time out")
+    except NotApplicable as reason:
+        result = ProbeResult(probe.id, not_applicable=str(reason))
+    except UserError as error:
+        result = ProbeResult(probe.id, failed=str(error))
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
+        # A model of someone else may raise anything; its first line says more than no report would.
+        said = str(error).strip().splitlines()
+        result = ProbeResult(probe.id, failed=f"{type(error).__name__}: {said[0] if said else 'no message'}")
+    return replace(result, seconds=round(time.perf_counter() - begin, 2))

@@ -1,0 +1,37 @@
+"""What docs/diagnose.md shows runs, and what it lists is there."""
+
+import re
+from pathlib import Path
+
+from dyadlm.diagnose import PROBES, Subject
+
+PAGE = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text(encoding="utf-8")
+
+
+def test_the_worked_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(example, "docs/diagnose.md", "exec"), {"__name__": "example"})
+    shown = capsys.readouterr().out
+    assert "leak No leak" in shown
+    assert "bytes Every byte is a token" in shown
+    assert "position From position" in shown
+    assert "diffuse" in shown
+
+
+def test_the_adapter_is_as_short_as_promised():
+    (example,) = re.findall(r"class Bigrams.*?\n\n\n", PAGE, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 20
+
+
+def test_every_probe_is_in_the_table():
+    listed = re.findall(r"^\| `(\w+)` \| .*\?", PAGE, re.MULTILINE)
+    assert set(PROBES) <= set(listed)
+    assert [name for name in listed if name in PROBES] == list(PROBES)
+
+
+def test_every_member_of_the_contract_in_the_table_is_there():
+    table = PAGE.split("| member |")[1].split("\n\n")[0]
+    members = re.findall(r"`(\w+)(?:\(.*?\))?`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert {"logits", "hidden", "module"} & set(members) == {"hidden", "module"}
+    for member in members:
+        assert hasattr(Subject, member) or member in Subject.__annotations__, member
