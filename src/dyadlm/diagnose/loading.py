@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.data import resolve_data
@@ -14,7 +16,10 @@ from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.errors import UserError
 from dyadlm.generate.loading import DTYPES, resolve_device
+from dyadlm.model import DyadForCausalLM
 from dyadlm.model.loading import load_weights, without_bars_of_transformers
+from dyadlm.train.companions import COMPANIONS_NAME
+from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.settings import RECORD_NAME, read_record
 
 
@@ -46,7 +51,28 @@ def load_subject(path_or_name: str, device: str = "auto", dtype: str = "auto") -
     name = path.resolve().name if path.exists() else path_or_name
     if name.startswith("checkpoint-"):
         name = f"{path.resolve().parent.name} {name}"
-    return HuggingFaceSubject(model.to(place), tokenizer, name)  # type: ignore[arg-type]
+    fingerprint = _fingerprint(path, model)
+    return HuggingFaceSubject(model.to(place), tokenizer, name, fingerprint)  # type: ignore[arg-type]
+
+
+def _fingerprint(folder: Path, model: PreTrainedModel) -> Fingerprint | None:
+    """That of a checkpoint that was trained beside one; the model of a finished run has none."""
+    file = folder / COMPANIONS_NAME
+    if not isinstance(model, DyadForCausalLM) or not file.is_file():
+        return None
+    prefix = "fingerprint."
+    try:
+        weights = {
+            name.removeprefix(prefix): weight for name, weight in load_file(file).items() if name.startswith(prefix)
+        }
+        if not weights:
+            return None
+        fingerprint = Fingerprint(model.config, any(name.startswith("tags.") for name in weights))
+        fingerprint.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{file} cannot be read ({reason}); remove it, or diagnose another checkpoint.") from error
+    return fingerprint
 
 
 def find_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase | None:
@@ -93,13 +119,13 @@ def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], 
     Raises `UserError` if there is no text to be had, though the model could read some.
     """
     if subject.tokenizer is None:
-        return NoText([], None, "no text", f"{subject.name} has no tokenizer to read text with")
+        return NoText([], None, "no text", None, f"{subject.name} has no tokenizer to read text with")
     if len(subject.tokenizer) > subject.vocabulary and _largest_token(subject.tokenizer) >= subject.vocabulary:
         reason = (
             f"the tokenizer has {len(subject.tokenizer)} tokens but {subject.name} knows {subject.vocabulary}; "
             "save the model's own tokenizer beside it"
         )
-        return NoText([], None, "no text", reason)
+        return NoText([], None, "no text", None, reason)
     if data:
         return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data))
     run = next(
