@@ -24,6 +24,9 @@ from dyadlm.train.fingerprint import Fingerprint
 # What models of transformers call the norm before their head.
 LAST_NORMS = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "ln_out", "post_layernorm")
 
+# No training begins with it, so that random weights are not what a model began with.
+UNTRAINED_SEED = int.from_bytes(b"init")
+
 
 class HuggingFaceSubject(Subject):
     """A model of transformers, in evaluation mode on its own device.
@@ -157,7 +160,7 @@ class HuggingFaceSubject(Subject):
 
     def untrained(self) -> Subject | None:
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(UNTRAINED_SEED)
             try:
                 fresh = type(self.model)(deepcopy(self.model.config))
             except (TypeError, ValueError, RuntimeError):

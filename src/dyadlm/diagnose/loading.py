@@ -11,14 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.data import resolve_data
+from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.errors import UserError
+from dyadlm.evaluate.memorisation import canaries_of_run
 from dyadlm.generate.loading import DTYPES, resolve_device
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.loading import load_weights, without_bars_of_transformers
+from dyadlm.train.checkpoint import checkpoints
 from dyadlm.train.companions import COMPANIONS_NAME
+from dyadlm.train.export import CANARIES_NAME
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.settings import RECORD_NAME, read_record
 
@@ -75,6 +80,18 @@ def _fingerprint(folder: Path, model: PreTrainedModel) -> Fingerprint | None:
     return fingerprint
 
 
+def load_trajectory(run: str, device: str = "auto", dtype: str = "auto") -> Trajectory:
+    """The complete checkpoints of a run, loaded one at a time. Raises `UserError` if there are fewer than two."""
+    found = {step: path for step, path in checkpoints(Path(run)).items() if (path / "config.json").is_file()}
+    if len(found) < 2:
+        raise UserError(
+            f"{run} has fewer than two checkpoints; give the folder of a run, and train with "
+            "train.log_spaced_checkpoints=true or a smaller save_steps."
+        )
+    name = f"{Path(run).resolve().name} over time"
+    return Trajectory(list(found), lambda step: load_subject(str(found[step]), device, dtype), name)
+
+
 def find_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase | None:
     """The fast tokenizer of a folder or a name, of the folder above for a checkpoint; None if there is none."""
     path = Path(path_or_name)
@@ -113,7 +130,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     return cast(PreTrainedModel, model), tokenizer
 
 
-def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], split: str = "validation") -> Material:
+def load_material(model: str, subject: Subject, data: Sequence[str], split: str = "validation") -> Material:
     """The text to ask a model on: what `data` names, or else, of a dyadlm run, what it was validated on.
 
     Raises `UserError` if there is no text to be had, though the model could read some.
@@ -126,11 +143,11 @@ def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], 
             "save the model's own tokenizer beside it"
         )
         return NoText([], None, "no text", None, reason)
+    places = (Path(model), Path(model).resolve().parent)
+    run = next((place for place in places if (place / RECORD_NAME).is_file()), None)
+    canaries = canaries_of_run(run) if run is not None and (run / CANARIES_NAME).is_file() else None
     if data:
-        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data))
-    run = next(
-        (place for place in (Path(model), Path(model).resolve().parent) if (place / RECORD_NAME).is_file()), None
-    )
+        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data), canaries)
     if run is None:
         raise UserError(f"{model} is no run of dyadlm, so its text is not known; give some with --data.")
     sources = read_record(run)["settings"]["data"]
@@ -139,7 +156,7 @@ def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], 
         resolved = resolve_data(sources, subject.tokenizer)
     except UserError as error:
         raise UserError(f"The text of {model} cannot be read again ({error}); give some with --data.") from error
-    return Material(resolved.split(split), [stream for stream, _ in resolved.train], " ".join(sources))
+    return Material(resolved.split(split), [stream for stream, _ in resolved.train], " ".join(sources), canaries)
 
 
 def _largest_token(tokenizer: PreTrainedTokenizerBase) -> int:
