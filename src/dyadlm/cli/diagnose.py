@@ -48,6 +48,10 @@ def diagnose(
             metavar="DIR|CORPUS|FILE ...", help="The text to read; a run of dyadlm has its own validation text."
         ),
     ] = None,
+    over_time: Annotated[
+        bool,
+        typer.Option("--over-time", help="Ask the checkpoints of runs, one at a time, what was learned when and lost."),
+    ] = False,
     split: Annotated[str, typer.Option(help="Of the data: train, validation or test.")] = "validation",
     fast: Annotated[
         bool, typer.Option("--fast", help="A quarter of the text, and what takes long is left out.")
@@ -75,6 +79,8 @@ def diagnose(
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     probes = chosen(list(dict.fromkeys(probe or ())))
+    if over_time:
+        probes = _over_time(probes, named=bool(probe))
     if show:
         _list(probes)
     elif self_test:
@@ -83,7 +89,7 @@ def diagnose(
         raise UserError("There is no model to diagnose; name one, or give --list or --self-test.")
     else:
         found = [
-            _diagnose(model, name, probes, data or [], split, fast, seed, output, device, dtype)
+            _diagnose(model, name, probes, data or [], split, fast, seed, output, device, dtype, over_time)
             for model, name in zip(models, names(models), strict=True)
         ]
         if output is not None:
@@ -120,11 +126,13 @@ def _diagnose(
     output: Path | None,
     device: str,
     dtype: str,
+    over_time: bool,
 ) -> "Diagnosis":
     from dyadlm.diagnose import Budget, diagnose
-    from dyadlm.diagnose.loading import load_material, load_subject
+    from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
 
-    subject = load_subject(model, device, dtype)
+    trajectory = load_trajectory(model, device, dtype) if over_time else None
+    subject = load_subject(model, device, dtype) if trajectory is None else trajectory.last
     material = load_material(model, subject, data, split)
     budget = Budget(
         batch_tokens=max(1, min(8192, LOGITS_AT_ONCE // subject.vocabulary)),
@@ -132,9 +140,23 @@ def _diagnose(
         fast=fast,
         seed=seed,
     )
-    path = None if output is None else output / f"{name}.json"
-    with _bar(subject.name) as progress:
-        return diagnose(subject, material, probes, budget, path, progress)
+    asked = trajectory or subject
+    path = None if output is None else output / f"{name}{'-over-time' * over_time}.json"
+    if trajectory is not None:
+        del subject  # of the checkpoints one at a time is in memory
+    with _bar(asked.name) as progress:
+        return diagnose(asked, material, probes, budget, path, progress)
+
+
+def _over_time(probes: "Sequence[Probe]", named: bool) -> "list[Probe]":
+    """Those that look at checkpoints. Raises `UserError` if another one was asked for by name."""
+    from dyadlm.diagnose import OverTime
+    from dyadlm.errors import UserError
+
+    others = [probe.id for probe in probes if not isinstance(probe, OverTime)]
+    if named and others:
+        raise UserError(f"{', '.join(others)} looks at one model, not at its training; leave --over-time or it out.")
+    return [probe for probe in probes if isinstance(probe, OverTime)]
 
 
 def _report(found: "list[Diagnosis]", output: Path) -> None:

@@ -9,7 +9,12 @@ import typer
 from dyadlm.cli.shared import errors
 
 if TYPE_CHECKING:
-    from dyadlm.train import TrainResult
+    from collections.abc import Callable
+
+    from transformers import TrainerCallback
+
+    from dyadlm.train import TrainResult, TrainSettings
+    from dyadlm.train.trainer import LanguageModelTrainer
 
 
 def train(
@@ -34,6 +39,10 @@ def train(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID ...", help="Ask these probes of `diagnose`, fast, at each checkpoint, into the log."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few steps, print the cost, leave nothing.")
     ] = False,
@@ -57,9 +66,33 @@ def train(
     if dry_run:
         _print_cost(measure(settings))
         return
-    result = run(settings, console=errors)
+    result = run(settings, console=errors, callbacks=[_probes(settings, probe)] if probe else ())
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         _print_result(result)
+
+
+def _probes(settings: "TrainSettings", names: list[str]) -> "Callable[[LanguageModelTrainer], TrainerCallback]":
+    """What makes the callback that asks them. Raises `UserError` at once for a name that there is not."""
+    from dyadlm.data import resolve_data
+    from dyadlm.diagnose import Material, chosen
+    from dyadlm.diagnose.callback import ProbeCallback
+    from dyadlm.evaluate.memorisation import canaries_of_run
+    from dyadlm.train.export import CANARIES_NAME
+
+    probes = chosen(list(dict.fromkeys(names)))
+
+    def make(trainer: "LanguageModelTrainer") -> "TrainerCallback":
+        resolved = resolve_data(settings.sources, trainer.tokenizer)
+        planted = (settings.output / CANARIES_NAME).is_file()
+        material = Material(
+            resolved.split("validation"),
+            [stream for stream, _ in resolved.train],
+            " ".join(settings.sources),
+            canaries_of_run(settings.output) if planted else None,
+        )
+        return ProbeCallback(trainer, probes, material, trainer.tokenizer)
+
+    return make
 
 
 def _print_cost(cost: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, Probe
 from dyadlm.diagnose.probes import PROBES, chosen
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.run import Diagnosis, ask, diagnose
 from dyadlm.diagnose.self_test import Check, self_test
+from dyadlm.diagnose.trajectory import Trajectory
 
 __all__ = [
     "PROBES",
@@ -20,10 +21,12 @@ __all__ = [
     "HuggingFaceSubject",
     "Material",
     "NotApplicable",
+    "OverTime",
     "Probe",
     "ProbeResult",
     "Reading",
     "Subject",
+    "Trajectory",
     "ask",
     "chosen",
     "diagnose",

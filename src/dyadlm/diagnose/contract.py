@@ -53,6 +53,16 @@ class Subject(ABC):
         """Logits (B, T, V) with the fingerprints of the indices (B, T) int64 shown."""
         return None
 
+    def forecasts(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of a model that foresees what its levels will be, two tensors (B, T, K) float32: at each token by how much
+        the forecast of what came then was wrong, squared, and by how much it would have been to foresee no change;
+        0 where nothing was judged."""
+        return None
+
+    def untrained(self) -> "Subject | None":
+        """The same model with new random weights."""
+        return None
+
     def without_level(self, level: int) -> "Subject | None":
         """The same model with one of its levels silenced; None if it has no such level."""
         return None

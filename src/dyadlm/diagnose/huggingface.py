@@ -17,10 +17,15 @@ from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
+from dyadlm.model.planner import node_errors
 from dyadlm.model.tower import Tower
+from dyadlm.train.fingerprint import Fingerprint
 
 # What models of transformers call the norm before their head.
 LAST_NORMS = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "ln_out", "post_layernorm")
+
+# No training begins with it, so that random weights are not what a model began with.
+UNTRAINED_SEED = int.from_bytes(b"init")
 
 
 class HuggingFaceSubject(Subject):
@@ -29,7 +34,15 @@ class HuggingFaceSubject(Subject):
     Where logits are not numbers every method raises `NotApplicable`: no figure follows from them.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "model"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str = "model",
+        fingerprint: Fingerprint | None = None,
+    ):
+        """fingerprint: what the model saw of the global index of its training tokens, if that is known."""
+        self.fingerprint = None if fingerprint is None else fingerprint.to(model.device).eval()
         self.model = model.eval()  # type: ignore[no-untyped-call]
         self.tokenizer = tokenizer
         self.name = name
@@ -123,6 +136,41 @@ class HuggingFaceSubject(Subject):
             return self._numbers(self._run(ids).logits[:, -1])
         finally:
             hook.remove()
+
+    @torch.no_grad()
+    def fingerprinted(self, ids: Tensor, index: Tensor) -> Tensor | None:
+        """Of tags (document, section, kind) nothing is shown."""
+        if self.fingerprint is None:
+            return None
+        added = self.fingerprint.index(index.to(self.model.device))
+        embedding = cast(nn.Module, self.model.get_input_embeddings())
+        hook = embedding.register_forward_hook(lambda module, read, said: said + added.to(said.dtype))
+        try:
+            return self.logits(ids)
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def forecasts(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not isinstance(self.model, DyadForCausalLM) or self.model.planner is None:
+            return None
+        plan = self._run(ids, output_plan=True, logits_to_keep=1).plan
+        missed, stayed = node_errors(plan.outlook, self.model.config.ranks)
+        return self._numbers(missed), self._numbers(stayed)
+
+    def untrained(self) -> Subject | None:
+        with torch.random.fork_rng():
+            torch.manual_seed(UNTRAINED_SEED)
+            try:
+                fresh = type(self.model)(deepcopy(self.model.config))
+            except (TypeError, ValueError, RuntimeError):
+                return None  # not every class can be made of its configuration
+        buffers = dict(fresh.named_buffers())
+        for name, buffer in self.model.named_buffers():  # what is known of the tokenizer, and how far training was
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffers[name].copy_(buffer)
+        fresh = fresh.to(device=self.model.device, dtype=self.model.dtype)
+        return HuggingFaceSubject(fresh, self.tokenizer, f"{self.name} untrained")
 
     @property
     def levels(self) -> Sequence[str]:

@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.data import resolve_data
+from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.errors import UserError
+from dyadlm.evaluate.memorisation import canaries_of_run
 from dyadlm.generate.loading import DTYPES, resolve_device
+from dyadlm.model import DyadForCausalLM
 from dyadlm.model.loading import load_weights, without_bars_of_transformers
+from dyadlm.train.checkpoint import checkpoints
+from dyadlm.train.companions import COMPANIONS_NAME
+from dyadlm.train.export import CANARIES_NAME
+from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.settings import RECORD_NAME, read_record
 
 
@@ -46,7 +56,40 @@ def load_subject(path_or_name: str, device: str = "auto", dtype: str = "auto") -
     name = path.resolve().name if path.exists() else path_or_name
     if name.startswith("checkpoint-"):
         name = f"{path.resolve().parent.name} {name}"
-    return HuggingFaceSubject(model.to(place), tokenizer, name)  # type: ignore[arg-type]
+    fingerprint = _fingerprint(path, model)
+    return HuggingFaceSubject(model.to(place), tokenizer, name, fingerprint)  # type: ignore[arg-type]
+
+
+def _fingerprint(folder: Path, model: PreTrainedModel) -> Fingerprint | None:
+    """That of a checkpoint that was trained beside one; the model of a finished run has none."""
+    file = folder / COMPANIONS_NAME
+    if not isinstance(model, DyadForCausalLM) or not file.is_file():
+        return None
+    prefix = "fingerprint."
+    try:
+        weights = {
+            name.removeprefix(prefix): weight for name, weight in load_file(file).items() if name.startswith(prefix)
+        }
+        if not weights:
+            return None
+        fingerprint = Fingerprint(model.config, any(name.startswith("tags.") for name in weights))
+        fingerprint.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{file} cannot be read ({reason}); remove it, or diagnose another checkpoint.") from error
+    return fingerprint
+
+
+def load_trajectory(run: str, device: str = "auto", dtype: str = "auto") -> Trajectory:
+    """The complete checkpoints of a run, loaded one at a time. Raises `UserError` if there are fewer than two."""
+    found = {step: path for step, path in checkpoints(Path(run)).items() if (path / "config.json").is_file()}
+    if len(found) < 2:
+        raise UserError(
+            f"{run} has fewer than two checkpoints; give the folder of a run, and train with "
+            "train.log_spaced_checkpoints=true or a smaller save_steps."
+        )
+    name = f"{Path(run).resolve().name} over time"
+    return Trajectory(list(found), lambda step: load_subject(str(found[step]), device, dtype), name)
 
 
 def find_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase | None:
@@ -87,24 +130,24 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     return cast(PreTrainedModel, model), tokenizer
 
 
-def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], split: str = "validation") -> Material:
+def load_material(model: str, subject: Subject, data: Sequence[str], split: str = "validation") -> Material:
     """The text to ask a model on: what `data` names, or else, of a dyadlm run, what it was validated on.
 
     Raises `UserError` if there is no text to be had, though the model could read some.
     """
     if subject.tokenizer is None:
-        return NoText([], None, "no text", f"{subject.name} has no tokenizer to read text with")
+        return NoText([], None, "no text", None, f"{subject.name} has no tokenizer to read text with")
     if len(subject.tokenizer) > subject.vocabulary and _largest_token(subject.tokenizer) >= subject.vocabulary:
         reason = (
             f"the tokenizer has {len(subject.tokenizer)} tokens but {subject.name} knows {subject.vocabulary}; "
             "save the model's own tokenizer beside it"
         )
-        return NoText([], None, "no text", reason)
+        return NoText([], None, "no text", None, reason)
+    places = (Path(model), Path(model).resolve().parent)
+    run = next((place for place in places if (place / RECORD_NAME).is_file()), None)
+    canaries = canaries_of_run(run) if run is not None and (run / CANARIES_NAME).is_file() else None
     if data:
-        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data))
-    run = next(
-        (place for place in (Path(model), Path(model).resolve().parent) if (place / RECORD_NAME).is_file()), None
-    )
+        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data), canaries)
     if run is None:
         raise UserError(f"{model} is no run of dyadlm, so its text is not known; give some with --data.")
     sources = read_record(run)["settings"]["data"]
@@ -113,7 +156,7 @@ def load_material(model: str, subject: HuggingFaceSubject, data: Sequence[str], 
         resolved = resolve_data(sources, subject.tokenizer)
     except UserError as error:
         raise UserError(f"The text of {model} cannot be read again ({error}); give some with --data.") from error
-    return Material(resolved.split(split), [stream for stream, _ in resolved.train], " ".join(sources))
+    return Material(resolved.split(split), [stream for stream, _ in resolved.train], " ".join(sources), canaries)
 
 
 def _largest_token(tokenizer: PreTrainedTokenizerBase) -> int:

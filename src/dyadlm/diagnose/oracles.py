@@ -54,12 +54,14 @@ class Shown(Oracle):
         fingerprinted: Callable[[Tensor, Tensor], Tensor] | None = None,
         blend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         silenced: Mapping[str, Subject] | None = None,
+        forecasts: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        untrained: Subject | None = None,
         context: int | None = None,
     ):
         super().__init__(vocabulary, logits or self._from_hidden, name, context)
         self._hidden, self._head, self._attention, self._routes = hidden, head, attention, routes
         self._bounds, self._fingerprinted, self._blend = bounds, fingerprinted, blend
-        self._silenced = silenced or {}
+        self._silenced, self._forecasts, self._untrained = silenced or {}, forecasts, untrained
 
     def _from_hidden(self, ids: Tensor) -> Tensor:
         if self._hidden is None or self._head is None:
@@ -86,6 +88,12 @@ class Shown(Oracle):
 
     def blend(self, ids: Tensor, other: Tensor, share: Tensor) -> Tensor | None:
         return None if self._blend is None else self._blend(ids, other, share)
+
+    def forecasts(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self._forecasts is None else self._forecasts(ids)
+
+    def untrained(self) -> Subject | None:
+        return self._untrained
 
     def without_level(self, level: int) -> Subject | None:
         models = list(self._silenced.values())

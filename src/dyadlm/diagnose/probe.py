@@ -100,8 +100,8 @@ class OverTime(Probe):
             raise NotApplicable(f"{trajectory.name} has fewer than two checkpoints; train with a smaller save_steps")
         quiet = replace(budget, progress=lambda done, total: None)
         seen = []
-        for subject in trajectory:
-            seen.append(self.observe(subject, material, quiet))
+        for step in trajectory.steps:
+            seen.append(self.observe(trajectory.load(step), material, quiet))  # dropped before the next is loaded
             budget.progress(len(seen), len(trajectory.steps))
         return self.conclude(trajectory.steps, seen, budget)
 

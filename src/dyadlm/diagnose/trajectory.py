@@ -3,7 +3,7 @@
 Dimension letters: C checkpoints.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,15 @@ class Trajectory:
     load: Callable[[int], Subject]
     name: str = "run"
 
-    def __iter__(self) -> Iterator[Subject]:
-        for step in self.steps:
-            yield self.load(step)
+    @property
+    def last(self) -> Subject:
+        """The last checkpoint, loaded anew."""
+        return self.load(self.steps[-1])
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """What a stored result must agree with: that of the last checkpoint, and all steps."""
-        return {"name": self.name, "steps": list(self.steps), "last": dict(self.load(self.steps[-1]).identity)}
+        return {"name": self.name, "steps": list(self.steps), "last": dict(self.last.identity)}
 
 
 def reached(steps: Sequence[int], values: np.ndarray, share: float = 0.5) -> float:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, require_new, write_atomically
@@ -51,10 +51,16 @@ class TrainResult:
     metrics: list[dict[str, Any]]
 
 
-def train(settings: TrainSettings, data: TrainingData | None = None, console: Console | None = None) -> TrainResult:
+def train(
+    settings: TrainSettings,
+    data: TrainingData | None = None,
+    console: Console | None = None,
+    callbacks: Sequence[Callable[[LanguageModelTrainer], TrainerCallback]] = (),
+) -> TrainResult:
     """Train, or go on training, and leave the finished model in `settings.output`.
 
-    data: instead of resolving `settings.sources`. console: where progress is shown (standard error).
+    data: instead of resolving `settings.sources`. console: where progress is shown (standard error). callbacks: what
+    makes more callbacks of the trainer, once the folder of the run is there.
 
     Raises:
         UserError: wrong settings or data, an output that already holds a run, a checkpoint of another one.
@@ -97,6 +103,8 @@ def train(settings: TrainSettings, data: TrainingData | None = None, console: Co
             ):
                 closing.callback(callback.close)
                 trainer.add_callback(callback)
+        for make in callbacks:
+            trainer.add_callback(make(trainer))
         if resumed is not None:
             console.print(f"Going on from {resumed}.", highlight=False)
         begin = time.perf_counter()

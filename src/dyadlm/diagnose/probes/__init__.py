@@ -14,8 +14,10 @@ from dyadlm.diagnose.probes.leak import Leak
 from dyadlm.diagnose.probes.loop import Loop
 from dyadlm.diagnose.probes.memorise import Memorise
 from dyadlm.diagnose.probes.octave import Octave
+from dyadlm.diagnose.probes.plan import Plan
 from dyadlm.diagnose.probes.position import Position
 from dyadlm.diagnose.probes.select import Select
+from dyadlm.diagnose.probes.theme import Theme
 from dyadlm.diagnose.probes.whiteout import Whiteout
 from dyadlm.diagnose.probes.window import Window
 from dyadlm.errors import UserError
@@ -37,6 +39,8 @@ PROBES: dict[str, type[Probe]] = {
         Whiteout,
         Memorise,
         Identity,
+        Plan,
+        Theme,
         Cost,
     )
 }

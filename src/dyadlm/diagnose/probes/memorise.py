@@ -129,7 +129,7 @@ class Memorise(OverTime):
         return ProbeResult(self.id, last.readings, curves, sentence, settings, left_out=last.left_out)
 
     def controls(self) -> list[Control]:
-        few, many = _planted(1), _planted(64)
+        few, many = _planted(1), _planted(32)
         alike = Counter(canary.tokens[0] for canary in few.members)
         open_bits = sum(count * math.log2(count) for count in alike.values()) / len(few.members)
         return [
@@ -150,8 +150,8 @@ class Memorise(OverTime):
                 False,
                 lambda: (_naive(), Material([], None, "canaries", many)),
                 {
-                    "exposure": Expected(math.log2(math.e), 0.3),
-                    "exposure_twins": Expected(math.log2(math.e), 0.3),
+                    "exposure": Expected(math.log2(math.e), 0.45),
+                    "exposure_twins": Expected(math.log2(math.e), 0.45),
                     "extracted": Expected(0.0, 0.0),
                     "extracted_excess": Expected(0.0, 0.0),
                 },

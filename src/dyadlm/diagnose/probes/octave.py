@@ -4,6 +4,7 @@ Dimension letters: B blocks of targets, T tokens, S targets of a block, C the lo
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Oracle, Shown, copied, copier, material_of, uniform
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, TooLittle
 from dyadlm.diagnose.result import Better, Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, rows_of
 from dyadlm.diagnose.statistics import percentiles, redrawn
+from dyadlm.diagnose.trajectory import Trajectory, reached
 from dyadlm.evaluate.bootstrap import ratio_interval
 
 LONGEST = 1024
@@ -25,14 +27,15 @@ LEAST = 8
 BLOCK = 32  # targets scored on the same windows, at most
 
 
-class Octave(Probe):
+class Octave(OverTime):
     """What each doubling of the context is worth, on the same targets; and each level of a model that has levels.
 
     Definition: L(c) = the mean surprise at targets that are read after c tokens from a fresh start, where c stands for
-        contexts from 3/4 c to c (exactly c up to 4); gain_A_to_B = G_k = L(2^k) − L(2^(k+1)) on the same targets;
-        total = L(1) − L(longest); half_at = the context at which half of the total is gained, interpolated in log c;
+        contexts from 3/4 c to c (exactly c up to 4); gain_A_to_B = G_k = L(2^k) − L(2^(k+1)) on the same targets; total
+        = L(1) − L(longest); half_at = the context at which half of the total is gained, interpolated in log c;
         without_NAME = how much the loss rises when that level of the model is silenced in every block, at targets with
-        at least a quarter of the window before them.
+        at least a quarter of the window before them. Over checkpoints: learned_A_to_B = the step that first reaches
+        half of the final gain of this octave, linear in log (1 + step) in between; of the rest, the last checkpoint's.
     Units: bits per byte, and tokens for half_at. Direction: a profile; of total, higher; bits_per_byte, the loss after
         the longest context, is printed beside it, for a poor model has much to gain.
     Paper: Khandelwal et al. 2018 (arXiv 1805.04623), effective context; the octaves are the position paper's scales.
@@ -109,6 +112,31 @@ class Octave(Probe):
             self.id, readings, {"gain by octave": curve}, sentence, settings, left_out="; ".join(left_out)
         )
 
+    def observe(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
+        return self.run(subject, material, budget)
+
+    def conclude(self, steps: Sequence[int], seen: Sequence[ProbeResult], budget: Budget) -> ProbeResult:
+        last, at = seen[-1], [float(step) for step in steps]
+        readings, curves = dict(last.readings), dict(last.curves)
+        order = []
+        for name in [name for name in last.readings if name.startswith("gain_")]:
+            values = np.array([each.readings[name].value for each in seen])
+            octave = name.removeprefix("gain_").replace("_", " ")
+            curves[f"gain {octave} by step"] = Curve(at, values.tolist(), "step", "bits/byte", log_x=min(at) > 0)
+            interval = last.readings[name].interval
+            if values[-1] > 0 and (interval is None or interval[0] > 0):  # half of nothing is no step
+                learned = reached(steps, values)
+                order.append((learned, octave))
+                readings[f"learned_{name.removeprefix('gain_')}"] = Reading(learned, "steps", "profile")
+        sentence = last.sentence
+        if len(order) > 1:
+            sentence += (
+                f" The gain from {min(order)[1]} tokens was the first to be half learned, at step "
+                f"{min(order)[0]:,.0f}, that from {max(order)[1]} the last, at step {max(order)[0]:,.0f}."
+            )
+        settings = {**last.settings, "steps": list(steps)}
+        return ProbeResult(self.id, readings, curves, sentence, settings, left_out=last.left_out)
+
     def controls(self) -> list[Control]:
         lag, symbols = 24, 64
         octaves = [(2**k, 2 ** (k + 1)) for k in range(7)]
@@ -136,6 +164,18 @@ class Octave(Probe):
                 "the source stands 24 tokens back, between 16 and 32: there lies all of log2 64",
             ),
             Control(
+                "a copier that grows sure",
+                True,
+                lambda: (
+                    Trajectory(
+                        [1, 2, 4, 8], lambda step: _copying(symbols, lag, (0.0, 0.25, 0.5, 1.0)[step.bit_length() - 1])
+                    ),
+                    copied(symbols, lag, 40, 160),
+                ),
+                {"gain_16_to_32": Expected(6.0, 1e-4), "learned_16_to_32": Expected(4.0, 1e-3)},
+                "half of the surprise is gone at step 4",
+            ),
+            Control(
                 "a Markov chain of order 3",
                 False,
                 lambda: (_markov(8, noise), _markov_text(8, noise, 40, 160)),
@@ -148,6 +188,24 @@ class Octave(Probe):
                 "what is farther back than 3 tokens says nothing; two of the three alone say nothing either",
             ),
         ]
+
+
+def _copying(symbols: int, lag: int, share: float) -> Subject:
+    """A copier whose surprise is that share nearer to nothing than that of whoever knows nothing."""
+    source = copier(symbols, lag)
+    likely = symbols ** (share - 1)
+    unlikely = math.log(max(1 - likely, math.exp(NEVER)) / (symbols - 1))
+
+    def logits(ids: Tensor) -> Tensor:
+        known = source.logits(ids)
+        return known / NEVER * unlikely + (1 - known / NEVER) * math.log(likely) if share else known * 0
+
+    return Oracle(symbols, lambda ids: torch.where(_known(ids, lag), logits(ids), 0.0), "copying", context=128)
+
+
+def _known(ids: Tensor, lag: int) -> Tensor:
+    """(T, 1) bool: where the token to copy has been read."""
+    return torch.arange(ids.shape[1])[:, None] >= lag - 1
 
 
 def _longest(material: Material, limit: int) -> int:
