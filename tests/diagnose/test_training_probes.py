@@ -263,6 +263,16 @@ def test_a_run_is_read_over_its_checkpoints(run, capsys, tmp_path):
     assert "exposure by step" in (tmp_path / "report" / "index.html").read_text()
 
 
+def test_references_stand_beside_a_model(run, capsys, tmp_path):
+    arguments = ["diagnose", run, "--references", "--probe", "octave", "--fast", "--device", "cpu"]
+    assert call(*arguments, "--json", "--output", tmp_path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["subject"] for entry in found] == ["run", "run untrained", "4-gram"]
+    losses = [entry["results"]["octave"]["readings"]["bits_per_byte"]["value"] for entry in found]
+    assert losses[2] < losses[0] < losses[1]
+    assert "4-gram" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_one_model_is_not_over_time(run, capsys):
     assert call("diagnose", run, "--over-time", "--probe", "leak", "octave") == 2
     assert "leak looks at one model" in capsys.readouterr().err

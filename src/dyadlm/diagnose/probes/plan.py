@@ -41,7 +41,7 @@ class Plan(Probe):
         untrained_k are its parts. Headline: ahead_2. skill_LEVEL = 1 − squared error of the forecasts of a level's next
         node / that of foreseeing no change, of models that have such forecasts.
     Units: bits per token; skills are shares. Direction: higher.
-    Papers: Pal et al. 2023 (arXiv 2311.04897), Future Lens; Wu et al. 2024 (arXiv 2404.00859), that small models hardly
+    Paper: Pal et al. 2023 (arXiv 2311.04897), Future Lens; Wu et al. 2024 (arXiv 2404.00859), that small models hardly
         plan; Bachmann and Nagarajan 2024 (arXiv 2403.06963), path-star, which has to be trained for: `dyadlm recall`.
     Pitfalls: a linear map finds less than there is. What a long context betrays of the future is no plan: a model that
         copies from far back knows what the copy will say. Random weights remember the last tokens, so they reach the
