@@ -133,13 +133,12 @@ class Whiteout(OverTime):
         if len(ranks) == len(seen):
             readings["effective_rank"] = Reading(ranks[-1], "dimensions", "profile", note="of the states at the end")
             curves["effective rank of the states"] = Curve(at, ranks, "step", "dimensions", log_x=_log(at))
-        falls = "rose" if overall[0] > regained[0] / 2 else "did not"
-        sentence = (
-            f"Where the lexicon leaves one completion, the loss rose by {regained[0]:.3f} bits per character after its "
-            f"best at step {steps[best]:,}; at all tokens it {falls}{' too' * (falls == 'rose')}."
-            if regained[0] > 0
-            else "Where the lexicon leaves one completion, the last checkpoint is the best."
-        )
+        sentence = "Where the lexicon leaves one completion, the last checkpoint is the best."
+        if regained[0] > 0:
+            sentence = (
+                f"Where the lexicon leaves one completion, the loss rose by {regained[0]:.3f} bits per character after "
+                f"its best at step {steps[best]:,}; at all tokens it rose by {overall[0]:.3f} bits per token."
+            )
         settings = {
             "steps": list(steps),
             "length": LENGTH,
