@@ -16,7 +16,7 @@ from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.linear_probe import fitted_on, ridge
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.ngram import Counts
-from dyadlm.diagnose.oracles import Shown, independent
+from dyadlm.diagnose.oracles import Shown, independent, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import by_frequency, hidden_states, rows_of
@@ -126,6 +126,7 @@ class Plan(Probe):
             return Shown(symbols, "blind", hidden=sees)
 
         silent = {"one": blind()}
+        dull = Shown(symbols, "dull", hidden=lambda ids: [torch.zeros(*ids.shape, 1)] * 2)
         return [
             Control(
                 "a script that is known",
@@ -157,7 +158,22 @@ class Plan(Probe):
                 {**{f"ahead_{k}": Expected(0.0, 0.05) for k in AHEAD}, "skill_one": Expected(0.0, 1e-6)},
                 "there is nothing to know; and no change foreseen is persistence itself",
             ),
+            Control(
+                "a clock",
+                False,
+                lambda: (Shown(symbols, "clock", hidden=sees, untrained=dull), _clock(symbols, 40, LENGTH)),
+                {
+                    **{f"ahead_{k}": Expected(0.0, 0.05) for k in AHEAD},
+                    "untrained_2": Expected(-math.log2(symbols), 0.05),
+                },
+                "counts know all of it; that random weights know less than counts is no merit",
+            ),
         ]
+
+
+def _clock(symbols: int, documents: int, length: int) -> Material:
+    """Each token is one more than the last, modulo the symbols."""
+    return material_of([(np.arange(length) + start) % symbols for start in range(documents)], "a clock")
 
 
 def _states(subject: Subject, ids: Tensor, places: Tensor, budget: Budget) -> Tensor:

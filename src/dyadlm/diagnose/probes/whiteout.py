@@ -115,6 +115,7 @@ class Whiteout(OverTime):
             "forgotten": reading(forgotten, "share of characters"),
             "total_regained": reading(overall, "bits/token", "the same of the loss at all tokens"),
             "final_loss": reading(losses[:, -1], "bits/character"),
+            "final_accuracy": Reading(float(accuracy[0, -1]), "share", "higher", percentiles(accuracy[:, -1])),
         }
         at = [float(step) for step in steps]
         curves = {
@@ -162,7 +163,7 @@ class Whiteout(OverTime):
                 "scripted accuracies .2, .6, .9, .5",
                 True,
                 lambda: (_scripted([_alphabet(right=share) for share in accuracy]), _alphabets()),
-                {"forgotten": Expected(0.4, 1e-6)},
+                {"forgotten": Expected(0.4, 1e-6), "final_accuracy": Expected(0.5, 1e-6)},
                 "the best of all less the last",
             ),
             Control(
