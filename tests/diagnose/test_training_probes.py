@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.cli import main
@@ -263,6 +264,16 @@ def test_a_run_is_read_over_its_checkpoints(run, capsys, tmp_path):
     assert "exposure by step" in (tmp_path / "report" / "index.html").read_text()
 
 
+def test_references_stand_beside_a_model(run, capsys, tmp_path):
+    arguments = ["diagnose", run, "--references", "--probe", "octave", "--fast", "--device", "cpu"]
+    assert call(*arguments, "--json", "--output", tmp_path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["subject"] for entry in found] == ["run", "run untrained", "4-gram"]
+    losses = [entry["results"]["octave"]["readings"]["bits_per_byte"]["value"] for entry in found]
+    assert losses[2] < losses[0] < losses[1]
+    assert "4-gram" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_one_model_is_not_over_time(run, capsys):
     assert call("diagnose", run, "--over-time", "--probe", "leak", "octave") == 2
     assert "leak looks at one model" in capsys.readouterr().err
@@ -292,6 +303,54 @@ def test_checkpoints_show_fingerprints_and_the_finished_model_none(run):
     assert material.canaries is not None
     (identity,) = chosen(["identity"])
     assert "index_train" in ask(identity, last, material, Budget(tokens=0.05, fast=True)).readings
+
+
+def bpe():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=275, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([prose(0)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.mark.parametrize("probe", ["whiteout", "theme", "octave", "memorise"])
+def test_tokens_of_several_letters(probe):
+    tokenizer = bpe()
+    stream = TokenStream.from_text([prose(number) for number in range(5)], tokenizer)
+    planted = Material([stream], None, "text", plan_canaries(1, 0, tokenizer, 85, 64))
+    config = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1}
+
+    def load(step):
+        torch.manual_seed(step)
+        return HuggingFaceSubject(DyadForCausalLM(DyadConfig(**config)), tokenizer)
+
+    result = ask(chosen([probe])[0], Trajectory([0, 10], load), planted, QUICK)
+    assert not result.failed
+    # Random weights have learned nothing, of which there may be no half; all else has its figures.
+    assert result.readings or "has not fallen" in result.not_applicable
+
+
+def test_a_resumed_run_knows_its_earlier_checkpoints(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(256, (16, 32))]
+    for steps in (4, 6):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            save_steps=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(llama(), arguments, train_dataset=rows)
+        asked = chosen(["whiteout"]) if steps == 6 else []
+        callback = ProbeCallback(trainer, asked, text(), byte_tokenizer())
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=steps == 6)
+    assert callback.steps == [2, 4, 6]
+    assert [entry["step"] for entry in trainer.state.log_history if "probe_whiteout_regained" in entry] == [6]
 
 
 def test_any_trainer_takes_the_callback(tmp_path):

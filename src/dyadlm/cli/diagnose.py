@@ -25,9 +25,9 @@ from rich.text import Text
 from dyadlm.cli.shared import Device, Dtype, errors
 
 if TYPE_CHECKING:
-    from dyadlm.diagnose import Diagnosis, Probe, ProbeResult
+    from dyadlm.diagnose import Budget, Diagnosis, Probe, ProbeResult, Subject
 
-REPORT = "report"
+REPORT, REFERENCES = "report", "references"
 # Logits of one batch, in numbers of four bytes; a few times as many stand in memory at the peak.
 LOGITS_AT_ONCE = 2**25
 
@@ -48,6 +48,13 @@ def diagnose(
             metavar="DIR|CORPUS|FILE ...", help="The text to read; a run of dyadlm has its own validation text."
         ),
     ] = None,
+    references: Annotated[
+        bool,
+        typer.Option(
+            "--references",
+            help="Also ask the first model with random weights, and a 4-gram of its training text if that is known.",
+        ),
+    ] = False,
     over_time: Annotated[
         bool,
         typer.Option("--over-time", help="Ask the checkpoints of runs, one at a time, what was learned when and lost."),
@@ -92,12 +99,15 @@ def diagnose(
             _diagnose(model, name, probes, data or [], split, fast, seed, output, device, dtype, over_time)
             for model, name in zip(models, names(models), strict=True)
         ]
+        others = []
+        if references and not over_time:
+            others = _references(models[0], probes, data or [], split, fast, seed, output, device, dtype)
         if output is not None:
-            _report(found, output)
+            _report(found, others, output)
         if json:
-            typer.echo(json_format.dumps([diagnosis.to_dict() for diagnosis in found], indent=2))
+            typer.echo(json_format.dumps([diagnosis.to_dict() for diagnosis in [*found, *others]], indent=2))
         else:
-            _show(found)
+            _show([*found, *others])
 
 
 def names(models: Sequence[str]) -> list[str]:
@@ -128,24 +138,58 @@ def _diagnose(
     dtype: str,
     over_time: bool,
 ) -> "Diagnosis":
-    from dyadlm.diagnose import Budget, diagnose
+    from dyadlm.diagnose import diagnose
     from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
 
     trajectory = load_trajectory(model, device, dtype) if over_time else None
     subject = load_subject(model, device, dtype) if trajectory is None else trajectory.last
     material = load_material(model, subject, data, split)
-    budget = Budget(
-        batch_tokens=max(1, min(8192, LOGITS_AT_ONCE // subject.vocabulary)),
-        tokens=0.25 if fast else 1.0,
-        fast=fast,
-        seed=seed,
-    )
+    budget = _budget(subject, fast, seed)
     asked = trajectory or subject
     path = None if output is None else output / f"{name}{'-over-time' * over_time}.json"
     if trajectory is not None:
         del subject  # of the checkpoints one at a time is in memory
     with _bar(asked.name) as progress:
         return diagnose(asked, material, probes, budget, path, progress)
+
+
+def _references(
+    model: str,
+    probes: "Sequence[Probe]",
+    data: list[str],
+    split: str,
+    fast: bool,
+    seed: int,
+    output: Path | None,
+    device: str,
+    dtype: str,
+) -> "list[Diagnosis]":
+    """What a model has to be better than: itself with random weights, and counts of its training text."""
+    from dyadlm.diagnose import diagnose
+    from dyadlm.diagnose.loading import load_material, load_subject
+    from dyadlm.diagnose.ngram import NGram
+
+    subject = load_subject(model, device, dtype)
+    material = load_material(model, subject, data, split)
+    others = [subject.untrained()]
+    if material.train:
+        others.append(NGram(material.train, subject.vocabulary, subject.tokenizer))
+    found = []
+    for other in others:
+        if other is not None:
+            path = None if output is None else output / REFERENCES / f"{names([other.name])[0]}.json"
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with _bar(other.name) as progress:
+                found.append(diagnose(other, material, probes, _budget(subject, fast, seed), path, progress))
+    return found
+
+
+def _budget(subject: "Subject", fast: bool, seed: int) -> "Budget":
+    from dyadlm.diagnose import Budget
+
+    batch = max(1, min(8192, LOGITS_AT_ONCE // subject.vocabulary))
+    return Budget(batch_tokens=batch, tokens=0.25 if fast else 1.0, fast=fast, seed=seed)
 
 
 def _over_time(probes: "Sequence[Probe]", named: bool) -> "list[Probe]":
@@ -159,7 +203,7 @@ def _over_time(probes: "Sequence[Probe]", named: bool) -> "list[Probe]":
     return [probe for probe in probes if isinstance(probe, OverTime)]
 
 
-def _report(found: "list[Diagnosis]", output: Path) -> None:
+def _report(found: "list[Diagnosis]", references: "list[Diagnosis]", output: Path) -> None:
     """The page is made anew each time, of what the JSON files hold; nothing but an older page is replaced."""
     import shutil
 
@@ -168,7 +212,7 @@ def _report(found: "list[Diagnosis]", output: Path) -> None:
     folder = output / REPORT
     if folder.is_dir() and {file.name for file in folder.iterdir()} == {FIGURES_NAME, JSON_NAME, PAGE_NAME}:
         shutil.rmtree(folder)
-    page = write_diagnosis(found, folder)
+    page = write_diagnosis(found, folder, references)
     errors.print(f"Wrote {page}.", soft_wrap=True, markup=False)
 
 

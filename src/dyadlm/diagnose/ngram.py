@@ -3,7 +3,8 @@
 Dimension letters: B texts, T tokens, N examples, P questions, O outcomes, C contexts, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,12 @@ class NGram(Subject):
         parts = [stream.tokens(0, min(len(stream), share)).astype(np.int64) for stream in text]
         longest = max(map(len, parts))
         rows = np.stack([np.pad(part, (0, longest - len(part)), constant_values=-1) for part in parts])
+        self._tokens = sum(map(len, parts))
         self._counts = Counts(rows[:, :-1], rows[:, 1:], vocabulary, order)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity, "tokens": self._tokens}
 
     def logits(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(np.log(self._counts.chances(ids.numpy()))).float()

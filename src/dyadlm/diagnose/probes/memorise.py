@@ -41,7 +41,7 @@ class Memorise(OverTime):
         length of it under zlib (bits), zlib_ratio = of the text asked: the lower the first beside the second, the more
         is known by heart.
     Units: bits, shares, bits per parameter. Direction: lower; capacity is a profile.
-    Papers: Carlini et al. 2019 (arXiv 1802.08232), exposure; Carlini et al. 2021 (arXiv 2012.07805), extraction and
+    Paper: Carlini et al. 2019 (arXiv 1802.08232), exposure; Carlini et al. 2021 (arXiv 2012.07805), extraction and
         zlib; Morris et al. 2025 (arXiv 2505.24832), about 3.6 bits per parameter of a saturated model.
     Pitfalls: of strings that nothing is known of exposure is log2 e = 1.44 bits, not 0: compare with the twins. It ends
         at 10 bits, so it tells no more of strings shown often. Random strings are the easiest to tell from the rest and

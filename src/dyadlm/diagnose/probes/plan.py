@@ -16,7 +16,7 @@ from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.linear_probe import fitted_on, ridge
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.ngram import Counts
-from dyadlm.diagnose.oracles import Shown, independent
+from dyadlm.diagnose.oracles import Shown, independent, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import by_frequency, hidden_states, rows_of
@@ -41,7 +41,7 @@ class Plan(Probe):
         untrained_k are its parts. Headline: ahead_2. skill_LEVEL = 1 − squared error of the forecasts of a level's next
         node / that of foreseeing no change, of models that have such forecasts.
     Units: bits per token; skills are shares. Direction: higher.
-    Papers: Pal et al. 2023 (arXiv 2311.04897), Future Lens; Wu et al. 2024 (arXiv 2404.00859), that small models hardly
+    Paper: Pal et al. 2023 (arXiv 2311.04897), Future Lens; Wu et al. 2024 (arXiv 2404.00859), that small models hardly
         plan; Bachmann and Nagarajan 2024 (arXiv 2403.06963), path-star, which has to be trained for: `dyadlm recall`.
     Pitfalls: a linear map finds less than there is. What a long context betrays of the future is no plan: a model that
         copies from far back knows what the copy will say. Random weights remember the last tokens, so they reach the
@@ -126,6 +126,7 @@ class Plan(Probe):
             return Shown(symbols, "blind", hidden=sees)
 
         silent = {"one": blind()}
+        dull = Shown(symbols, "dull", hidden=lambda ids: [torch.zeros(*ids.shape, 1)] * 2)
         return [
             Control(
                 "a script that is known",
@@ -157,7 +158,22 @@ class Plan(Probe):
                 {**{f"ahead_{k}": Expected(0.0, 0.05) for k in AHEAD}, "skill_one": Expected(0.0, 1e-6)},
                 "there is nothing to know; and no change foreseen is persistence itself",
             ),
+            Control(
+                "a clock",
+                False,
+                lambda: (Shown(symbols, "clock", hidden=sees, untrained=dull), _clock(symbols, 40, LENGTH)),
+                {
+                    **{f"ahead_{k}": Expected(0.0, 0.05) for k in AHEAD},
+                    "untrained_2": Expected(-math.log2(symbols), 0.05),
+                },
+                "counts know all of it; that random weights know less than counts is no merit",
+            ),
         ]
+
+
+def _clock(symbols: int, documents: int, length: int) -> Material:
+    """Each token is one more than the last, modulo the symbols."""
+    return material_of([(np.arange(length) + start) % symbols for start in range(documents)], "a clock")
 
 
 def _states(subject: Subject, ids: Tensor, places: Tensor, budget: Budget) -> Tensor:
