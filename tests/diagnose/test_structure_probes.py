@@ -25,13 +25,13 @@ from transformers import (
 from dyadlm.data.streams import TokenStream
 from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, ProbeResult
-from dyadlm.diagnose.linear_probe import fitted_on, ridge, ridge_classes
 from dyadlm.diagnose.oracles import Shown, independent, material_of, uniform
 from dyadlm.diagnose.probes.drift import _hsic, _kernel
 from dyadlm.diagnose.probes.identity import _area, _cosines, _Sample
 from dyadlm.diagnose.probes.window import _fit
 from dyadlm.diagnose.run import ask
 from dyadlm.diagnose.statistics import percentiles, redrawn
+from dyadlm.evaluate.linear_probe import fitted_on, ridge, ridge_classes
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
 STRUCTURE = ["octave", "window", "diffuse", "drift", "decay", "select", "identity"]

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.cli import main
 from dyadlm.data import TokenStream, byte_tokenizer
+from dyadlm.data.canaries import plan_canaries
 from dyadlm.diagnose import Budget, HuggingFaceSubject, Material, Trajectory, ask, chosen
 from dyadlm.diagnose.callback import ProbeCallback
 from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
@@ -22,7 +23,6 @@ from dyadlm.diagnose.oracles import spelled
 from dyadlm.diagnose.probes.theme import _agreement, _kinds
 from dyadlm.diagnose.tokens import token_bytes
 from dyadlm.diagnose.trajectory import reached
-from dyadlm.train.canaries import plan_canaries
 
 EVERYTHING = {
     "hidden_size": 16,

@@ -13,6 +13,7 @@ from torch import nn
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.data import TokenStream, byte_tokenizer
+from dyadlm.data.canaries import CanaryPlan, draw_references, plan_canaries
 from dyadlm.evaluate.memorisation import (
     Estimate,
     even_windows,
@@ -27,7 +28,6 @@ from dyadlm.evaluate.memorisation import (
     recite,
     whiteout,
 )
-from dyadlm.train.canaries import CanaryPlan, draw_references, plan_canaries
 
 LIKELY = 12.0
 

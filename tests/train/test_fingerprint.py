@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.data import TrainingWindows
+from dyadlm.data.canaries import PlantedWindows, plan_canaries
 from dyadlm.train import train
-from dyadlm.train.canaries import PlantedWindows, plan_canaries
 from dyadlm.train.fingerprint import INDEX_BITS, TAG_BITS, DigitEmbedding, Fingerprint, FingerprintedWindows, digits
 from dyadlm.train.plan import make_plan
 from dyadlm.train.settings import FingerprintOptions

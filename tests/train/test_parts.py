@@ -9,7 +9,7 @@ from torch import nn
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.data import TokenStream, TrainingWindows
-from dyadlm.train.canaries import REPETITIONS, PlantedWindows, plan_canaries
+from dyadlm.data.canaries import REPETITIONS, PlantedWindows, plan_canaries
 from dyadlm.train.checkpoint import (
     checkpoint_path,
     checkpoints,

@@ -74,10 +74,10 @@ def train(
 def _probes(settings: "TrainSettings", names: list[str]) -> "Callable[[LanguageModelTrainer], TrainerCallback]":
     """What makes the callback that asks them. Raises `UserError` at once for a name that there is not."""
     from dyadlm.data import resolve_data
+    from dyadlm.data.canaries import CANARIES_NAME
     from dyadlm.diagnose import Material, chosen
     from dyadlm.diagnose.callback import ProbeCallback
     from dyadlm.evaluate.memorisation import canaries_of_run
-    from dyadlm.train.export import CANARIES_NAME
 
     probes = chosen(list(dict.fromkeys(names)))
 

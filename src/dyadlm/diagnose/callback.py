@@ -1,5 +1,6 @@
 """Probes while a model trains: fast, at each checkpoint, into the log of any Trainer of Hugging Face."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,8 @@ from dyadlm.diagnose.run import ask
 from dyadlm.errors import UserError
 from dyadlm.train.checkpoint import checkpoints
 
+logger = logging.getLogger(__name__)
+
 FAST = Budget(tokens=0.25, fast=True)
 FROM_CHECKPOINTS = ("whiteout", "theme")  # what these find follows of all checkpoints so far
 
@@ -33,7 +36,8 @@ class ProbeCallback(TrainerCallback):
 
     Probes over checkpoints (`whiteout`, `theme`) are told of those before, also of those that a resumed run finds, and
     say something from the second one on. The first process alone asks; what is random in training stays as it was.
-    What is not applicable, or fails, is not logged, and training goes on.
+    What is not applicable, or fails, is not logged, and training goes on; one over checkpoints is then given up, with a
+    warning.
     """
 
     def __init__(
@@ -95,7 +99,8 @@ class ProbeCallback(TrainerCallback):
             if isinstance(probe, OverTime) and _over(probe):
                 try:
                     self.seen.setdefault(probe.id, []).append(probe.observe(subject, self.material, self.budget))
-                except (NotApplicable, UserError, RuntimeError, ValueError, IndexError):
+                except (NotApplicable, UserError, RuntimeError, ValueError, IndexError) as reason:
+                    logger.warning("The probe %s is not asked again in this run: %s.", probe.id, reason)
                     self.seen[probe.id] = []
                     self.probes = [other for other in self.probes if other.id != probe.id]
 

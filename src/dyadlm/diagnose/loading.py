@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.data import resolve_data
+from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
@@ -23,7 +24,6 @@ from dyadlm.model import DyadForCausalLM
 from dyadlm.model.loading import load_weights, without_bars_of_transformers
 from dyadlm.train.checkpoint import checkpoints
 from dyadlm.train.companions import COMPANIONS_NAME
-from dyadlm.train.export import CANARIES_NAME
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.settings import RECORD_NAME, read_record
 

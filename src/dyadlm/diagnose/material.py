@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyadlm.data.canaries import CanaryPlan
 from dyadlm.data.streams import TokenStream
 from dyadlm.diagnose.probe import TooLittle
-from dyadlm.train.canaries import CanaryPlan
 
 
 @dataclass(frozen=True)

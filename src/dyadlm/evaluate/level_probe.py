@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dyadlm.data.tokenizer import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
+from dyadlm.evaluate.linear_probe import ridge_classes
 from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.boundaries import TextState
@@ -31,7 +32,6 @@ from dyadlm.ops.pyramid import broadcast, make_clock
 WORD = re.compile(rb"[A-Za-z0-9'\x80-\xff]+")
 SENTENCE = re.compile(rb"[^.!?]*[.!?]")
 FITTED = 0.75  # of the windows
-PENALTY = 0.01  # of the ridge, for each example, with features of unit variance
 WINDOWS_AT_ONCE = 16
 
 
@@ -215,18 +215,6 @@ def _score(
     hits, asked = (torch.bincount(place, weights).numpy() for weights in (right[0], torch.ones_like(right[0])))
     accuracy, shuffled = (part.mean().item() for part in right)
     return LevelScore(block, level, accuracy, ratio_interval(hits, asked), shuffled)
-
-
-def ridge_classes(features: Tensor, labels: Tensor, asked: Tensor, classes: int) -> Tensor:
-    """The classes (M,) int64 that ridge regression on examples (N, F) float64 with labels (N,) gives those asked for,
-    (M, F)."""
-    mean, spread = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, y = (features - mean) / spread, torch.nn.functional.one_hot(labels, classes).double()
-    share = y.mean(0)
-    gram = x.T @ x + PENALTY * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ (y - share))
-    guesses: Tensor = (asked - mean) / spread @ weights + share
-    return guesses.argmax(1)
 
 
 def _scores(

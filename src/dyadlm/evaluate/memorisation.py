@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.data.canaries import CANARIES_NAME, Canary, CanaryPlan, draw_references
 from dyadlm.data.tokenizer import NUM_BYTES, load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.evaluate.bootstrap import RESAMPLES, ratio_interval
@@ -27,8 +28,6 @@ from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.scoring import LOGITS_AT_ONCE, vocabulary_size
 from dyadlm.evaluate.streams import Stream
 from dyadlm.model.loading import load_weights
-from dyadlm.train.canaries import Canary, CanaryPlan, draw_references
-from dyadlm.train.export import CANARIES_NAME
 
 REFERENCES = 1023
 """Strings that a canary is ranked among: with itself 2^10, so that exposure ends at 10 bits."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder
 from dyadlm.train.checkpoint import MANIFEST_NAME
@@ -12,7 +13,6 @@ from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
 
-CANARIES_NAME = "canaries.json"
 CARD_NAME = "README.md"
 TRAINING_ONLY = {RECORD_NAME, METRICS_NAME, CANARIES_NAME, MANIFEST_NAME, COMPANIONS_NAME, "trainer_state.json"}
 # Text and safetensors; nothing that would have to be unpickled.

@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data, tokenizer_identity
+from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.errors import UserError
 from dyadlm.evaluate.evaluation import prefix_token, require_vocabulary
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
-from dyadlm.train.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.train.companions import add_companions
 from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows

@@ -17,12 +17,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
+from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, require_new, write_atomically
 from dyadlm.model.configuration import CHOOSING
 from dyadlm.train.checkpoint import last_complete, read_manifest, remove_leftovers, require_same
 from dyadlm.train.companions import published_parameters
-from dyadlm.train.export import CANARIES_NAME, model_card
+from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.plan import Plan, TrainingData, make_plan
 from dyadlm.train.progress import METRICS_NAME, MetricsWriter, ProgressDisplay, read_metrics

@@ -31,7 +31,7 @@ class DataOptions:
     sequence_length: tokens of a training window.
     document_reset: send `position_ids` that restart at 0 with every document: nothing crosses its edge.
     tokenizer: for a new model: "byte", a Hugging Face name or a folder; none takes what the data says.
-    canaries: random strings planted for each number of repetitions (`dyadlm.train.canaries`); 0 is none.
+    canaries: random strings planted for each number of repetitions (`dyadlm.data.canaries`); 0 is none.
     validation_tokens: tokens of the validation split scored during training, spread evenly over it.
     """
 

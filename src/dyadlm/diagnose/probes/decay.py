@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dyadlm.diagnose.contract import Subject
-from dyadlm.diagnose.linear_probe import fitted_on, ridge_classes
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Shown, independent
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
@@ -19,6 +18,7 @@ from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import by_frequency, states_at
 from dyadlm.diagnose.statistics import mean_interval
 from dyadlm.evaluate.bootstrap import ratio_interval
+from dyadlm.evaluate.linear_probe import fitted_on, ridge_classes
 
 LENGTH, PLACE, LATER = 32, 16, 8
 TAGS = 4

@@ -13,13 +13,13 @@ from torch.nn.functional import one_hot
 
 from dyadlm.data.streams import TokenStream
 from dyadlm.diagnose.contract import Subject
-from dyadlm.diagnose.linear_probe import fitted_on, ridge, ridge_classes
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Shown, independent, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Better, Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import by_frequency, rows_of, states_at
 from dyadlm.diagnose.statistics import mean_interval
+from dyadlm.evaluate.linear_probe import fitted_on, ridge, ridge_classes
 
 LENGTH, LEAST = 128, 32
 SAMPLED = 16  # tokens of a window

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dyadlm.data import byte_tokenizer
+from dyadlm.data.canaries import ALPHABET, LENGTH, CanaryPlan, plan_canaries
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import BYTES, NEVER, spelled
@@ -24,7 +25,6 @@ from dyadlm.diagnose.statistics import mean_interval
 from dyadlm.diagnose.tokens import token_bytes
 from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.memorisation import PREFIX, REFERENCES, Estimate, recalled, recite
-from dyadlm.train.canaries import ALPHABET, LENGTH, CanaryPlan, plan_canaries
 
 CANARY_BITS = LENGTH * math.log2(len(ALPHABET))  # that a canary was drawn with
 WINDOW = 256

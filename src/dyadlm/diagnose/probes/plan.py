@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dyadlm.diagnose.contract import Subject
-from dyadlm.diagnose.linear_probe import fitted_on, ridge
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.ngram import Counts
 from dyadlm.diagnose.oracles import Shown, independent, material_of
@@ -21,6 +20,7 @@ from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import by_frequency, hidden_states, rows_of
 from dyadlm.diagnose.statistics import mean_interval, percentiles, redrawn
+from dyadlm.evaluate.linear_probe import fitted_on, ridge
 
 AHEAD = (2, 4, 8, 16)  # 1 is the next token, which a language model is trained to know
 LENGTH = 128

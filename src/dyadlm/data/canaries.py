@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dyadlm.errors import UserError
 
+CANARIES_NAME = "canaries.json"  # where a run keeps its plan
 REPETITIONS = (1, 4, 16, 64)
 # Letters and digits are text under every tokenizer; 24 of them carry 124 bits.
 ALPHABET = string.ascii_lowercase + string.digits
