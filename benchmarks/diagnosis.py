@@ -1,0 +1,132 @@
+"""Four kinds of model trained on the same bytes, and what the instrument says of each: the figures of docs/failures.md.
+
+    python benchmarks/diagnosis.py --runs RUNS [--model "dyadlm 1M" ...] [--seeds 3]
+
+Shakespeare's plays with planted canaries (Hamlet to ask about), 1.02M tokens in windows of 256, four a step, trained as
+by `dyadlm train`: our preset, a Llama and a Mamba-2 of about 1M parameters at the learning rates that were best on the
+medium corpus, our preset at 0.3M and 3M, and counts of four tokens of the very same windows. A seed decides the first
+weights, the order of the text and the canaries. Each run keeps its checkpoints and is asked every probe, also over
+time; RUNS/report and RUNS/report-over-time then show the seeds of a model as one. What is there is not done again.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from common import dyad, mamba2, matched_llama, require_green
+from dyadlm.data import TokenStream, byte_tokenizer
+from dyadlm.diagnose import Budget, Diagnosis, OverTime, chosen, diagnose
+from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
+from dyadlm.diagnose.ngram import NGram
+from dyadlm.diagnose.pool import pool
+from dyadlm.report.diagnosis import write_diagnosis
+from dyadlm.train import TrainSettings, train
+from dyadlm.train.plan import make_plan
+
+
+class Family(NamedTuple):
+    """build: with random weights. rate: the learning rate."""
+
+    build: Callable[[], PreTrainedModel]
+    rate: float
+
+
+FAMILIES = {
+    "dyadlm-1M": Family(dyad, 4e-3),
+    "llama-1M": Family(matched_llama, 2e-3),
+    "mamba2-1M": Family(mamba2, 4e-3),
+    "dyadlm-0.3M": Family(partial(dyad, hidden_size=64, level_rank=14), 4e-3),
+    "dyadlm-3M": Family(partial(dyad, hidden_size=224, level_rank=36), 4e-3),
+}
+COUNTS = "4-gram"
+STEPS, BATCH, WINDOW = 1000, 4, 256
+
+
+def settings_of(name: str, seed: int, runs: Path) -> TrainSettings:
+    """Of one run; its model with random weights is made first."""
+    family, output = FAMILIES[name], runs / f"{name}-seed{seed}"
+    begin = runs / "initial" / output.name
+    if not (begin / "config.json").exists():
+        torch.manual_seed(seed)
+        family.build().save_pretrained(begin)
+        byte_tokenizer().save_pretrained(begin)
+    assignments = (
+        f"max_steps={STEPS}",
+        f"per_device_train_batch_size={BATCH}",
+        f"data.sequence_length={WINDOW}",
+        f"learning_rate={family.rate}",
+        f"seed={seed}",
+        f"save_steps={STEPS // 4}",
+        "data.canaries=8",
+        "train.log_spaced_checkpoints=true",
+    )
+    return TrainSettings.create(
+        output, model=str(begin), data=["shakespeare"], resume=output.exists(), device="cpu", assignments=assignments
+    )
+
+
+def counted(seed: int, runs: Path) -> NGram:
+    """Counts of the windows that the models of this seed were trained on, canaries included."""
+    settings = settings_of(next(iter(FAMILIES)), seed, runs)
+    windows = make_plan(settings, None, settings.output).windows
+    streams = [
+        TokenStream.from_tokens(windows[number]["input_ids"].numpy().astype("uint16"), name=f"window {number}")
+        for number in range(STEPS * BATCH)
+    ]
+    subject = NGram(streams, len(byte_tokenizer()), byte_tokenizer())
+    subject.name = f"{COUNTS}-seed{seed}"
+    return subject
+
+
+def asked(name: str, seed: int, runs: Path) -> tuple[Diagnosis, Diagnosis | None]:
+    """What a model says, trained first if it has to be: once as it is, and once over its training."""
+    run = runs / f"{name}-seed{seed}"
+    found = runs / "found"
+    found.mkdir(exist_ok=True)
+    path = found / f"{run.name}.json"
+    everything = chosen([])
+
+    def told(probe: str, done: int, total: int) -> None:
+        if done == total:
+            print(f"    {run.name}: {probe}", flush=True)
+
+    if name == COUNTS:
+        first = str(runs / f"{next(iter(FAMILIES))}-seed{seed}")
+        material = load_material(first, load_subject(first, "cpu", "float32"), [])
+        return diagnose(counted(seed, runs), material, everything, Budget(), path, told), None
+    train(settings_of(name, seed, runs))
+    subject = load_subject(str(run), "cpu", "float32")
+    material = load_material(str(run), subject, [])
+    result = diagnose(subject, material, everything, Budget(), path, told)
+    looking = [probe for probe in everything if isinstance(probe, OverTime)]
+    trajectory = load_trajectory(str(run), "cpu", "float32")
+    path = found / f"{run.name}-over-time.json"
+    return result, diagnose(trajectory, material, looking, Budget(tokens=0.25, fast=True), path, told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, required=True, help="a folder for runs, answers and reports")
+    parser.add_argument("--model", action="append", choices=[*FAMILIES, COUNTS], help="these only")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    require_green()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    names = options.model or [*FAMILIES, COUNTS]
+    both = [asked(name, seed, options.runs) for seed in range(options.seeds) for name in names]
+    for folder, diagnoses in (
+        ("report", [result for result, _ in both]),
+        ("report-over-time", [result for _, result in both if result]),
+    ):
+        write_diagnosis(pool(diagnoses), options.runs / folder)
+
+
+if __name__ == "__main__":
+    main()
