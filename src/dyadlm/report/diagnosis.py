@@ -90,11 +90,17 @@ class Section(NamedTuple):
     settings: Agreement
 
 
-def write_diagnosis(diagnoses: Sequence[Diagnosis], output: Path, references: Sequence[Diagnosis] = ()) -> Path:
+def write_diagnosis(
+    diagnoses: Sequence[Diagnosis],
+    output: Path,
+    references: Sequence[Diagnosis] = (),
+    seeds: Sequence[Diagnosis] = (),
+) -> Path:
     """Write the new folder `output`: index.html, diagnoses.json, and figures/ with every picture as PNG.
 
-    diagnoses: the models, side by side. references: to compare them with; shown muted and never marked as best. The
-    page needs neither the network nor another file; the folder appears when it is complete. Returns the page's path.
+    diagnoses: the models, side by side. references: to compare them with; shown muted and never marked as best. seeds:
+    what the models are means of (`dyadlm.diagnose.pool`); kept in the JSON. The page needs neither the network nor
+    another file; the folder appears when it is complete. Returns the page's path.
     Raises `UserError` if `output` holds something, or there is no diagnosis.
     """
     require_new(output, "the report")
@@ -108,12 +114,15 @@ def write_diagnosis(diagnoses: Sequence[Diagnosis], output: Path, references: Se
         (folder / FIGURES_NAME).mkdir()
         sections = [_section(name, place, models, others, controls[name], folder) for place, name in enumerate(order)]
         write_atomically(folder / PAGE_NAME, _page(models, others, sections))
-        write_atomically(folder / JSON_NAME, _json(diagnoses, references, controls))
+        write_atomically(folder / JSON_NAME, _json(diagnoses, references, seeds, controls))
     return output / PAGE_NAME
 
 
 def _json(
-    diagnoses: Sequence[Diagnosis], references: Sequence[Diagnosis], controls: Mapping[str, Sequence[Control]]
+    diagnoses: Sequence[Diagnosis],
+    references: Sequence[Diagnosis],
+    seeds: Sequence[Diagnosis],
+    controls: Mapping[str, Sequence[Control]],
 ) -> str:
     """What is needed to repeat everything; null for what is no number."""
     expected = {
@@ -133,6 +142,7 @@ def _json(
         "version": __version__,
         "diagnoses": [each.to_dict() for each in diagnoses],
         "references": [each.to_dict() for each in references],
+        "seeds": [each.to_dict() for each in seeds],
         "controls": expected,
     }
     return json.dumps(_strict(stored), indent=1, allow_nan=False) + "\n"
@@ -324,6 +334,7 @@ def _page(models: Sequence[Subject], others: Sequence[Subject], sections: Sequen
         title=f"Diagnosis of {enumeration(names) if len(names) <= 4 else f'{len(names)} models'}",
         models=models,
         references=others,
+        pooled=[model.look.name for model in models if model.pooled],
         sections=sections,
         facts=_facts(first),
         unlike=[subject.look.name for subject in (*models, *others) if not subject.alike],
