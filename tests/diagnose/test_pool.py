@@ -89,6 +89,16 @@ def test_trainings_and_checkpoints_keep_what_they_are():
     ]  # fmt: skip
 
 
+def test_trainings_are_of_one_kind_if_their_last_checkpoints_are():
+    runs = [
+        diagnosis(f"a-seed{seed} over time", last={"vocabulary": 9 + seed // 2, "weights": seed}) for seed in range(3)
+    ]
+    (one,) = pool(runs[:2])
+    assert [each["last"]["weights"] for each in one.circumstances["subject"]["seeds"]] == [0, 1]
+    with pytest.raises(UserError, match="their vocabulary differ"):
+        pool(runs)
+
+
 def test_circumstances_hold_what_repeats_it():
     seeds = [
         diagnosis(f"a-seed{seed}", result(seed, settings={"length": 8, "place": seed}, seconds=1.5)) for seed in (0, 1)

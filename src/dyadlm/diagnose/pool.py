@@ -24,9 +24,10 @@ def pool(diagnoses: Sequence[Diagnosis]) -> list[Diagnosis]:
     A reading is the mean over the seeds. Its interval, Student's t over their values, takes the place of theirs and
     says what a claim about an architecture needs: how far the mean of many seeds may be from that of these few. It
     holds what differs from seed to seed (weights at the start, order of the data, chance in the probe), and takes their
-    values to be normally distributed. What another text would change is not in it, for all seeds read the same text,
-    nor what another corpus, size or length of training would. Curves are means at the points that all seeds have, low
-    and high the lowest and highest of them. A reading that is no finite number in one seed is none in the mean.
+    values to be normally distributed, so that it may reach beyond what a reading can be. What another text would change
+    is not in it, for all seeds read the same text, nor what another corpus, size or length of training would. Curves
+    are means at the points that all seeds have, low and high the lowest and highest of them. A reading that is no
+    finite number in one seed is none in the mean.
 
     Raises:
         UserError: seeds of one name were not asked alike, are not of one kind, or one comes twice.

@@ -303,6 +303,8 @@ def _flat(entries: Mapping[str, Any], above: str = "") -> dict[str, str]:
     """Nested settings as one list of names and values."""
     flat: dict[str, str] = {}
     for name, value in entries.items():
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            value = {str(place): entry for place, entry in enumerate(value)}
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{above}{name} ")
         else:
@@ -329,12 +331,13 @@ def _page(models: Sequence[Subject], others: Sequence[Subject], sections: Sequen
         lstrip_blocks=True,
     )
     names = [model.look.name for model in models]
+    pooled = [model.look.name for model in models if model.pooled]
     first = models[0].diagnosis.circumstances
     return environment.get_template("diagnosis.html").render(
         title=f"Diagnosis of {enumeration(names) if len(names) <= 4 else f'{len(names)} models'}",
         models=models,
         references=others,
-        pooled=[model.look.name for model in models if model.pooled],
+        pooled=enumeration(pooled) if pooled else "",
         sections=sections,
         facts=_facts(first),
         unlike=[subject.look.name for subject in (*models, *others) if not subject.alike],
