@@ -27,8 +27,8 @@ def words(count: int) -> str:
     return " ".join(np.random.default_rng(count).choice(WORDS, count)) + ".\n"
 
 
-def llama(folder, vocabulary=259, context=512, tokenizer=True, broken=False):
-    torch.manual_seed(0)
+def llama(folder, vocabulary=259, context=512, tokenizer=True, broken=False, seed=0):
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=16,
@@ -57,6 +57,8 @@ def place(tmp_path_factory):
     (place / "garbage.gguf").write_bytes(b"nothing of the kind")
     llama(place / "whole")
     llama(place / "other")
+    for seed in range(3):
+        llama(place / f"plain-seed{seed}", seed=seed)
     llama(place / "untold", tokenizer=False)
     llama(place / "narrow", vocabulary=100)
     llama(place / "broken", broken=True)
@@ -100,6 +102,26 @@ def test_models_side_by_side_are_kept_and_not_asked_again(capsys, tmp_path, monk
     monkeypatch.setattr(running, "ask", None)
     assert call(*arguments) == 0
     assert capsys.readouterr().out == shown.out
+
+
+def test_seeds_are_shown_as_one_and_kept_each(capsys, tmp_path):
+    seeds = [f"plain-seed{seed}" for seed in range(3)]
+    arguments = ["--probe", "bytes", "--data", "text.txt", "--fast", "--output", tmp_path, "--device", "cpu", "--json"]
+    assert call("diagnose", "whole", *seeds, *arguments, "--pool-seeds", "--references") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [each["subject"] for each in shown][:2] == ["whole", "plain"]
+    assert len(shown) == 3  # and random weights
+    kept = [Diagnosis.load(tmp_path / f"{seed}.json") for seed in seeds]
+    values = [each.results["bytes"].readings["bits_per_byte"].value for each in kept]
+    pooled = shown[1]["results"]["bytes"]["readings"]["bits_per_byte"]
+    assert len(set(values)) == 3
+    assert pooled["value"] == pytest.approx(sum(values) / 3)
+    assert pooled["interval"][0] < min(values) < max(values) < pooled["interval"][1]
+    stored = json.loads((tmp_path / "report" / "diagnoses.json").read_text())
+    assert [each["subject"] for each in stored["diagnoses"]] == ["whole", "plain"]
+    assert stored["seeds"] == [json.loads((tmp_path / f"{seed}.json").read_text()) for seed in seeds]
+    assert call("diagnose", "whole", *arguments, "--pool-seeds") == 0
+    assert "NAME-seed0" in capsys.readouterr().err
 
 
 def test_what_is_not_of_the_report_is_left_alone(capsys, tmp_path):

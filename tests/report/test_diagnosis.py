@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dyadlm.diagnose import PROBES, Curve, Diagnosis, ProbeResult, Reading
+from dyadlm.diagnose import PROBES, Curve, Diagnosis, ProbeResult, Reading, pool
 from dyadlm.errors import UserError
 from dyadlm.report import diagnosis as module
 from dyadlm.report.comparison import compact, draw_curves, draw_readings, looks, to_svg
@@ -231,6 +231,18 @@ def test_a_model_alone_is_not_best(tmp_path):
     assert len(page.all("svg")) == 1  # the curve
 
 
+def test_a_model_of_several_seeds_says_so(tmp_path):
+    seeds = [diagnosis(f"plain-seed{number}", position(-0.3 - number / 100)) for number in range(3)]
+    output = tmp_path / "new"
+    page = Page(write_diagnosis(pool(seeds), output, seeds=seeds))
+    assert "Diagnosis of plain" in page.words
+    assert "of plain, the mean of several seeds" in page.words
+    assert "subject seeds 2 name plain-seed2" in page.words
+    assert "Mean of 3 seeds: far minus near is -0.31 bits/byte" in page.words
+    stored = json.loads((output / "diagnoses.json").read_text(encoding="utf-8"))
+    assert [each["subject"] for each in stored["seeds"]] == ["plain-seed0", "plain-seed1", "plain-seed2"]
+
+
 def one(value: float, half: float | None = 0.1, left_out: str = "", **others) -> ProbeResult:
     return ProbeResult("loop", {"r": reading(value, half, **others)}, left_out=left_out)
 
@@ -258,6 +270,8 @@ def one(value: float, half: float | None = 0.1, left_out: str = "", **others) ->
         ([diagnosis("a", one(1)), diagnosis("b", one(2, left_out="half"))], None, "left out"),
         ([diagnosis("a", one(1)), diagnosis("b", one(2, unit="nats"))], None, "same unit"),
         ([diagnosis("a", one(1)), diagnosis("b", ProbeResult("loop", failed="no"))], None, ""),
+        ([*pool([diagnosis(f"a-seed{n}", one(n)) for n in (1, 2)]), diagnosis("b", one(99))], None, "means of seeds"),
+        (pool([diagnosis(f"{m}-seed{n}", one(9 * (m == "b") + n / 9)) for m in "ab" for n in (1, 2)]), 0, "lowest"),
     ],
 )
 def test_best_only_where_it_can_be_told(models, best, word):
@@ -335,6 +349,25 @@ def test_logarithmic_axes_have_plain_ticks(x, ticks):
         if low <= place <= high
     ]
     assert shown == ticks
+
+
+@pytest.mark.parametrize(
+    ("y", "scale", "ticks"),
+    [
+        ([0.001, 0.01, 0.1], "log", ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1"]),
+        ([1e3, 1e5, 1e7], "log", ["1000", "10k", "100k", "1M", "10M"]),
+        ([3.0, 3.1, 3.2], "log", ["1", "2", "5"]),  # a decade at least: what hardly grows looks so
+        ([0.0, 1.0, 2.0], "linear", None),
+    ],
+)
+def test_a_logarithmic_height_has_plain_ticks(y, scale, ticks):
+    (look,) = looks(["m"], [])
+    figure = draw_curves([(look, Curve([1, 2, 4], y, "tokens", "seconds", log_x=True, log_y=True))])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert axes.get_yscale() == scale
+    if ticks:
+        assert [label.get_text() for label in axes.get_yticklabels()] == ticks
 
 
 def test_curves_keep_their_band_their_colour_and_any_name():

@@ -59,6 +59,13 @@ def diagnose(
         bool,
         typer.Option("--over-time", help="Ask the checkpoints of runs, one at a time, what was learned when and lost."),
     ] = False,
+    pool_seeds: Annotated[
+        bool,
+        typer.Option(
+            "--pool-seeds",
+            help="Show NAME-seed0, NAME-seed1 ... as one model NAME: mean and interval over the seeds.",
+        ),
+    ] = False,
     split: Annotated[str, typer.Option(help="Of the data: train, validation or test.")] = "validation",
     fast: Annotated[
         bool, typer.Option("--fast", help="A quarter of the text, and what takes long is left out.")
@@ -81,7 +88,7 @@ def diagnose(
     """Ask each probe of each model. What a model cannot answer is said so, and the others are still asked."""
     from transformers.utils import logging
 
-    from dyadlm.diagnose import chosen
+    from dyadlm.diagnose import chosen, pool
     from dyadlm.errors import UserError
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -102,12 +109,15 @@ def diagnose(
         others = []
         if references and not over_time:
             others = _references(models[0], probes, data or [], split, fast, seed, output, device, dtype)
+        shown = pool(found) if pool_seeds else found
+        if pool_seeds and shown == found:
+            errors.print("No two models are seeds of one: those named NAME-seed0, NAME-seed1 and so on are.")
         if output is not None:
-            _report(found, others, output)
+            _report(shown, others, [each for each in found if each not in shown], output)
         if json:
-            typer.echo(json_format.dumps([diagnosis.to_dict() for diagnosis in [*found, *others]], indent=2))
+            typer.echo(json_format.dumps([diagnosis.to_dict() for diagnosis in [*shown, *others]], indent=2))
         else:
-            _show([*found, *others])
+            _show([*shown, *others])
 
 
 def names(models: Sequence[str]) -> list[str]:
@@ -203,7 +213,7 @@ def _over_time(probes: "Sequence[Probe]", named: bool) -> "list[Probe]":
     return [probe for probe in probes if isinstance(probe, OverTime)]
 
 
-def _report(found: "list[Diagnosis]", references: "list[Diagnosis]", output: Path) -> None:
+def _report(found: "list[Diagnosis]", references: "list[Diagnosis]", seeds: "list[Diagnosis]", output: Path) -> None:
     """The page is made anew each time, of what the JSON files hold; nothing but an older page is replaced."""
     import shutil
 
@@ -212,7 +222,7 @@ def _report(found: "list[Diagnosis]", references: "list[Diagnosis]", output: Pat
     folder = output / REPORT
     if folder.is_dir() and {file.name for file in folder.iterdir()} == {FIGURES_NAME, JSON_NAME, PAGE_NAME}:
         shutil.rmtree(folder)
-    page = write_diagnosis(found, folder, references)
+    page = write_diagnosis(found, folder, references, seeds)
     errors.print(f"Wrote {page}.", soft_wrap=True, markup=False)
 
 

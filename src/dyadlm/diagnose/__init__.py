@@ -3,6 +3,7 @@
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
+from dyadlm.diagnose.pool import pool
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, Probe
 from dyadlm.diagnose.probes import PROBES, chosen
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
@@ -30,5 +31,6 @@ __all__ = [
     "ask",
     "chosen",
     "diagnose",
+    "pool",
     "self_test",
 ]

@@ -20,7 +20,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a figure, drawn in the order given. low, high: 95 % interval at each point."""
+    """Points of a figure, drawn in the order given. low, high: 95 % interval at each point; of seeds shown as one
+    (`pool`), their lowest and highest. log_x, log_y: whether that axis is logarithmic."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -29,6 +30,7 @@ class Curve:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     log_x: bool = False
+    log_y: bool = False
 
 
 @dataclass(frozen=True)

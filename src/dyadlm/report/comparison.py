@@ -98,7 +98,7 @@ def draw_curves(curves: Sequence[tuple[Look, Curve]]) -> Figure:
             _draw_curve(axes, look, curve, band=min(0.2, 0.7 / len(curves)))
         _scale_x(axes, [x for _, curve in curves for x in curve.x], first.log_x)
         heights = [y for _, curve in curves for part in (curve.y, curve.low, curve.high) for y in part or ()]
-        _scale_y(axes, [y for y in heights if math.isfinite(y)])
+        _scale_y(axes, [y for y in heights if math.isfinite(y)], first.log_y)
         axes.set(xlabel=first.x_label, ylabel=textwrap.fill(first.y_label, LONGEST_NAME))
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
         if len(curves) > 1:
@@ -242,19 +242,28 @@ def _scale_x(axes: Axes, points: Sequence[float], logarithmic: bool) -> None:
         every = math.ceil(len(positive) / 8)
         axes.xaxis.set_major_locator(FixedLocator([*before, *positive[::every]]))
     else:
-        low, high = math.log10(positive[0]), math.log10(positive[-1])
-        steps = (1.0, 2.0, 5.0) if high - low < 2.5 else (1.0,)
-        ticks = LogLocator(subs=steps).tick_values(positive[0], positive[-1])
-        ticks = [tick for tick in ticks if positive[0] <= tick <= positive[-1]]
-        axes.xaxis.set_major_locator(FixedLocator([*before, *ticks]))
+        axes.xaxis.set_major_locator(FixedLocator([*before, *_log_ticks(positive[0], positive[-1])]))
         axes.set_xlim(*_with_room(axes, finite))
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _scale_y(axes: Axes, values: Sequence[float]) -> None:
-    """What hardly changes is not blown up to a mountain."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    steps = (1.0, 2.0, 5.0) if math.log10(high) - math.log10(low) < 2.5 else (1.0,)
+    return [tick for tick in LogLocator(subs=steps).tick_values(low, high) if low <= tick <= high]
+
+
+def _scale_y(axes: Axes, values: Sequence[float], logarithmic: bool) -> None:
+    """What hardly changes is not blown up to a mountain. Logarithmic only where all values are above zero."""
     low, high = min(values), max(values)
+    if logarithmic and low > 0:
+        middle, half = math.sqrt(low * high), max(1.2 * math.sqrt(high / low), math.sqrt(10))  # a decade at least
+        axes.set_yscale("log")
+        axes.set_ylim(middle / half, middle * half)
+        axes.yaxis.set_major_locator(FixedLocator(_log_ticks(middle / half, middle * half)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        return
     most = max(abs(low), abs(high))
     if high - low < 0.002 * most or most == 0:
         axes.set_ylim(low - (0.02 * most or 1.0), high + (0.02 * most or 1.0))

@@ -90,11 +90,17 @@ class Section(NamedTuple):
     settings: Agreement
 
 
-def write_diagnosis(diagnoses: Sequence[Diagnosis], output: Path, references: Sequence[Diagnosis] = ()) -> Path:
+def write_diagnosis(
+    diagnoses: Sequence[Diagnosis],
+    output: Path,
+    references: Sequence[Diagnosis] = (),
+    seeds: Sequence[Diagnosis] = (),
+) -> Path:
     """Write the new folder `output`: index.html, diagnoses.json, and figures/ with every picture as PNG.
 
-    diagnoses: the models, side by side. references: to compare them with; shown muted and never marked as best. The
-    page needs neither the network nor another file; the folder appears when it is complete. Returns the page's path.
+    diagnoses: the models, side by side. references: to compare them with; shown muted and never marked as best. seeds:
+    what the models are means of (`dyadlm.diagnose.pool`); kept in the JSON. The page needs neither the network nor
+    another file; the folder appears when it is complete. Returns the page's path.
     Raises `UserError` if `output` holds something, or there is no diagnosis.
     """
     require_new(output, "the report")
@@ -108,12 +114,15 @@ def write_diagnosis(diagnoses: Sequence[Diagnosis], output: Path, references: Se
         (folder / FIGURES_NAME).mkdir()
         sections = [_section(name, place, models, others, controls[name], folder) for place, name in enumerate(order)]
         write_atomically(folder / PAGE_NAME, _page(models, others, sections))
-        write_atomically(folder / JSON_NAME, _json(diagnoses, references, controls))
+        write_atomically(folder / JSON_NAME, _json(diagnoses, references, seeds, controls))
     return output / PAGE_NAME
 
 
 def _json(
-    diagnoses: Sequence[Diagnosis], references: Sequence[Diagnosis], controls: Mapping[str, Sequence[Control]]
+    diagnoses: Sequence[Diagnosis],
+    references: Sequence[Diagnosis],
+    seeds: Sequence[Diagnosis],
+    controls: Mapping[str, Sequence[Control]],
 ) -> str:
     """What is needed to repeat everything; null for what is no number."""
     expected = {
@@ -133,6 +142,7 @@ def _json(
         "version": __version__,
         "diagnoses": [each.to_dict() for each in diagnoses],
         "references": [each.to_dict() for each in references],
+        "seeds": [each.to_dict() for each in seeds],
         "controls": expected,
     }
     return json.dumps(_strict(stored), indent=1, allow_nan=False) + "\n"
@@ -293,6 +303,8 @@ def _flat(entries: Mapping[str, Any], above: str = "") -> dict[str, str]:
     """Nested settings as one list of names and values."""
     flat: dict[str, str] = {}
     for name, value in entries.items():
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            value = {str(place): entry for place, entry in enumerate(value)}
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{above}{name} ")
         else:
@@ -319,11 +331,13 @@ def _page(models: Sequence[Subject], others: Sequence[Subject], sections: Sequen
         lstrip_blocks=True,
     )
     names = [model.look.name for model in models]
+    pooled = [model.look.name for model in models if model.pooled]
     first = models[0].diagnosis.circumstances
     return environment.get_template("diagnosis.html").render(
         title=f"Diagnosis of {enumeration(names) if len(names) <= 4 else f'{len(names)} models'}",
         models=models,
         references=others,
+        pooled=enumeration(pooled) if pooled else "",
         sections=sections,
         facts=_facts(first),
         unlike=[subject.look.name for subject in (*models, *others) if not subject.alike],

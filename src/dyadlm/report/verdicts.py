@@ -31,6 +31,11 @@ class Subject(NamedTuple):
         result = self.result(probe)
         return result.readings.get(name) if result else None
 
+    @property
+    def pooled(self) -> bool:
+        """Whether it is the mean of several seeds, which have its intervals."""
+        return "seeds" in self.circumstances("subject")
+
     def circumstances(self, what: str) -> dict[str, Any]:
         """Of its circumstances, "subject", "material", "budget" or "versions"; empty if they are not known."""
         return dict(self.diagnosis.circumstances.get(what, {}))
@@ -98,6 +103,10 @@ def _incomparable(found: Sequence[tuple[Subject, Reading]], probe: str) -> str:
         return "A profile: no value of it is better than another."
     if not all(model.alike for model, _ in found):
         return "No best is marked: the models were not asked of the same text with the same budget."
+    if len({model.pooled for model, _ in found}) > 1:
+        return (
+            "No best is marked: some models are means of seeds, others are single, and their intervals differ in kind."
+        )
     vocabularies = {model.circumstances("subject").get("vocabulary") for model, _ in found}
     if "token" in first.unit and len(vocabularies) > 1:
         return "No best is marked: tokens of different vocabularies do not compare."

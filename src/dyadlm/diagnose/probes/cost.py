@@ -84,7 +84,7 @@ class Cost(Probe):
                 unit = "seconds" if name.endswith("seconds") else "bytes"
                 note = f"{least[-1]:.3g} {unit} at {reached[-1]} tokens"
                 readings[name] = Reading(slope, "exponent", "lower", interval, note)
-                curves[name.replace("_", ": ")] = Curve(reached, least, "tokens", unit, log_x=True)
+                curves[name.replace("_", ": ")] = Curve(reached, least, "tokens", unit, log_x=True, log_y=True)
             budget.progress(number + 1, len(kinds))
         if not readings:
             raise NotApplicable(f"one pass over {SHORTEST * 2} tokens takes longer than {patience:g} seconds")

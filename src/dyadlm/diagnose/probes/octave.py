@@ -98,14 +98,15 @@ class Octave(OverTime):
             left_out.append(f"octaves beyond {longest} tokens, where the context or the documents end")
         intervals = [readings[f"gain_{near}_to_{far}"].interval for near, far in pairwise(contexts)]
         known = [interval for interval in intervals if interval is not None]
-        bands = {"low": [low for low, _ in known], "high": [high for _, high in known]}
+        whole = len(known) == len(gains)
         curve = Curve(
             [float(far) for far in contexts[1:]],
             [float(gain) for gain in gains],
             "tokens of context, doubled to",
             "bits/byte gained",
+            low=[low for low, _ in known] if whole else None,
+            high=[high for _, high in known] if whole else None,
             log_x=True,
-            **(bands if len(known) == len(gains) else {}),
         )
         settings = {"contexts": contexts, "blocks": len(ids), "targets": block, "level_windows": few}
         return ProbeResult(
