@@ -125,7 +125,7 @@ def main() -> None:
         ("report", [result for result, _ in both]),
         ("report-over-time", [result for _, result in both if result]),
     ):
-        write_diagnosis(pool(diagnoses), options.runs / folder)
+        write_diagnosis(pool(diagnoses), options.runs / folder, seeds=diagnoses)
 
 
 if __name__ == "__main__":
