@@ -2,7 +2,7 @@
 
     python benchmarks/diagnosis.py --runs RUNS [--model "dyadlm 1M" ...] [--seeds 3]
 
-Shakespeare's plays with planted canaries (Hamlet to ask about), 1.02M tokens in windows of 256, four a step, trained as
+Shakespeare's plays with planted canaries (Hamlet to ask about), 1.02M tokens in windows of 512, two a step, trained as
 by `dyadlm train`: our preset, a Llama and a Mamba-2 of about 1M parameters at the learning rates that were best on the
 medium corpus, our preset at 0.3M and 3M, and counts of four tokens of the very same windows. A seed decides the first
 weights, the order of the text and the canaries. Each run keeps its checkpoints and is asked every probe, also over
@@ -10,6 +10,7 @@ time; RUNS/report and RUNS/report-over-time then show the seeds of a model as on
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,15 +37,16 @@ class Family(NamedTuple):
     rate: float
 
 
+STEPS, BATCH, WINDOW = 1000, 2, 512
+ASKED = 1024  # tokens of the longest window that a probe reads
 FAMILIES = {
     "dyadlm-1M": Family(dyad, 4e-3),
-    "llama-1M": Family(matched_llama, 2e-3),
+    "llama-1M": Family(partial(matched_llama, positions=ASKED), 2e-3),
     "mamba2-1M": Family(mamba2, 4e-3),
     "dyadlm-0.3M": Family(partial(dyad, hidden_size=64, level_rank=14), 4e-3),
     "dyadlm-3M": Family(partial(dyad, hidden_size=224, level_rank=36), 4e-3),
 }
 COUNTS = "4-gram"
-STEPS, BATCH, WINDOW = 1000, 4, 256
 
 
 def settings_of(name: str, seed: int, runs: Path) -> TrainSettings:
@@ -125,6 +127,7 @@ def main() -> None:
         ("report", [result for result, _ in both]),
         ("report-over-time", [result for _, result in both if result]),
     ):
+        shutil.rmtree(options.runs / folder, ignore_errors=True)
         write_diagnosis(pool(diagnoses), options.runs / folder, seeds=diagnoses)
 
 
