@@ -35,7 +35,7 @@ MODELS = {
 COMPANIONS = {
     "twin": lambda model: Twin(model, TwinOptions("joint")),
     "fingerprint": lambda model: Fingerprint(model.config, tags=True),
-    "planner": lambda model: PlannerLessons(model, PlannerOptions(teacher=0.5)),
+    "planner": lambda model: PlannerLessons(model, PlannerOptions(teacher=0.5, teacher_until=1.0)),
 }
 TOGETHER = [(name, tuple(COMPANIONS)) for name in MODELS]
 PAIRS = [("topk", pair) for pair in combinations(COMPANIONS, 2)]
@@ -45,7 +45,7 @@ every_set = pytest.mark.parametrize(
 
 
 def accompanied(name: str, beside: tuple[str, ...]) -> DyadForCausalLM:
-    """In the midst of training: awake companions, dropout, and a teacher who sees the true future in half the rows."""
+    """In the midst of training: awake companions, dropout, and a teacher who sees the true future in most rows."""
     fields = {**MODELS[name], "dropout": 0.1}
     if "planner" not in beside:
         fields |= {"planner": "none", "consensus": 0.0}
@@ -65,11 +65,11 @@ def awake(companion: Companion) -> Companion:
 
 
 def batch() -> dict[str, Tensor]:
-    """Two rows of text, in which every place of MARKS has a byte of its own, and the fingerprints of all tokens."""
-    ids = text_ids(2, TIME)
+    """Three rows of text, in which every place of MARKS has a byte of its own, and the fingerprints of all tokens."""
+    ids = text_ids(3, TIME)
     for place, mark in MARKS.items():
         ids[:, place] = mark
-    index = 7 * TIME * torch.arange(2)[:, None] + torch.arange(TIME)
+    index = 7 * TIME * torch.arange(3)[:, None] + torch.arange(TIME)
     tags = torch.stack([index // 8, index // 64, index // 512], -1)
     return {"input_ids": ids, "labels": ids, "index": index, "tags": tags, "shown": index % 3 != 1}
 
@@ -92,20 +92,20 @@ def said(model: DyadForCausalLM, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_unmoved_by_later(model: DyadForCausalLM) -> None:
-    """Tokens, labels and fingerprints after a place change nothing before it, nor in the other row."""
+    """Tokens, labels and fingerprints after a place of two rows change nothing before it, nor in the third."""
     given = batch()
     before = said(model, given)
     for cut in (1, 8, 9, 24, TIME - 1):
         changed = {name: value.clone() for name, value in given.items()}
-        changed["input_ids"][0, cut:] = (changed["input_ids"][0, cut:] + 101) % 259
+        changed["input_ids"][:2, cut:] = (changed["input_ids"][:2, cut:] + 101) % 259
         changed["labels"] = changed["input_ids"]
-        changed["index"][0, cut:] += 12_345
-        changed["tags"][0, cut:] += 6_789
-        changed["shown"][0, cut:] ^= True
+        changed["index"][:2, cut:] += 12_345
+        changed["tags"][:2, cut:] += 6_789
+        changed["shown"][:2, cut:] ^= True
         for part, value in said(model, changed).items():
-            assert torch.equal(value[0, :cut], before[part][0, :cut]), part
-            assert torch.equal(value[1], before[part][1]), part
-            assert part == "choice" or not torch.equal(value[0, cut:], before[part][0, cut:]), part
+            assert torch.equal(value[:2, :cut], before[part][:2, :cut]), part
+            assert torch.equal(value[2], before[part][2]), part
+            assert part == "choice" or not torch.equal(value[:2, cut:], before[part][:2, cut:]), part
 
 
 def assert_no_gradient_from_later(model: DyadForCausalLM) -> None:
@@ -131,7 +131,7 @@ def assert_no_gradient_from_later(model: DyadForCausalLM) -> None:
             value = logits[0, t].square().sum()
             by_place, byte, *prints = torch.autograd.grad(value, [seen[0], by_byte, *tables], retain_graph=True)
             assert not by_place[0, t + 1 :].any()
-            assert not by_place[1].any()
+            assert not by_place[1:].any()
             assert by_place[0, t].any()
             assert byte[mark].any() == (t == place)
             assert not byte[[later for at, later in MARKS.items() if at > t]].any()
