@@ -3,6 +3,7 @@
     python benchmarks/throughput.py            # times and memory
     python benchmarks/throughput.py --profile  # where our time goes
     python benchmarks/throughput.py --compile  # torch.compile of the core against eager
+    python benchmarks/throughput.py --exported # the same model trained with and without companions
 
 A step is forward, backward and AdamW. The two models take turns within a round, and the ratio is formed in each round.
 """
@@ -12,15 +13,22 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common import Cells, arguments, dyad, matched_llama, require_green
-from streaming import interval
+from common import Cells, arguments, dyad, matched_llama, require_green, size
+from dyadlm import DyadCache, DyadForCausalLM
+from dyadlm.train.fingerprint import Fingerprint
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions, TwinOptions
+from dyadlm.train.twin import Twin
+from streaming import burst, interval
 
 LENGTHS = (256, 1024, 4096, 16384)
 FEWEST_TOKENS = 4096
@@ -109,11 +117,63 @@ def compare_compiled(rounds: int) -> None:
     print(json.dumps({"first_step_seconds": round(first, 1), "eager_over_compiled": interval(ratios)}))
 
 
+def left_behind(fields: dict[str, Any], accompanied: bool, folder: Path) -> DyadForCausalLM:
+    """A model after one training step, with all that can train beside it or with nothing, saved and loaded again."""
+    torch.manual_seed(0)
+    model = dyad(**fields).train()
+    ids = torch.randint(0, 256, (2, 256))
+    if accompanied:
+        model.accompany("twin", Twin(model, TwinOptions("reverse")))
+        model.accompany("fingerprint", Fingerprint(model.config, tags=True))
+        if model.planner is not None:
+            model.accompany("planner", PlannerLessons(model, PlannerOptions(teacher=0.2)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model(ids, labels=ids, index=ids, tags=ids[..., None].expand(-1, -1, 3)).loss.backward()
+    optimizer.step()
+    model.save_pretrained(folder)
+    return DyadForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def compare_exported(options: argparse.Namespace) -> None:
+    """Forward over 4096 tokens and streaming in turns, each model first in every other round."""
+    cells = Cells(options.output)
+    kinds: dict[str, dict[str, Any]] = {"exported": {}, "exported, planner": {"planner": "head", "consensus": 0.9}}
+    ids = torch.randint(0, 256, (16, 256))
+    for name in cells.missing(list(kinds)):
+        models, sizes = [], []
+        for accompanied in (False, True):
+            with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+                models.append(left_behind(kinds[name], accompanied, Path(folder)))
+                sizes.append((Path(folder) / "model.safetensors").stat().st_size)
+        ratios: dict[str, list[float]] = {"forward": [], "streaming": []}
+        for number in range(options.rounds + 1):
+            taken: dict[tuple[str, int], float] = {}
+            for which in (0, 1) if number % 2 else (1, 0):
+                started = time.perf_counter()
+                models[which](ids, use_cache=False)
+                taken["forward", which] = time.perf_counter() - started
+                taken["streaming", which] = burst(models[which], DyadCache(), ids[:1, :32])
+            for part, values in ratios.items():
+                if number:
+                    values.append(taken[part, 1] / taken[part, 0])
+        cells.store(
+            name,
+            {
+                "parameters": [size(model) for model in models],
+                "bytes": sizes,
+                **{f"{part}_ratio": interval(values) for part, values in ratios.items()},
+                "rounds": options.rounds,
+            },
+        )
+
+
 def main() -> None:
     parser = arguments(__doc__ or "", "throughput.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--exported", action="store_true")
     parser.add_argument("--measure-memory", nargs=2, metavar=("FAMILY", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -126,6 +186,8 @@ def main() -> None:
         show_profile()
     elif options.compile:
         compare_compiled(options.rounds)
+    elif options.exported:
+        compare_exported(options)
     else:
         compare(options)
 

@@ -7,6 +7,9 @@ import torch
 
 from dyadlm.errors import UserError
 from dyadlm.recall import Cell, Reader, Recipe, Study, build_model, parse_task, score, train, wilson
+from dyadlm.recall.study import batch
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 16}
 
@@ -72,6 +75,45 @@ def test_another_study_is_left_alone(tmp_path, monkeypatch):
     Study(tmp_path / "study.json", recipe()).run(Cell("tiny", 1e-3, 0))
     with pytest.raises(UserError, match="another steps, questions"):
         Study(tmp_path / "study.json", recipe(steps=4, questions=50))
+
+
+@pytest.mark.parametrize("planner", ["none", "head"])
+@pytest.mark.parametrize("name", ["mqar", "path-star"])
+def test_what_is_learned_from_are_the_answers_and_what_companions_add(name, planner, monkeypatch):
+    task = parse_task(name, {"mqar": "length=16,vocabulary=12", "path-star": "length=23,nodes=12"}[name])
+    model = build_model("tiny", task.vocabulary, 23, TINY | {"planner": planner})
+    told: list[dict] = []
+    if planner != "none":
+        lessons = PlannerLessons(model, PlannerOptions(teacher=0.5))
+        model.accompany("planner", lessons)
+        model.set_progress(0.0)
+        monkeypatch.setattr(lessons, "losses", lambda lesson, real=lessons.losses: told.append(real(lesson)) or told[0])
+    tokens, answers = batch(task, "train", 0, 0, 4, torch.device("cpu"))
+    asked, model = answers >= 0, model.train()
+    logits, loss = Reader(model).learn(tokens, answers)
+    torch.testing.assert_close(logits, model(tokens).logits[asked])
+    answered = torch.nn.functional.cross_entropy(logits, answers[asked])
+    loss.backward()
+    if planner == "none":
+        assert loss == answered
+        return
+    assert loss > answered + 0.5
+    assert all(weight.grad is not None for weight in model.planner.parameters())
+    before = asked[:, 1:]  # the token before a question proposes its answer
+    proposal = model(tokens, output_plan=True).plan.proposal[:, :-1]
+    expected = torch.nn.functional.cross_entropy(proposal[before], answers[:, 1:][before])
+    torch.testing.assert_close(told[0]["proposal_loss"], expected)
+
+
+def test_a_planner_is_taught_with_its_model(monkeypatch):
+    made = []
+    monkeypatch.setattr("dyadlm.recall.study.build_model", lambda *given: made.append(build_model(*given)) or made[0])
+    asked = recipe(task="lookahead", parts=("length=12,strings=2,tokens=3,symbols=6",))
+    Study(None, asked).run(Cell("tiny", 1e-2, 0, TINY | {"planner": "head", "consensus": 0.9}))
+    new = build_model("tiny", 9, 12, TINY | {"planner": "head"})
+    learned = dict(made[0].named_parameters())
+    assert all(not torch.equal(weight, learned[name]) for name, weight in new.named_parameters() if "artist" in name)
+    assert made[0].model.progress == 1.0
 
 
 def test_scores_are_counted_exactly():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dyadlm.errors import UserError
 from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
+from dyadlm.recall.tasks import UNSCORED
 from dyadlm.train.settings import coerce, parse_assignment
 
 WIDTH, LAYERS = 64, 2
@@ -194,6 +196,18 @@ class Reader:
         else:
             logits = output.logits[where]
         return logits, getattr(output, self.state_name, None) if keep else None
+
+    def learn(self, tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) of what rows (B, T) ask, and the loss to learn from: of the answers, and of all companions."""
+        asked = answers >= 0
+        if not getattr(self.model, "companions", None):
+            logits, _ = self.ask(tokens, asked)
+            return logits, cross_entropy(logits, answers[asked])
+        # Companions know labels, which stand one column after the question: the last one behind the row.
+        labels = nn.functional.pad(answers, (1, 0), value=UNSCORED)
+        tokens = torch.cat([tokens, labels[:, -1:].clamp(min=0)], 1)
+        output = self.model(input_ids=tokens, labels=labels)
+        return output.logits[:, :-1][asked], output.loss
 
     def _beginning(self) -> DynamicCache | None:
         kinds = set(getattr(self.model.config, "layer_types", None) or ())

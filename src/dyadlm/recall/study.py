@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
+from dyadlm.model import DyadForCausalLM
 from dyadlm.recall.models import Reader, build_model
 from dyadlm.recall.tasks import TESTED, TRAINED, Split, Task, parse_task
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
-from dyadlm.train.settings import TrainOptions
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions, TrainOptions
 from dyadlm.version import __version__
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -170,6 +171,8 @@ def measure(cell: Cell, recipe: Recipe, device: str = "cpu", progress: Progress 
     vocabulary = max(task.vocabulary for task in parts)
     model = build_model(cell.model, vocabulary, longest, cell.given, cell.seed)
     model.to(torch.device(device))  # type: ignore[arg-type]
+    if isinstance(model, DyadForCausalLM) and model.planner is not None:
+        model.accompany("planner", PlannerLessons(model, PlannerOptions()))
     reader = Reader(model)
     report = {
         "label": cell.label,
@@ -215,9 +218,9 @@ def train(reader: Reader, recipe: Recipe, rate: float, seed: int, progress: Prog
         turn, part = divmod(step, len(tasks))
         rows = recipe.rows(tasks[part])
         tokens, answers = batch(tasks[part], "train", seed, turn * rows, rows, model.device)
-        asked = answers >= 0
-        logits, _ = reader.ask(tokens, asked)
-        loss = cross_entropy(logits, answers[asked])
+        if isinstance(model, DyadForCausalLM):
+            model.set_progress(done)
+        logits, loss = reader.learn(tokens, answers)
         if not math.isfinite(loss.item()):
             stopped = "diverged"
             break
@@ -225,7 +228,8 @@ def train(reader: Reader, recipe: Recipe, rate: float, seed: int, progress: Prog
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent[part].append((int((logits.argmax(-1) == answers[asked]).sum()), int(asked.sum())))
+        right = logits.argmax(-1) == answers[answers >= 0]
+        recent[part].append((int(right.sum()), right.numel()))
         steps, spent = step + 1, time.thread_time() - worked
         running = [sum(c for c, _ in counts) / max(1, sum(n for _, n in counts)) for counts in recent]
         if progress is not None:
@@ -234,6 +238,8 @@ def train(reader: Reader, recipe: Recipe, rate: float, seed: int, progress: Prog
         if all(len(counts) == RECENT_STEPS for counts in recent) and min(running) >= SOLVED:
             stopped = "solved"
             break
+    if isinstance(model, DyadForCausalLM):
+        model.set_progress(1.0)
     return {
         "stopped": stopped,
         "steps": steps,
