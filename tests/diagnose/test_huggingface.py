@@ -13,7 +13,7 @@ from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, Subject, ask
 from dyadlm.diagnose.causality import GAIN_LIMIT, future_gradient
 from dyadlm.diagnose.oracles import independent
-from dyadlm.diagnose.probes.cost import Allocations
+from dyadlm.diagnose.probes.cost import Allocations, Sleeper
 from dyadlm.diagnose.tokens import token_bytes
 
 TEXT = (
@@ -229,3 +229,10 @@ def test_gradients_tell_a_leak_from_none():
     nn.init.constant_(model.gate, 0.5)
     assert future_gradient(model, ids, [0, 9, 30]) > 0.1
     assert future_gradient(nn.Linear(3, 3), ids, [0]) is None
+
+
+def test_a_slow_model_is_timed_at_three_lengths_at_least(monkeypatch):
+    monkeypatch.setattr("dyadlm.diagnose.probes.cost.FAST_PATIENCE_SECONDS", 0.0)
+    result = ask(PROBES["cost"](), Sleeper(0, 0.001), independent(2, 1, 64), Budget(fast=True))
+    assert list(result.curves["reading: seconds"].x) == [64, 128, 256]
+    assert "reading at more than 256 tokens, for time" in result.left_out

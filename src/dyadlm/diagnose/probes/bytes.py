@@ -53,8 +53,7 @@ class Bytes(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < 16:
             raise TooLittle(f"a context of {length} tokens is too short")
-        share = 4 if budget.fast else 1
-        count = max(8, int(budget.tokens * self.tokens) // (3 * length) // share)
+        count, fewer = self.texts(budget, 3 * length)
         ids, documents = material.windows(count, length, budget.seed)
         table = token_bytes(subject.tokenizer, subject.vocabulary)
         _require_bytes(material, table)
@@ -67,7 +66,7 @@ class Bytes(Probe):
         bits, interval = float(spent.sum() / read.sum()), ratio_interval(spent, read)
         inside = float(np.maximum(sizes - 1, 0).sum() / sizes.sum())
         cutter = _Cutter(subject.tokenizer, table)
-        readings, left_out = {}, []
+        readings, left_out = {}, [fewer] if fewer else []
         random = np.random.default_rng(budget.seed)
         penalties = {}
         for number, (name, middle) in enumerate((("mid_token_penalty", True), ("boundary_penalty", False))):
@@ -98,8 +97,6 @@ class Bytes(Probe):
                 f"A prompt that ends inside a token makes the next byte {(naive - covered).mean():.2f} bits more "
                 f"surprising than the same bytes need be ({naive.mean():.2f} against {covered.mean():.2f})."
             )
-        if budget.fast:
-            left_out.append("three quarters of the windows")
         settings = {"length": length, "windows": len(ids), "reach": REACH, "seed": budget.seed}
         return ProbeResult(self.id, readings, {}, sentence, settings, left_out="; ".join(left_out))
 
