@@ -236,3 +236,9 @@ def test_a_slow_model_is_timed_at_three_lengths_at_least(monkeypatch):
     result = ask(PROBES["cost"](), Sleeper(0, 0.001), independent(2, 1, 64), Budget(fast=True))
     assert list(result.curves["reading: seconds"].x) == [64, 128, 256]
     assert "reading at more than 256 tokens, for time" in result.left_out
+
+
+def test_bits_per_byte_of_one_document_have_the_interval_of_its_windows():
+    subject = HuggingFaceSubject(llama(), byte_tokenizer())
+    one = Material([TokenStream.from_text([TEXT * 80], byte_tokenizer())])
+    assert ask(PROBES["bytes"](), subject, one, Budget(tokens=0.05)).readings["bits_per_byte"].interval

@@ -148,7 +148,7 @@ def _diagnose(
     from dyadlm.diagnose import diagnose
     from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
 
-    with errors.status(f"reading {model}"):
+    with errors.status(Text(f"reading {model}")):
         trajectory = load_trajectory(model, device, dtype) if over_time else None
         subject = load_subject(model, device, dtype) if trajectory is None else trajectory.last
         material = load_material(model, subject, data, split)
