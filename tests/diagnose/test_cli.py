@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_gguf_available
 
 from dyadlm.cli import main
-from dyadlm.cli.diagnose import names
+from dyadlm.cli.diagnose import _budget, names
 from dyadlm.data import byte_tokenizer
-from dyadlm.diagnose import Diagnosis, loading
+from dyadlm.diagnose import Diagnosis, chosen, loading
 from dyadlm.diagnose import run as running
+from dyadlm.diagnose.oracles import Oracle, independent, uniform
 from dyadlm.diagnose.probes.leak import Leak
 
 WORDS = ["the", "king", "queen", "speaks", "of", "love", "and", "war", "in", "a", "dark", "wood", "by", "night"]
@@ -21,6 +22,22 @@ TRAINING = [
     "--set", "model.hidden_size=16", "model.num_hidden_layers=1", "data.sequence_length=32", "max_steps=2",
     "per_device_train_batch_size=2", "save_steps=1", "eval_steps=2", "logging_steps=1", "data.validation_tokens=64",
 ]  # fmt: skip
+
+
+class Large(Oracle):
+    """Nothing but its size."""
+
+    def __init__(self, width: int):
+        super().__init__(2**20, lambda ids: ids, "large")
+        self._layer = torch.nn.Linear(width, width, device="meta")
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._layer
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
 
 def words(count: int) -> str:
@@ -251,3 +268,33 @@ def test_models_have_files_of_their_own(tmp_path):
     assert names([str(run), "a/model", "b/model", "model", "hub/x y"]) == [
         "run-checkpoint-3", "model", "model-2", "model-3", "x-y",
     ]  # fmt: skip
+
+
+def test_published_values_are_listed_with_the_command_that_would_show_them(capsys):
+    assert call("diagnose", "--list", "--json", "--probe", "loop", "drift") == 0
+    loop, drift = json.loads(capsys.readouterr().out)
+    assert loop["published"][0]["value"] == "seq_rep_4_of_100 = 0.442"
+    assert "--probe loop" in loop["published"][0]["command"]
+    assert drift == {**drift, "id": "drift", "published": []}
+
+
+@pytest.mark.parametrize(("width", "fast", "share"), [(8, True, 1 / 4), (6000, True, 1 / 16), (6000, False, 1.0)])
+def test_fast_reads_less_of_the_text_for_a_large_model(width, fast, share):
+    model = Large(width)
+    budget = _budget(model, fast, 0)
+    assert (budget.tokens, budget.fast) == (share, fast)
+    assert budget.batch_tokens * model.vocabulary <= 2**25
+
+
+def test_what_was_found_before_an_interruption_is_not_asked_again(tmp_path, monkeypatch):
+    output = tmp_path / "found.json"
+    probes = chosen(["leak", "position"])
+    model, text = uniform(16), independent(16, 4, 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(probes[1]), "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            running.diagnose(model, text, probes, output=output)
+    assert list(Diagnosis.load(output).results) == ["leak"]
+    monkeypatch.setattr(type(probes[0]), "run", interrupted)
+    found = running.diagnose(model, text, probes, output=output)
+    assert list(found.results) == ["leak", "position"]

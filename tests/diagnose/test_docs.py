@@ -35,3 +35,12 @@ def test_every_member_of_the_contract_in_the_table_is_there():
     assert {"logits", "hidden", "module"} & set(members) == {"hidden", "module"}
     for member in members:
         assert hasattr(Subject, member) or member in Subject.__annotations__, member
+
+
+def test_every_published_value_stands_with_its_command_in_the_page():
+    known = [value for probe in PROBES.values() for value in probe.published]
+    assert len(known) >= 5
+    for value in known:
+        row = next(line for line in PAGE.splitlines() if line.startswith("|") and value.model in line)
+        assert value.value in row.replace("`", "")
+        assert f"`{value.command}`" in row

@@ -1,6 +1,7 @@
 """The probes leak, bytes, bounds and cost on real, tiny models: of transformers, and ours with everything on."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, Subject, ask
 from dyadlm.diagnose.causality import GAIN_LIMIT, future_gradient
+from dyadlm.diagnose.loading import _unpacked
 from dyadlm.diagnose.oracles import independent
-from dyadlm.diagnose.probes.cost import Allocations
+from dyadlm.diagnose.probes.cost import Allocations, Sleeper
 from dyadlm.diagnose.tokens import token_bytes
 
 TEXT = (
@@ -229,3 +231,27 @@ def test_gradients_tell_a_leak_from_none():
     nn.init.constant_(model.gate, 0.5)
     assert future_gradient(model, ids, [0, 9, 30]) > 0.1
     assert future_gradient(nn.Linear(3, 3), ids, [0]) is None
+
+
+def test_a_slow_model_is_timed_at_three_lengths_at_least(monkeypatch):
+    monkeypatch.setattr("dyadlm.diagnose.probes.cost.FAST_PATIENCE_SECONDS", 0.0)
+    result = ask(PROBES["cost"](), Sleeper(0, 0.001), independent(2, 1, 64), Budget(fast=True))
+    assert list(result.curves["reading: seconds"].x) == [64, 128, 256]
+    assert "reading at more than 256 tokens, for time" in result.left_out
+
+
+def test_bits_per_byte_of_one_document_have_the_interval_of_its_windows():
+    subject = HuggingFaceSubject(llama(), byte_tokenizer())
+    one = Material([TokenStream.from_text([TEXT * 80], byte_tokenizer())])
+    assert ask(PROBES["bytes"](), subject, one, Budget(tokens=0.05)).readings["bits_per_byte"].interval
+
+
+def test_what_came_from_gguf_can_be_saved(tmp_path):
+    mark = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gguf"))
+    model = llama()
+    model.hf_quantizer, model.config.quantization_config = mark, {"quant_method": "gguf"}
+    with pytest.raises(ValueError, match="gguf"):
+        model.save_pretrained(tmp_path / "refused")
+    _unpacked(model).save_pretrained(tmp_path / "saved")
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())

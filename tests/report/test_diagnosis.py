@@ -171,6 +171,7 @@ def test_everything_that_was_found_is_said(page):
         "Not asked alike. The text or the budget of random & init differs",
         "+ a predictor that counts, V = 64 −0.278 ± 0.03",  # the known answer
         "Definition L(t) = the mean surprise",
+        "Published seq_rep_4_of_100 = 0.442",
         "nested windows 8",  # settings that all have
         "length ● ours : 512",  # and such as they do not
         "not a number",

@@ -4,6 +4,7 @@ import json as json_format
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 REPORT, REFERENCES = "report", "references"
 # Logits of one batch, in numbers of four bytes; a few times as many stand in memory at the peak.
 LOGITS_AT_ONCE = 2**25
+# The share of a probe's text that --fast reads, and with more parameters than LARGE.
+FAST, FAST_LARGE, LARGE = 1 / 4, 1 / 16, 30_000_000
 
 
 def diagnose(
@@ -68,7 +71,11 @@ def diagnose(
     ] = False,
     split: Annotated[str, typer.Option(help="Of the data: train, validation or test.")] = "validation",
     fast: Annotated[
-        bool, typer.Option("--fast", help="A quarter of the text, and what takes long is left out.")
+        bool,
+        typer.Option(
+            "--fast",
+            help="A quarter of the text (a sixteenth, above 30M parameters), and what takes long is left out.",
+        ),
     ] = False,
     output: Annotated[
         Path | None,
@@ -96,7 +103,7 @@ def diagnose(
     if over_time:
         probes = _over_time(probes, named=bool(probe))
     if show:
-        _list(probes)
+        _list(probes, json)
     elif self_test:
         _self_test(probes)
     elif not models:
@@ -151,15 +158,16 @@ def _diagnose(
     from dyadlm.diagnose import diagnose
     from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
 
-    trajectory = load_trajectory(model, device, dtype) if over_time else None
-    subject = load_subject(model, device, dtype) if trajectory is None else trajectory.last
-    material = load_material(model, subject, data, split)
+    with errors.status(Text(f"reading {model}")):
+        trajectory = load_trajectory(model, device, dtype) if over_time else None
+        subject = load_subject(model, device, dtype) if trajectory is None else trajectory.last
+        material = load_material(model, subject, data, split)
     budget = _budget(subject, fast, seed)
     asked = trajectory or subject
     path = None if output is None else output / f"{name}{'-over-time' * over_time}.json"
     if trajectory is not None:
         del subject  # of the checkpoints one at a time is in memory
-    with _bar(asked.name) as progress:
+    with _bar(asked.name, probes) as progress:
         return diagnose(asked, material, probes, budget, path, progress)
 
 
@@ -190,7 +198,7 @@ def _references(
             path = None if output is None else output / REFERENCES / f"{names([other.name])[0]}.json"
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with _bar(other.name) as progress:
+            with _bar(other.name, probes) as progress:
                 found.append(diagnose(other, material, probes, _budget(subject, fast, seed), path, progress))
     return found
 
@@ -199,7 +207,9 @@ def _budget(subject: "Subject", fast: bool, seed: int) -> "Budget":
     from dyadlm.diagnose import Budget
 
     batch = max(1, min(8192, LOGITS_AT_ONCE // subject.vocabulary))
-    return Budget(batch_tokens=batch, tokens=0.25 if fast else 1.0, fast=fast, seed=seed)
+    large = subject.module is not None and sum(weight.numel() for weight in subject.module.parameters()) > LARGE
+    share = (FAST_LARGE if large else FAST) if fast else 1.0
+    return Budget(batch_tokens=batch, tokens=share, fast=fast, seed=seed)
 
 
 def _over_time(probes: "Sequence[Probe]", named: bool) -> "list[Probe]":
@@ -226,7 +236,20 @@ def _report(found: "list[Diagnosis]", references: "list[Diagnosis]", seeds: "lis
     errors.print(f"Wrote {page}.", soft_wrap=True, markup=False)
 
 
-def _list(probes: "Sequence[Probe]") -> None:
+def _list(probes: "Sequence[Probe]", json: bool) -> None:
+    if json:
+        told = [
+            {
+                "id": probe.id,
+                "failure_mode": probe.failure_mode,
+                "question": probe.question,
+                "tokens": probe.tokens,
+                "published": [asdict(value) for value in probe.published],
+            }
+            for probe in probes
+        ]
+        typer.echo(json_format.dumps(told, indent=2))
+        return
     table = _table("probe", "failure", "tokens", "question")
     for probe in probes:
         table.add_row(probe.id, probe.failure_mode, f"{probe.tokens:,}", probe.question)
@@ -258,8 +281,9 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the probe's name, rate and time left; call what it yields with (probe, done, total)."""
+def _bar(title: str, probes: "Sequence[Probe]") -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the probe's name and number, rate and time left; call what it yields with (probe, done, total)."""
+    numbers = {probe.id: f"{number} of {len(probes)}" for number, probe in enumerate(probes, 1)}
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -275,7 +299,7 @@ def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
                 for task in asked.values():
                     bar.remove_task(task)
                 asked.clear()
-                asked[probe] = bar.add_task(f"{title}: {probe}")
+                asked[probe] = bar.add_task(f"{title}: {probe}, {numbers[probe]}")
             bar.update(asked[probe], completed=done, total=total)
 
         yield progress

@@ -4,7 +4,7 @@ from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.pool import pool
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, Probe
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, Probe, Published
 from dyadlm.diagnose.probes import PROBES, chosen
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.run import Diagnosis, ask, diagnose
@@ -25,6 +25,7 @@ __all__ = [
     "OverTime",
     "Probe",
     "ProbeResult",
+    "Published",
     "Reading",
     "Subject",
     "Trajectory",

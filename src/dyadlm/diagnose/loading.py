@@ -127,7 +127,14 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be loaded as a GGUF model ({reason}); give another file.") from error
-    return cast(PreTrainedModel, model), tokenizer
+    return _unpacked(cast(PreTrainedModel, model)), tokenizer
+
+
+def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Without the mark of quantization, which transformers leaves on plain weights and then would not save them."""
+    vars(model).pop("hf_quantizer", None)
+    vars(model.config).pop("quantization_config", None)
+    return model
 
 
 def load_material(model: str, subject: Subject, data: Sequence[str], split: str = "validation") -> Material:

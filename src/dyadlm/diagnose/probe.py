@@ -64,17 +64,28 @@ class Control:
     derivation: str
 
 
+@dataclass(frozen=True)
+class Published:
+    """A value that the literature, or a measurement made elsewhere, gives of a model. command: that would show it."""
+
+    value: str
+    model: str
+    source: str
+    command: str
+
+
 class Probe(ABC):
     """Subclasses say in their docstring: definition, formula, units, direction, paper, pitfalls.
 
     id: its name. failure_mode: the row of the paper's table (F1 to F12). question: in plain words. tokens: that it
-    reads with a budget of 1.
+    reads with a budget of 1. published: values of models of others that it should find.
     """
 
     id: ClassVar[str]
     failure_mode: ClassVar[str]
     question: ClassVar[str]
     tokens: ClassVar[int]
+    published: ClassVar[Sequence[Published]] = ()
 
     @abstractmethod
     def run(self, subject: Subject, material: "Material", budget: Budget) -> ProbeResult:
@@ -83,6 +94,15 @@ class Probe(ABC):
     @abstractmethod
     def controls(self) -> Sequence[Control]:
         """At least one that shows the property and one that lacks it, of under two seconds each."""
+
+    def texts(self, budget: Budget, length: int, least: int = 8, fast: int = 4) -> tuple[int, str]:
+        """How many texts to read, of which each costs `length` tokens, and what that leaves out, in words.
+
+        fast: a fast budget allows only one in so many.
+        """
+        whole = max(least, self.tokens // length)
+        count = max(least, int(budget.tokens * self.tokens) // length // (fast if budget.fast else 1))
+        return count, f"{count} texts instead of {whole}" if count < whole else ""
 
 
 class OverTime(Probe):

@@ -102,6 +102,7 @@ def ask(
 ) -> ProbeResult:
     """One probe's result, also where it does not apply or fails."""
     begin = time.perf_counter()
+    progress(probe.id, 0, 1)  # what a probe does before its first step may take a while
     told = replace(budget, progress=lambda done, total: progress(probe.id, done, total))
     try:
         if not isinstance(subject, Trajectory):

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure as Drawing
 
-from dyadlm.diagnose import PROBES, Control, Diagnosis, ProbeResult, Reading
+from dyadlm.diagnose import PROBES, Control, Diagnosis, ProbeResult, Published, Reading
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder, write_atomically
 from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, draw_readings, to_svg, write_picture
@@ -86,6 +86,7 @@ class Section(NamedTuple):
     columns: Sequence[Column]
     rows: Sequence[Row]
     controls: Sequence[Known]
+    published: Sequence[Published]
     pictures: Sequence[Picture]
     settings: Agreement
 
@@ -188,6 +189,7 @@ def _section(
             if not subject.look.muted or subject.result(probe)
         ],
         controls=[_known(control, names) for control in controls],
+        published=kind.published if kind else (),
         pictures=_pictures(probe, place, everyone, names[0] if names else "", verdicts, folder / FIGURES_NAME),
         settings=_agreement(
             [

@@ -50,7 +50,7 @@ class Bounds(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < 16:
             raise TooLittle(f"a context of {length} tokens is too short")
-        count = max(8, int(budget.tokens * self.tokens) // length)
+        count, fewer = self.texts(budget, length, fast=1)
         ids, documents = material.windows(count, length, budget.seed)
         rows = budget.rows(length)
         parts: dict[str, list[Tensor]] = {}
@@ -95,7 +95,7 @@ class Bounds(Probe):
             f"would reach {best.f1 - best.gain:.2f}."
         )
         settings = {"length": length, "windows": len(ids), "tolerance": 0, "seed": budget.seed}
-        return ProbeResult(self.id, readings, {}, sentence, settings)
+        return ProbeResult(self.id, readings, {}, sentence, settings, left_out=fewer)
 
     def _texts(self, row: list[int], subject: Subject) -> list[str]:
         """The text of each token; of a character in several tokens the last has it all."""

@@ -53,21 +53,21 @@ class Bytes(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < 16:
             raise TooLittle(f"a context of {length} tokens is too short")
-        share = 4 if budget.fast else 1
-        count = max(8, int(budget.tokens * self.tokens) // (3 * length) // share)
+        count, fewer = self.texts(budget, 3 * length)
         ids, documents = material.windows(count, length, budget.seed)
         table = token_bytes(subject.tokenizer, subject.vocabulary)
         _require_bytes(material, table)
         total = 3 * len(ids)
         nats = _in_rows(subject, ids, budget, total)
         sizes = np.array([[len(table[token]) for token in row] for row in ids.tolist()])
-        _, place = np.unique(documents, return_inverse=True)
+        units = documents if len(np.unique(documents)) > 1 else np.arange(len(ids))
+        _, place = np.unique(units, return_inverse=True)
         spent = np.bincount(place, weights=nats.sum(1) / math.log(2))
         read = np.bincount(place, weights=sizes[:, 1:].sum(1).astype(float))
         bits, interval = float(spent.sum() / read.sum()), ratio_interval(spent, read)
         inside = float(np.maximum(sizes - 1, 0).sum() / sizes.sum())
         cutter = _Cutter(subject.tokenizer, table)
-        readings, left_out = {}, []
+        readings, left_out = {}, [fewer] if fewer else []
         random = np.random.default_rng(budget.seed)
         penalties = {}
         for number, (name, middle) in enumerate((("mid_token_penalty", True), ("boundary_penalty", False))):
@@ -98,8 +98,6 @@ class Bytes(Probe):
                 f"A prompt that ends inside a token makes the next byte {(naive - covered).mean():.2f} bits more "
                 f"surprising than the same bytes need be ({naive.mean():.2f} against {covered.mean():.2f})."
             )
-        if budget.fast:
-            left_out.append("three quarters of the windows")
         settings = {"length": length, "windows": len(ids), "reach": REACH, "seed": budget.seed}
         return ProbeResult(self.id, readings, {}, sentence, settings, left_out="; ".join(left_out))
 

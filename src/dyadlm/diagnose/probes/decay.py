@@ -49,8 +49,7 @@ class Decay(Probe):
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
         if subject.context is not None and subject.context < LENGTH:
             raise TooLittle(f"a context of {subject.context} tokens is shorter than the {LENGTH} that are read")
-        wanted = max(64, int(budget.tokens * self.tokens) // LENGTH)
-        count = max(64, wanted // 4) if budget.fast else wanted
+        count, fewer = self.texts(budget, LENGTH, least=64)
         ids, documents = material.windows(count, LENGTH, budget.seed)
         tokens = by_frequency(ids)
         if len(tokens) < TAGS or len(ids) < 8 * TAGS:
@@ -117,8 +116,7 @@ class Decay(Probe):
             "later": LATER,
             "tags": tags.tolist(),
         }
-        left_out = f"{count} texts instead of {wanted}" if count < wanted else ""
-        return ProbeResult(self.id, readings, curves, sentence, settings, left_out=left_out)
+        return ProbeResult(self.id, readings, curves, sentence, settings, left_out=fewer)
 
     def controls(self) -> list[Control]:
         def stack(erased: int, layers: int = 4) -> Shown:

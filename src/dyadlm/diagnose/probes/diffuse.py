@@ -45,8 +45,7 @@ class Diffuse(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < LEAST:
             raise TooLittle(f"a context of {length} tokens is too short to see attention spread")
-        wanted = max(8, int(budget.tokens * self.tokens) // length)
-        count = max(8, wanted // 4) if budget.fast else wanted
+        count, fewer = self.texts(budget, length)
         ids, documents = material.windows(count, length, budget.seed)
         rows, start, parts = 1, 0, []
         while start < len(ids):  # the first text tells how much attention there is
@@ -102,8 +101,7 @@ class Diffuse(Probe):
             f"{readings['sink_rate'].value:.0f} % of the heads rest on the first token."
         )
         settings = {"length": length, "texts": len(ids), "sink": SINK, "layers": len(layers)}
-        left_out = f"{count} texts instead of {wanted}" if count < wanted else ""
-        return ProbeResult(self.id, readings, curves, sentence, settings, left_out=left_out)
+        return ProbeResult(self.id, readings, curves, sentence, settings, left_out=fewer)
 
     def controls(self) -> list[Control]:
         def even(ids: Tensor) -> list[Tensor]:

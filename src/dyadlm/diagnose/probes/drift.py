@@ -52,8 +52,7 @@ class Drift(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < LEAST:
             raise TooLittle(f"a context of {length} tokens is too short to compare layers")
-        wanted = max(8, int(budget.tokens * self.tokens) // length)
-        count = max(8, wanted // 4) if budget.fast else wanted
+        count, fewer = self.texts(budget, length)
         ids, documents = material.windows(count, length, budget.seed)
         random = np.random.default_rng(budget.seed)
         each = min(SAMPLED, length - 1)
@@ -99,9 +98,7 @@ class Drift(Probe):
             curves["CKA with the embedding"] = Curve(
                 [layer for layer, _ in seen], [float(value[0]) for _, value in seen], "layer", "CKA"
             )
-        left_out = []
-        if count < wanted:
-            left_out.append(f"{count} texts instead of {wanted}")
+        left_out = [fewer] if fewer else []
         far = self._lens(subject, ids, torch.from_numpy(columns), by_window, max(8, len(ids) // 4), budget)
         if far is None:
             left_out.append("the logit lens, for the norm and the head of this model are not recognised")

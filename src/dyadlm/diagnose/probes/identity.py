@@ -64,8 +64,8 @@ class Identity(Probe):
         if length < LEAST:
             raise TooLittle(f"a context of {length} tokens is shorter than the {LEAST} that are read")
         scale = budget.tokens * (0.25 if budget.fast else 1.0)
-        left_out = ["three quarters of the texts"] if budget.fast else []
-        count = max(16, int(scale * self.tokens) // (2 * length))
+        count, fewer = self.texts(budget, 2 * length, least=16)
+        left_out = [fewer] if fewer else []
         readings: dict[str, Reading] = {}
         curves: dict[str, Curve] = {}
         ids, documents = material.windows(count, length, budget.seed)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from dyadlm.diagnose.causality import (
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Oracle, independent, uniform
-from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
+from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, Published, TooLittle
 from dyadlm.diagnose.result import ProbeResult, Reading
 
 LENGTH, STEPS, SYMBOLS = 256, 12, 8
@@ -41,7 +42,7 @@ class Leak(Probe):
         while a copy of the model trains on them (as it is, where there is no module to train).
     Units: logits; standard deviations; none; nats. Direction: lower; causal models show 0 but for rounding, and a gain
         above 20.7 nats by chance once in 10^9.
-    Paper: none; for gains, Ville's inequality. Transformers' Reformer shows 1.5e-2, its block-sparse BigBird 6.5e-3.
+    Paper: none; for gains, Ville's inequality.
     Pitfalls: what a model does on long texts only (windows, blocks, hashing) is not seen on short ones, so the length
         follows its configuration; weights that are zero at the start hide a path, hence the steps of training; a few
         steps seldom suffice to learn to use a leak, so a gain of 0 proves nothing by itself.
@@ -51,6 +52,20 @@ class Leak(Probe):
     failure_mode: ClassVar[str] = "all"
     question: ClassVar[str] = "Does the future reach the past?"
     tokens: ClassVar[int] = 16 * LENGTH
+    published: ClassVar[Sequence[Published]] = (
+        Published(
+            "largest_change = 0.015",
+            "Reformer of transformers",
+            "measured elsewhere, configuration not recorded",
+            "dyadlm audit --architecture reformer",
+        ),
+        Published(
+            "largest_change = 0.0065",
+            "block-sparse BigBird of transformers, on more than (5 + 2 × random blocks) × block size tokens",
+            "measured elsewhere, configuration not recorded",
+            "dyadlm audit --architecture big_bird",
+        ),
+    )
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
         module = subject.module

@@ -1,5 +1,6 @@
 """Does generation collapse into repeating itself?"""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -9,11 +10,12 @@ from torch import Tensor
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Automaton, independent
-from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, TooLittle
+from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, Published, TooLittle
 from dyadlm.diagnose.result import ProbeResult, Reading
 from dyadlm.diagnose.statistics import mean_interval
 
 PROMPT, WRITTEN = 64, 256
+PUBLISHED = 100  # tokens of the continuations that Welleck et al. measure
 LONGEST_PERIOD = 64
 REPEATS = 16
 
@@ -40,6 +42,7 @@ class Loop(Probe):
     """Greedy continuations of prompts from the text, and how a sentence fares that is repeated.
 
     Definition: seq_rep_4 = 1 − distinct 4-grams / 4-grams of a greedy continuation of 256 tokens, mean over prompts;
+        seq_rep_4_of_100 = the same of its first 100 tokens, as published;
         terminal_loops = the share of continuations that end in a cycle of a period of at most 64 tokens, seen three
         times or more; self_reinforcement = the mean log-probability per token of a passage at its 16th repetition − at
         its 1st; echo = the share of 8-grams of the continuation that stand in the prompt.
@@ -55,16 +58,22 @@ class Loop(Probe):
     failure_mode: ClassVar[str] = "F4"
     question: ClassVar[str] = "Does generation collapse into repeating itself?"
     tokens: ClassVar[int] = 28 * 1024
+    published: ClassVar[Sequence[Published]] = (
+        Published(
+            "seq_rep_4_of_100 = 0.442",
+            "a transformer of 16 layers trained on Wikitext-103, prompts of 50 tokens from its test set",
+            "Welleck et al. 2020, arXiv 1908.04319",
+            "dyadlm diagnose MODEL --probe loop --data wiki.test.raw",
+        ),
+    )
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
         written = WRITTEN if subject.context is None else min(WRITTEN, subject.context - PROMPT)
         if written < 32:
             raise TooLittle(f"a context of {subject.context} tokens leaves no room to continue a prompt of {PROMPT}")
-        count = max(8, int(budget.tokens * self.tokens) // (PROMPT + written))
-        if budget.fast:
-            count = max(8, count // 4)
+        count, fewer = self.texts(budget, PROMPT + written)
         prompts, documents = material.windows(count, PROMPT, budget.seed)
-        rows = budget.rows(PROMPT + written)
+        rows = budget.rows(PROMPT)  # of what is written, no more than one token's logits are held
         parts = []
         for start in range(0, len(prompts), rows):
             parts.append(subject.greedy(prompts[start : start + rows], written))
@@ -79,6 +88,11 @@ class Loop(Probe):
             "terminal_loops": Reading(float(looping.mean()), "share", "lower", mean_interval(looping, documents)),
             "echo": Reading(float(echo.mean()), "share", "lower", mean_interval(echo, documents)),
         }
+        if written >= PUBLISHED:
+            short = np.array([repeated_fours(row[:PUBLISHED]) for row in continuations])
+            readings["seq_rep_4_of_100"] = Reading(
+                float(short.mean()), "share", "lower", mean_interval(short, documents), "of the first 100 tokens"
+            )
         found = [onset for onset in onsets if onset is not None]
         if found:
             readings["median_onset"] = Reading(float(np.median(found)), "tokens", "profile", note="of those that loop")
@@ -88,6 +102,7 @@ class Loop(Probe):
             readings["self_reinforcement"] = Reading(
                 float(gain.mean()), "bits/token", "lower", mean_interval(gain, documents)
             )
+        ends = [f"all after {written} tokens, as the context ends there"] if written < WRITTEN else []
         sentence = (
             f"{100 * fours.mean():.0f} % of the 4-grams of a greedy continuation have stood in it before, and "
             f"{100 * looping.mean():.0f} % of the continuations end in a loop."
@@ -99,7 +114,7 @@ class Loop(Probe):
             {},
             sentence,
             settings,
-            left_out=f"continuations of {written} tokens, as the context ends there" if written < WRITTEN else "",
+            left_out="; ".join(filter(None, [fewer, *ends])),
         )
 
     @staticmethod
@@ -125,6 +140,7 @@ class Loop(Probe):
                 ),
                 {
                     "seq_rep_4": Expected(1 - period / (WRITTEN - 3), 1e-9),
+                    "seq_rep_4_of_100": Expected(1 - period / (PUBLISHED - 3), 1e-9),
                     "terminal_loops": Expected(1.0, 0.0),
                 },
                 "L − 3 four-grams, of which p are distinct",

@@ -18,7 +18,7 @@ from dyadlm.data.canaries import ALPHABET, LENGTH, CanaryPlan, plan_canaries
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import BYTES, NEVER, spelled
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, TooLittle
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, Published, TooLittle
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, reader
 from dyadlm.diagnose.statistics import mean_interval
@@ -52,6 +52,14 @@ class Memorise(OverTime):
     failure_mode: ClassVar[str] = "F8"
     question: ClassVar[str] = "Verbatim or compositional?"
     tokens: ClassVar[int] = 50 * 1024
+    published: ClassVar[Sequence[Published]] = (
+        Published(
+            "capacity = 3.6 bits per parameter",
+            "GPT-like models of 0.5M to 1.5B parameters, trained on random tokens until they hold no more",
+            "Morris et al. 2025, arXiv 2505.24832",
+            "dyadlm diagnose RUN --probe memorise",
+        ),
+    )
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
         plan = material.canaries

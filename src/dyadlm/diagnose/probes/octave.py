@@ -15,7 +15,7 @@ from torch import Tensor
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Oracle, Shown, copied, copier, material_of, uniform
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, TooLittle
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, OverTime, Published, TooLittle
 from dyadlm.diagnose.result import Better, Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, rows_of
 from dyadlm.diagnose.statistics import percentiles, redrawn
@@ -49,14 +49,21 @@ class Octave(OverTime):
     failure_mode: ClassVar[str] = "F2"
     question: ClassVar[str] = "Which scales of context are used?"
     tokens: ClassVar[int] = 130 * 1024
+    published: ClassVar[Sequence[Published]] = (
+        Published(
+            "0.571 bits per token from 256 to 1024 tokens: (gain_256_to_512 + gain_512_to_1024) × bytes per token",
+            "GPT-2 (124M) on WikiText-2",
+            "recalled, without a paper",
+            "dyadlm diagnose openai-community/gpt2 --probe octave --data wiki.test.raw",
+        ),
+    )
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
         longest = _longest(material, min(LONGEST, subject.context or LONGEST))
         contexts = [2**k for k in range(int(math.log2(longest)) + 1)]
         block = _targets(longest)
         cost = sum(context * block // _targets(context) for context in contexts)  # tokens that a block is read with
-        wanted = max(8, int(budget.tokens * self.tokens) // cost)
-        count = max(8, wanted // 4) if budget.fast else wanted
+        count, fewer = self.texts(budget, cost, least=8 if budget.tokens >= 0.25 else 4)
         ids, documents, sizes = _blocks(material, count, longest + 1, block, budget.seed)
         losses = []
         for done, context in enumerate(contexts):
@@ -91,9 +98,7 @@ class Octave(OverTime):
             f"From 1 to {longest:,} tokens of context the loss falls by {total:.3f} bits per byte, "
             f"{gains[best]:.3f} of it from {contexts[best]:,} to {contexts[best + 1]:,}."
         )
-        left_out = []
-        if count < wanted:
-            left_out.append(f"{count} blocks of targets instead of {wanted}")
+        left_out = [fewer] if fewer else []
         if longest < LONGEST:
             left_out.append(f"octaves beyond {longest} tokens, where the context or the documents end")
         intervals = [readings[f"gain_{near}_to_{far}"].interval for near, far in pairwise(contexts)]

@@ -57,7 +57,7 @@ class Plan(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < 2 * AHEAD[-1]:
             raise TooLittle(f"a context of {length} tokens holds no two times {AHEAD[-1]} ahead")
-        count = max(32, int(budget.tokens * self.tokens) // length)
+        count, fewer = self.texts(budget, length, least=32, fast=1)
         ids, documents = material.windows(count, length, budget.seed)
         fit = fitted_on(documents)
         if len(ids) < 16 or not bool((~fit).any()):
@@ -100,7 +100,7 @@ class Plan(Probe):
             log_x=True,
         )
         settings = {"windows": len(ids), "length": length, "states": len(places), "outcomes": OUTCOMES, "ahead": AHEAD}
-        left_out = "" if untrained is not None else "the comparison with random weights"
+        left_out = "; ".join(filter(None, [fewer, "the comparison with random weights" * (untrained is None)]))
         return ProbeResult(
             self.id, readings, {"the future in the states": curve}, sentence, settings, left_out=left_out
         )

@@ -41,7 +41,7 @@ class Position(Probe):
         length = min(1024, subject.context or 1024)
         if length < 1.1 * NEAR + 1:
             raise TooLittle(f"a context of {length} tokens ends before position {NEAR}")
-        count = max(8, int(budget.tokens * self.tokens) // length)
+        count, fewer = self.texts(budget, length, fast=1)
         ids, documents = material.windows(count, length, budget.seed)
         rows = budget.rows(length)
         parts = []
@@ -67,6 +67,7 @@ class Position(Probe):
         middles = [float(positions[low:high].mean()) for low, high in pairwise(edges)]
         fall = float(difference.mean())
         moves = "falls" if fall < 0 else "rises"
+        ends = [] if far == FAR else [f"the context ends at {length} tokens; far is position {far}"]
         return ProbeResult(
             self.id,
             {
@@ -77,7 +78,7 @@ class Position(Probe):
             {"loss by position": Curve(middles, [float(b) for b in binned], "position", "bits/token", log_x=True)},
             f"From position {NEAR} to {far} the loss {moves} by {abs(fall):.3f} bits per token.",
             {"length": length, "windows": len(ids), "near": NEAR, "far": far},
-            left_out="" if far == FAR else f"the context ends at {length} tokens; far is position {far}",
+            left_out="; ".join(filter(None, [fewer, *ends])),
         )
 
     def controls(self) -> list[Control]:

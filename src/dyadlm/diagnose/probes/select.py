@@ -55,7 +55,7 @@ class Select(Probe):
         half = int(budget.tokens * self.tokens * share) // 2
         readings, curves, sentence = self._routes(subject, material, max(8, half // length), length, budget)
         sharpness, path = self._sharpness(subject, material, max(8, half // (PREFIX * (STEPS + 1))), budget)
-        left_out = [f"three quarters of the {self.tokens * budget.tokens:,.0f} tokens"] if budget.fast else []
+        left_out = [f"all but {2 * half:,} of {self.tokens:,} tokens"] if 2 * half < self.tokens else []
         if sharpness is not None:
             readings["sharpness"] = sharpness
             curves["way between two tokens"] = path

@@ -58,8 +58,7 @@ class Window(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < LEAST:
             raise TooLittle(f"a context of {length} tokens is too short to see how a swap is forgotten")
-        wanted = max(8, int(budget.tokens * self.tokens) // (2 * length))
-        count = max(8, wanted // 4) if budget.fast else wanted
+        count, fewer = self.texts(budget, 2 * length)
         ids, documents = material.windows(count, length, budget.seed)
         swapped, places = _swap(ids, length // 4, length // 8, budget.seed)
         lags = length - int(places.max())  # lag 0 included
@@ -104,9 +103,7 @@ class Window(Probe):
             )
         else:
             says = f"None of {layers} layers forgets at a rate of its own: the past fades as a power, or not at all."
-        left_out = []
-        if count < wanted:
-            left_out.append(f"{count} texts instead of {wanted}")
+        left_out = [fewer] if fewer else []
         if not segments:
             left_out.append("yoking, for there is neither a tokenizer nor a partition")
         curves = {
