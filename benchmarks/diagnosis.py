@@ -6,12 +6,13 @@ Shakespeare's plays with planted canaries (Hamlet to ask about), 1.02M tokens in
 by `dyadlm train`: our preset, a Llama and a Mamba-2 of about 1M parameters at the learning rates that were best on the
 medium corpus, our preset at 0.3M and 3M, and counts of four tokens of the very same windows. A seed decides the first
 weights, the order of the text and the canaries. Each run keeps its checkpoints and is asked every probe, also over
-time; RUNS/report and RUNS/report-over-time then show the seeds of a model as one. What is there is not done again.
+time; RUNS/report and RUNS/report-over-time then show the seeds of a model as one. What is there is not done again: of a
+model whose answers are all in --output not even the run is needed.
 """
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +20,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from common import dyad, mamba2, matched_llama, require_green
+from common import ROOT, dyad, mamba2, matched_llama, require_green
 from dyadlm.data import TokenStream, byte_tokenizer
-from dyadlm.diagnose import Budget, Diagnosis, OverTime, chosen, diagnose
+from dyadlm.diagnose import Budget, Diagnosis, OverTime, Probe, chosen, diagnose
 from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
 from dyadlm.diagnose.ngram import NGram
 from dyadlm.diagnose.pool import pool
@@ -85,13 +86,18 @@ def counted(seed: int, runs: Path) -> NGram:
     return subject
 
 
-def asked(name: str, seed: int, runs: Path) -> tuple[Diagnosis, Diagnosis | None]:
+def complete(path: Path, probes: Sequence[Probe]) -> bool:
+    return path.exists() and {probe.id for probe in probes} <= Diagnosis.load(path).results.keys()
+
+
+def asked(name: str, seed: int, runs: Path, found: Path) -> tuple[Diagnosis, Diagnosis | None]:
     """What a model says, trained first if it has to be: once as it is, and once over its training."""
     run = runs / f"{name}-seed{seed}"
-    found = runs / "found"
-    found.mkdir(exist_ok=True)
-    path = found / f"{run.name}.json"
+    path, over_time = found / f"{run.name}.json", found / f"{run.name}-over-time.json"
     everything = chosen([])
+    looking = [probe for probe in everything if isinstance(probe, OverTime)]
+    if complete(path, everything) and (name == COUNTS or complete(over_time, looking)):
+        return Diagnosis.load(path), None if name == COUNTS else Diagnosis.load(over_time)
 
     def told(probe: str, done: int, total: int) -> None:
         if done == total:
@@ -105,24 +111,24 @@ def asked(name: str, seed: int, runs: Path) -> tuple[Diagnosis, Diagnosis | None
     subject = load_subject(str(run), "cpu", "float32")
     material = load_material(str(run), subject, [])
     result = diagnose(subject, material, everything, Budget(), path, told)
-    looking = [probe for probe in everything if isinstance(probe, OverTime)]
     trajectory = load_trajectory(str(run), "cpu", "float32")
-    path = found / f"{run.name}-over-time.json"
-    return result, diagnose(trajectory, material, looking, Budget(tokens=0.25, fast=True), path, told)
+    return result, diagnose(trajectory, material, looking, Budget(tokens=0.25, fast=True), over_time, told)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, required=True, help="a folder for runs, answers and reports")
+    parser.add_argument("--runs", type=Path, required=True, help="a folder for runs and reports")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "diagnosis", help="of answers")
     parser.add_argument("--model", action="append", choices=[*FAMILIES, COUNTS], help="these only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
-    options.runs.mkdir(parents=True, exist_ok=True)
+    for folder in (options.runs, options.output):
+        folder.mkdir(parents=True, exist_ok=True)
     names = options.model or [*FAMILIES, COUNTS]
-    both = [asked(name, seed, options.runs) for seed in range(options.seeds) for name in names]
+    both = [asked(name, seed, options.runs, options.output) for seed in range(options.seeds) for name in names]
     for folder, diagnoses in (
         ("report", [result for result, _ in both]),
         ("report-over-time", [result for _, result in both if result]),
