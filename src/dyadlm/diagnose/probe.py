@@ -95,13 +95,10 @@ class Probe(ABC):
     def controls(self) -> Sequence[Control]:
         """At least one that shows the property and one that lacks it, of under two seconds each."""
 
-    def texts(self, budget: Budget, length: int, least: int = 8, fast: int = 4) -> tuple[int, str]:
-        """How many texts to read, of which each costs `length` tokens, and what that leaves out, in words.
-
-        fast: a fast budget allows only one in so many.
-        """
+    def texts(self, budget: Budget, length: int, least: int = 8) -> tuple[int, str]:
+        """How many texts to read, of which each costs `length` tokens, and what that leaves out, in words."""
         whole = max(least, self.tokens // length)
-        count = max(least, int(budget.tokens * self.tokens) // length // (fast if budget.fast else 1))
+        count = max(least, int(budget.tokens * self.tokens) // length)
         return count, f"{count} texts instead of {whole}" if count < whole else ""
 
 

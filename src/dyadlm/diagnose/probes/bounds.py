@@ -50,7 +50,7 @@ class Bounds(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < 16:
             raise TooLittle(f"a context of {length} tokens is too short")
-        count, fewer = self.texts(budget, length, fast=1)
+        count, fewer = self.texts(budget, length)
         ids, documents = material.windows(count, length, budget.seed)
         rows = budget.rows(length)
         parts: dict[str, list[Tensor]] = {}

@@ -63,7 +63,6 @@ class Identity(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < LEAST:
             raise TooLittle(f"a context of {length} tokens is shorter than the {LEAST} that are read")
-        scale = budget.tokens * (0.25 if budget.fast else 1.0)
         count, fewer = self.texts(budget, 2 * length, least=16)
         left_out = [fewer] if fewer else []
         readings: dict[str, Reading] = {}
@@ -82,11 +81,11 @@ class Identity(Probe):
                 left_out.append("documents, for there are not two with four windows each")
             readings |= _cosines(sample)
             readings |= _affine(sample)
-        recalled = _recall(subject, ids, max(32, int(scale * self.tokens) // (8 * PAIRS)), budget)
+        recalled = _recall(subject, ids, max(32, int(budget.tokens * self.tokens) // (8 * PAIRS)), budget)
         readings |= recalled
         if not recalled:
             left_out.append(f"recall, for the text has not {2 * PAIRS} different tokens")
-        relied = _reliance(subject, material, max(16, int(scale * self.tokens) // (8 * length)), length, budget)
+        relied = _reliance(subject, material, max(16, int(budget.tokens * self.tokens) // (8 * length)), length, budget)
         readings |= relied
         if not relied:
             left_out.append("reliance on fingerprints, of which this model takes none")

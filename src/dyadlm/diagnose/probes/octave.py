@@ -86,9 +86,7 @@ class Octave(OverTime):
         for k, (near, far) in enumerate(pairwise(contexts)):
             readings[f"gain_{near}_to_{far}"] = per_byte(bits[k] - bits[k + 1])
         readings["bits_per_byte"] = per_byte(bits[-1], "lower", f"the loss after {longest} tokens")
-        few = max(
-            4, int(budget.tokens * self.tokens) // (longest * max(1, len(subject.levels)) * (4 if budget.fast else 1))
-        )
+        few = max(4, int(budget.tokens * self.tokens) // (longest * max(1, len(subject.levels))))
         for level, name in enumerate(subject.levels):
             rise, places, widths = _silenced(subject, level, material, few, longest, budget)
             readings[f"without_{name}"] = _ratio(rise, widths, places, "profile", "the rise of the loss without it")

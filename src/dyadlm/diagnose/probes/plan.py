@@ -57,7 +57,7 @@ class Plan(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < 2 * AHEAD[-1]:
             raise TooLittle(f"a context of {length} tokens holds no two times {AHEAD[-1]} ahead")
-        count, fewer = self.texts(budget, length, least=32, fast=1)
+        count, fewer = self.texts(budget, length, least=32)
         ids, documents = material.windows(count, length, budget.seed)
         fit = fitted_on(documents)
         if len(ids) < 16 or not bool((~fit).any()):

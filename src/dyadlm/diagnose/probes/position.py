@@ -41,7 +41,7 @@ class Position(Probe):
         length = min(1024, subject.context or 1024)
         if length < 1.1 * NEAR + 1:
             raise TooLittle(f"a context of {length} tokens ends before position {NEAR}")
-        count, fewer = self.texts(budget, length, fast=1)
+        count, fewer = self.texts(budget, length)
         ids, documents = material.windows(count, length, budget.seed)
         rows = budget.rows(length)
         parts = []

@@ -51,8 +51,7 @@ class Select(Probe):
         length = min(LENGTH, subject.context or LENGTH)
         if length < LEAST:
             raise TooLittle(f"a context of {length} tokens is too short to see choices last")
-        share = 0.25 if budget.fast else 1.0
-        half = int(budget.tokens * self.tokens * share) // 2
+        half = int(budget.tokens * self.tokens) // 2
         readings, curves, sentence = self._routes(subject, material, max(8, half // length), length, budget)
         sharpness, path = self._sharpness(subject, material, max(8, half // (PREFIX * (STEPS + 1))), budget)
         left_out = [f"all but {2 * half:,} of {self.tokens:,} tokens"] if 2 * half < self.tokens else []
