@@ -28,7 +28,10 @@ from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent
-PARITY_TESTS = ("tests/ops/test_pyramid.py", "tests/ops/test_transport.py", "tests/model/test_streaming.py")
+PARITY_TESTS = (
+    *(f"tests/ops/test_{name}.py" for name in ("pyramid", "transport", "segments", "contexts", "slots", "selection")),
+    "tests/model/test_streaming.py",
+)
 
 
 def require_green() -> None:
@@ -155,12 +158,14 @@ def train(
             )
         if isinstance(model, dyadlm.DyadForCausalLM):
             model.set_progress(step / steps)
-        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+        output = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False)
+        loss = output.loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        beside = (getattr(output, "metrics", None) or {}).get("cost", 0.0)  # of gates and routers, not of the text
+        losses.append(float(loss.detach() - beside))
     if isinstance(model, dyadlm.DyadForCausalLM):
         model.set_progress(1.0)
     seconds = time.perf_counter() - started

@@ -1,15 +1,18 @@
 """One mechanism at a time: selectors, slots, semantic levels, far geometric levels, salience, at equal parameters.
 
-    python benchmarks/composition.py [--arm "topk" ...] [--tokens 1536000]
+    python benchmarks/composition.py [--arm "topk" ...] [--tokens 1536000] [--seeds 1]
+    python benchmarks/composition.py --times    # what a step of each takes, in turns
 
 Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, three paired seeds. Every arm is the
 tiny preset with some fields changed; its ranks are chosen so that it has the preset's number of parameters. For arms
 that select: the entropy of the routes over log K, how many levels weigh more than zero, and how long a choice lasts.
 No byte of the training text comes twice, so the loss of the last training steps (`training_nats`) is one of fresh text,
-the same for all arms of a seed: it tells small differences better than one play does.
+the same for all arms of a seed: it tells small differences better than one play does (gumbel's is one of sampled routes).
 """
 
 import statistics
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data import TokenStream, resolve_data
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, mean_run_length
+from streaming import interval
 
 # The preset is the composition; each arm changes one thing about it.
 ARMS: dict[str, dict[str, Any]] = {
@@ -78,11 +82,42 @@ def routes_of(model: DyadForCausalLM, stream: TokenStream, windows: int = 32, le
     }
 
 
+def paired(pairs: Sequence[tuple[float, float]]) -> str:
+    """The mean difference, with its 95 % interval if there are all seeds."""
+    differences = [one - other for one, other in pairs]
+    if len(differences) < len(SEEDS):
+        return " ".join(f"{difference:+.4f}" for difference in differences) or "–"
+    spread = STUDENT * statistics.stdev(differences) / len(SEEDS) ** 0.5
+    return f"{statistics.fmean(differences):+.4f} ± {spread:.4f}"
+
+
+def times(models: dict[str, DyadForCausalLM], rounds: int = 7) -> dict[str, Any]:
+    """Of a step forward and back, in the thread's own time, the models in turns; ratios are formed in each round."""
+    ids = torch.randint(0, 256, (BATCH["batch_size"], BATCH["sequence_length"]))
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            started = time.thread_time()
+            model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            if number:  # the first round warms up
+                taken[name].append(1000 * (time.thread_time() - started))
+    first = next(iter(taken.values()))
+    return {
+        name: {
+            "milliseconds": round(statistics.median(each), 1),
+            "ratio": interval([one / other for one, other in zip(each, first, strict=True)]),
+        }
+        for name, each in taken.items()
+    }
+
+
 def main() -> None:
     parser = arguments(__doc__ or "", "composition.json")
     parser.add_argument("--arm", action="append", choices=ARMS, help="measure these arms only")
     parser.add_argument("--tokens", type=int, default=1_536_000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--times", action="store_true", help="measure what a step takes instead, all arms in turns")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
@@ -94,7 +129,10 @@ def main() -> None:
     def name(arm: str, seed: int) -> str:
         return f"{arm} / {options.tokens} / {options.learning_rate:g} / {seed}"
 
-    for cell in cells.missing([name(arm, seed) for seed in SEEDS for arm in arms]):
+    if options.times:
+        cells.store("milliseconds", times({arm: built(ARMS[arm], rank_for(ARMS[arm], target)) for arm in arms}))
+        return
+    for cell in cells.missing([name(arm, seed) for seed in SEEDS[: options.seeds] for arm in arms]):
         arm, _, _, seed = cell.split(" / ")
         torch.manual_seed(int(seed))
         rank = rank_for(ARMS[arm], target)
@@ -112,14 +150,10 @@ def main() -> None:
         routes = routes_of(model, data.validation[0])
         cells.store(cell, {"parameters": size(model), "level_rank": rank, **loss, **routes, **cost})
     for arm in arms:
-        told = []
-        for score in ("nats", "training_nats"):
-            differences = [
-                cells.results[name(arm, seed)][score] - cells.results[name("composed", seed)][score] for seed in SEEDS
-            ]
-            spread = STUDENT * statistics.stdev(differences) / len(SEEDS) ** 0.5
-            told.append(f"{statistics.fmean(differences):+.4f} ± {spread:.4f}")
-        print(f"{arm:30s} {told[0]} nats of Hamlet, {told[1]} of fresh text, against composed")
+        for other in ("composed", "dense"):
+            pairs = [(cells.results.get(name(arm, seed)), cells.results.get(name(other, seed))) for seed in SEEDS]
+            told = [paired([(a[score], b[score]) for a, b in pairs if a and b]) for score in ("nats", "training_nats")]
+            print(f"{arm:30s} {told[0]} nats of Hamlet, {told[1]} of fresh text, against {other}")
 
 
 if __name__ == "__main__":
