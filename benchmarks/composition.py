@@ -7,7 +7,7 @@ Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, 
 tiny preset with some fields changed; its ranks are chosen so that it has the preset's number of parameters. For arms
 that select: the entropy of the routes over log K, how many levels weigh more than zero, and how long a choice lasts.
 No byte of the training text comes twice, so the loss of the last training steps (`training_nats`) is one of fresh text,
-the same for all arms of a seed: it tells small differences better than one play does (gumbel's is one of sampled routes).
+the same for all arms of a seed: it tells small differences better than one play does (gumbel samples its routes then).
 """
 
 import statistics
