@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dyadlm import UserError
 from dyadlm.data import byte_tokenizer
-from dyadlm.model.boundaries import RULES, Boundaries, token_texts
+from dyadlm.model.boundaries import RULES, Boundaries, BoundaryRouter, marks_of, token_texts
 from dyadlm.ops import make_clock
 
 from .conftest import SMALL, TEXT, make_model, random_ids
@@ -83,6 +83,42 @@ def test_tokens_begin_words_where_their_bytes_do():
         if at == 0 or piece.strip(b' \n"'):  # delimiters that open a word are of the segment before it
             assert here == bool(own.any())
         at += len(piece)
+
+
+@pytest.mark.parametrize(
+    ("rule", "pieces"),
+    [
+        ("syllable", ["That", "| is", "| not", "| ri", "|ght", "| a", "|n", ".", "| So"]),
+        ("line", ["one", "|\ntwo", " and", "\n", "|three", "|\nfour"]),
+        ("paragraph", ["one", "|\n\ntwo", "\nthree", "\n", "\n", "|four"]),
+    ],
+)
+def test_tokens_that_carry_delimiters_in_front_begin_segments(rule, pieces):
+    texts = [piece.removeprefix("|") for piece in pieces]
+    rules = Boundaries([rule], len(texts), False)
+    rules.marks.copy_(marks_of(texts, [rule]))
+    begins = begun(rules, torch.arange(len(texts))[None])[0, :, 0].tolist()
+    assert begins == [place == 0 or piece.startswith("|") for place, piece in enumerate(pieces)]
+
+
+def test_the_cost_of_the_learned_boundary_pulls_its_share_to_the_rate():
+    torch.manual_seed(0)
+    x, clock = torch.randn(4, 64, 8), make_clock(4, 64)
+    for rate in (0.1, 0.5):
+        router = BoundaryRouter(8, 4, rate)
+        begins, _, cost, _ = router(x, clock, None)
+        query, before = router.query(x), torch.nn.functional.pad(router.key(x), (0, 0, 1, 0))[:, :-1]
+        likely = ((1 - torch.nn.functional.cosine_similarity(query, before, dim=-1)) / 2).mean()
+        chosen, other = begins.float().mean(), (1 - rate) / rate
+        expected = (other * chosen * likely + (1 - chosen) * (1 - likely)) / (rate * other)
+        assert torch.allclose(cost, 0.03 * expected)
+        optimizer = torch.optim.Adam(router.parameters(), 0.02)
+        for _ in range(150):
+            optimizer.zero_grad()
+            router(x, clock, None)[2].backward()
+            optimizer.step()
+        share = router(x, clock, None)[0].float().mean()
+        assert abs(share - rate) < 0.75 * abs(chosen - rate) or abs(share - rate) < 0.05
 
 
 def test_the_byte_tokenizer_says_what_the_table_for_bytes_says():

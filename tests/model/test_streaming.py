@@ -176,6 +176,47 @@ def test_a_memory_of_the_stream_passes_into_the_next_document_and_nothing_else_d
         assert (state.slots[0][:, 0] != 67).all()
 
 
+@pytest.mark.parametrize("evict", ["ring", "lru"])
+@torch.no_grad()
+def test_a_token_writes_into_the_tables_that_the_state_owns_and_into_no_others(evict):
+    model, ids = make_model(**SMALL, **SLOTS, slot_contexts=[1, "word"], slot_evict=evict), text_ids(2, 40)
+    cache = read(model, ids[:, :20])[1]
+    read(model, ids[:, 20:21], cache=cache)
+    places = [table.data_ptr() for layer in cache.layers for table in layer.slots[:2]]
+    assert len(places) == 4
+    twin, sliced = cache.copy(), cache.select_rows(torch.tensor([0, 1]))
+    before = {name: tensor.clone() for name, tensor in twin.tensors().items()}
+    read(model, ids[:, 21:], range(1, 19), cache=cache)
+    assert [table.data_ptr() for layer in cache.layers for table in layer.slots[:2]] == places
+    for other in (twin, sliced):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.tensors().items())
+        read(model, ids[:, 21:], range(1, 19), cache=other)
+        assert state_distance(other, cache) == 0
+
+
+def test_where_gradients_are_on_a_token_writes_into_copies():
+    model, ids = make_model(**VARIANTS["slots"]), text_ids(1, 24)
+    cache = read(model, ids[:, :12])[1]
+    tables = [table for layer in cache.layers for table in layer.slots]
+    before = [table.clone() for table in tables]
+    logits, _ = read(model, ids[:, 12:], range(1, 12), cache=cache)
+    assert all(map(torch.equal, tables, before))
+    (value, *_) = [layer.slots.value.weight for layer in model.model.layers if layer.slots is not None]
+    (gradient,) = torch.autograd.grad(logits.sum(), value)
+    whole = read(model, ids, [12])[0][:, 12:]
+    (expected,) = torch.autograd.grad(whole.sum(), value)
+    assert distance(gradient, expected) < EXACT
+
+
+@torch.no_grad()
+def test_a_state_made_in_inference_mode_goes_on_outside_it():
+    model, ids = make_model(**VARIANTS["slots"]), text_ids(1, 24)
+    with torch.inference_mode():
+        cache = read(model, ids[:, :12])[1]
+    logits, _ = read(model, ids[:, 12:], range(1, 12), cache=cache)
+    assert distance(logits, model(ids).logits[:, 12:]) < EXACT
+
+
 def test_state_size_is_constant_and_as_predicted(variant):
     model = make_model(torch.float32, **variant)
     sizes = {read(model, random_ids(1, n))[1].state_bytes() for n in (1, 2, 100, 513)}

@@ -39,18 +39,21 @@ def token_marks(rule: str, text: str) -> int:
         return 0
     first, last = text[0], text[-1]
     if rule == "syllable":
-        return ENDS * (last.lower() in "aeiouy" or not last.isalpha())
+        ends, letters = last.lower() in "aeiouy" or not last.isalpha(), any(map(str.isalpha, text))
+        return ENDS * ends | STARTS * (letters and not first.isalpha())
     if rule == "word":
         ends, sticks = not _in_word(last), not any(map(_in_word, text))
         return ENDS * ends | STICKS * sticks | STARTS * (not sticks and not _in_word(first))
     newlines = text[len(text.rstrip()) :].count("\n")
+    blank = text.isspace()
+    before = 0 if blank else text[: len(text) - len(text.lstrip())].count("\n")  # in the token itself
     if rule == "line":
-        return ENDS * (newlines > 0) | STICKS * (not text.strip("\r\n"))
-    gap = ENDS * (newlines > 1) | HEAD * (text.isspace() and newlines > 0) | TAIL * (newlines > 0)
+        return ENDS * (newlines > 0) | STICKS * (not text.strip("\r\n")) | STARTS * (before > 0)
+    gap = STARTS * (before > 1) | ENDS * (newlines > 1) | HEAD * (blank and newlines > 0) | TAIL * (newlines > 0)
     if rule == "sentence":
         return gap | ENDS * (text.rstrip(CLOSERS)[-1:] in tuple(STOPS)) | STICKS * (not text.strip(STOPS + CLOSERS))
     assert rule == "paragraph"
-    return gap | STICKS * text.isspace()
+    return gap | STICKS * blank
 
 
 def _in_word(character: str) -> bool:

@@ -20,6 +20,7 @@ from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.ops.slots import SlotState, SlotWrite, slot_put
 
 
 class BlockState(NamedTuple):
@@ -33,8 +34,8 @@ class BlockState(NamedTuple):
     segments: tuple[Tensor, ...] = ()  # SegmentState of the semantic levels that follow rules
     learned: tuple[Tensor, ...] = ()  # of the learned boundary: its key, SegmentCount, SegmentState
     held: tuple[Tensor, ...] = ()  # the selector's last choice (B, heads, K), where choices persist
-    slots: tuple[Tensor, ...] = ()  # SlotState
-    decision: tuple[Tensor, ...] = ()  # the choice (B, heads, K) and the content (B, D) last decided on
+    slots: tuple[Tensor, ...] = ()  # SlotState; on its way to the cache, of one token, a SlotWrite
+    decision: tuple[Tensor, ...] = ()  # one (B, heads, K + D / heads): the choice last made, and what it said
 
 
 class PlannerState(NamedTuple):
@@ -67,8 +68,9 @@ class DyadCache:
     def update(
         self, layers: list[BlockState], text: TextState, planner: PlannerState, position: Tensor, columns: int
     ) -> None:
-        """Take the state after a chunk of `columns` columns. Copies, so that no view keeps a whole chunk alive."""
-        self.layers = [_map_tensors(layer, torch.clone) for layer in layers]
+        """Take the state after a chunk of `columns` columns. Copies, so that no view keeps a whole chunk alive; but
+        what one token changes in the tables of slots is put into them."""
+        self.layers = [_taken(layer, self.layers[i].slots if self.layers else ()) for i, layer in enumerate(layers)]
         self.text = _map_tensors(text, torch.clone)
         self.planner = _map_tensors(planner, torch.clone)
         self.position = position
@@ -129,9 +131,13 @@ class DyadCache:
             self.columns_seen = 0
 
     def copy(self) -> "DyadCache":
-        """A cache that stands where this one does and goes on by itself. They share tensors, which nobody writes to."""
+        """A cache that stands where this one does and goes on by itself.
+
+        They share tensors, which nobody writes to, but for the tables of slots.
+        """
         twin = DyadCache()
         twin.__dict__.update(self.__dict__)
+        twin.layers = [layer._replace(slots=tuple(map(torch.clone, layer.slots))) for layer in self.layers]
         return twin
 
     def reset(self) -> None:
@@ -222,6 +228,15 @@ def state_signature(config: DyadConfig) -> str:
         also.append("planner_width")
     fields |= {name: getattr(config, name) for name in also if getattr(config, name)}
     return json.dumps(fields, sort_keys=True)
+
+
+def _taken(layer: BlockState, tables: tuple[Tensor, ...]) -> BlockState:
+    """What a block says to carry, with the tables of its slots as they were before."""
+    if len(layer.slots) != len(SlotWrite._fields):
+        return _map_tensors(layer, torch.clone)
+    slots = slot_put(SlotState(*tables), SlotWrite(*layer.slots), owned=True)
+    rest = _map_tensors(layer._replace(slots=()), torch.clone)
+    return rest._replace(slots=(slots.tags, slots.values, slots.pending.clone()))
 
 
 def _map_tensors(state: Record, function: Callable[[Tensor], Tensor]) -> Record:

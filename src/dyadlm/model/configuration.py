@@ -200,6 +200,8 @@ class DyadConfig(PreTrainedConfig):
         _require_choice("early", self.early, EARLY)
         _require_choice("tower", self.tower, TOWERS)
         _require_choice("semantic_memory", self.semantic_memory, (1, 2))
+        if self.forgetting and not self.semantic_levels:
+            raise UserError("forgetting is of the open segments of semantic levels; set semantic_levels too.")
         _require_between("dropout", self.dropout, 0.0, 1.0)
         _require_between("boundary_rate", self.boundary_rate, 0.01, 1.0)
         self._settle_selector()

@@ -13,7 +13,7 @@ from dyadlm.model.configuration import CODE_BITS, LEARNED_CODE, DyadConfig
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.pyramid import Clock
 from dyadlm.ops.selection import real_tokens, straight_through
-from dyadlm.ops.slots import Lookup, SlotState, slot_lookup, slot_read, slot_store
+from dyadlm.ops.slots import Lookup, SlotState, slot_change, slot_lookup, slot_read
 
 WRITE_COST = 0.01  # nats a token that writes everything pays, where a gate may close
 
@@ -64,6 +64,8 @@ class IdentitySlots(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """x (B, T, D) → what is recalled (B, T, D), the state if `keep`, and the cost of writing if a gate may close.
 
+        The state is a `SlotState`, of a single token that continues something a `SlotWrite`.
+
         contexts: of the tables that tokens address, in order. plan: if all blocks share it.
         """
         before = SlotState(*state) if state else None
@@ -88,7 +90,7 @@ class IdentitySlots(nn.Module):
             recalled = recalled * straight_through(sure)[..., None]
         found = plan.found[..., None].to(recalled.dtype)
         said = self.read(torch.cat([recalled, found], -1).flatten(2))
-        return said, tuple(slot_store(values, plan, before)) if keep else (), cost
+        return said, tuple(slot_change(values, plan, before)) if keep else (), cost
 
     def _with_code(self, x: Tensor, contexts: Contexts | None, clock: Clock) -> tuple[Contexts, Tensor]:
         """The contexts with the learned code put in its place, and how sure each table's code is (B, T, N)."""

@@ -63,7 +63,7 @@ def tag_words(contexts: Sequence[int | str], vocab_size: int) -> int:
     """
     for context in contexts:
         if context != "word" and (not isinstance(context, int) or context < 1):
-            raise UserError(f"A slot context is a number of tokens from 1 on, or 'word'; replace {context!r}.")
+            raise UserError(f"A slot context is a number of tokens from 1 on, 'word' or 'code'; replace {context!r}.")
     fits = tokens_per_word(vocab_size)
     return max(-(-c // fits) if isinstance(c, int) else len(SEEDS) for c in contexts)
 

@@ -39,13 +39,22 @@ class SlotState(NamedTuple):
     pending: Tensor  # (B, N, P) int64: the context that ended at the last token, still to be written; -1 for none
 
 
+class SlotWrite(NamedTuple):
+    """What one token changes in the tables: one set of each, whatever their size."""
+
+    changed: Tensor  # (B, N, 1) int64: which set
+    tags: Tensor  # (B, N, 1, W, P) int64, as in `SlotState`
+    values: Tensor  # (B, N, 1, W, M)
+    pending: Tensor  # (B, N, P) int64
+
+
 class Survivors(NamedTuple):
     """What stands in the tables after a chunk: from the chunk, from the state, or nothing. U sets: all, or the changed.
 
     Where an entry comes from neither, both its indices are -1.
     """
 
-    tags: Tensor  # (B, N, S, W, P) int64, of all sets
+    tags: Tensor  # (B, N, U, W, P) int64
     column: Tensor  # (B, N, U, W) int64: the column whose value the entry holds
     slot: Tensor | None  # (B, N, U, W) int64: the entry of the state whose value it holds; None without a state
     changed: Tensor | None  # (B, N, 1) int64: the one set that may have changed; None: U is all sets
@@ -354,13 +363,7 @@ def _survivors_of_token(items: Items, way: Tensor, state: SlotState, rules: Rule
     tags = tags.gather(2, source.clamp(min=0)[..., None].expand_as(tags))
     tags = torch.where(own[..., None], items.tags[:, :, :1], tags)
     column, slot = torch.where(own, 0, -1), torch.where(own, -1, changed * ways + source)
-    return Survivors(_put(state.tags, changed, tags[:, :, None]), column[:, :, None], slot[:, :, None], changed)
-
-
-def _put(table: Tensor, changed: Tensor, rows: Tensor) -> Tensor:
-    """A copy of a table (B, N, S, ...) with its set `changed` (B, N, 1) replaced by rows (B, N, 1, ...)."""
-    index = changed.reshape(*changed.shape, *[1] * (table.dim() - 3)).expand_as(rows)
-    return table.scatter(2, index, rows)
+    return Survivors(tags[:, :, None], column[:, :, None], slot[:, :, None], changed)
 
 
 # ---- Moving values
@@ -404,10 +407,37 @@ def slot_read(values: Tensor, lookup: Lookup, state: SlotState | None = None) ->
 
 def slot_store(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> SlotState:
     """The state after the chunk. Arguments as in `slot_read`; values are kept in float32 at least."""
+    stored = slot_change(values, lookup, state)
+    if isinstance(stored, SlotState):
+        return stored
+    assert state is not None, "a single token that continues something"
+    return slot_put(state, stored)
+
+
+def slot_change(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> SlotState | SlotWrite:
+    """What `slot_store` gives, or of a single token only what it changes, for `slot_put`. Arguments as there."""
     tags, column, slot, changed = lookup.survivors
     there = column >= 0 if slot is None else (column >= 0) | (slot >= 0)
     kept = _gathered(accumulator(values), column, state, slot, there)
-    if changed is not None:
-        assert state is not None
-        kept = _put(state.values, changed, kept)
-    return SlotState(tags, kept, lookup.pending)
+    if changed is None:
+        return SlotState(tags, kept, lookup.pending)
+    return SlotWrite(changed, tags, kept, lookup.pending)
+
+
+def slot_put(state: SlotState, write: SlotWrite, owned: bool = False) -> SlotState:
+    """The state with what one token changed.
+
+    owned: nobody else holds the tables, so that they may be written to: O(W), whatever their size. Where gradients are
+    on, they are copied all the same.
+    """
+
+    def put(table: Tensor, rows: Tensor) -> Tensor:
+        index = write.changed.reshape(*write.changed.shape, *[1] * (table.dim() - 3)).expand_as(rows)
+        rows = rows.to(table.dtype)
+        # A tensor made in inference mode may be written to only there.
+        free = not torch.is_grad_enabled() and not (table.is_inference() and not torch.is_inference_mode_enabled())
+        if owned and free and not table.requires_grad:
+            return table.scatter_(2, index, rows)
+        return table.scatter(2, index, rows)
+
+    return SlotState(put(state.tags, write.tags), put(state.values, write.values), write.pending)
