@@ -19,9 +19,9 @@ from transformers import (
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.loading import load_subject
 from dyadlm.diagnose.material import Material
-from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe
+from dyadlm.diagnose.probe import Budget, OverTime, Probe
 from dyadlm.diagnose.result import ProbeResult
-from dyadlm.diagnose.run import ask
+from dyadlm.diagnose.run import ask, settled
 from dyadlm.errors import UserError
 from dyadlm.train.checkpoint import checkpoints
 
@@ -99,7 +99,7 @@ class ProbeCallback(TrainerCallback):
             if isinstance(probe, OverTime) and _over(probe):
                 try:
                     self.seen.setdefault(probe.id, []).append(probe.observe(subject, self.material, self.budget))
-                except (NotApplicable, UserError, RuntimeError, ValueError, IndexError) as reason:
+                except Exception as reason:  # no probe may end a training
                     logger.warning("The probe %s is not asked again in this run: %s.", probe.id, reason)
                     self.seen[probe.id] = []
                     self.probes = [other for other in self.probes if other.id != probe.id]
@@ -109,10 +109,7 @@ class ProbeCallback(TrainerCallback):
             return ask(probe, subject, self.material, self.budget)
         if len(self.steps) < 2:
             return ProbeResult(probe.id, not_applicable="this is the first checkpoint")
-        try:
-            return probe.conclude(self.steps, self.seen[probe.id], self.budget)
-        except NotApplicable as reason:
-            return ProbeResult(probe.id, not_applicable=str(reason))
+        return settled(probe, lambda: probe.conclude(self.steps, self.seen[probe.id], self.budget))
 
 
 def _over(probe: Probe) -> bool:

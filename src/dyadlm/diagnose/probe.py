@@ -21,6 +21,12 @@ class TooLittle(NotApplicable):
     """There is not enough text, or context, to answer; says of what."""
 
 
+def in_words(error: Exception) -> str:
+    """The kind of an error and its first line, which says more than no report would."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'no message'}"
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much a probe may spend.

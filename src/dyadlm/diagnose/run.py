@@ -11,7 +11,7 @@ import torch
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
-from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe
+from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe, in_words
 from dyadlm.diagnose.result import ProbeResult
 from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.errors import UserError
@@ -104,19 +104,22 @@ def ask(
     begin = time.perf_counter()
     progress(probe.id, 0, 1)  # what a probe does before its first step may take a while
     told = replace(budget, progress=lambda done, total: progress(probe.id, done, total))
-    try:
+
+    def run() -> ProbeResult:
         if not isinstance(subject, Trajectory):
-            result = probe.run(subject, material, told)
-        elif isinstance(probe, OverTime):
-            result = probe.run_over(subject, material, told)
-        else:
-            raise NotApplicable("it looks at one model, not at its training; leave --over-time out")
+            return probe.run(subject, material, told)
+        if isinstance(probe, OverTime):
+            return probe.run_over(subject, material, told)
+        raise NotApplicable("it looks at one model, not at its training; leave --over-time out")
+
+    return replace(settled(probe, run), seconds=round(time.perf_counter() - begin, 2))
+
+
+def settled(probe: Probe, run: Callable[[], ProbeResult]) -> ProbeResult:
+    """What `run` returns, or why the probe does not apply or failed."""
+    try:
+        return run()
     except NotApplicable as reason:
-        result = ProbeResult(probe.id, not_applicable=str(reason))
-    except UserError as error:
-        result = ProbeResult(probe.id, failed=str(error))
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
-        # A model of someone else may raise anything; its first line says more than no report would.
-        said = str(error).strip().splitlines()
-        result = ProbeResult(probe.id, failed=f"{type(error).__name__}: {said[0] if said else 'no message'}")
-    return replace(result, seconds=round(time.perf_counter() - begin, 2))
+        return ProbeResult(probe.id, not_applicable=str(reason))
+    except Exception as error:  # a model of someone else may raise anything
+        return ProbeResult(probe.id, failed=str(error) if isinstance(error, UserError) else in_words(error))

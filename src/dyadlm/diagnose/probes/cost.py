@@ -16,7 +16,7 @@ from dyadlm.diagnose.causality import module_logits
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Oracle, independent
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, in_words
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 
 SHORTEST, LONGEST = 64, 2048
@@ -66,16 +66,23 @@ class Cost(Probe):
         for number, (kind, call) in enumerate(kinds.items()):
             allowed = written if kind == "decoding" else lengths
             allows = patience * (DECODING if kind == "decoding" else 1)
-            seconds = _timed(call, allowed, allows, device)
+            try:
+                seconds = _timed(call, allowed, allows, device)
+                reached = list(seconds)
+                memory = [[_peak_bytes(call, length, device)] for length in reached] if kind != "decoding" else []
+            except Exception as error:
+                if kind != "training":
+                    raise
+                left_out.append(f"training, which has no gradients in evaluation mode ({in_words(error)})")
+                continue
             if len(seconds) < 2:
                 left_out.append(f"{kind}, which has no room in the context")
                 continue
-            reached = list(seconds)
             if reached[-1] < allowed[-1]:
                 left_out.append(f"{kind} at more than {reached[-1]} tokens, for time")
             values = {f"{kind}_seconds": list(seconds.values())}
-            if kind != "decoding":
-                values[f"{kind}_memory"] = [[_peak_bytes(call, length, device)] for length in reached]
+            if memory:
+                values[f"{kind}_memory"] = memory
             for name, measured in values.items():
                 least = [min(each) for each in measured]
                 if min(least) <= 0:
