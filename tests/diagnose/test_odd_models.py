@@ -1,14 +1,20 @@
 """The instrument on models that are odd: every probe answers, says that it does not apply, or fails in one sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
 
 from dyadlm.data import TokenStream, byte_tokenizer
-from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, ask
+from dyadlm.data.canaries import plan_canaries
+from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, OverTime, Subject, Trajectory, ask, diagnose
 from dyadlm.diagnose.audit import small_model
 from dyadlm.diagnose.callback import ProbeCallback
+from dyadlm.diagnose.loading import load_material
 from dyadlm.diagnose.oracles import independent, uniform
+from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.errors import UserError
 
 QUICK = Budget(tokens=0.02, fast=True)
 TEXT = "The king speaks of love. War is near! Is it? asked the queen.\n\nNight came, and men slept. "
@@ -17,7 +23,8 @@ TEXT = "The king speaks of love. War is near! Is it? asked the queen.\n\nNight c
 def llama(**options) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=256, **options))
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+    return LlamaForCausalLM(LlamaConfig(**sizes | options))
 
 
 def text(tokenizer=None, documents=3) -> Material:
@@ -79,3 +86,128 @@ def test_whatever_a_probe_raises_ends_no_training(where, monkeypatch, caplog):
         callback.on_save(None, TrainerState(global_step=step), TrainerControl())
     assert trainer.logged == []
     assert ("not asked again" in caplog.text) == (where == "observe")
+
+
+# ---- greedy
+
+
+def test_greedy_is_greedy_whatever_the_model_is_configured_to_generate():
+    plain, odd = llama(), llama()
+    own = odd.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.suppress_tokens = 5.0, 2, list(range(100))
+    ids = torch.arange(40)[None]
+    written = [HuggingFaceSubject(model, None).greedy(ids, 24) for model in (plain, odd)]
+    assert torch.equal(*written)
+    assert odd.generation_config is own
+
+
+def nan_llama() -> LlamaForCausalLM:
+    model = llama()
+    torch.nn.init.constant_(model.model.embed_tokens.weight, float("nan"))
+    return model
+
+
+def test_greedy_refuses_what_is_no_number():
+    subject = HuggingFaceSubject(nan_llama(), None, "broken")
+    with pytest.raises(NotApplicable, match="broken returns values that are not numbers"):
+        subject.greedy(torch.arange(8)[None], 2)
+
+
+# ---- leak
+
+
+class Breaking(torch.nn.Module):
+    """Its first step of training makes it no number: the slope of a root at 0 is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(16, 16), torch.nn.Linear(16, 16)
+        self.gate = torch.nn.Parameter(torch.zeros(16))
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids) + self.gate.sqrt())
+
+
+class Own(Subject):
+    name, vocabulary = "own", 16
+
+    def __init__(self, module):
+        self._module = module
+
+    @torch.no_grad()
+    def logits(self, ids):
+        return self._module(ids)
+
+    @property
+    def module(self):
+        return self._module
+
+
+def test_a_pupil_that_is_no_number_reassures_nobody():
+    result = ask(PROBES["leak"](), Own(Breaking()), independent(16, 1, 64), QUICK)
+    assert set(result.readings) == {"largest_change", "relative_change"}
+    assert result.readings["largest_change"].value == 0
+    assert "steps of training, which made its logits no numbers" in result.left_out
+
+
+# ---- what a stored answer must agree with
+
+
+def test_answers_in_another_dtype_are_not_taken_for_these(tmp_path):
+    path, probes = tmp_path / "found.json", [PROBES["bounds"]()]
+    material = text(byte_tokenizer())
+    subject = HuggingFaceSubject(llama(), byte_tokenizer(), "small")
+    circumstances = diagnose(subject, material, probes, output=path).circumstances
+    assert circumstances["subject"]["dtype"] == "float32"
+    assert circumstances["subject"]["device"] == "cpu"
+    assert circumstances["versions"]["transformers"]
+    with pytest.raises(UserError, match="another model; choose"):
+        diagnose(
+            HuggingFaceSubject(llama().to(torch.bfloat16), byte_tokenizer(), "small"), material, probes, output=path
+        )
+    with pytest.raises(UserError, match="another text; choose"):
+        diagnose(subject, replace(material, split="test"), probes, output=path)
+
+
+def test_the_split_is_known(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 200)
+    subject = HuggingFaceSubject(llama(), byte_tokenizer())
+    assert load_material("model", subject, [str(tmp_path / "text.txt")], "train").split == "train"
+
+
+# ---- text
+
+
+@pytest.mark.parametrize("tokenizer", [None, byte_tokenizer()])
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_probe_on_text_says_why_there_is_none(probe, tokenizer):
+    vocabulary = 16
+    model = llama(vocab_size=vocabulary)
+    subject = HuggingFaceSubject(model, tokenizer, "small")
+    material = load_material("model", subject, [])
+    asked = PROBES[probe]()
+    result = (
+        ask(asked, Trajectory([1, 2], lambda step: subject), material, QUICK)
+        if isinstance(asked, OverTime)
+        else ask(asked, subject, material, QUICK)
+    )
+    assert not result.failed
+    if probe not in ("leak", "cost"):
+        reasons = ("has no tokenizer", "its tokens are no text", "the tokenizer has 259 tokens", "nothing was planted")
+        assert any(reason in result.not_applicable for reason in reasons), result.not_applicable
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_what_is_no_number_is_no_headline(probe):
+    asked = PROBES[probe]()
+    planted = replace(text(byte_tokenizer()), canaries=plan_canaries(1, 0, byte_tokenizer(), 85, 64))
+    subject = HuggingFaceSubject(nan_llama(), byte_tokenizer(), "broken")
+    result = ask(asked, subject, planted, QUICK)
+    assert result.failed or result.not_applicable
+    assert "\n" not in result.failed + result.not_applicable
+    if isinstance(asked, OverTime):
+        over = ask(asked, Trajectory([1, 2], lambda step: subject), planted, QUICK)
+        assert over.failed or over.not_applicable

@@ -60,10 +60,10 @@ def reading(value: float, half: float | None = 0.1, better="lower", unit="bits/b
 
 
 def diagnosis(
-    name: str, *results: ProbeResult, vocabulary: int = 256, text: str = "a text", tokens: int = 99
+    name: str, *results: ProbeResult, vocabulary: int = 256, text: str = "a text", tokens: int = 99, **identity: str
 ) -> Diagnosis:
     circumstances = {
-        "subject": {"name": name, "vocabulary": vocabulary, "context": None},
+        "subject": {"name": name, "vocabulary": vocabulary, "context": None, **identity},
         "material": {"name": text, "tokens": tokens},
         "budget": {"tokens": 1.0, "fast": False, "seed": 7},
         "versions": {"dyadlm": "0", "torch": "2"},
@@ -244,6 +244,17 @@ def test_a_model_of_several_seeds_says_so(tmp_path):
     assert [each["subject"] for each in stored["seeds"]] == ["plain-seed0", "plain-seed1", "plain-seed2"]
 
 
+def test_cost_compares_whatever_the_tokens_are_but_on_one_device():
+    def cost(value: float) -> ProbeResult:
+        return ProbeResult("cost", {"r": reading(value, unit="exponent")})
+
+    def best(*models: Diagnosis) -> int | None:
+        return compare(subjects(models, [])[0], "cost", "r").best
+
+    assert best(diagnosis("a", cost(1)), diagnosis("b", cost(2), vocabulary=9)) == 0
+    assert best(diagnosis("a", cost(1), device="cpu"), diagnosis("b", cost(2), device="cuda")) is None
+
+
 def one(value: float, half: float | None = 0.1, left_out: str = "", **others) -> ProbeResult:
     return ProbeResult("loop", {"r": reading(value, half, **others)}, left_out=left_out)
 
@@ -266,8 +277,11 @@ def one(value: float, half: float | None = 0.1, left_out: str = "", **others) ->
         (
             [diagnosis("a", one(1, unit="bits/token")), diagnosis("b", one(2, unit="bits/token"), vocabulary=9)],
             None,
-            "vocabularies",
+            "different tokens",
         ),
+        ([diagnosis("a", one(1, unit="share")), diagnosis("b", one(2, unit="share"), vocabulary=9)], None, "tokens"),
+        ([diagnosis("a", one(1, unit="share")), diagnosis("b", one(2, unit="share"), tokenizer="x")], None, "tokens"),
+        ([diagnosis("a", one(1)), diagnosis("b", one(2), tokenizer="x", tokens=98)], 0, "lowest"),
         ([diagnosis("a", one(1)), diagnosis("b", one(2, left_out="half"))], None, "left out"),
         ([diagnosis("a", one(1)), diagnosis("b", one(2, unit="nats"))], None, "same unit"),
         ([diagnosis("a", one(1)), diagnosis("b", ProbeResult("loop", failed="no"))], None, ""),

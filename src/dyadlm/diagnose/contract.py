@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.data.tokenizer import tokenizer_identity
+
 
 class Subject(ABC):
     """A causal language model under examination; subclass it to adapt an exotic one (docs/diagnose.md).
@@ -90,7 +92,10 @@ class Subject(ABC):
     @property
     def identity(self) -> Mapping[str, Any]:
         """What a stored result must agree with to be taken for this model's."""
-        return {"name": self.name, "vocabulary": self.vocabulary, "context": self.context}
+        known: dict[str, Any] = {"name": self.name, "vocabulary": self.vocabulary, "context": self.context}
+        if self.tokenizer is not None:
+            known["tokenizer"] = tokenizer_identity(self.tokenizer)[:12]
+        return known
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:
         """(B, T) → (B, count) int64: the most probable continuation. Slow and general; override it where there is a

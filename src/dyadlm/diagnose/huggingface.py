@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.probe import NotApplicable
@@ -198,21 +198,43 @@ class HuggingFaceSubject(Subject):
     @property
     def identity(self) -> Mapping[str, Any]:
         weights = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
-        # As text, for NaN equals nothing.
-        return {**super().identity, "type": self.model.config.model_type, "weights": str(weights)}
+        return {
+            **super().identity,
+            "type": self.model.config.model_type,
+            "weights": str(weights),  # as text, for NaN equals nothing
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+        }
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, count: int) -> Tensor:
-        written = self.model.generate(
-            ids.to(self.model.device),
-            attention_mask=torch.ones_like(ids, device=self.model.device),
+        """The end of text is banned, so that `count` tokens are written; what else the model's own generation
+        configuration asks for (penalties, banned tokens) is left aside."""
+        own = self.model.generation_config
+        bare = GenerationConfig(
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
+            eos_token_id=None if own is None else own.eos_token_id,
         )
+        try:  # what a given configuration leaves open, transformers takes from the model's own
+            self.model.generation_config = bare
+            written = self.model.generate(
+                ids.to(self.model.device),
+                generation_config=bare,
+                attention_mask=torch.ones_like(ids, device=self.model.device),
+                logits_processor=LogitsProcessorList([self._checked]),
+            )
+        finally:
+            self.model.generation_config = own
         return cast(Tensor, written)[:, ids.shape[1] :].cpu()
+
+    def _checked(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """A processor of logits that changes none, and refuses those that are not numbers."""
+        self._numbers(scores)
+        return scores
 
     def _run(self, ids: Tensor, **options: Any) -> Any:
         return self.model(input_ids=ids.to(self.model.device), use_cache=False, **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
@@ -67,21 +68,27 @@ def diagnose(
     not measured again. progress: called with (the probe's id, done, total).
 
     Raises:
-        UserError: `output` holds something else than a diagnosis, or that of another model, text or budget.
+        UserError: `output` holds something else than a diagnosis, or that of another model, text, budget or version.
     """
     budget = budget or Budget()
     circumstances = {
         "subject": dict(subject.identity),
-        "material": {"name": material.name, "tokens": sum(len(stream) for stream in material.text)},
+        "material": {
+            "name": material.name,
+            "split": material.split,
+            "tokens": sum(len(stream) for stream in material.text),
+        },
         "budget": {"tokens": budget.tokens, "fast": budget.fast, "seed": budget.seed},
-        "versions": {"dyadlm": __version__, "torch": torch.__version__},
+        "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     circumstances = json.loads(json.dumps(circumstances))  # as they will be read back
     known: dict[str, ProbeResult] = {}
     if output is not None and output.exists():
         before = Diagnosis.load(output)
         if before.circumstances != circumstances:
-            raise UserError(f"{output} is a diagnosis of another model, text or budget; choose another --output.")
+            raise UserError(
+                f"{output} is a diagnosis of another {_differing(before, circumstances)}; choose another --output."
+            )
         known = dict(before.results)
     results = dict(known)
     for probe in probes:
@@ -91,6 +98,12 @@ def diagnose(
             write_atomically(output, json.dumps(Diagnosis(subject.name, results, circumstances).to_dict()) + "\n")
     asked = {probe.id: results[probe.id] for probe in probes}
     return Diagnosis(subject.name, asked, circumstances)
+
+
+def _differing(before: Diagnosis, circumstances: Mapping[str, Any]) -> str:
+    """What of the circumstances is not alike, in words."""
+    named = {"subject": "model", "material": "text", "budget": "budget", "versions": "version"}
+    return " and ".join(word for what, word in named.items() if before.circumstances.get(what) != circumstances[what])
 
 
 def ask(
