@@ -1,5 +1,6 @@
 """The instrument on models that are odd: every probe answers, says that it does not apply, or fails in one sentence."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,12 @@ from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, OverTi
 from dyadlm.diagnose.audit import small_model
 from dyadlm.diagnose.callback import ProbeCallback
 from dyadlm.diagnose.loading import load_material
-from dyadlm.diagnose.oracles import independent, uniform
+from dyadlm.diagnose.oracles import Automaton, dirichlet, independent, laplace, spelled, uniform
 from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.diagnose.probes.memorise import _excess, _under_zlib
+from dyadlm.diagnose.probes.position import counted_bits
 from dyadlm.errors import UserError
+from dyadlm.evaluate.memorisation import Estimate
 
 QUICK = Budget(tokens=0.02, fast=True)
 TEXT = "The king speaks of love. War is near! Is it? asked the queen.\n\nNight came, and men slept. "
@@ -211,3 +215,82 @@ def test_what_is_no_number_is_no_headline(probe):
     if isinstance(asked, OverTime):
         over = ask(asked, Trajectory([1, 2], lambda step: subject), planted, QUICK)
         assert over.failed or over.not_applicable
+
+
+# ---- figures and their intervals
+
+
+@pytest.mark.parametrize(("vocabulary", "bits"), [(64, -0.2777), (2, -0.0123)])
+def test_what_counting_gains_from_49_tokens_to_499(vocabulary, bits):
+    assert counted_bits(vocabulary, 499) - counted_bits(vocabulary, 49) == pytest.approx(bits, abs=5e-5)
+    assert counted_bits(vocabulary, 0) == pytest.approx(math.log2(vocabulary))
+
+
+def test_a_short_context_has_no_far_position():
+    short, longer = (
+        ask(PROBES["position"](), within(context), independent(64, 4, 1024), QUICK) for context in (149, 150)
+    )
+    assert "149 tokens has no position that is far" in short.not_applicable
+    assert longer.readings["far_minus_near"].note == "far is position 135"
+
+
+def within(context):
+    subject = laplace(64)
+    subject.context = context
+    return subject
+
+
+def test_falls_and_rises_have_intervals():
+    result = ask(PROBES["position"](), laplace(64), dirichlet(64, 16, 1024), Budget(tokens=0.2))
+    for name in ("far_minus_near", "slope", "late_rise"):
+        low, high = result.readings[name].interval
+        assert low < high
+        assert low <= result.readings[name].value <= high or name == "late_rise"
+    assert result.readings["slope"].interval[1] < 0
+
+
+def test_loops_are_counted_where_they_begin():
+    # From token 9 on it counts down to a cycle of one; a prompt of independent tokens ends anywhere from 0 to 79.
+    falling = Automaton(80, lambda ids: (ids - 1).clamp_min(0), "falls to 0")
+    result = ask(PROBES["loop"](), falling, independent(80, 30, 64), Budget(tokens=0.3))
+    curve = result.curves["terminal loops by onset"]
+    assert list(curve.x) == list(range(0, 257, 16))
+    assert list(curve.y) == sorted(curve.y)
+    assert 0 < curve.y[1] < curve.y[3] < curve.y[5] == curve.y[-1] == result.readings["terminal_loops"].value == 1
+    assert all(low <= y <= high for low, y, high in zip(curve.low, curve.y, curve.high, strict=True))
+
+
+def test_gains_over_a_reference_have_intervals():
+    control = PROBES["bounds"]().controls()[1]
+    gain = ask(PROBES["bounds"](), *control.make(), Budget(tokens=0.1)).readings["gain"]
+    assert gain.interval[0] <= gain.value <= gain.interval[1] < 0.1
+    found = ask(PROBES["memorise"](), *PROBES["memorise"]().controls()[0].make(), QUICK).readings
+    assert found["extracted_excess"].interval == (1.0, 1.0)
+
+
+def test_an_excess_is_drawn_anew():
+    low, high = _excess(Estimate(0.5, None, 100), Estimate(0.1, None, 100))
+    half = 1.96 * math.sqrt((0.25 + 0.09) / 100)
+    assert (low, high) == pytest.approx((0.4 - half, 0.4 + half), abs=0.02)
+
+
+def test_a_ratio_is_the_mean_that_its_interval_is_of():
+    tokenizer = byte_tokenizer()
+    streams = [TokenStream.from_text([letter * 300 for letter in "aaaab"], tokenizer)]
+    scores = torch.full((259,), -30.0)
+    scores[ord("a")] = 0.0  # the one text of b is dear beyond measure, and the median would not tell
+    subject = spelled(lambda ids: scores.expand(*ids.shape, -1), "knows a")
+    ratio = _under_zlib(subject, Material(streams), Budget())["zlib_ratio"]
+    assert ratio.value > 10
+    assert ratio.interval[0] <= ratio.value <= ratio.interval[1]
+
+
+def test_cuts_inside_tokens_stand_beside_cuts_between():
+    control = PROBES["bytes"]().controls()[0]
+    readings = ask(PROBES["bytes"](), *control.make(), Budget(tokens=0.2)).readings
+    inside, between = (float(readings[f"{name}_penalty"].note.split()[0]) for name in ("mid_token", "boundary"))
+    delta = readings["mid_minus_boundary"]
+    assert delta.value == pytest.approx(inside - between, abs=2e-3)
+    assert delta.interval[0] < delta.value < delta.interval[1]
+    plain = ask(PROBES["bytes"](), *PROBES["bytes"]().controls()[1].make(), Budget(tokens=0.1))
+    assert "mid_minus_boundary" not in plain.readings

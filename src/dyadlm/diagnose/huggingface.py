@@ -211,7 +211,7 @@ class HuggingFaceSubject(Subject):
         """The end of text is banned, so that `count` tokens are written; what else the model's own generation
         configuration asks for (penalties, banned tokens) is left aside."""
         own = self.model.generation_config
-        bare = GenerationConfig(
+        bare = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,

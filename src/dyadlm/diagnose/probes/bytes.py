@@ -17,7 +17,7 @@ from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Oracle, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
 from dyadlm.diagnose.result import ProbeResult, Reading
-from dyadlm.diagnose.statistics import mean_interval
+from dyadlm.diagnose.statistics import mean_interval, percentiles, redrawn
 from dyadlm.diagnose.tokens import token_bytes
 from dyadlm.evaluate.bootstrap import ratio_interval
 
@@ -34,6 +34,8 @@ class Bytes(Probe):
         single token reaching over the cut among them (Phan et al.: exact for tokenizers that encode one text one way).
         Without tokens of several bytes there is no such cut, and the penalty is 0. boundary_penalty = the same after
         cuts between tokens; share_inside = the share of bytes that do not begin a token.
+        mid_minus_boundary = the surprise at the next byte after cuts inside tokens − that after cuts between
+        them, neither set against what it might have been; only where there are tokens of several bytes.
     Units: bits per byte. Direction: lower; a penalty of 0 says that it does not matter where a prompt ends.
     Paper: Phan et al. 2024 (arXiv 2406.16829, 2410.09303).
     Pitfalls: a cut prompt is encoded anew, as a user's would be. Cuts inside a character are not made. Bits per byte of
@@ -69,7 +71,8 @@ class Bytes(Probe):
         cutter = _Cutter(subject.tokenizer, table)
         readings, left_out = {}, [fewer] if fewer else []
         random = np.random.default_rng(budget.seed)
-        penalties = {}
+        penalties: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        cut_at: dict[str, np.ndarray] = {}
         for number, (name, middle) in enumerate((("mid_token_penalty", True), ("boundary_penalty", False))):
             places = [cutter.cut(row, length, middle and inside > 0, random) for row in ids.tolist()]
             kept = [i for i, cut in enumerate(places) if cut is not None]
@@ -80,12 +83,19 @@ class Bytes(Probe):
             following = [places[i][1] for i in kept]  # type: ignore[index]
             naive, covered = _surprises(subject, cutter, cut_tokens, following, budget, (number + 1) * len(ids), total)
             penalties[name] = (naive, covered)
+            cut_at[name] = _spread(naive, kept, len(ids))
             penalty = naive - covered
             readings[name] = Reading(
                 float(penalty.mean()), "bits/byte", "lower", mean_interval(penalty, documents[kept]),
                 note=f"{naive.mean():.3f} against {covered.mean():.3f}, over {len(kept)} prompts",
             )  # fmt: skip
         budget.progress(total, total)
+        if len(cut_at) == 2 and inside > 0:
+            drawn = redrawn(np.concatenate(list(cut_at.values()), 1), documents)
+            deltas = drawn[:, 0] / np.maximum(drawn[:, 1], 1) - drawn[:, 2] / np.maximum(drawn[:, 3], 1)
+            readings["mid_minus_boundary"] = Reading(
+                float(deltas[0]), "bits/byte", "lower", percentiles(deltas), "other bytes follow the one than the other"
+            )
         readings["bits_per_byte"] = Reading(bits, "bits/byte", "lower", interval)
         readings["share_inside"] = Reading(inside, "share of bytes", "profile", note="do not begin a token")
         if "mid_token_penalty" not in penalties:
@@ -196,6 +206,13 @@ def _after(start: bytes) -> bytes:
     """The first bytes, in order, that do not begin with `start`."""
     trimmed = start.rstrip(b"\xff")
     return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else b"\xff" * 64
+
+
+def _spread(values: np.ndarray, kept: list[int], count: int) -> np.ndarray:
+    """(count, 2): the values of the windows that are kept, with a one beside each; 0 of the others."""
+    spread = np.zeros((count, 2))
+    spread[kept] = np.stack([values, np.ones(len(kept))], 1)
+    return spread
 
 
 def _in_rows(subject: Subject, ids: Tensor, budget: Budget, total: int) -> np.ndarray:

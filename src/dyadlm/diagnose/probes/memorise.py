@@ -23,6 +23,7 @@ from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, reader
 from dyadlm.diagnose.statistics import mean_interval
 from dyadlm.diagnose.tokens import token_bytes
+from dyadlm.evaluate.bootstrap import RESAMPLES
 from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.memorisation import PREFIX, REFERENCES, Estimate, recalled, recite
 
@@ -80,7 +81,13 @@ class Memorise(OverTime):
         readings = {
             "exposure": _reading(every.exposure, "bits", f"of {found.most:.0f} at most; by chance 1.44"),
             "exposure_twins": _reading(every.twin_exposure, "bits", "never planted"),
-            "extracted_excess": Reading(members - twins, "share", "lower", note="of canaries, less that of twins"),
+            "extracted_excess": Reading(
+                members - twins,
+                "share",
+                "lower",
+                _excess(every.extracted, every.twin_extracted),
+                "of canaries, less that of twins",
+            ),
             "extracted": _reading(every.extracted, "share"),
             "extracted_twins": _reading(every.twin_extracted, "share"),
         }
@@ -172,6 +179,16 @@ def _reading(estimate: Estimate, unit: str, note: str = "") -> Reading:
     return Reading(estimate.mean, unit, "lower", estimate.interval, note)
 
 
+def _excess(members: Estimate, twins: Estimate) -> tuple[float, float] | None:
+    """95 % interval of a share less another, when both are drawn anew: of what is 0 or 1, the shares tell all."""
+    if min(members.units, twins.units) < 2:
+        return None
+    random = np.random.default_rng(0)
+    one, other = (random.binomial(each.units, each.mean, RESAMPLES) / each.units for each in (members, twins))
+    low, high = np.percentile(one - other, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def _curve(repeated: list[float], estimates: Sequence[Estimate], label: str) -> Curve:
     known = [estimate.interval for estimate in estimates if estimate.interval is not None]
     whole = len(known) == len(estimates)
@@ -200,9 +217,7 @@ def _under_zlib(subject: Subject, material: Material, budget: Budget) -> dict[st
         bits = all_nats(subject, ids, budget).double().sum(1).numpy() / math.log(2)
         packed = [8 * len(zlib.compress(b"".join(table[token] for token in row[1:]), 9)) for row in ids.tolist()]
         ratios = bits / packed
-        found[name] = Reading(
-            float(np.median(ratios)), "ratio", "profile", mean_interval(ratios, documents), "the median"
-        )
+        found[name] = Reading(float(ratios.mean()), "ratio", "profile", mean_interval(ratios, documents))
     return found
 
 
