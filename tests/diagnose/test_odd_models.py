@@ -5,11 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    TrainerControl,
+    TrainerState,
+)
 
 from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.data.canaries import plan_canaries
-from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, OverTime, Subject, Trajectory, ask, diagnose
+from dyadlm.diagnose import (
+    PROBES,
+    Budget,
+    HuggingFaceSubject,
+    Material,
+    OverTime,
+    Subject,
+    Trajectory,
+    ask,
+    chosen,
+    diagnose,
+)
 from dyadlm.diagnose.audit import small_model
 from dyadlm.diagnose.callback import ProbeCallback
 from dyadlm.diagnose.loading import load_material
@@ -294,3 +312,33 @@ def test_cuts_inside_tokens_stand_beside_cuts_between():
     assert delta.interval[0] < delta.value < delta.interval[1]
     plain = ask(PROBES["bytes"](), *PROBES["bytes"]().controls()[1].make(), Budget(tokens=0.1))
     assert "mid_minus_boundary" not in plain.readings
+
+
+# ---- what a configuration tells
+
+
+def test_positions_behind_the_padding_are_no_context():
+    config = RobertaConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=130, pad_token_id=1, is_decoder=True,
+    )  # fmt: skip
+    subject = HuggingFaceSubject(RobertaForCausalLM(config), None)
+    assert subject.context == 128
+    assert subject.logits(torch.full((1, 128), 7)).shape == (1, 128, 259)
+    with pytest.raises((IndexError, RuntimeError)):
+        subject.logits(torch.full((1, 129), 7))
+
+
+def test_leak_is_asked_before_short_texts_turn_sparse_attention_off():
+    model = small_model("big_bird", {})
+    found = diagnose(HuggingFaceSubject(model, None), independent(16, 8, 1024), chosen(["drift", "leak"]), QUICK)
+    assert list(found.results) == ["drift", "leak"]
+    assert found.results["leak"].sentence.startswith("The future reaches the past")
+
+
+def test_experts_that_are_not_shown_are_left_out_aloud():
+    subject, material = HuggingFaceSubject(llama(), None), independent(259, 2, 1024)
+    assert "experts" not in ask(PROBES["select"](), subject, material, QUICK).left_out
+    subject.model.config.num_local_experts = 4
+    left_out = ask(PROBES["select"](), subject, material, QUICK).left_out
+    assert "this model has experts but does not show how it chooses" in left_out

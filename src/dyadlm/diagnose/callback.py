@@ -21,7 +21,7 @@ from dyadlm.diagnose.loading import load_subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.probe import Budget, OverTime, Probe
 from dyadlm.diagnose.result import ProbeResult
-from dyadlm.diagnose.run import ask, settled
+from dyadlm.diagnose.run import ask, leak_first, settled
 from dyadlm.errors import UserError
 from dyadlm.train.checkpoint import checkpoints
 
@@ -52,7 +52,7 @@ class ProbeCallback(TrainerCallback):
         that trains in shards: no process has all of it."""
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UserError("Probes need a model that is whole in one process; leave --probe or the shards out.")
-        self.trainer, self.probes, self.material, self.budget = trainer, list(probes), material, budget
+        self.trainer, self.probes, self.material, self.budget = trainer, leak_first(probes), material, budget
         self.tokenizer = tokenizer or cast(PreTrainedTokenizerBase | None, trainer.processing_class)
         self.steps: list[int] = []
         self.seen: dict[str, list[Any]] = {}

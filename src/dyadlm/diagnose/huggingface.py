@@ -47,8 +47,7 @@ class HuggingFaceSubject(Subject):
         self.tokenizer = tokenizer
         self.name = name
         self.vocabulary = vocabulary_size(model)
-        learned = getattr(model.config, "max_position_embeddings", None)
-        self.context = None if isinstance(model, DyadForCausalLM) or not isinstance(learned, int) else learned
+        self.context = None if isinstance(model, DyadForCausalLM) else _context(model)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -243,6 +242,17 @@ class HuggingFaceSubject(Subject):
         if not bool(torch.isfinite(output[..., : self.vocabulary].float()).any(-1).all()) or bool(output.isnan().any()):
             raise NotApplicable(f"{self.name} returns values that are not numbers")
         return output.float().cpu()
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """The most tokens it has positions for. RoBERTa and its like count from behind the padding on."""
+    learned = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(learned, int):
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(learned, module.num_embeddings - module.padding_idx - 1)
+    return learned
 
 
 def _experts(scores: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from dyadlm.diagnose.oracles import Oracle, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
 from dyadlm.diagnose.result import ProbeResult, Reading
 from dyadlm.diagnose.statistics import percentiles, redrawn
-from dyadlm.diagnose.tokens import token_bytes
+from dyadlm.diagnose.tokens import spelled_bytes
 
 LENGTH = 256
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -61,7 +61,8 @@ class Bounds(Probe):
             for name, begins in found.items():
                 parts.setdefault(name, []).append(begins)
             budget.progress(min(start + rows, len(ids)), len(ids))
-        texts = [self._texts(row, subject) for row in ids.tolist()]
+        table = spelled_bytes(subject.tokenizer, subject.vocabulary, material.text)
+        texts = [_texts(row, table) for row in ids.tolist()]
         references = {
             "words": np.stack([_within(text, WORD.finditer) for text in texts])[:, 1:],
             "sentences": np.stack([_within(text, SENTENCE.finditer, end=True) for text in texts])[:, 1:],
@@ -98,23 +99,6 @@ class Bounds(Probe):
         )
         settings = {"length": length, "windows": len(ids), "tolerance": 0, "seed": budget.seed}
         return ProbeResult(self.id, readings, {}, sentence, settings, left_out=fewer)
-
-    def _texts(self, row: list[int], subject: Subject) -> list[str]:
-        """The text of each token; of a character in several tokens the last has it all."""
-        assert subject.tokenizer is not None
-        if getattr(self, "_of", None) is not subject.tokenizer:
-            self._of, self._table = subject.tokenizer, token_bytes(subject.tokenizer, subject.vocabulary)
-        texts, open_bytes = [], b""
-        for token in row:
-            open_bytes += self._table[token]
-            try:
-                texts.append(open_bytes.decode())
-                open_bytes = b""
-            except UnicodeDecodeError as error:
-                broken = error.reason != "unexpected end of data"
-                texts.append(open_bytes.decode(errors="replace") if broken else "")
-                open_bytes = b"" if broken else open_bytes
-        return texts
 
     def controls(self) -> list[Control]:
         return [
@@ -170,6 +154,21 @@ def _strides(rate: float, length: int) -> list[np.ndarray]:
     """A boundary every 1 / rate tokens, in eight phases: (T,) bool each."""
     steps = np.arange(length + 1) * rate
     return [np.diff(np.floor(steps + phase)) > 0 for phase in np.arange(8) / 8]
+
+
+def _texts(row: list[int], table: list[bytes]) -> list[str]:
+    """The text of each token; of a character in several tokens the last has it all."""
+    texts, open_bytes = [], b""
+    for token in row:
+        open_bytes += table[token]
+        try:
+            texts.append(open_bytes.decode())
+            open_bytes = b""
+        except UnicodeDecodeError as error:
+            broken = error.reason != "unexpected end of data"
+            texts.append(open_bytes.decode(errors="replace") if broken else "")
+            open_bytes = b"" if broken else open_bytes
+    return texts
 
 
 def _within(texts: list[str], find: Callable[[str], Iterator[re.Match[str]]], end: bool = False) -> np.ndarray:

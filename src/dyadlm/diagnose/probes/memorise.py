@@ -22,7 +22,7 @@ from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Over
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, reader
 from dyadlm.diagnose.statistics import mean_interval
-from dyadlm.diagnose.tokens import token_bytes
+from dyadlm.diagnose.tokens import spelled_bytes
 from dyadlm.evaluate.bootstrap import RESAMPLES
 from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.memorisation import PREFIX, REFERENCES, Estimate, recalled, recite
@@ -105,7 +105,10 @@ class Memorise(OverTime):
         if budget.fast:
             left_out.append("text under zlib")
         else:
-            readings |= _under_zlib(subject, material, budget)
+            try:
+                readings |= _under_zlib(subject, material, budget)
+            except NotApplicable as reason:
+                left_out.append(f"text under zlib, for {reason}")
         groups = found.groups
         repeated = [float(group.repetitions or 0) for group in groups]
         curves = {
@@ -206,7 +209,7 @@ def _curve(repeated: list[float], estimates: Sequence[Estimate], label: str) -> 
 def _under_zlib(subject: Subject, material: Material, budget: Budget) -> dict[str, Reading]:
     """The mean of bits by bits of zlib, of the training text and of the text asked, where there is any."""
     assert subject.tokenizer is not None
-    table = token_bytes(subject.tokenizer, subject.vocabulary)
+    table = spelled_bytes(subject.tokenizer, subject.vocabulary, [*material.text, *(material.train or ())])
     length, found = min(WINDOW, subject.context or WINDOW), {}
     for name, streams in (("zlib_ratio_train", material.train), ("zlib_ratio", material.text)):
         text = Material(streams or [], None, material.name)
