@@ -22,10 +22,11 @@ from dyadlm.diagnose import (
     HuggingFaceSubject,
     Material,
     OverTime,
+    Probe,
+    ProbeResult,
     Subject,
     Trajectory,
     ask,
-    chosen,
     diagnose,
 )
 from dyadlm.diagnose.audit import small_model
@@ -329,10 +330,22 @@ def test_positions_behind_the_padding_are_no_context():
         subject.logits(torch.full((1, 129), 7))
 
 
+class Short(Probe):
+    id = "short"
+
+    def run(self, subject, material, budget):
+        subject.logits(torch.full((1, 8), 7))
+        return ProbeResult(self.id)
+
+    def controls(self):
+        return []
+
+
 def test_leak_is_asked_before_short_texts_turn_sparse_attention_off():
     model = small_model("big_bird", {})
-    found = diagnose(HuggingFaceSubject(model, None), independent(16, 8, 1024), chosen(["drift", "leak"]), QUICK)
-    assert list(found.results) == ["drift", "leak"]
+    found = diagnose(HuggingFaceSubject(model, None), independent(16, 4, 64), [Short(), PROBES["leak"]()], QUICK)
+    assert model.bert.attention_type == "original_full"
+    assert list(found.results) == ["short", "leak"]
     assert found.results["leak"].sentence.startswith("The future reaches the past")
 
 
