@@ -1,6 +1,7 @@
 """The instrument on models that are odd: every probe answers, says that it does not apply, or fails in one sentence."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -343,10 +344,11 @@ class Short(Probe):
 
 def test_leak_is_asked_before_short_texts_turn_sparse_attention_off():
     model = small_model("big_bird", {})
+    alone = ask(PROBES["leak"](), HuggingFaceSubject(deepcopy(model), None), independent(16, 4, 64), QUICK)
     found = diagnose(HuggingFaceSubject(model, None), independent(16, 4, 64), [Short(), PROBES["leak"]()], QUICK)
     assert model.bert.attention_type == "original_full"
     assert list(found.results) == ["short", "leak"]
-    assert found.results["leak"].sentence.startswith("The future reaches the past")
+    assert found.results["leak"].readings == alone.readings
 
 
 def test_experts_that_are_not_shown_are_left_out_aloud():

@@ -124,6 +124,31 @@ def test_page_needs_no_network_and_runs_no_script(folder, page):
     assert "default-src 'none'" in source
 
 
+def test_what_looks_otherwise_on_phones_stays_what_it_is(folder, page):
+    source = (folder / "index.html").read_text(encoding="utf-8")
+    (table,) = re.findall(r'<table class="overview".*?</table>', source, re.DOTALL)
+    kinds = {"table": {"table"}, "thead": {"rowgroup"}, "tbody": {"rowgroup"}, "tr": {"row"}, "td": {"cell"}}
+    kinds["th"] = {"columnheader", "rowheader"}
+    for tag, roles in kinds.items():
+        opened = re.findall(rf"<{tag}\b[^>]*>", table)
+        assert opened
+        assert {*re.findall(r'role="(\w+)"', " ".join(opened))} == roles
+        assert all("role=" in each for each in opened)
+    assert "thead th:first-child { display: none" not in source
+
+
+def test_colours_are_one_choice_with_a_name(page):
+    assert [each["role"] for each in page.all("fieldset")] == ["radiogroup"]
+    assert "Colours of this page auto light dark" in page.words
+
+
+def test_nothing_glides_for_who_wants_no_motion(folder):
+    source = (folder / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r"[^\n]*scroll-behavior[^\n]*", source) == [
+        "@media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }"
+    ]
+
+
 def test_what_comes_from_outside_is_text(page):
     for shown in (EVIL, "it cannot <write>", "ValueError: no <luck>", "what comes <after> 512", "../my <own> probe"):
         assert shown in page.words
