@@ -15,6 +15,7 @@ from transformers import (
     TrainerState,
 )
 
+from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.data.canaries import plan_canaries
 from dyadlm.diagnose import (
@@ -63,7 +64,7 @@ def test_reading_and_decoding_are_timed_where_training_raises(monkeypatch):
     monkeypatch.setattr("dyadlm.diagnose.probes.cost.WRITTEN", 32)
     reformer = small_model("reformer", {})
     result = ask(PROBES["cost"](), HuggingFaceSubject(reformer, None), independent(16, 1, 64), QUICK)
-    assert {"reading_seconds", "decoding_seconds"} <= set(result.readings)
+    assert {"reading_seconds", "decoding_seconds", "decoding_memory"} <= set(result.readings)
     assert "training_seconds" not in result.readings
     assert "training, which has no gradients in evaluation mode (AssertionError" in result.left_out
 
@@ -357,3 +358,15 @@ def test_experts_that_are_not_shown_are_left_out_aloud():
     subject.model.config.num_local_experts = 4
     left_out = ask(PROBES["select"](), subject, material, QUICK).left_out
     assert "this model has experts but does not show how it chooses" in left_out
+
+
+def test_a_cache_grows_where_a_state_does_not(monkeypatch):
+    monkeypatch.setattr("dyadlm.diagnose.probes.cost.LONGEST", 128)
+    attention = llama(hidden_size=32, num_hidden_layers=4)
+    config = DyadConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_levels=4)
+    found = [
+        ask(PROBES["cost"](), HuggingFaceSubject(model, None), independent(259, 1, 64), QUICK).readings
+        for model in (attention, DyadForCausalLM(config))
+    ]
+    assert found[0]["decoding_memory"].value > 0.5
+    assert abs(found[1]["decoding_memory"].value) < 0.1
