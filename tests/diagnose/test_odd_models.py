@@ -34,7 +34,7 @@ from dyadlm.diagnose import (
 from dyadlm.diagnose.audit import small_model
 from dyadlm.diagnose.callback import ProbeCallback
 from dyadlm.diagnose.loading import load_material
-from dyadlm.diagnose.oracles import Automaton, dirichlet, independent, laplace, spelled, uniform
+from dyadlm.diagnose.oracles import BYTES, Automaton, Shown, dirichlet, independent, laplace, spelled, uniform
 from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.diagnose.probes.memorise import _excess, _under_zlib
 from dyadlm.diagnose.probes.position import counted_bits
@@ -225,17 +225,35 @@ def test_a_probe_on_text_says_why_there_is_none(probe, tokenizer):
         assert any(reason in result.not_applicable for reason in reasons), result.not_applicable
 
 
-@pytest.mark.parametrize("probe", PROBES)
-def test_what_is_no_number_is_no_headline(probe):
-    asked = PROBES[probe]()
+def broken(adapted: bool) -> Subject:
+    if not adapted:
+        return HuggingFaceSubject(nan_llama(), byte_tokenizer(), "broken")
+    nan = float("nan")
+    shown = Shown(
+        BYTES,
+        "broken",
+        logits=lambda ids: torch.full((*ids.shape, BYTES), nan),
+        hidden=lambda ids: [torch.full((*ids.shape, 8), nan)] * 3,
+        attention=lambda ids: [torch.full((len(ids), 2, ids.shape[1], ids.shape[1]), nan)],
+        routes=lambda ids: [torch.full((*ids.shape, 1, 4), nan)],
+        blend=lambda ids, other, share: torch.full((len(ids), BYTES), nan),
+    )
+    shown.tokenizer = byte_tokenizer()
+    return shown
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN|Mean of empty|invalid value:RuntimeWarning")
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("probe", [probe for probe in PROBES if probe != "cost"])
+def test_what_is_no_number_is_no_answer(probe, adapted):
+    asked, subject = PROBES[probe](), broken(adapted)
     planted = replace(text(byte_tokenizer()), canaries=plan_canaries(1, 0, byte_tokenizer(), 85, 64))
-    subject = HuggingFaceSubject(nan_llama(), byte_tokenizer(), "broken")
-    result = ask(asked, subject, planted, QUICK)
-    assert result.failed or result.not_applicable
-    assert "\n" not in result.failed + result.not_applicable
-    if isinstance(asked, OverTime):
-        over = ask(asked, Trajectory([1, 2], lambda step: subject), planted, QUICK)
-        assert over.failed or over.not_applicable
+    both = [subject, Trajectory([1, 2], lambda step: subject)] if isinstance(asked, OverTime) else [subject]
+    for each in both:
+        result = ask(asked, each, planted, QUICK)
+        assert result.failed or result.not_applicable
+        assert not result.readings
+        assert "\n" not in result.failed + result.not_applicable
 
 
 # ---- figures and their intervals

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from dyadlm.diagnose.contract import Subject
-from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.diagnose.contract import Subject, require_numbers
 from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
@@ -239,9 +238,7 @@ class HuggingFaceSubject(Subject):
         return self.model(input_ids=ids.to(self.model.device), use_cache=False, **options)
 
     def _numbers(self, output: Tensor) -> Tensor:
-        if not bool(torch.isfinite(output[..., : self.vocabulary].float()).any(-1).all()) or bool(output.isnan().any()):
-            raise NotApplicable(f"{self.name} returns values that are not numbers")
-        return output.float().cpu()
+        return require_numbers(output, self.name, self.vocabulary).float().cpu()
 
 
 def _context(model: PreTrainedModel) -> int | None:

@@ -5,16 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dyadlm.diagnose.contract import Subject
+from dyadlm.diagnose.contract import NotApplicable, Subject
 from dyadlm.diagnose.result import ProbeResult
 from dyadlm.diagnose.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from dyadlm.diagnose.material import Material
-
-
-class NotApplicable(Exception):
-    """The question makes no sense for this model; says why."""
 
 
 class TooLittle(NotApplicable):

@@ -1,6 +1,7 @@
 """Probes on a model, one after the other: resumable, in bounded memory, and none stops the others."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,9 +135,13 @@ def ask(
 
 
 def settled(probe: Probe, run: Callable[[], ProbeResult]) -> ProbeResult:
-    """What `run` returns, or why the probe does not apply or failed."""
+    """What `run` returns, or why the probe does not apply or failed. A headline that is not a number is no answer."""
     try:
-        return run()
+        result = run()
+        headline = next(iter(result.readings), None)
+        if headline is not None and math.isnan(result.readings[headline].value):
+            raise NotApplicable(f"what it found ({headline}) is not a number")
+        return result
     except NotApplicable as reason:
         return ProbeResult(probe.id, not_applicable=str(reason))
     except Exception as error:  # a model of someone else may raise anything
