@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dyadlm.diagnose.contract import NotApplicable, Subject
+from dyadlm.diagnose.contract import NotApplicable as NotApplicable
+from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.result import ProbeResult
 from dyadlm.diagnose.trajectory import Trajectory
 
