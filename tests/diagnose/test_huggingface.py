@@ -11,11 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data import TokenStream, byte_tokenizer
-from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, Subject, ask
+from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, Subject, Trajectory, ask
 from dyadlm.diagnose.causality import GAIN_LIMIT, future_gradient
 from dyadlm.diagnose.loading import _unpacked
 from dyadlm.diagnose.oracles import independent
+from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.diagnose.probes.cost import Allocations, Sleeper
+from dyadlm.diagnose.probes.memorise import _under_zlib
 from dyadlm.diagnose.tokens import token_bytes
 
 TEXT = (
@@ -174,14 +176,19 @@ def test_tokens_stand_for_the_bytes_of_their_text(make):
     assert table[-1] == b""
 
 
-def test_pieces_that_are_not_their_text_are_told():
+@pytest.mark.parametrize("probe", ["bytes", "whiteout", "theme"])
+def test_pieces_that_are_not_their_text_are_told(probe):
     vocabulary = {"[UNK]": 0, "the": 1, "king": 2, "##s": 3, "[END]": 4}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]", unk_token="[UNK]")
     subject = HuggingFaceSubject(llama(8), fast)
     material = Material([TokenStream.from_text("the kings the king " * 300, fast)])
-    assert "which bytes" in ask(PROBES["bytes"](), subject, material, QUICK).not_applicable
+    asked = PROBES[probe]()
+    found = ask(asked, Trajectory([1, 2], lambda step: subject) if probe != "bytes" else subject, material, QUICK)
+    assert "which bytes" in found.not_applicable
+    with pytest.raises(NotApplicable, match="which bytes"):
+        _under_zlib(subject, material, QUICK)
 
 
 class Peeking(nn.Module):

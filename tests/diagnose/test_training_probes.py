@@ -277,6 +277,8 @@ def test_references_stand_beside_a_model(run, capsys, tmp_path):
 def test_one_model_is_not_over_time(run, capsys):
     assert call("diagnose", run, "--over-time", "--probe", "leak", "octave") == 2
     assert "leak looks at one model" in capsys.readouterr().err
+    assert call("diagnose", run, "--over-time", "--references") == 2
+    assert "--references stand beside one model" in capsys.readouterr().err
     assert call("diagnose", run / "checkpoint-1", "--over-time") == 2
     assert "fewer than two checkpoints" in capsys.readouterr().err
 

@@ -60,10 +60,10 @@ def reading(value: float, half: float | None = 0.1, better="lower", unit="bits/b
 
 
 def diagnosis(
-    name: str, *results: ProbeResult, vocabulary: int = 256, text: str = "a text", tokens: int = 99
+    name: str, *results: ProbeResult, vocabulary: int = 256, text: str = "a text", tokens: int = 99, **identity: str
 ) -> Diagnosis:
     circumstances = {
-        "subject": {"name": name, "vocabulary": vocabulary, "context": None},
+        "subject": {"name": name, "vocabulary": vocabulary, "context": None, **identity},
         "material": {"name": text, "tokens": tokens},
         "budget": {"tokens": 1.0, "fast": False, "seed": 7},
         "versions": {"dyadlm": "0", "torch": "2"},
@@ -122,6 +122,31 @@ def test_page_needs_no_network_and_runs_no_script(folder, page):
     source = (folder / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"@import|url\((?!#)", source)
     assert "default-src 'none'" in source
+
+
+def test_what_looks_otherwise_on_phones_stays_what_it_is(folder, page):
+    source = (folder / "index.html").read_text(encoding="utf-8")
+    (table,) = re.findall(r'<table class="overview".*?</table>', source, re.DOTALL)
+    kinds = {"table": {"table"}, "thead": {"rowgroup"}, "tbody": {"rowgroup"}, "tr": {"row"}, "td": {"cell"}}
+    kinds["th"] = {"columnheader", "rowheader"}
+    for tag, roles in kinds.items():
+        opened = re.findall(rf"<{tag}\b[^>]*>", table)
+        assert opened
+        assert {*re.findall(r'role="(\w+)"', " ".join(opened))} == roles
+        assert all("role=" in each for each in opened)
+    assert "thead th:first-child { display: none" not in source
+
+
+def test_colours_are_one_choice_with_a_name(page):
+    assert [each["role"] for each in page.all("fieldset")] == ["radiogroup"]
+    assert "Colours of this page auto light dark" in page.words
+
+
+def test_nothing_glides_for_who_wants_no_motion(folder):
+    source = (folder / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r"[^\n]*scroll-behavior[^\n]*", source) == [
+        "@media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }"
+    ]
 
 
 def test_what_comes_from_outside_is_text(page):
@@ -244,6 +269,17 @@ def test_a_model_of_several_seeds_says_so(tmp_path):
     assert [each["subject"] for each in stored["seeds"]] == ["plain-seed0", "plain-seed1", "plain-seed2"]
 
 
+def test_cost_compares_whatever_the_tokens_are_but_on_one_device():
+    def cost(value: float) -> ProbeResult:
+        return ProbeResult("cost", {"r": reading(value, unit="exponent")})
+
+    def best(*models: Diagnosis) -> int | None:
+        return compare(subjects(models, [])[0], "cost", "r").best
+
+    assert best(diagnosis("a", cost(1)), diagnosis("b", cost(2), vocabulary=9)) == 0
+    assert best(diagnosis("a", cost(1), device="cpu"), diagnosis("b", cost(2), device="cuda")) is None
+
+
 def one(value: float, half: float | None = 0.1, left_out: str = "", **others) -> ProbeResult:
     return ProbeResult("loop", {"r": reading(value, half, **others)}, left_out=left_out)
 
@@ -266,8 +302,11 @@ def one(value: float, half: float | None = 0.1, left_out: str = "", **others) ->
         (
             [diagnosis("a", one(1, unit="bits/token")), diagnosis("b", one(2, unit="bits/token"), vocabulary=9)],
             None,
-            "vocabularies",
+            "different tokens",
         ),
+        ([diagnosis("a", one(1, unit="share")), diagnosis("b", one(2, unit="share"), vocabulary=9)], None, "tokens"),
+        ([diagnosis("a", one(1, unit="share")), diagnosis("b", one(2, unit="share"), tokenizer="x")], None, "tokens"),
+        ([diagnosis("a", one(1)), diagnosis("b", one(2), tokenizer="x", tokens=98)], 0, "lowest"),
         ([diagnosis("a", one(1)), diagnosis("b", one(2, left_out="half"))], None, "left out"),
         ([diagnosis("a", one(1)), diagnosis("b", one(2, unit="nats"))], None, "same unit"),
         ([diagnosis("a", one(1)), diagnosis("b", ProbeResult("loop", failed="no"))], None, ""),

@@ -99,6 +99,8 @@ def diagnose(
     from dyadlm.errors import UserError
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if over_time and references:
+        raise UserError("--references stand beside one model, not beside its training; leave --over-time or it out.")
     probes = chosen(list(dict.fromkeys(probe or ())))
     if over_time:
         probes = _over_time(probes, named=bool(probe))
@@ -114,7 +116,7 @@ def diagnose(
             for model, name in zip(models, names(models), strict=True)
         ]
         others = []
-        if references and not over_time:
+        if references:
             others = _references(models[0], probes, data or [], split, fast, seed, output, device, dtype)
         shown = pool(found) if pool_seeds else found
         if pool_seeds and shown == found:

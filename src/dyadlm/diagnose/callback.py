@@ -19,9 +19,9 @@ from transformers import (
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.loading import load_subject
 from dyadlm.diagnose.material import Material
-from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe
+from dyadlm.diagnose.probe import Budget, OverTime, Probe
 from dyadlm.diagnose.result import ProbeResult
-from dyadlm.diagnose.run import ask
+from dyadlm.diagnose.run import ask, leak_first, settled
 from dyadlm.errors import UserError
 from dyadlm.train.checkpoint import checkpoints
 
@@ -52,7 +52,7 @@ class ProbeCallback(TrainerCallback):
         that trains in shards: no process has all of it."""
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UserError("Probes need a model that is whole in one process; leave --probe or the shards out.")
-        self.trainer, self.probes, self.material, self.budget = trainer, list(probes), material, budget
+        self.trainer, self.probes, self.material, self.budget = trainer, leak_first(probes), material, budget
         self.tokenizer = tokenizer or cast(PreTrainedTokenizerBase | None, trainer.processing_class)
         self.steps: list[int] = []
         self.seen: dict[str, list[Any]] = {}
@@ -99,7 +99,7 @@ class ProbeCallback(TrainerCallback):
             if isinstance(probe, OverTime) and _over(probe):
                 try:
                     self.seen.setdefault(probe.id, []).append(probe.observe(subject, self.material, self.budget))
-                except (NotApplicable, UserError, RuntimeError, ValueError, IndexError) as reason:
+                except Exception as reason:  # no probe may end a training
                     logger.warning("The probe %s is not asked again in this run: %s.", probe.id, reason)
                     self.seen[probe.id] = []
                     self.probes = [other for other in self.probes if other.id != probe.id]
@@ -109,10 +109,7 @@ class ProbeCallback(TrainerCallback):
             return ask(probe, subject, self.material, self.budget)
         if len(self.steps) < 2:
             return ProbeResult(probe.id, not_applicable="this is the first checkpoint")
-        try:
-            return probe.conclude(self.steps, self.seen[probe.id], self.budget)
-        except NotApplicable as reason:
-            return ProbeResult(probe.id, not_applicable=str(reason))
+        return settled(probe, lambda: probe.conclude(self.steps, self.seen[probe.id], self.budget))
 
 
 def _over(probe: Probe) -> bool:

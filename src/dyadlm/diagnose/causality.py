@@ -7,7 +7,7 @@ Dimension letters: B texts, T tokens, V vocabulary, S symbols, D width.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -116,6 +116,11 @@ class Change:
         """The larger of both changes in standard deviations of the logits."""
         return max(self.largest, self.elsewhere) / max(self.scale, 1e-12)
 
+    @property
+    def is_number(self) -> bool:
+        """Whether all logits were."""
+        return math.isfinite(self.largest + self.elsewhere + self.scale)
+
 
 def perturb(
     logits: Logits,
@@ -144,11 +149,17 @@ def perturb(
         changes = (after[0, :cut] - before[0, :cut]).abs().amax(-1)
         elsewhere = float((after[1:] - before[1:]).abs().max()) if rows > 1 else 0.0
         largest = float(changes.max())
-        if not largest <= worst.largest:
-            worst = Change(largest, worst.elsewhere, worst.scale, cut, int(changes.argmax()))
-        worst = Change(worst.largest, max(worst.elsewhere, elsewhere), worst.scale, worst.cut, worst.position)
+        if _worse(largest, worst.largest):
+            worst = replace(worst, largest=largest, cut=cut, position=int(changes.argmax()))
+        if _worse(elsewhere, worst.elsewhere):
+            worst = replace(worst, elsewhere=elsewhere)
         progress(number + 1, len(places))
     return worst
+
+
+def _worse(figure: float, than: float) -> bool:
+    """Larger; what is not a number is worse than all else."""
+    return not (figure <= than or math.isnan(than))
 
 
 def module_logits(module: nn.Module, ids: Tensor) -> Tensor:
@@ -194,7 +205,8 @@ def future_gradient(module: nn.Module, ids: Tensor, positions: Sequence[int]) ->
             if gradient is None:
                 return None
             past, future = gradient[:, : t + 1].abs().max(), gradient[:, t + 1 : ids.shape[1]].abs().max()
-            worst = max(worst, float(future) / max(float(past), 1e-30))
+            ratio = float(future) / max(float(past), 1e-30)
+            worst = ratio if _worse(ratio, worst) else worst
     finally:
         handle.remove()
     return worst
@@ -227,7 +239,7 @@ def stream_gain(
     """The highest running sum of (ln S − loss), in nats, over fresh symbols, each scored before it is learned from.
 
     exp of the sum is a martingale of mean at most 1 for a causal model: it passes `GAIN_LIMIT` with probability 1e-9.
-    learn: to be called with the loss of each step.
+    learn: to be called with the loss of each step. Not a number as soon as a loss is none, if nothing was told before.
     """
     total = highest = 0.0
     for step in range(steps):
@@ -238,7 +250,9 @@ def stream_gain(
         losses = nn.functional.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")
         for row in range(2):  # one after the other, each token a step of the martingale
             gains = (math.log(len(symbols)) - losses[row][scored[row]].detach().double()).cumsum(0) + total
-            total, highest = float(gains[-1]), max(highest, float(gains.max()))
+            total, highest = float(gains[-1]), max(highest, float(gains.nan_to_num(0.0).max()))
+            if math.isnan(total):
+                return highest if highest > GAIN_LIMIT else math.nan
         if learn is not None:
             learn(losses[scored].mean())
         progress(step + 1, steps)

@@ -11,6 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.data.tokenizer import tokenizer_identity
+
+
+class NotApplicable(Exception):
+    """The question makes no sense for this model; says why."""
+
+
+def require_numbers(output: Tensor, name: str, vocabulary: int | None = None) -> Tensor:
+    """The output (..., V) of a model of that name. Raises `NotApplicable` if any of it is not a number, or nothing of
+    a row's first `vocabulary` is finite: no figure follows from them."""
+    if output.isnan().any() or not output[..., :vocabulary].float().isfinite().any(-1).all():
+        raise NotApplicable(f"{name} returns values that are not numbers")
+    return output
+
 
 class Subject(ABC):
     """A causal language model under examination; subclass it to adapt an exotic one (docs/diagnose.md).
@@ -90,7 +104,10 @@ class Subject(ABC):
     @property
     def identity(self) -> Mapping[str, Any]:
         """What a stored result must agree with to be taken for this model's."""
-        return {"name": self.name, "vocabulary": self.vocabulary, "context": self.context}
+        known: dict[str, Any] = {"name": self.name, "vocabulary": self.vocabulary, "context": self.context}
+        if self.tokenizer is not None:
+            known["tokenizer"] = tokenizer_identity(self.tokenizer)[:12]
+        return known
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:
         """(B, T) → (B, count) int64: the most probable continuation. Slow and general; override it where there is a
@@ -98,10 +115,12 @@ class Subject(ABC):
         written = ids
         for _ in range(count):
             read = written if self.context is None else written[:, -self.context :]
-            written = torch.cat([written, self.logits(read)[:, -1:].argmax(-1)], 1)
+            logits = require_numbers(self.logits(read)[:, -1:], self.name)
+            written = torch.cat([written, logits.argmax(-1)], 1)
         return written[:, ids.shape[1] :]
 
     def nats(self, ids: Tensor) -> Tensor:
         """(B, T) → (B, T - 1) float32: the surprise at each token but the first."""
-        losses = nn.functional.cross_entropy(self.logits(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+        logits = require_numbers(self.logits(ids[:, :-1]), self.name)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return losses.float()

@@ -10,10 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from dyadlm.diagnose.contract import Subject
-from dyadlm.diagnose.probe import NotApplicable
+from dyadlm.diagnose.contract import Subject, require_numbers
 from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
@@ -47,8 +46,7 @@ class HuggingFaceSubject(Subject):
         self.tokenizer = tokenizer
         self.name = name
         self.vocabulary = vocabulary_size(model)
-        learned = getattr(model.config, "max_position_embeddings", None)
-        self.context = None if isinstance(model, DyadForCausalLM) or not isinstance(learned, int) else learned
+        self.context = None if isinstance(model, DyadForCausalLM) else _context(model)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -198,29 +196,60 @@ class HuggingFaceSubject(Subject):
     @property
     def identity(self) -> Mapping[str, Any]:
         weights = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
-        # As text, for NaN equals nothing.
-        return {**super().identity, "type": self.model.config.model_type, "weights": str(weights)}
+        return {
+            **super().identity,
+            "type": self.model.config.model_type,
+            "weights": str(weights),  # as text, for NaN equals nothing
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+        }
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, count: int) -> Tensor:
-        written = self.model.generate(
-            ids.to(self.model.device),
-            attention_mask=torch.ones_like(ids, device=self.model.device),
+        """The end of text is banned, so that `count` tokens are written; what else the model's own generation
+        configuration asks for (penalties, banned tokens) is left aside."""
+        own = self.model.generation_config
+        bare = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
+            eos_token_id=None if own is None else own.eos_token_id,
         )
+        try:  # what a given configuration leaves open, transformers takes from the model's own
+            self.model.generation_config = bare
+            written = self.model.generate(
+                ids.to(self.model.device),
+                generation_config=bare,
+                attention_mask=torch.ones_like(ids, device=self.model.device),
+                logits_processor=LogitsProcessorList([self._checked]),
+            )
+        finally:
+            self.model.generation_config = own
         return cast(Tensor, written)[:, ids.shape[1] :].cpu()
+
+    def _checked(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """A processor of logits that changes none, and refuses those that are not numbers."""
+        self._numbers(scores)
+        return scores
 
     def _run(self, ids: Tensor, **options: Any) -> Any:
         return self.model(input_ids=ids.to(self.model.device), use_cache=False, **options)
 
     def _numbers(self, output: Tensor) -> Tensor:
-        if not bool(torch.isfinite(output[..., : self.vocabulary].float()).any(-1).all()) or bool(output.isnan().any()):
-            raise NotApplicable(f"{self.name} returns values that are not numbers")
-        return output.float().cpu()
+        return require_numbers(output, self.name, self.vocabulary).float().cpu()
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """The most tokens it has positions for. RoBERTa and its like count from behind the padding on."""
+    learned = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(learned, int):
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(learned, module.num_embeddings - module.padding_idx - 1)
+    return learned
 
 
 def _experts(scores: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dyadlm.data import resolve_data
 from dyadlm.data.canaries import CANARIES_NAME
+from dyadlm.data.streams import TokenStream
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
@@ -32,9 +33,10 @@ from dyadlm.train.settings import RECORD_NAME, read_record
 class NoText(Material):
     """No text, and why: probes that ask for some are not applicable for this reason, the others run."""
 
+    text: Sequence[TokenStream] = ()
     reason: str = ""
 
-    def windows(self, count: int, length: int, seed: int = 0) -> Any:
+    def places(self, count: int, length: int, seed: int = 0) -> list[tuple[TokenStream, int, int]]:
         raise NotApplicable(self.reason)
 
 
@@ -143,18 +145,18 @@ def load_material(model: str, subject: Subject, data: Sequence[str], split: str 
     Raises `UserError` if there is no text to be had, though the model could read some.
     """
     if subject.tokenizer is None:
-        return NoText([], None, "no text", None, f"{subject.name} has no tokenizer to read text with")
+        return NoText(name="no text", reason=f"{subject.name} has no tokenizer to read text with")
     if len(subject.tokenizer) > subject.vocabulary and _largest_token(subject.tokenizer) >= subject.vocabulary:
         reason = (
             f"the tokenizer has {len(subject.tokenizer)} tokens but {subject.name} knows {subject.vocabulary}; "
             "save the model's own tokenizer beside it"
         )
-        return NoText([], None, "no text", None, reason)
+        return NoText(name="no text", reason=reason)
     places = (Path(model), Path(model).resolve().parent)
     run = next((place for place in places if (place / RECORD_NAME).is_file()), None)
     canaries = canaries_of_run(run) if run is not None and (run / CANARIES_NAME).is_file() else None
     if data:
-        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data), canaries)
+        return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data), canaries, split)
     if run is None:
         raise UserError(f"{model} is no run of dyadlm, so its text is not known; give some with --data.")
     sources = read_record(run)["settings"]["data"]
@@ -163,7 +165,8 @@ def load_material(model: str, subject: Subject, data: Sequence[str], split: str 
         resolved = resolve_data(sources, subject.tokenizer)
     except UserError as error:
         raise UserError(f"The text of {model} cannot be read again ({error}); give some with --data.") from error
-    return Material(resolved.split(split), [stream for stream, _ in resolved.train], " ".join(sources), canaries)
+    train = [stream for stream, _ in resolved.train]
+    return Material(resolved.split(split), train, " ".join(sources), canaries, split)
 
 
 def _largest_token(tokenizer: PreTrainedTokenizerBase) -> int:

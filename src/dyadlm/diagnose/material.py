@@ -19,13 +19,14 @@ from dyadlm.diagnose.probe import TooLittle
 class Material:
     """Text as tokens. train: what the model may have been trained on, None if nobody knows. name: for the report.
 
-    canaries: what was planted in the training text, None if nothing is known of any.
+    canaries: what was planted in the training text, None if nothing is known of any. split: of the data, if it is one.
     """
 
     text: Sequence[TokenStream]
     train: Sequence[TokenStream] | None = None
     name: str = "text"
     canaries: CanaryPlan | None = None
+    split: str = ""
 
     def windows(self, count: int, length: int, seed: int = 0) -> tuple[Tensor, np.ndarray]:
         """`count` windows of `length` tokens that do not overlap, spread evenly over the text, none across documents.

@@ -75,7 +75,7 @@ def _facts(seed: Diagnosis) -> dict[str, Any]:
     model = subject.get("last", subject)  # of a training, its last checkpoint
     return {
         **{what: seed.circumstances.get(what) for what in ("material", "budget", "versions")},
-        **{what: model.get(what) for what in ("vocabulary", "context", "type")},
+        **{what: model.get(what) for what in ("vocabulary", "context", "type", "tokenizer", "dtype", "device")},
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dyadlm.diagnose.contract import NotApplicable as NotApplicable
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.result import ProbeResult
 from dyadlm.diagnose.trajectory import Trajectory
@@ -13,12 +14,14 @@ if TYPE_CHECKING:
     from dyadlm.diagnose.material import Material
 
 
-class NotApplicable(Exception):
-    """The question makes no sense for this model; says why."""
-
-
 class TooLittle(NotApplicable):
     """There is not enough text, or context, to answer; says of what."""
+
+
+def in_words(error: Exception) -> str:
+    """The kind of an error and its first line, which says more than no report would."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'no message'}"
 
 
 @dataclass(frozen=True)

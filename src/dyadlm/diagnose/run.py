@@ -1,6 +1,7 @@
 """Probes on a model, one after the other: resumable, in bounded memory, and none stops the others."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
-from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe
+from dyadlm.diagnose.probe import Budget, NotApplicable, OverTime, Probe, in_words
 from dyadlm.diagnose.result import ProbeResult
 from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.errors import UserError
@@ -60,37 +62,54 @@ def diagnose(
     output: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda probe, done, total: None,
 ) -> Diagnosis:
-    """Ask every probe; what is wrong with one is its result, and the others still run.
+    """Ask every probe, `leak` first; what is wrong with one is its result, and the others still run.
 
     subject: a model, or the checkpoints of a training.
     output: a JSON file, rewritten after each probe; results that stand there for the same model, text and budget are
     not measured again. progress: called with (the probe's id, done, total).
 
     Raises:
-        UserError: `output` holds something else than a diagnosis, or that of another model, text or budget.
+        UserError: `output` holds something else than a diagnosis, or that of another model, text, budget or version.
     """
     budget = budget or Budget()
     circumstances = {
         "subject": dict(subject.identity),
-        "material": {"name": material.name, "tokens": sum(len(stream) for stream in material.text)},
+        "material": {
+            "name": material.name,
+            "split": material.split,
+            "tokens": sum(len(stream) for stream in material.text),
+        },
         "budget": {"tokens": budget.tokens, "fast": budget.fast, "seed": budget.seed},
-        "versions": {"dyadlm": __version__, "torch": torch.__version__},
+        "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     circumstances = json.loads(json.dumps(circumstances))  # as they will be read back
     known: dict[str, ProbeResult] = {}
     if output is not None and output.exists():
         before = Diagnosis.load(output)
         if before.circumstances != circumstances:
-            raise UserError(f"{output} is a diagnosis of another model, text or budget; choose another --output.")
+            raise UserError(
+                f"{output} is a diagnosis of another {_differing(before, circumstances)}; choose another --output."
+            )
         known = dict(before.results)
     results = dict(known)
-    for probe in probes:
+    for probe in leak_first(probes):
         if probe.id not in known or known[probe.id].failed:
             results[probe.id] = ask(probe, subject, material, budget, progress)
         if output is not None:
             write_atomically(output, json.dumps(Diagnosis(subject.name, results, circumstances).to_dict()) + "\n")
     asked = {probe.id: results[probe.id] for probe in probes}
     return Diagnosis(subject.name, asked, circumstances)
+
+
+def leak_first(probes: Sequence[Probe]) -> list[Probe]:
+    """Short texts turn the sparse attention of some models (BigBird) off for good, and with it what leaks."""
+    return sorted(probes, key=lambda probe: probe.id != "leak")
+
+
+def _differing(before: Diagnosis, circumstances: Mapping[str, Any]) -> str:
+    """What of the circumstances is not alike, in words."""
+    named = {"subject": "model", "material": "text", "budget": "budget", "versions": "version"}
+    return " and ".join(word for what, word in named.items() if before.circumstances.get(what) != circumstances[what])
 
 
 def ask(
@@ -104,19 +123,26 @@ def ask(
     begin = time.perf_counter()
     progress(probe.id, 0, 1)  # what a probe does before its first step may take a while
     told = replace(budget, progress=lambda done, total: progress(probe.id, done, total))
-    try:
+
+    def run() -> ProbeResult:
         if not isinstance(subject, Trajectory):
-            result = probe.run(subject, material, told)
-        elif isinstance(probe, OverTime):
-            result = probe.run_over(subject, material, told)
-        else:
-            raise NotApplicable("it looks at one model, not at its training; leave --over-time out")
+            return probe.run(subject, material, told)
+        if isinstance(probe, OverTime):
+            return probe.run_over(subject, material, told)
+        raise NotApplicable("it looks at one model, not at its training; leave --over-time out")
+
+    return replace(settled(probe, run), seconds=round(time.perf_counter() - begin, 2))
+
+
+def settled(probe: Probe, run: Callable[[], ProbeResult]) -> ProbeResult:
+    """What `run` returns, or why the probe does not apply or failed. A headline that is not a number is no answer."""
+    try:
+        result = run()
+        headline = next(iter(result.readings), None)
+        if headline is not None and math.isnan(result.readings[headline].value):
+            raise NotApplicable(f"what it found ({headline}) is not a number")
+        return result
     except NotApplicable as reason:
-        result = ProbeResult(probe.id, not_applicable=str(reason))
-    except UserError as error:
-        result = ProbeResult(probe.id, failed=str(error))
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
-        # A model of someone else may raise anything; its first line says more than no report would.
-        said = str(error).strip().splitlines()
-        result = ProbeResult(probe.id, failed=f"{type(error).__name__}: {said[0] if said else 'no message'}")
-    return replace(result, seconds=round(time.perf_counter() - begin, 2))
+        return ProbeResult(probe.id, not_applicable=str(reason))
+    except Exception as error:  # a model of someone else may raise anything
+        return ProbeResult(probe.id, failed=str(error) if isinstance(error, UserError) else in_words(error))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dyadlm.diagnose.contract import Subject
+from dyadlm.diagnose.contract import Subject, require_numbers
 from dyadlm.diagnose.probe import Budget, NotApplicable
 from dyadlm.evaluate.memorisation import Reader
 from dyadlm.evaluate.scoring import LOGITS_AT_ONCE
@@ -36,7 +36,7 @@ def hidden_states(subject: Subject, ids: Tensor) -> list[Tensor]:
     states = subject.hidden(ids)
     if states is None or len(states) < 2:
         raise NotApplicable("this model does not show its hidden states")
-    return states
+    return [require_numbers(state, subject.name) for state in states]
 
 
 def states_at(subject: Subject, ids: Tensor, columns: Tensor, budget: Budget) -> list[Tensor]:
@@ -61,7 +61,7 @@ def reader(subject: Subject, budget: Budget) -> Reader:
         at_once, nats, likeliest = rows_of(subject, budget, rows.shape[1]), [], []
         for start in range(0, len(rows), at_once):
             ids = torch.from_numpy(rows[start : start + at_once])
-            logits, following = subject.logits(ids[:, :-1]), ids[:, 1:]
+            logits, following = require_numbers(subject.logits(ids[:, :-1]), subject.name), ids[:, 1:]
             nats.append(cross_entropy(logits.transpose(1, 2), following, reduction="none").double().numpy())
             likeliest.append((logits.argmax(-1) == following).numpy())
             budget.progress(min(start + at_once, len(rows)), len(rows))

@@ -5,13 +5,14 @@ every model was asked the same, and its interval overlaps no other's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dyadlm.diagnose import Curve, Diagnosis, ProbeResult, Reading
 from dyadlm.report.comparison import Look, compact, looks
 
 MOST_TOLD = 4  # models that a sentence goes through one by one
+FREE_OF_TOKENS = ("leak", "cost")  # what a token stands for does not matter to these
 SUPERLATIVES = {"lower": "lowest", "higher": "highest"}
 
 
@@ -66,10 +67,10 @@ def subjects(diagnoses: Sequence[Diagnosis], references: Sequence[Diagnosis]) ->
 
 
 def _alike(one: Diagnosis, other: Diagnosis) -> bool:
-    """The same text, as far as can be told, and the same budget. Vocabularies decide how many tokens a text has."""
+    """The same text, as far as can be told, and the same budget. Tokenizers decide how many tokens a text has."""
     known = [each.circumstances for each in (one, other)]
     texts = [dict(each.get("material", {})) for each in known]
-    if len({each.get("subject", {}).get("vocabulary") for each in known}) > 1:
+    if len({_tokens(each) for each in known}) > 1:
         texts = [{name: value for name, value in text.items() if name != "tokens"} for text in texts]
     return texts[0] == texts[1] and known[0].get("budget") == known[1].get("budget")
 
@@ -107,9 +108,11 @@ def _incomparable(found: Sequence[tuple[Subject, Reading]], probe: str) -> str:
         return (
             "No best is marked: some models are means of seeds, others are single, and their intervals differ in kind."
         )
-    vocabularies = {model.circumstances("subject").get("vocabulary") for model, _ in found}
-    if "token" in first.unit and len(vocabularies) > 1:
-        return "No best is marked: tokens of different vocabularies do not compare."
+    tokens = {_tokens(model.diagnosis.circumstances) for model, _ in found}
+    if probe not in FREE_OF_TOKENS and not first.unit.startswith("bits/byte") and len(tokens) > 1:
+        return "No best is marked: of models with different tokens only bits per byte compare."
+    if probe == "cost" and len({_model(model.diagnosis.circumstances).get("device") for model, _ in found}) > 1:
+        return "No best is marked: the models were timed on different devices."
     if len({model.diagnosis.results[probe].left_out for model, _ in found}) > 1:
         return "No best is marked: not the same was left out for every model."
     if len({reading.value for _, reading in found}) == 1:
@@ -117,6 +120,18 @@ def _incomparable(found: Sequence[tuple[Subject, Reading]], probe: str) -> str:
     if not all(math.isfinite(sum((reading.value, *(reading.interval or [math.nan])))) for _, reading in found):
         return "No best is marked: not every model has an interval."
     return ""
+
+
+def _model(circumstances: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a model; of a training, of its last checkpoint."""
+    known = circumstances.get("subject", {})
+    return dict(known.get("last", known))
+
+
+def _tokens(circumstances: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells a model's tokens from others: their number, and the tokenizer where there is one."""
+    known = _model(circumstances)
+    return known.get("vocabulary"), known.get("tokenizer")
 
 
 def _overlap(one: Reading, other: Reading) -> bool:

@@ -15,8 +15,8 @@ from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Oracle, material_of
 from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, TooLittle
 from dyadlm.diagnose.result import ProbeResult, Reading
-from dyadlm.diagnose.tokens import token_bytes
-from dyadlm.evaluate.bootstrap import RESAMPLES
+from dyadlm.diagnose.statistics import percentiles, redrawn
+from dyadlm.diagnose.tokens import spelled_bytes
 
 LENGTH = 256
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -61,7 +61,8 @@ class Bounds(Probe):
             for name, begins in found.items():
                 parts.setdefault(name, []).append(begins)
             budget.progress(min(start + rows, len(ids)), len(ids))
-        texts = [self._texts(row, subject) for row in ids.tolist()]
+        table = spelled_bytes(subject.tokenizer, subject.vocabulary, material.text)
+        texts = [_texts(row, table) for row in ids.tolist()]
         references = {
             "words": np.stack([_within(text, WORD.finditer) for text in texts])[:, 1:],
             "sentences": np.stack([_within(text, SENTENCE.finditer, end=True) for text in texts])[:, 1:],
@@ -79,7 +80,9 @@ class Bounds(Probe):
         best = agreements[name, kind]
         readings = {
             "f1": Reading(best.f1, "F1", "higher", best.interval, f"{name}, with {kind}"),
-            "gain": Reading(best.gain, "F1", "higher", note="over chance or a fixed stride at the same rate"),
+            "gain": Reading(
+                best.gain, "F1", "higher", best.gain_interval, "over chance or a fixed stride at the same rate"
+            ),
             "r_value": Reading(best.r_value, "R", "higher"),
             "over_segmentation": Reading(best.over, "share of the references", "profile"),
         }
@@ -96,23 +99,6 @@ class Bounds(Probe):
         )
         settings = {"length": length, "windows": len(ids), "tolerance": 0, "seed": budget.seed}
         return ProbeResult(self.id, readings, {}, sentence, settings, left_out=fewer)
-
-    def _texts(self, row: list[int], subject: Subject) -> list[str]:
-        """The text of each token; of a character in several tokens the last has it all."""
-        assert subject.tokenizer is not None
-        if getattr(self, "_of", None) is not subject.tokenizer:
-            self._of, self._table = subject.tokenizer, token_bytes(subject.tokenizer, subject.vocabulary)
-        texts, open_bytes = [], b""
-        for token in row:
-            open_bytes += self._table[token]
-            try:
-                texts.append(open_bytes.decode())
-                open_bytes = b""
-            except UnicodeDecodeError as error:
-                broken = error.reason != "unexpected end of data"
-                texts.append(open_bytes.decode(errors="replace") if broken else "")
-                open_bytes = b"" if broken else open_bytes
-        return texts
 
     def controls(self) -> list[Control]:
         return [
@@ -137,48 +123,52 @@ class _Agreement:
     """Boundaries (B, T) bool with a reference (B, T) bool, both without the first token."""
 
     def __init__(self, begins: np.ndarray, reference: np.ndarray, documents: np.ndarray):
-        hits, found, wanted = (array.sum(1).astype(float) for array in (begins & reference, begins, reference))
-        self.f1 = _f1(hits.sum(), found.sum(), wanted.sum())
-        recall = hits.sum() / wanted.sum()
-        self.over = float(found.sum() / wanted.sum() - 1)
+        strides = _strides(float(begins.mean()), begins.shape[1])
+        counts = [array.sum(1) for array in (begins & reference, begins, reference)]
+        met = [(stride & reference).sum(1) for stride in strides]
+        drawn = redrawn(np.stack([*counts, *met, np.ones(len(begins))], 1), documents)
+        hits, found, wanted, windows = drawn[:, 0], drawn[:, 1], drawn[:, 2], drawn[:, -1]
+        f1 = _f1(hits, found, wanted)
+        # 2pq / (p + q), of rates: what there is, found and wanted, by all tokens
+        random = _f1(found * wanted / (windows * begins.shape[1]), found, wanted)
+        even = np.stack(
+            [_f1(each, windows * stride.sum(), wanted) for each, stride in zip(drawn.T[3:-1], strides, strict=True)]
+        )
+        stride = even.max(0)
+        gain = f1 - np.maximum(random, stride)
+        self.f1, self.random, self.stride, self.gain = (float(each[0]) for each in (f1, random, stride, gain))
+        self.interval, self.gain_interval = percentiles(f1), percentiles(gain)
+        recall = hits[0] / wanted[0]
+        self.over = float(found[0] / wanted[0] - 1)
         distances = math.hypot(1 - recall, self.over) + abs(recall - 1 - self.over) / math.sqrt(2)
         self.r_value = float(1 - distances / 2)
-        p, q = begins.mean(), reference.mean()
-        self.random = float(2 * p * q / (p + q))
-        self.stride = _stride(float(p), reference)
-        self.gain = self.f1 - max(self.random, self.stride)
-        self.interval = _interval(hits, found, wanted, documents)
 
 
-def _f1(hits: float, found: float, wanted: float) -> float:
-    return float(2 * hits / (found + wanted)) if found + wanted else 0.0
+def _f1(hits: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Of sums over the same texts; 0 where there is neither a boundary nor a reference."""
+    scores: np.ndarray = 2 * hits / np.maximum(found + wanted, 1)
+    return scores
 
 
-def _stride(rate: float, reference: np.ndarray) -> float:
-    """F1 of a boundary every 1 / rate tokens, in the best of eight phases."""
-    if rate == 0:
-        return 0.0
-    scores = []
-    for phase in np.arange(8) / 8:
-        counts = np.floor(np.arange(reference.shape[1] + 1) * rate + phase)
-        begins = np.broadcast_to(np.diff(counts) > 0, reference.shape)
-        scores.append(_f1((begins & reference).sum(), begins.sum(), reference.sum()))
-    return max(scores)
+def _strides(rate: float, length: int) -> list[np.ndarray]:
+    """A boundary every 1 / rate tokens, in eight phases: (T,) bool each."""
+    steps = np.arange(length + 1) * rate
+    return [np.diff(np.floor(steps + phase)) > 0 for phase in np.arange(8) / 8]
 
 
-def _interval(
-    hits: np.ndarray, found: np.ndarray, wanted: np.ndarray, documents: np.ndarray
-) -> tuple[float, float] | None:
-    """95 % interval of F1 when documents are drawn anew (windows, of fewer than two documents)."""
-    units = documents if len(np.unique(documents)) > 1 else np.arange(len(hits))
-    _, place = np.unique(units, return_inverse=True)
-    number = int(place.max()) + 1
-    if number < 2:
-        return None
-    tops, bottoms = np.bincount(place, weights=2 * hits), np.bincount(place, weights=found + wanted)
-    drawn = np.random.default_rng(0).integers(number, size=(RESAMPLES, number))
-    low, high = np.percentile(tops[drawn].sum(1) / np.maximum(bottoms[drawn].sum(1), 1), [2.5, 97.5])
-    return float(low), float(high)
+def _texts(row: list[int], table: list[bytes]) -> list[str]:
+    """The text of each token; of a character in several tokens the last has it all."""
+    texts, open_bytes = [], b""
+    for token in row:
+        open_bytes += table[token]
+        try:
+            texts.append(open_bytes.decode())
+            open_bytes = b""
+        except UnicodeDecodeError as error:
+            broken = error.reason != "unexpected end of data"
+            texts.append(open_bytes.decode(errors="replace") if broken else "")
+            open_bytes = b"" if broken else open_bytes
+    return texts
 
 
 def _within(texts: list[str], find: Callable[[str], Iterator[re.Match[str]]], end: bool = False) -> np.ndarray:

@@ -16,7 +16,7 @@ from dyadlm.diagnose.causality import module_logits
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Oracle, independent
-from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, in_words
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 
 SHORTEST, LONGEST = 64, 2048
@@ -34,7 +34,8 @@ class Cost(Probe):
     Definition: the least-squares slope of ln y in ln T over the three longest lengths, one row of random tokens; y =
         the least of three timings. Reading: one pass, logits of every position. Training: one pass and all gradients.
         Decoding: greedily writing T tokens after 16, all together: 1 where a token costs the same whatever was read,
-        2 where it costs T. Memory: the most bytes allocated at once during the call, beyond what stood there before.
+        2 where it costs T. Memory: the most bytes allocated at once during the call, beyond what stood there before; in
+        decoding the cache or state is among them, 0 where it does not grow.
     Units: none; 1 is linear. Direction: lower.
     Paper: none; attention is quadratic, recurrences are linear.
     Pitfalls: overheads that do not grow hide what does, so short lengths show exponents that are too low: look at the
@@ -66,16 +67,21 @@ class Cost(Probe):
         for number, (kind, call) in enumerate(kinds.items()):
             allowed = written if kind == "decoding" else lengths
             allows = patience * (DECODING if kind == "decoding" else 1)
-            seconds = _timed(call, allowed, allows, device)
+            try:
+                seconds = _timed(call, allowed, allows, device)
+                reached = list(seconds)
+                memory = [[_peak_bytes(call, length, device)] for length in reached]
+            except Exception as error:
+                if kind != "training":
+                    raise
+                left_out.append(f"training, which has no gradients in evaluation mode ({in_words(error)})")
+                continue
             if len(seconds) < 2:
                 left_out.append(f"{kind}, which has no room in the context")
                 continue
-            reached = list(seconds)
             if reached[-1] < allowed[-1]:
                 left_out.append(f"{kind} at more than {reached[-1]} tokens, for time")
-            values = {f"{kind}_seconds": list(seconds.values())}
-            if kind != "decoding":
-                values[f"{kind}_memory"] = [[_peak_bytes(call, length, device)] for length in reached]
+            values = {f"{kind}_seconds": list(seconds.values()), f"{kind}_memory": memory}
             for name, measured in values.items():
                 least = [min(each) for each in measured]
                 if min(least) <= 0:
@@ -88,7 +94,14 @@ class Cost(Probe):
                 curves[name.replace("_", ": ")] = Curve(reached, least, "tokens", unit, log_x=True, log_y=True)
             budget.progress(number + 1, len(kinds))
         assert readings, "reading takes time"
-        order = ("training_seconds", "reading_seconds", "decoding_seconds", "training_memory", "reading_memory")
+        order = (
+            "training_seconds",
+            "reading_seconds",
+            "decoding_seconds",
+            "training_memory",
+            "reading_memory",
+            "decoding_memory",
+        )
         readings = {name: readings[name] for name in order if name in readings}
         headline, first = next(iter(readings.items()))
         what = headline.replace("_", " ").replace("seconds", "time")
@@ -115,6 +128,7 @@ class Cost(Probe):
                     "reading_seconds": Expected(2.0, 0.2),
                     "reading_memory": Expected(2.0, 0.1),
                     "decoding_seconds": Expected(2.0, 0.2),
+                    "decoding_memory": Expected(2.0, 0.1),
                 },
                 "time and memory are made to grow with the square",
             ),
@@ -126,6 +140,7 @@ class Cost(Probe):
                     "reading_seconds": Expected(0.0, 0.2),
                     "reading_memory": Expected(0.0, 0.1),
                     "decoding_seconds": Expected(0.0, 0.2),
+                    "decoding_memory": Expected(0.0, 0.1),
                 },
                 "a call costs the same whatever the length",
             ),
@@ -147,6 +162,7 @@ class Sleeper(Oracle):
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:
         time.sleep(self._seconds * (count / WRITTEN) ** self._power)
+        torch.empty(int(2**20 * (count / WRITTEN) ** self._power))
         return ids.new_zeros(1, count)
 
 

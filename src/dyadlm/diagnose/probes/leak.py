@@ -24,7 +24,7 @@ from dyadlm.diagnose.causality import (
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Oracle, independent, uniform
-from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, Published, TooLittle
+from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Probe, Published, TooLittle
 from dyadlm.diagnose.result import ProbeResult, Reading
 
 LENGTH, STEPS, SYMBOLS = 256, 12, 8
@@ -79,7 +79,9 @@ class Leak(Probe):
         steps = STEPS // 4 if budget.fast else STEPS
         number, total = len(cuts(length)), 2 * len(cuts(length)) + steps
         change = perturb(subject.logits, symbols, length, 1, budget.seed, lambda i, _: budget.progress(i, total))
-        readings = {}
+        if not change.is_number:
+            raise NotApplicable(f"{subject.name} returns values that are not numbers")
+        readings, lost = {}, ""
         if module is None:
             gain = stream_gain(
                 subject.logits, few, length, steps, None, budget.seed, lambda i, _: budget.progress(number + i, total)
@@ -101,14 +103,18 @@ class Leak(Probe):
                     lambda i, _: budget.progress(number + steps + i, total),
                 )
             worst, when = (later, "after training") if later.largest > change.largest else (change, "as it is")
-            if gradient is not None:
+            if not (later.is_number and math.isfinite(gain)):
+                lost = "all that needs steps of training, which made its logits no numbers"
+                worst, when, gain = change, "as it is", gain if gain > GAIN_LIMIT else math.nan
+            elif gradient is not None:
                 readings["gradient"] = Reading(gradient, "of that of the past", "lower")
         readings = {
             "largest_change": Reading(worst.largest, "logits", "lower", note=when),
             "relative_change": Reading(worst.relative, "standard deviations of the logits", "lower"),
             **readings,
-            "gain": Reading(gain, "nats", "lower", note=f"above {GAIN_LIMIT:.1f} by chance once in 10^9"),
         }
+        if not math.isnan(gain):
+            readings["gain"] = Reading(gain, "nats", "lower", note=f"above {GAIN_LIMIT:.1f} by chance once in 10^9")
         if worst.relative > ROUNDING:
             sentence = (
                 f"The future reaches the past: exchanging the tokens from {worst.cut} on changes the logits at "
@@ -125,8 +131,8 @@ class Leak(Probe):
             "symbols": few.tolist(),
             "seed": budget.seed,
         }
-        if budget.fast:
-            left_out = "; ".join(filter(None, [left_out, f"{STEPS - steps} of {STEPS} steps of training"]))
+        fewer = f"{STEPS - steps} of {STEPS} steps of training" if budget.fast else ""
+        left_out = "; ".join(filter(None, [left_out, fewer, lost]))
         return ProbeResult(self.id, readings, {}, sentence, settings, left_out=left_out)
 
     @staticmethod

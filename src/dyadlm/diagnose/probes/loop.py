@@ -11,13 +11,14 @@ from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import Automaton, independent
 from dyadlm.diagnose.probe import Budget, Control, Expected, Probe, Published, TooLittle
-from dyadlm.diagnose.result import ProbeResult, Reading
-from dyadlm.diagnose.statistics import mean_interval
+from dyadlm.diagnose.result import Curve, ProbeResult, Reading
+from dyadlm.diagnose.statistics import mean_interval, percentiles, redrawn
 
 PROMPT, WRITTEN = 64, 256
 PUBLISHED = 100  # tokens of the continuations that Welleck et al. measure
 LONGEST_PERIOD = 64
 REPEATS = 16
+PLACES = list(range(0, WRITTEN + 1, 16))  # of the continuation, at which the loops begun are counted
 
 
 def repeated_fours(tokens: np.ndarray) -> float:
@@ -44,8 +45,9 @@ class Loop(Probe):
     Definition: seq_rep_4 = 1 − distinct 4-grams / 4-grams of a greedy continuation of 256 tokens, mean over prompts;
         seq_rep_4_of_100 = the same of its first 100 tokens, as published;
         terminal_loops = the share of continuations that end in a cycle of a period of at most 64 tokens, seen three
-        times or more; self_reinforcement = the mean log-probability per token of a passage at its 16th repetition − at
-        its 1st; echo = the share of 8-grams of the continuation that stand in the prompt.
+        times or more (the curve: the share of all that are in one which begins at a position or before it);
+        self_reinforcement = the mean log-probability per token of a passage at its 16th repetition − at its 1st; echo =
+        the share of 8-grams of the continuation that stand in the prompt.
     Units: shares; bits per token. Direction: lower.
     Paper: Welleck et al. 2020 (arXiv 1908.04319; greedy .442 for their transformer on Wikitext-103, from prompts of 50
         tokens continued by 100); Xu et al. 2022 (arXiv 2206.02369) for self-reinforcement.
@@ -93,6 +95,19 @@ class Loop(Probe):
             readings["seq_rep_4_of_100"] = Reading(
                 float(short.mean()), "share", "lower", mean_interval(short, documents), "of the first 100 tokens"
             )
+        places = [place for place in PLACES if place <= written]
+        begun = np.array([[onset is not None and onset <= place for place in places] for onset in onsets], dtype=float)
+        drawn = redrawn(np.concatenate([begun, np.ones((len(begun), 1))], 1), documents)
+        shares = drawn[:, :-1] / drawn[:, -1:]
+        known = [interval for share in shares.T if (interval := percentiles(share)) is not None]
+        curve = Curve(
+            places,
+            shares[0].tolist(),
+            "token written at which the loop has begun",
+            "share of continuations in a terminal loop",
+            [low for low, _ in known] or None,
+            [high for _, high in known] or None,
+        )
         found = [onset for onset in onsets if onset is not None]
         if found:
             readings["median_onset"] = Reading(float(np.median(found)), "tokens", "profile", note="of those that loop")
@@ -111,7 +126,7 @@ class Loop(Probe):
         return ProbeResult(
             self.id,
             readings,
-            {},
+            {"terminal loops by onset": curve},
             sentence,
             settings,
             left_out="; ".join(filter(None, [fewer, *ends])),

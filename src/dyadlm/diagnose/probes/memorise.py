@@ -22,7 +22,8 @@ from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Over
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import all_nats, reader
 from dyadlm.diagnose.statistics import mean_interval
-from dyadlm.diagnose.tokens import token_bytes
+from dyadlm.diagnose.tokens import spelled_bytes
+from dyadlm.evaluate.bootstrap import RESAMPLES
 from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.memorisation import PREFIX, REFERENCES, Estimate, recalled, recite
 
@@ -80,7 +81,13 @@ class Memorise(OverTime):
         readings = {
             "exposure": _reading(every.exposure, "bits", f"of {found.most:.0f} at most; by chance 1.44"),
             "exposure_twins": _reading(every.twin_exposure, "bits", "never planted"),
-            "extracted_excess": Reading(members - twins, "share", "lower", note="of canaries, less that of twins"),
+            "extracted_excess": Reading(
+                members - twins,
+                "share",
+                "lower",
+                _excess(every.extracted, every.twin_extracted),
+                "of canaries, less that of twins",
+            ),
             "extracted": _reading(every.extracted, "share"),
             "extracted_twins": _reading(every.twin_extracted, "share"),
         }
@@ -98,7 +105,10 @@ class Memorise(OverTime):
         if budget.fast:
             left_out.append("text under zlib")
         else:
-            readings |= _under_zlib(subject, material, budget)
+            try:
+                readings |= _under_zlib(subject, material, budget)
+            except NotApplicable as reason:
+                left_out.append(f"text under zlib, for {reason}")
         groups = found.groups
         repeated = [float(group.repetitions or 0) for group in groups]
         curves = {
@@ -172,6 +182,16 @@ def _reading(estimate: Estimate, unit: str, note: str = "") -> Reading:
     return Reading(estimate.mean, unit, "lower", estimate.interval, note)
 
 
+def _excess(members: Estimate, twins: Estimate) -> tuple[float, float] | None:
+    """95 % interval of a share less another, when both are drawn anew: of what is 0 or 1, the shares tell all."""
+    if min(members.units, twins.units) < 2:
+        return None
+    random = np.random.default_rng(0)
+    one, other = (random.binomial(each.units, each.mean, RESAMPLES) / each.units for each in (members, twins))
+    low, high = np.percentile(one - other, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def _curve(repeated: list[float], estimates: Sequence[Estimate], label: str) -> Curve:
     known = [estimate.interval for estimate in estimates if estimate.interval is not None]
     whole = len(known) == len(estimates)
@@ -189,7 +209,7 @@ def _curve(repeated: list[float], estimates: Sequence[Estimate], label: str) -> 
 def _under_zlib(subject: Subject, material: Material, budget: Budget) -> dict[str, Reading]:
     """The mean of bits by bits of zlib, of the training text and of the text asked, where there is any."""
     assert subject.tokenizer is not None
-    table = token_bytes(subject.tokenizer, subject.vocabulary)
+    table = spelled_bytes(subject.tokenizer, subject.vocabulary, [*material.text, *(material.train or ())])
     length, found = min(WINDOW, subject.context or WINDOW), {}
     for name, streams in (("zlib_ratio_train", material.train), ("zlib_ratio", material.text)):
         text = Material(streams or [], None, material.name)
@@ -200,9 +220,7 @@ def _under_zlib(subject: Subject, material: Material, budget: Budget) -> dict[st
         bits = all_nats(subject, ids, budget).double().sum(1).numpy() / math.log(2)
         packed = [8 * len(zlib.compress(b"".join(table[token] for token in row[1:]), 9)) for row in ids.tolist()]
         ratios = bits / packed
-        found[name] = Reading(
-            float(np.median(ratios)), "ratio", "profile", mean_interval(ratios, documents), "the median"
-        )
+        found[name] = Reading(float(ratios.mean()), "ratio", "profile", mean_interval(ratios, documents))
     return found
 
 

@@ -21,6 +21,9 @@ from dyadlm.ops.selection import entropy
 LENGTH, LEAST = 256, 16
 PREFIX, STEPS = 32, 16
 
+# What configurations of transformers call the number of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
 
 class Select(Probe):
     """What routes say, token by token, and how outputs change on the way from one input to another.
@@ -55,6 +58,8 @@ class Select(Probe):
         readings, curves, sentence = self._routes(subject, material, max(8, half // length), length, budget)
         sharpness, path = self._sharpness(subject, material, max(8, half // (PREFIX * (STEPS + 1))), budget)
         left_out = [f"all but {2 * half:,} of {self.tokens:,} tokens"] if 2 * half < self.tokens else []
+        if not readings and _has_experts(subject):
+            left_out.append("routes, for this model has experts but does not show how it chooses among them")
         if sharpness is not None:
             readings["sharpness"] = sharpness
             curves["way between two tokens"] = path
@@ -225,3 +230,9 @@ def _sticky(experts: int, stay: float, seed: int = 0) -> Material:
     random = np.random.default_rng(seed)
     moves = random.integers(1, experts, size=(32, 1024)) * (random.random((32, 1024)) > stay)
     return material_of(list(moves.cumsum(1) % experts), "sticky tokens")
+
+
+def _has_experts(subject: Subject) -> bool:
+    """Whether its configuration says so."""
+    config = getattr(subject.module, "config", None)
+    return any(isinstance(count := getattr(config, name, None), int) and count > 1 for name in EXPERTS)

@@ -21,7 +21,7 @@ from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Over
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import reader
 from dyadlm.diagnose.statistics import percentiles, redrawn
-from dyadlm.diagnose.tokens import token_bytes
+from dyadlm.diagnose.tokens import spelled_bytes
 from dyadlm.diagnose.trajectory import Trajectory, reached
 from dyadlm.evaluate.memorisation import WORD
 
@@ -69,7 +69,7 @@ class Theme(OverTime):
             raise NotApplicable("it asks for words, and this model has no tokenizer to spell them")
         length = min(LENGTH, subject.context or LENGTH)
         places = material.places(max(8, int(budget.tokens * self.tokens) // length), length, budget.seed)
-        table = token_bytes(subject.tokenizer, subject.vocabulary)
+        table = spelled_bytes(subject.tokenizer, subject.vocabulary, material.text)
         kinds = dict(zip(map(id, material.text), _kinds(material.text, table), strict=True))
         rows = np.stack([stream.tokens(first, first + length).astype(np.int64) for stream, first, _ in places])
         kind = np.stack([kinds[id(stream)][first + 1 : first + length] for stream, first, _ in places])

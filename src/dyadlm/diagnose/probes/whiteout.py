@@ -20,7 +20,7 @@ from dyadlm.diagnose.probe import Budget, Control, Expected, NotApplicable, Over
 from dyadlm.diagnose.result import Curve, ProbeResult, Reading
 from dyadlm.diagnose.states import reader
 from dyadlm.diagnose.statistics import percentiles, redrawn
-from dyadlm.diagnose.tokens import token_bytes
+from dyadlm.diagnose.tokens import spelled_bytes
 from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.evaluate.memorisation import WORD, forced_tokens, lexicon
 
@@ -71,7 +71,7 @@ class Whiteout(OverTime):
             raise NotApplicable("it asks for words, and this model has no tokenizer to spell them")
         length = min(LENGTH, subject.context or LENGTH)
         places = material.places(max(8, int(budget.tokens * self.tokens) // length), length, budget.seed)
-        table = token_bytes(subject.tokenizer, subject.vocabulary)
+        table = spelled_bytes(subject.tokenizer, subject.vocabulary, material.text)
         words = _words(material, table)
         begins = {id(stream): forced_tokens(stream, words, table) for stream in material.text}
         rows = np.stack([stream.tokens(first, first + length).astype(np.int64) for stream, first, _ in places])
