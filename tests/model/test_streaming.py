@@ -194,6 +194,16 @@ def test_a_token_writes_into_the_tables_that_the_state_owns_and_into_no_others(e
         assert state_distance(other, cache) == 0
 
 
+@torch.no_grad()
+def test_going_on_from_a_saved_state_leaves_its_file_as_it_was(tmp_path):
+    model, ids = make_model(**VARIANTS["slots"]), text_ids(1, 40)
+    read(model, ids[:, :20])[1].save(tmp_path / "state", model.config)
+    before = (tmp_path / "state").read_bytes()
+    logits, _ = read(model, ids[:, 20:], range(1, 20), cache=DyadCache.load(tmp_path / "state", model.config))
+    assert (tmp_path / "state").read_bytes() == before
+    assert distance(logits, model(ids).logits[:, 20:]) < EXACT
+
+
 def test_where_gradients_are_on_a_token_writes_into_copies():
     model, ids = make_model(**VARIANTS["slots"]), text_ids(1, 24)
     cache = read(model, ids[:, :12])[1]

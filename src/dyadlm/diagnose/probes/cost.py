@@ -74,7 +74,7 @@ class Cost(Probe):
             except Exception as error:
                 if kind != "training":
                     raise
-                left_out.append(f"training, which has no gradients in evaluation mode ({in_words(error)})")
+                left_out.append(f"training, which fails in evaluation mode ({in_words(error)})")
                 continue
             if len(seconds) < 2:
                 left_out.append(f"{kind}, which has no room in the context")
