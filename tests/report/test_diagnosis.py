@@ -206,6 +206,13 @@ def test_everything_that_was_found_is_said(page):
     assert page.words.count("other text or budget") == 1
 
 
+def test_what_others_found_stands_beside_the_results(page):
+    assert page.words.count("Found elsewhere") == 1  # of the position in a text nobody else made a claim
+    _, beside = page.words.split("Failed: ValueError: no <luck> ▲ ours (2) Not asked. ")
+    found = "Found elsewhere: that models repeat short phrases before they write coherent text is supported"
+    assert beside.startswith(f"{found} ( arXiv 2308.15419 ). What is measured")
+
+
 def test_one_model_is_best_and_no_reference(page):
     cells = re.findall(r"best (−?[\d.]+)", page.words.split("At a glance")[1])
     assert cells == ["−0.300", "−0.300"]  # at a glance, and in its own table

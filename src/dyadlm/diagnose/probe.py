@@ -78,7 +78,8 @@ class Published:
 
 
 class Probe(ABC):
-    """Subclasses say in their docstring: definition, formula, units, direction, paper, pitfalls.
+    """Subclasses say in their docstring: definition, formula, units, direction, paper, pitfalls; and
+    "Evidence", what others found of the claim that it is made to check, where there is any: printed beside the results.
 
     id: its name. failure_mode: the row of the paper's table (F1 to F12). question: in plain words. tokens: that it
     reads with a budget of 1. published: values of models of others that it should find.

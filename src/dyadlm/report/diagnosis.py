@@ -22,7 +22,7 @@ from dyadlm.version import __version__
 PAGE_NAME, JSON_NAME, FIGURES_NAME = "index.html", "diagnoses.json", "figures"
 FORMAT = "dyadlm-diagnosis-report"
 # Of the docstring of a probe.
-PARTS = ("Definition", "Formula", "Units", "Direction", "Paper", "Papers", "Pitfalls")
+PARTS = ("Definition", "Formula", "Units", "Direction", "Paper", "Papers", "Evidence", "Pitfalls")
 # By the name of a setting: the one value that all models have, without a look; or each model its own.
 Agreement = Sequence[tuple[str, Sequence[tuple[Look | None, str]]]]
 DIRECTIONS = {"lower": "↓ lower is better", "higher": "↑ higher is better", "profile": "profile"}
@@ -74,7 +74,7 @@ class Known(NamedTuple):
 
 
 class Section(NamedTuple):
-    """All about one probe."""
+    """All about one probe. evidence: what others found, to stand beside the results."""
 
     anchor: str
     id: str
@@ -82,6 +82,7 @@ class Section(NamedTuple):
     failure_mode: str
     summary: Markup
     parts: Sequence[tuple[str, Markup]]
+    evidence: Markup
     results: Sequence[tuple[Look, ProbeResult | None]]
     columns: Sequence[Column]
     rows: Sequence[Row]
@@ -180,7 +181,8 @@ def _section(
         question=kind.question if kind else probe,
         failure_mode=kind.failure_mode if kind else "",
         summary=summary,
-        parts=parts,
+        parts=[(part, text) for part, text in parts if part != "Evidence"],
+        evidence=dict(parts).get("Evidence", Markup()),
         results=results[: len(models)],
         columns=columns,
         rows=[

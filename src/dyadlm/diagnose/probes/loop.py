@@ -51,6 +51,7 @@ class Loop(Probe):
     Units: shares; bits per token. Direction: lower.
     Paper: Welleck et al. 2020 (arXiv 1908.04319; greedy .442 for their transformer on Wikitext-103, from prompts of 50
         tokens continued by 100); Xu et al. 2022 (arXiv 2206.02369) for self-reinforcement.
+    Evidence: that models repeat short phrases before they write coherent text is supported (arXiv 2308.15419).
     Pitfalls: a temperature hides repetition without curing it; greedy is asked on purpose. Repetition grows with the
         length asked, so lengths are part of the definition. Copying from the context is a skill: self_reinforcement is
         no fault by itself.

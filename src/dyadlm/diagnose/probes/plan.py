@@ -41,8 +41,10 @@ class Plan(Probe):
         untrained_k are its parts. Headline: ahead_2. skill_LEVEL = 1 − squared error of the forecasts of a level's next
         node / that of foreseeing no change, of models that have such forecasts.
     Units: bits per token; skills are shares. Direction: higher.
-    Paper: Pal et al. 2023 (arXiv 2311.04897), Future Lens; Wu et al. 2024 (arXiv 2404.00859), that small models hardly
-        plan; Bachmann and Nagarajan 2024 (arXiv 2403.06963), path-star, which has to be trained for: `dyadlm recall`.
+    Paper: Pal et al. 2023 (arXiv 2311.04897), Future Lens; Wu et al. 2024 (arXiv 2404.00859); Bachmann and Nagarajan
+        2024 (arXiv 2403.06963), path-star, which has to be trained for: `dyadlm recall`.
+    Evidence: that small models do not plan is supported: what their states tell of later tokens serves the next one;
+        computing ahead is seen in larger models (arXiv 2404.00859).
     Pitfalls: a linear map finds less than there is. What a long context betrays of the future is no plan: a model that
         copies from far back knows what the copy will say. Random weights remember the last tokens, so they reach the
         n-gram or pass it; hence the difference. A few thousand examples bound what counts of three tokens learn.

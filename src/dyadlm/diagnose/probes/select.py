@@ -38,8 +38,9 @@ class Select(Probe):
         those of two tokens, in 16 steps: 1 if f is linear, 16 if it jumps.
     Units: shares; tokens; none. Direction: entropy and load_cv2 lower, same_next and sharpness higher: sharp,
         persistent and balanced. One dead expert is persistent too: same_by_load and unused are read beside it.
-    Paper: Shazeer et al. 2017 (arXiv 1701.06538) for load; Janiak et al. 2024 (arXiv 2409.17113) for sharpness: stable
-        regions, in which outputs hardly move.
+    Paper: Shazeer et al. 2017 (arXiv 1701.06538) for load; Janiak et al. 2024 (arXiv 2409.17113) for sharpness.
+    Evidence: that continuous maps cannot choose is challenged: trained transformers have regions in which outputs
+        hardly move, with sharp borders between them (arXiv 2409.17113).
     Pitfalls: a sharp router may choose what does not matter. Softmax blurs: routes that do not sum to one choice have a
         choice of little meaning where entropy is high. Sharpness depends on the number of steps, and on how far apart
         the two ends are; models whose parts read tokens themselves move by their embeddings alone.

@@ -53,6 +53,8 @@ class Theme(OverTime):
         in bits per token are beside them.
     Paper: Chang et al. 2023 (arXiv 2308.15419), learning curves by word; Evanson et al. 2023 (arXiv 2306.03586), order
         of grammar.
+    Evidence: that topics come first is not what others saw: frequent words are learned first, and nouns later than
+        verbs (arXiv 2308.15419).
     Pitfalls: frequent words are learned early because they are frequent, and theme words are rare: a negative lead is
         the rule. Half of a gain that is small or still under way is noise: look at the curves. Agreement here is a
         choice between two forms in running text, not a test of grammar. The list is English.

@@ -53,8 +53,11 @@ class Whiteout(OverTime):
         prompts that are in the lexicon, at the end; word_validity_lost = the best − that. effective_rank = e^H of the
         shares of variance of the last layer's states, at the end; its curve shows whether their range washes out.
     Units: bits per character, shares, bits per token, dimensions. Direction: lower.
-    Paper: Belrose et al. 2024 (arXiv 2402.04362), low-order skill learned, then lost; Chang et al. 2023 (arXiv
-        2308.15419), short repetition before coherent text. Effective rank: Roy and Vetterli 2007.
+    Paper: Belrose et al. 2024 (arXiv 2402.04362); Chang et al. 2023 (arXiv 2308.15419). Effective rank: Roy and
+        Vetterli 2007.
+    Evidence: that local skill is learned, then lost is supported in part: early in training models do as well on text
+        made of n-gram statistics alone, later worse (arXiv 2402.04362), and some tokens are learned and forgotten
+        (arXiv 2308.15419). Neither says that a completion which only one word allows is forgotten.
     Pitfalls: the least of several noisy losses is too low, so W is never below zero and drawn upwards; the interval
         finds the least anew. Overfitting raises W too: look at total_regained. A small lexicon calls letters forced
         that the language leaves open. Under tokens longer than a letter only those wholly forced count, so W of
