@@ -6,8 +6,9 @@ Shakespeare's plays with planted canaries (Hamlet to ask about), 1.02M tokens in
 by `dyadlm train`: our preset, a Llama and a Mamba-2 of about 1M parameters at the learning rates that were best on the
 medium corpus, our preset at 0.3M and 3M, and counts of four tokens of the very same windows. A seed decides the first
 weights, the order of the text and the canaries. Each run keeps its checkpoints and is asked every probe, also over
-time; RUNS/report and RUNS/report-over-time then show the seeds of a model as one. What is there is not done again: of a
-model whose answers are all in --output not even the run is needed.
+time; RUNS/report and RUNS/report-over-time then show the seeds of a model as one, beside a dyadlm and a Llama with
+random weights, and table.md beside each page those readings that docs/failures.md speaks of. What is there is not done
+again: of a model whose answers are all in --output not even the run is needed.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from transformers import PreTrainedModel
 
 from common import ROOT, dyad, mamba2, matched_llama, require_green
 from dyadlm.data import TokenStream, byte_tokenizer
-from dyadlm.diagnose import Budget, Diagnosis, OverTime, Probe, chosen, diagnose
+from dyadlm.diagnose import Budget, Diagnosis, OverTime, Probe, Reading, chosen, diagnose
 from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
 from dyadlm.diagnose.ngram import NGram
 from dyadlm.diagnose.pool import pool
 from dyadlm.report.diagnosis import write_diagnosis
+from dyadlm.report.verdicts import number
 from dyadlm.train import TrainSettings, train
 from dyadlm.train.plan import make_plan
 
@@ -48,6 +50,55 @@ FAMILIES = {
     "dyadlm-3M": Family(partial(dyad, hidden_size=224, level_rank=36), 4e-3),
 }
 COUNTS = "4-gram"
+UNTRAINED = ("dyadlm-1M", "llama-1M")  # asked with random weights too
+
+TOLD = {  # by probe, what stands in docs/failures.md
+    "leak": ["largest_change", "gradient"],
+    "bytes": ["bits_per_byte"],
+    "octave": [
+        "total",
+        "half_at",
+        *(f"gain_{near}_to_{2 * near}" for near in (8, 16, 32, 64, 128, 256, 512)),
+        *(f"without_{level}" for level in (1, 2, 4, 8, "syllable", "word", "sentence", "line")),
+        *(f"learned_{near}_to_{2 * near}" for near in (1, 2, 4, 8, 16)),
+    ],
+    "window": ["layers_with_scale", "yoking_word", "yoking_sentence"],
+    "bounds": ["f1 word words", "f1 syllable words", "f1 sentence sentences", "f1 line sentences"],
+    "position": ["far_minus_near", "late_rise"],
+    "diffuse": ["entropy", "slope", "sink_rate"],
+    "loop": ["seq_rep_4", "seq_rep_4_of_100", "terminal_loops", "self_reinforcement"],
+    "drift": ["cka", "adjacent_cka", "cosine", "lens_kl"],
+    "decay": ["retained", "best", "last", "later_last"],
+    "select": ["sharpness"],
+    "whiteout": ["regained", "forgotten", "total_regained", "effective_rank"],
+    "memorise": ["exposure", "exposure_twins", "extracted", "capacity", "zlib_ratio_train", "zlib_ratio"],
+    "identity": ["token", "position_above_chance", "recall_among", "affine_previous"],
+    "plan": ["ahead_2", "beyond_2", "beyond_4", "untrained_2"],
+    "theme": ["theme_lead", "agreement_lead", "theme_half_at", "function_half_at"],
+    "cost": ["training_seconds", "decoding_seconds", "training_memory", "decoding_memory"],
+}
+
+
+def table(models: Sequence[Diagnosis]) -> str:
+    """In Markdown; with half the interval of means over seeds, and none of what was asked once."""
+    lines = ["| | " + " | ".join(model.subject for model in models) + " |", "| --- |" + " --- |" * len(models)]
+    for probe, names in TOLD.items():
+        for name in names:
+            readings = [model.results[probe].readings.get(name) if probe in model.results else None for model in models]
+            known = next((reading for reading in readings if reading), None)
+            if known is not None:
+                cells = [_cell(reading, model) for reading, model in zip(readings, models, strict=True)]
+                lines.append(f"| `{probe}` `{name}`, {known.unit} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(reading: Reading | None, model: Diagnosis) -> str:
+    if reading is None:
+        return "–"
+    interval = reading.interval if "seeds" in model.circumstances["subject"] else None
+    half = (interval[1] - interval[0]) / 2 if interval else 0.0
+    value = number(reading.value, max(abs(reading.value), half), half)
+    return f"{value} ± {number(half, max(abs(reading.value), half), half)}" if half else value
 
 
 def settings_of(name: str, seed: int, runs: Path) -> TrainSettings:
@@ -115,6 +166,19 @@ def asked(name: str, seed: int, runs: Path, found: Path) -> tuple[Diagnosis, Dia
     return result, diagnose(trajectory, material, looking, Budget(tokens=0.25, fast=True), over_time, told)
 
 
+def untrained(name: str, runs: Path, found: Path) -> Diagnosis:
+    """What a model says that was not trained, but is asked with what the run of seed 0 is asked with."""
+    path = found / f"{name}-untrained.json"
+    if complete(path, chosen([])):
+        return Diagnosis.load(path)
+    run = str(runs / f"{name}-seed0")
+    trained = load_subject(run, "cpu", "float32")
+    subject = trained.untrained()
+    assert subject is not None
+    subject.name = f"{name} untrained"
+    return diagnose(subject, load_material(run, trained, []), chosen([]), Budget(), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="a folder for runs and reports")
@@ -129,12 +193,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     names = options.model or [*FAMILIES, COUNTS]
     both = [asked(name, seed, options.runs, options.output) for seed in range(options.seeds) for name in names]
-    for folder, diagnoses in (
-        ("report", [result for result, _ in both]),
-        ("report-over-time", [result for _, result in both if result]),
+    references = [untrained(name, options.runs, options.output) for name in UNTRAINED if name in names]
+    for folder, diagnoses, beside in (
+        ("report", [result for result, _ in both], references),
+        ("report-over-time", [result for _, result in both if result], []),
     ):
         shutil.rmtree(options.runs / folder, ignore_errors=True)
-        write_diagnosis(pool(diagnoses), options.runs / folder, seeds=diagnoses)
+        write_diagnosis(pool(diagnoses), options.runs / folder, beside, diagnoses)
+        (options.runs / folder / "table.md").write_text(table([*pool(diagnoses), *beside]), encoding="utf-8")
 
 
 if __name__ == "__main__":
