@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,37 @@ def validation_nats(model: PreTrainedModel, stream: TokenStream, window: int) ->
     """The primary figure of `dyadlm evaluate`: disjoint windows, fresh state, every token once."""
     result = evaluate(model, stream, byte_tokenizer(), window=window)
     return {"nats": round(result.nats_per_token, 4), "bits_per_byte": round(result.bits_per_byte, 4)}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Median and its 95 % bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.tensor(values)
+    picks = torch.randint(len(values), (2000, len(values)), generator=generator)
+    low, high = sample[picks].median(1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"median": round(statistics.median(values), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def step_times(
+    models: Mapping[str, tuple[PreTrainedModel, Mapping[str, torch.Tensor]]], rounds: int = 7
+) -> dict[str, Any]:
+    """Of a step forward and back, in the thread's own time; the models, each with a batch of its own, take turns, and
+    ratios to the first are formed in each round."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, (model, batch) in models.items():
+            started = time.thread_time()
+            model.train()(**batch, use_cache=False).loss.backward()
+            if number:  # the first round warms up
+                taken[name].append(1000 * (time.thread_time() - started))
+    first = next(iter(taken.values()))
+    return {
+        name: {
+            "milliseconds": round(statistics.median(each), 1),
+            "ratio": interval([one / other for one, other in zip(each, first, strict=True)]),
+        }
+        for name, each in taken.items()
+    }
 
 
 class Cells:

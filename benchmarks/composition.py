@@ -11,18 +11,16 @@ the same for all arms of a seed: it tells small differences better than one play
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from common import Cells, arguments, dyad, require_green, size, train, validation_nats
+from common import Cells, arguments, dyad, require_green, size, step_times, train, validation_nats
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data import TokenStream, resolve_data
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, mean_run_length
-from streaming import interval
 
 # The preset is the composition; each arm changes one thing about it.
 ARMS: dict[str, dict[str, Any]] = {
@@ -91,26 +89,6 @@ def paired(pairs: Sequence[tuple[float, float]]) -> str:
     return f"{statistics.fmean(differences):+.4f} ± {spread:.4f}"
 
 
-def times(models: dict[str, DyadForCausalLM], rounds: int = 7) -> dict[str, Any]:
-    """Of a step forward and back, in the thread's own time, the models in turns; ratios are formed in each round."""
-    ids = torch.randint(0, 256, (BATCH["batch_size"], BATCH["sequence_length"]))
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(rounds + 1):
-        for name, model in models.items():
-            started = time.thread_time()
-            model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            if number:  # the first round warms up
-                taken[name].append(1000 * (time.thread_time() - started))
-    first = next(iter(taken.values()))
-    return {
-        name: {
-            "milliseconds": round(statistics.median(each), 1),
-            "ratio": interval([one / other for one, other in zip(each, first, strict=True)]),
-        }
-        for name, each in taken.items()
-    }
-
-
 def main() -> None:
     parser = arguments(__doc__ or "", "composition.json")
     parser.add_argument("--arm", action="append", choices=ARMS, help="measure these arms only")
@@ -130,7 +108,10 @@ def main() -> None:
         return f"{arm} / {options.tokens} / {options.learning_rate:g} / {seed}"
 
     if options.times:
-        cells.store("milliseconds", times({arm: built(ARMS[arm], rank_for(ARMS[arm], target)) for arm in arms}))
+        ids = torch.randint(0, 256, (BATCH["batch_size"], BATCH["sequence_length"]))
+        batch = {"input_ids": ids, "labels": ids}
+        built_arms = {arm: (built(ARMS[arm], rank_for(ARMS[arm], target)), batch) for arm in arms}
+        cells.store("milliseconds", step_times(built_arms))
         return
     for cell in cells.missing([name(arm, seed) for seed in SEEDS[: options.seeds] for arm in arms]):
         arm, _, _, seed = cell.split(" / ")

@@ -7,13 +7,12 @@ Our states come from really reading so many bytes. The Llama's key-value caches 
 (what stands in them does not change their cost), as far as --llama-context.
 """
 
-import statistics
 import time
 
 import torch
 from transformers import DynamicCache
 
-from common import Cells, arguments, circumstances, dyad, matched_llama, require_green
+from common import Cells, arguments, circumstances, dyad, interval, matched_llama, require_green
 from dyadlm import DyadCache
 from dyadlm.accounting import state_bytes
 
@@ -54,15 +53,6 @@ def burst(model: torch.nn.Module, cache: DyadCache | DynamicCache, ids: torch.Te
     for t in range(ids.shape[1]):
         model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
     return 1000 * (time.perf_counter() - started) / ids.shape[1]
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Median and its 95 % bootstrap interval."""
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.tensor(values)
-    picks = torch.randint(len(values), (2000, len(values)), generator=generator)
-    low, high = sample[picks].median(1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"median": round(statistics.median(values), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 @torch.no_grad()

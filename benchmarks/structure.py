@@ -1,6 +1,7 @@
 """Training-time structure: what twin, fingerprints and planner do to the loss, the text and the time of a step.
 
     python benchmarks/structure.py [--arm "twin joint" ...] [--corpus shakespeare] [--tokens 1536000]
+    python benchmarks/structure.py --times     # what a step of each takes, in turns
 
 `dyadlm train` on Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, three seeds paired by
 first weights and order of text. Every arm has as many parameters at inference as the preset: one with a planner has
@@ -19,15 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from transformers import PreTrainedModel
 
-from common import Cells, arguments, dyad, require_green, size, validation_nats
+from common import Cells, arguments, dyad, require_green, size, step_times, validation_nats
 from dyadlm import DyadForCausalLM
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data
 from dyadlm.data.tokenizer import decode_bytes
 from dyadlm.evaluate.level_probe import probe_levels
 from dyadlm.model.loading import load_weights
 from dyadlm.train import TrainSettings, train
+from dyadlm.train.plan import make_plan
 
 PLANNER = {"planner": "head", "planner_width": 16}
 FINGERPRINT = ("fingerprint.shown=true",)
@@ -118,19 +121,33 @@ def scored(
     }
 
 
-def measure(arm: str, seed: int, corpus: str, tokens: int, learning_rate: float, target: int) -> dict[str, Any]:
-    """Train one arm and ask it everything."""
+def settings_of(
+    arm: str, seed: int, tokens: int, learning_rate: float, target: int, sources: Sequence[str], output: Path
+) -> TrainSettings:
+    """target: how many parameters the model has for inference, or nearly so."""
     fields, told = ARMS[arm]
-    rank = rank_for(fields, target)
     assignments = (
         f"max_steps={tokens // 1024}",
         f"seed={seed}",
         f"learning_rate={learning_rate}",
         "eval_steps=0",
-        f"model.level_rank={rank}",
+        f"model.level_rank={rank_for(fields, target)}",
         *(f"model.{name}={value}" for name, value in fields.items()),
         *told,
     )
+    return TrainSettings.create(output, preset="tiny", data=sources, device="cpu", assignments=assignments)
+
+
+def ready(arm: str, target: int) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A model with all that trains beside it, and a batch of four windows as its training reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(arm, 0, 4096, 2e-3, target, ["shakespeare"], Path(folder) / "run")
+        plan = make_plan(settings, None, settings.output)
+    return plan.model, default_collate([plan.windows[number] for number in range(4)])
+
+
+def measure(arm: str, seed: int, corpus: str, tokens: int, learning_rate: float, target: int) -> dict[str, Any]:
+    """Train one arm and ask it everything."""
     data = resolve_data(corpus.split(","))
     sources = [f"{name}:{len(stream)}" for name, (stream, _) in zip(corpus.split(","), data.train, strict=True)]
     data = resolve_data(sources)  # mixed by size
@@ -139,15 +156,13 @@ def measure(arm: str, seed: int, corpus: str, tokens: int, learning_rate: float,
     fresh = Subset(order, range(seen, seen + FRESH_WINDOWS))
     assert (seen + FRESH_WINDOWS) * 256 < sum(len(each) for each, _ in data.train), "no text is left that is fresh"
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainSettings.create(
-            Path(folder) / "run", preset="tiny", data=sources, device="cpu", assignments=assignments
-        )
+        settings = settings_of(arm, seed, tokens, learning_rate, target, sources, Path(folder) / "run")
         result = train(settings, console=Console(quiet=True))
         model = load_weights(result.output, torch.float32)
         assert isinstance(model, DyadForCausalLM)
     found = {
         "parameters": size(model),
-        "level_rank": rank,
+        "level_rank": model.config.level_rank,
         **scored(model, data.validation, fresh),
         "steps": result.steps,
         "tokens": result.tokens,
@@ -175,12 +190,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_536_000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--times", action="store_true", help="measure what a step takes instead, all arms in turns")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
     cells = Cells(options.output)
     target = size(dyad())
     arms = [arm for arm in ARMS if arm == "baseline" or arm in (options.arm or ARMS)]
+
+    if options.times:
+        cells.store("milliseconds", step_times({arm: ready(arm, target) for arm in arms}))
+        return
 
     def name(arm: str, seed: int) -> str:
         return f"{arm} / {options.corpus} / {options.tokens} / {options.learning_rate:g} / {seed}"

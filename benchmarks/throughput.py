@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from common import Cells, arguments, dyad, matched_llama, require_green, size
+from common import Cells, arguments, dyad, interval, matched_llama, require_green, size
 from dyadlm import DyadCache, DyadForCausalLM
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions, TwinOptions
 from dyadlm.train.twin import Twin
-from streaming import burst, interval
+from streaming import burst
 
 LENGTHS = (256, 1024, 4096, 16384)
 FEWEST_TOKENS = 4096
