@@ -271,7 +271,7 @@ def test_a_model_of_several_seeds_says_so(tmp_path):
     assert "Diagnosis of plain" in page.words
     assert "of plain, the mean of several seeds" in page.words
     assert "subject seeds 2 name plain-seed2" in page.words
-    assert "Mean of 3 seeds: far minus near is -0.31 bits/byte" in page.words
+    assert "Mean of 3 seeds: far minus near is −0.31 bits/byte" in page.words
     stored = json.loads((output / "diagnoses.json").read_text(encoding="utf-8"))
     assert [each["subject"] for each in stored["seeds"]] == ["plain-seed0", "plain-seed1", "plain-seed2"]
 

@@ -120,7 +120,7 @@ def _reading(readings: Sequence[Reading], seeds: int) -> Reading:
     assert all((each.unit, each.better) == (first.unit, first.better) for each in readings)
     values = [each.value for each in readings]
     notes = list(dict.fromkeys(each.note for each in readings))
-    told = [f"{each.value:.4g}" + (f" ({each.note})" if each.note and len(notes) > 1 else "") for each in readings]
+    told = [_written(each.value) + (f" ({each.note})" if each.note and len(notes) > 1 else "") for each in readings]
     whose = (
         f"{seeds} seeds"
         if count == seeds
@@ -167,9 +167,13 @@ def _sentence(found: Sequence[ProbeResult], readings: Mapping[str, Reading], see
     if lost := sum(not math.isfinite(value) for value in values):
         return f"Of {whose}, {lost} {'has' if lost == 1 else 'have'} no finite {name}, so there is no mean."
     return (
-        f"Mean of {whose}: {name} is {reading.value:.4g} {reading.unit}, "
-        f"between {min(values):.4g} and {max(values):.4g} among seeds."
+        f"Mean of {whose}: {name} is {_written(reading.value)} {reading.unit}, "
+        f"between {_written(min(values))} and {_written(max(values))} among seeds."
     )
+
+
+def _written(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")
 
 
 def _left_out(asked: Mapping[str, ProbeResult | None]) -> list[str]:
