@@ -472,6 +472,24 @@ def test_ordinary_hugging_face_model_trains_on(tmp_path, small, words, console, 
     assert result.loss < math.log(259)
 
 
+@pytest.mark.parametrize("kind", ["dyadlm", "llama"])
+def test_smoothed_targets_are_the_tokens_that_follow(tmp_path, small, words, console, llama, kind):
+    """In parts of a step, and with companions, which learn from targets as they are."""
+    beside = ("twin.conditioning=joint", "model.planner=head", "model.dropout=0") if kind == "dyadlm" else ()
+    options = (*beside, "max_steps=1", "logging_steps=1", "eval_steps=0", "label_smoothing_factor=0.2")
+    halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
+    model = {"model": llama} if kind == "llama" else {}
+    plan = make_plan(small(tmp_path / "plan", *options, **model), words(), tmp_path / "plan")
+    ids = torch.stack([plan.windows[number]["input_ids"] for number in range(4)])
+    logits = plan.model.eval()(ids).logits[:, :-1].transpose(1, 2)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:], label_smoothing=0.2).item()
+    result = train(small(tmp_path / "run", *options, *halves, **model), words(), console)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    if beside:
+        (line,) = (line for line in result.metrics if "loss" in line)
+        assert {"twin_loss", "proposal_loss", "artist_loss"} <= line.keys()
+
+
 def test_gradient_checkpointing_changes_memory_not_weights(tmp_path, small, words, console):
     options = ("model.dropout=0", "max_steps=2")
     train(small(tmp_path / "plain", *options), words(), console)
