@@ -552,6 +552,18 @@ def test_export_copies_the_model_alone(tmp_path, small, words, console):
     assert not (tmp_path / "none").exists()
 
 
+def test_export_leaves_the_state_of_the_text_behind(tmp_path, small, words, console):
+    options = ("train.carry_state=true", "twin.conditioning=joint", "max_steps=1", "save_steps=1", "eval_steps=0")
+    run = train(small(tmp_path / "run", *options), words(), console)
+    assert {"carried_state_0.safetensors", "companions.safetensors"} <= names(run.checkpoint)
+    shards = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    for name in shards:
+        (run.checkpoint / name).write_text("as models in several files have")
+    export(run.checkpoint, tmp_path / "exported")
+    held = [name for name in names(tmp_path / "exported") if "safetensors" in name]
+    assert set(held) == {"model.safetensors", *shards}
+
+
 def test_progress_bar_on_a_terminal(tmp_path, small, words, console):
     console._force_terminal = True
     train(small(tmp_path / "run"), words(), console)

@@ -9,14 +9,14 @@ from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder
 from dyadlm.train.checkpoint import MANIFEST_NAME
-from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
 
 CARD_NAME = "README.md"
-TRAINING_ONLY = {RECORD_NAME, METRICS_NAME, CANARIES_NAME, MANIFEST_NAME, COMPANIONS_NAME, "trainer_state.json"}
-# Text and safetensors; nothing that would have to be unpickled.
-PUBLISHED_KINDS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".md"}
+TRAINING_ONLY = {RECORD_NAME, METRICS_NAME, CANARIES_NAME, MANIFEST_NAME, "trainer_state.json"}
+# Text; nothing that would have to be unpickled. Of safetensors only the weights: checkpoints hold others beside them.
+PUBLISHED_KINDS = {".json", ".txt", ".model", ".jinja", ".md"}
+WEIGHTS = "model*.safetensors"  # in one file, or in several and their index
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and file.suffix in PUBLISHED_KINDS and file.name not in TRAINING_ONLY
+        if file.is_file() and (file.suffix in PUBLISHED_KINDS or file.match(WEIGHTS)) and file.name not in TRAINING_ONLY
     )
 
 
