@@ -56,6 +56,15 @@ def save_companions(model: nn.Module, folder: Path) -> None:
 
 def load_companions(model: nn.Module, folder: Path) -> None:
     """Read what `save_companions` wrote into the companions of the same kinds."""
+def set_of_companions(model: DyadForCausalLM, settings: TrainSettings) -> list[str] | None:
+    """What checkpoints call the companions of a model: those that have other weights have another name.
+
+    None for none, as in checkpoints from before there were any.
+    """
+    others = {} if settings.fingerprint.tags else {"fingerprint": "fingerprint without tags"}
+    return [others.get(name, name) for name in sorted(model.companions)] or None
+
+
     weights = _weights(model)
     if weights:
         saved = load_file(folder / COMPANIONS_NAME)

@@ -20,7 +20,7 @@ from dyadlm.evaluate.evaluation import prefix_token, require_vocabulary
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
-from dyadlm.train.companions import add_companions
+from dyadlm.train.companions import add_companions, set_of_companions
 from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
@@ -147,7 +147,7 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration}
     if isinstance(model, DyadForCausalLM):
-        identity["set of companions"] = sorted(model.companions) or None  # None as in older checkpoints
+        identity["set of companions"] = set_of_companions(model, settings)
     return Plan(
         arguments=arguments,
         model=model,
