@@ -526,6 +526,15 @@ def test_dry_run_leaves_nothing_and_counts(tmp_path, small, words):
     assert estimate["peak_memory_bytes"] > estimate["static_memory_bytes"]
 
 
+def test_dry_run_counts_what_trains_beside_a_model_apart(tmp_path, small, words):
+    options = ("max_steps=1", "data.sequence_length=8", "per_device_train_batch_size=1")
+    plain, beside = (dry_run(small(tmp_path, *options, *more), words()) for more in ((), ("twin.conditioning=joint",)))
+    assert plain["parameters_in_training_alone"] == 0 < beside["parameters_in_training_alone"]
+    assert [beside[name] for name in ("parameters", "flops")] == [plain[name] for name in ("parameters", "flops")]
+    both = beside["parameters"] + beside["parameters_in_training_alone"]
+    assert beside["static_memory_bytes"] == 16 * both
+
+
 def test_dry_run_neither_saves_nor_evaluates(tmp_path, small, words, monkeypatch):
     for name in ("_save_checkpoint", "evaluate"):
         monkeypatch.setattr(LanguageModelTrainer, name, lambda *args, **kwargs: pytest.fail("not in a dry run"))
