@@ -11,7 +11,7 @@ from dyadlm.model.companion import Lesson
 from dyadlm.model.planner import forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME
-from dyadlm.train.planner import PlannerLessons, ahead, reading_order, true_future
+from dyadlm.train.planner import TAUGHT, PlannerLessons, TaughtWindows, ahead, reading_order, true_future
 from dyadlm.train.settings import PlannerOptions
 
 from ..model.conftest import SMALL, make_model, text_ids
@@ -141,6 +141,29 @@ def test_the_teacher_alone_depends_on_the_true_future():
     reached = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
     assert any("planner.artist" in name for name in reached)
     assert not any(".layers." in name or ".forecasters." in name for name in reached)
+
+def test_which_windows_the_teacher_shows_is_drawn_by_seed_and_number_alone():
+    base = [{"input_ids": torch.zeros(4, dtype=torch.int64)}] * 400
+    windows, others = (TaughtWindows(base, seed) for seed in (1, 2))
+    backwards = [windows[number][TAUGHT] for number in reversed(range(400))]
+    drawn = torch.stack([windows[number][TAUGHT] for number in range(400)])
+    assert torch.equal(drawn, torch.stack(backwards).flip(0))
+    assert not torch.equal(drawn, torch.stack([others[number][TAUGHT] for number in range(400)]))
+    assert drawn.dtype == torch.float32
+    for share in (0.1, 0.5, 0.9):
+        assert abs((drawn < share).float().mean() - share) < 4 * (share * (1 - share) / 400) ** 0.5
+
+
+def test_the_teacher_shows_the_windows_that_were_drawn():
+    model = taught(PlannerOptions(teacher=0.5, teacher_until=0.5))
+    lesson, _ = packed_lesson(model)
+    told = {draw: lesson._replace(extra={TAUGHT: torch.tensor([draw])}) for draw in (0.0, 0.49, 0.51)}
+    everything = losses(model, lesson, 0.0)["teacher_loss"]
+    for draw, progress, shown in ((0.51, 0.0, True), (0.49, 0.25, True), (0.51, 0.25, False), (0.0, 0.5, False)):
+        found = losses(model, told[draw], progress)
+        assert (found["teacher_loss"] == everything) == shown
+        assert (found["teacher_loss"] == found["artist_loss"]) != shown
+
 
 
 def test_every_weight_learns_so_that_processes_agree():

@@ -24,6 +24,7 @@ from dyadlm.train.companions import add_companions, set_of_companions
 from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
+from dyadlm.train.planner import TaughtWindows
 from dyadlm.train.settings import TrainSettings
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.validation import ValidationSample
@@ -126,6 +127,8 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
         windows = GoldfishWindows(windows, settings.train.goldfish)
     if settings.fingerprint.shown:
         windows = FingerprintedWindows(windows, settings.fingerprint, arguments.seed)
+    if settings.planner.teacher:
+        windows = TaughtWindows(windows, arguments.seed)
     validation = None
     if streams := [stream for stream in data.validation if len(stream)]:
         validation = ValidationSample.draw(
