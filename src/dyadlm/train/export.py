@@ -52,7 +52,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """README.md of a trained model.
 
     facts: name, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
-    validation_loss, validation_bits_per_byte; None where unknown.
+    validation_loss, validation_bits_per_byte; None where unknown. consensus: of a planner, with which validation was
+    scored; 0 for none.
     """
 
     def figure(name: str, form: str) -> str:
@@ -71,6 +72,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "Validation": f"{figure('validation_bits_per_byte', '.4f')} bits per byte",
     }
     needs = "import dyadlm  # registers the architecture\n" if facts["model_type"] == "dyadlm" else ""
+    scorer = ""
+    if facts["consensus"] and facts["validation_loss"] is not None:
+        scorer = f" They are scored with consensus {facts['consensus']:g}; the training loss is the engineer's alone."
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
@@ -86,7 +90,7 @@ A causal language model of type `{facts["model_type"]}`, trained with dyadlm.
 | --- | --- |
 {table}
 
-The validation figures are those of the last evaluation during training, on a sample of the validation split.
+The validation figures are those of the last evaluation during training, on a sample of the validation split.{scorer}
 
 ## Use
 

@@ -135,6 +135,8 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
             streams, options.sequence_length, options.validation_tokens, prefix_token(data.tokenizer)
         )
     evaluated = validation is not None and bool(arguments.eval_steps)
+    if evaluated and (mass := getattr(model.config, "consensus", 0)):
+        choices.append(f"validation: scored with consensus {mass:g}; the loss in training is the engineer's alone")
     arguments.eval_strategy = transformers.IntervalStrategy("steps" if evaluated else "no")
     arguments.eval_on_start = evaluated and arguments.eval_on_start
     order = {
