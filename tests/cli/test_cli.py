@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dyadlm.cli import main
 from dyadlm.cli.app import spread_lists
-from dyadlm.cli.train import duration
+from dyadlm.cli.train import _print_cost, duration
 from dyadlm.version import __version__
 
 SMALL = [
@@ -214,8 +214,18 @@ def test_a_dry_run_leaves_nothing(place, capsys):
     out = capsys.readouterr().out
     expected = ("parameters", "memory", "tokens: 256 in 4 steps of 64", "matrix products", "time")
     assert all(word in out for word in expected)
+    assert "alone" not in out
     assert contents(place) == before
     assert not (place / "new").exists()
+
+
+def test_a_dry_run_tells_the_model_from_what_trains_beside_it(capsys):
+    figures = {"peak_memory_bytes": 1, "static_memory_bytes": 1, "tokens": 8, "steps": 2, "tokens_per_step": 4}
+    cost = {"parameters": 5000, "parameters_in_training_alone": 1200, "flops": 3e6, "choices": [], **figures}
+    _print_cost(cost | {"seconds": 1.0, "seconds_per_step": 0.5})
+    out = capsys.readouterr().out
+    assert "parameters: 5,000, and 1,200 in training alone\n" in out
+    assert "3.00e+06 floating-point operations of the model alone\n" in out
 
 
 def test_training_goes_on(place, capsys):

@@ -105,12 +105,31 @@ def test_companions_are_kept_in_a_file_of_their_own(model, tmp_path):
 
 
 def test_where_companions_cannot_train_the_run_is_refused(tmp_path, small, words, llama):
-    for options, sort, message in (
-        ({"model": llama}, (), r"twin\.\* is for dyadlm models alone, not for LlamaForCausalLM; leave it out"),
-        ({}, ("fsdp=true",), r"twin\.\* shares parameters with the model, which FSDP cannot shard; leave fsdp or it"),
+    for sort, options, message in (
+        (ON, {"model": llama}, r"twin\.\* is for dyadlm models alone, not for LlamaForCausalLM; leave it out"),
+        ((*ON, "fsdp=true"), {}, r"inside the model's blocks\); leave fsdp out, or set twin\.conditioning=off"),
+        (
+            ("fingerprint.shown=true", "fsdp=true"),
+            {},
+            r"file of its own.* or set fingerprint\.shown=false",
+        ),
+        (("model.planner=head", "fsdp=true"), {}, r"outside that block\); leave fsdp out, or .* model\.planner=none"),
     ):
         with pytest.raises(UserError, match=message):
-            make_plan(small(tmp_path / "run", *ON, *sort, **options), words(), tmp_path / "run")
+            make_plan(small(tmp_path / "run", *sort, **options), words(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("told", "switch"),
+    [
+        ("twin.weight=3", "twin.conditioning"),
+        ("fingerprint.dropout=0", "fingerprint.shown"),
+        ("planner.artist=0.5", "model.planner"),
+    ],
+)
+def test_what_is_told_to_a_companion_that_there_is_not_is_refused(tmp_path, small, words, told, switch):
+    with pytest.raises(UserError, match=f"does nothing without {switch}; set {switch} too, or leave it out"):
+        make_plan(small(tmp_path / "run", told), words(), tmp_path / "run")
 
 
 def test_no_companion_leaves_no_trace(tmp_path, small, words, console):

@@ -27,7 +27,10 @@ MECHANISMS = (
     "model.selector_balance=0.01", "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
 )  # fmt: skip
 # Without forecasts: how much better they are than persistence is not the mean of what each process finds.
-PLANNER = ("model.planner=stack", "model.planner_futures=2", "model.consensus=0.9", "planner.forecast=0")
+PLANNER = (
+    "model.planner=stack", "model.planner_futures=2", "model.consensus=0.9", "planner.forecast=0",
+    "planner.teacher=0.3", "planner.teacher_until=1",
+)  # fmt: skip
 # With fingerprints beside it, whose draw knows nothing of processes; without cooldown, which follows from max_steps.
 TWIN = (
     "twin.conditioning=reverse", "twin.weight=0.5", "fingerprint.shown=true", "fingerprint.dropout=0.4",
@@ -98,7 +101,7 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
 
     whole = train(small(tmp_path / "one-planned", *SHARED, *PLANNER, "max_steps=2"), words(), console)
-    for name in ("loss", "proposal_loss", "artist_loss", "cost", "grad_norm"):
+    for name in ("loss", "proposal_loss", "artist_loss", "teacher_loss", "cost", "grad_norm"):
         assert metrics(planned, name) == pytest.approx([line[name] for line in whole.metrics if name in line], rel=1e-4)
     assert metrics(planned, "eval_loss") == pytest.approx(
         [line["eval_loss"] for line in whole.metrics if "eval_loss" in line], rel=1e-4

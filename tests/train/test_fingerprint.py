@@ -313,6 +313,19 @@ def test_runs_say_what_they_cannot_do(tmp_path, small, words, console, llama):
     assert not plain.model.companions
 
 
+def test_other_tags_are_another_run_that_leaves_this_one_as_it_was(tmp_path, small, words, console):
+    options = (*SHOWN, "eval_steps=0")
+    for name, started, other in (("with", "true", "false"), ("without", "false", "true")):
+        run = tmp_path / name
+        train(small(run, *options, f"fingerprint.tags={started}", "max_steps=2"), words(), console)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match=r"another set of companions \(fingerprint.* there, fingerprint.* here\)"):
+            train(small(run, *options, f"fingerprint.tags={other}", "max_steps=3", resume=True), words(), console)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        settings = type(small(run)).create(run, resume=True, assignments=["max_steps=3"])
+        assert train(settings, words(), console).steps == 3
+
+
 def test_tags_are_left_out_if_asked(tmp_path, small, words):
     plan = make_plan(small(tmp_path, *SHOWN, "fingerprint.tags=false"), words(), tmp_path)
     assert plan.windows[0].keys() == {"input_ids", "labels", "index", "shown"}

@@ -5,13 +5,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dyadlm import UserError
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model.companion import Lesson
 from dyadlm.model.planner import forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME
-from dyadlm.train.planner import PlannerLessons, ahead, reading_order, true_future
+from dyadlm.train.planner import TAUGHT, PlannerLessons, TaughtWindows, ahead, reading_order, true_future
 from dyadlm.train.settings import PlannerOptions
 
 from ..model.conftest import SMALL, make_model, text_ids
@@ -143,6 +142,29 @@ def test_the_teacher_alone_depends_on_the_true_future():
     assert not any(".layers." in name or ".forecasters." in name for name in reached)
 
 
+def test_which_windows_the_teacher_shows_is_drawn_by_seed_and_number_alone():
+    base = [{"input_ids": torch.zeros(4, dtype=torch.int64)}] * 400
+    windows, others = (TaughtWindows(base, seed) for seed in (1, 2))
+    backwards = [windows[number][TAUGHT] for number in reversed(range(400))]
+    drawn = torch.stack([windows[number][TAUGHT] for number in range(400)])
+    assert torch.equal(drawn, torch.stack(backwards).flip(0))
+    assert not torch.equal(drawn, torch.stack([others[number][TAUGHT] for number in range(400)]))
+    assert drawn.dtype == torch.float32
+    for share in (0.1, 0.5, 0.9):
+        assert abs((drawn < share).float().mean() - share) < 4 * (share * (1 - share) / 400) ** 0.5
+
+
+def test_the_teacher_shows_the_windows_that_were_drawn():
+    model = taught(PlannerOptions(teacher=0.5, teacher_until=0.5))
+    lesson, _ = packed_lesson(model)
+    told = {draw: lesson._replace(extra={TAUGHT: torch.tensor([draw])}) for draw in (0.0, 0.49, 0.51)}
+    everything = losses(model, lesson, 0.0)["teacher_loss"]
+    for draw, progress, shown in ((0.51, 0.0, True), (0.49, 0.25, True), (0.51, 0.25, False), (0.0, 0.5, False)):
+        found = losses(model, told[draw], progress)
+        assert (found["teacher_loss"] == everything) == shown
+        assert (found["teacher_loss"] == found["artist_loss"]) != shown
+
+
 def test_every_weight_learns_so_that_processes_agree():
     """Also where all lessons weigh nothing: DistributedDataParallel waits for every gradient."""
     for fields in ({}, {"planner": "stack", "artist_sees": "both", "planner_futures": 2}):
@@ -176,6 +198,17 @@ def test_a_resumed_run_is_the_whole_run_and_needs_no_companion_after_it(tmp_path
     assert model.generate(text_ids(1, 8), max_new_tokens=3, do_sample=False).shape[1] <= 11
 
 
-def test_lessons_without_a_planner_are_refused(tmp_path, small, words, console):
-    with pytest.raises(UserError, match=r"set model\.planner"):
-        train(small(tmp_path / "run", "planner.artist=0.5", "max_steps=1"), words(), console)
+def test_a_longer_run_says_what_begins_again_and_whose_the_validation_is(tmp_path, small, words, console):
+    options = (
+        "model.planner=head", "model.consensus=0.9", "planner.teacher=0.3", "fingerprint.shown=true",
+        "fingerprint.cooldown=0.25", "data.validation_tokens=32",
+    )  # fmt: skip
+    train(small(tmp_path / "run", *options, "max_steps=2"), words(), console)
+    assert "from there on" not in console.file.getvalue()
+    assert "validation: scored with consensus 0.9; the loss in training is the engineer's" in console.file.getvalue()
+    assert "scored with consensus 0.9" in (tmp_path / "run" / "README.md").read_text()
+    train(small(tmp_path / "run", *options, "max_steps=4", resume=True), words(), console)
+    shown = console.file.getvalue()
+    for what, share in (("fingerprints: shown", 75), ("teacher: sees the true future", 50)):
+        first = f"over the first {share}% of"
+        assert f"{what} {first} 2 steps until step 2, {first} 4 from there on" in shown

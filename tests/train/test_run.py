@@ -472,6 +472,24 @@ def test_ordinary_hugging_face_model_trains_on(tmp_path, small, words, console, 
     assert result.loss < math.log(259)
 
 
+@pytest.mark.parametrize("kind", ["dyadlm", "llama"])
+def test_smoothed_targets_are_the_tokens_that_follow(tmp_path, small, words, console, llama, kind):
+    """In parts of a step, and with companions, which learn from targets as they are."""
+    beside = ("twin.conditioning=joint", "model.planner=head", "model.dropout=0") if kind == "dyadlm" else ()
+    options = (*beside, "max_steps=1", "logging_steps=1", "eval_steps=0", "label_smoothing_factor=0.2")
+    halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
+    model = {"model": llama} if kind == "llama" else {}
+    plan = make_plan(small(tmp_path / "plan", *options, **model), words(), tmp_path / "plan")
+    ids = torch.stack([plan.windows[number]["input_ids"] for number in range(4)])
+    logits = plan.model.eval()(ids).logits[:, :-1].transpose(1, 2)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:], label_smoothing=0.2).item()
+    result = train(small(tmp_path / "run", *options, *halves, **model), words(), console)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    if beside:
+        (line,) = (line for line in result.metrics if "loss" in line)
+        assert {"twin_loss", "proposal_loss", "artist_loss"} <= line.keys()
+
+
 def test_gradient_checkpointing_changes_memory_not_weights(tmp_path, small, words, console):
     options = ("model.dropout=0", "max_steps=2")
     train(small(tmp_path / "plain", *options), words(), console)
@@ -508,6 +526,15 @@ def test_dry_run_leaves_nothing_and_counts(tmp_path, small, words):
     assert estimate["peak_memory_bytes"] > estimate["static_memory_bytes"]
 
 
+def test_dry_run_counts_what_trains_beside_a_model_apart(tmp_path, small, words):
+    options = ("max_steps=1", "data.sequence_length=8", "per_device_train_batch_size=1")
+    plain, beside = (dry_run(small(tmp_path, *options, *more), words()) for more in ((), ("twin.conditioning=joint",)))
+    assert plain["parameters_in_training_alone"] == 0 < beside["parameters_in_training_alone"]
+    assert [beside[name] for name in ("parameters", "flops")] == [plain[name] for name in ("parameters", "flops")]
+    both = beside["parameters"] + beside["parameters_in_training_alone"]
+    assert beside["static_memory_bytes"] == 16 * both
+
+
 def test_dry_run_neither_saves_nor_evaluates(tmp_path, small, words, monkeypatch):
     for name in ("_save_checkpoint", "evaluate"):
         monkeypatch.setattr(LanguageModelTrainer, name, lambda *args, **kwargs: pytest.fail("not in a dry run"))
@@ -532,6 +559,18 @@ def test_export_copies_the_model_alone(tmp_path, small, words, console):
     with pytest.raises(UserError, match="holds no trained model"):
         export(tmp_path / "empty", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_export_leaves_the_state_of_the_text_behind(tmp_path, small, words, console):
+    options = ("train.carry_state=true", "twin.conditioning=joint", "max_steps=1", "save_steps=1", "eval_steps=0")
+    run = train(small(tmp_path / "run", *options), words(), console)
+    assert {"carried_state_0.safetensors", "companions.safetensors"} <= names(run.checkpoint)
+    shards = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    for name in shards:
+        (run.checkpoint / name).write_text("as models in several files have")
+    export(run.checkpoint, tmp_path / "exported")
+    held = [name for name in names(tmp_path / "exported") if "safetensors" in name]
+    assert set(held) == {"model.safetensors", *shards}
 
 
 def test_progress_bar_on_a_terminal(tmp_path, small, words, console):

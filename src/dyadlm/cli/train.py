@@ -98,14 +98,16 @@ def _probes(settings: "TrainSettings", names: list[str]) -> "Callable[[LanguageM
 def _print_cost(cost: dict[str, Any]) -> None:
     for choice in cost["choices"]:
         typer.echo(choice)
-    typer.echo(f"parameters: {cost['parameters']:,}")
+    beside = cost["parameters_in_training_alone"]
+    typer.echo(f"parameters: {cost['parameters']:,}" + (f", and {beside:,} in training alone" if beside else ""))
     typer.echo(
         f"memory: {_mebibytes(cost['static_memory_bytes'])} for weights and optimizer, "
         f"{_mebibytes(cost['peak_memory_bytes'])} at the peak"
     )
     typer.echo(f"tokens: {cost['tokens']:,} in {cost['steps']:,} steps of {cost['tokens_per_step']:,}")
     if cost["flops"] is not None:
-        typer.echo(f"matrix products: {cost['flops']:.2e} floating-point operations")
+        whose = " of the model alone" if beside else ""
+        typer.echo(f"matrix products: {cost['flops']:.2e} floating-point operations{whose}")
     typer.echo(f"time: about {duration(cost['seconds'])} ({1000 * cost['seconds_per_step']:.0f} ms a step)")
 
 

@@ -74,10 +74,16 @@ def require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint
                 for name in {**present, **expected}
                 if present.get(name) != expected.get(name)
             )
+        elif isinstance(present, list) or isinstance(expected, list):
+            difference = f"{_listed(present)} there, {_listed(expected)} here"
         raise UserError(
             f"{checkpoint} was made with another {part}{f' ({difference})' if difference else ''}; "
             "resume with the settings it was started with, or choose another --output."
         )
+
+
+def _listed(names: list[str] | None) -> str:
+    return " and ".join(names or ["none"])
 
 
 def remove_leftovers(run: Path) -> None:

@@ -13,16 +13,25 @@ from dyadlm.model import DyadForCausalLM
 from dyadlm.model.companion import COMPANIONS, Companion
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
-from dyadlm.train.settings import PlannerOptions, TrainSettings
+from dyadlm.train.settings import NAMESPACES, TrainSettings
 from dyadlm.train.twin import Twin
 
 COMPANIONS_NAME = "companions.safetensors"
+# What a namespace of settings does nothing without.
+SWITCHES = {"twin": "twin.conditioning", "fingerprint": "fingerprint.shown", "planner": "model.planner"}
+# Why FSDP cannot shard each, and what to leave out instead of it.
+UNSHARDABLE = {
+    "twin": ("hears through weights inside the model's blocks", "set twin.conditioning=off"),
+    "fingerprint": ("has a file of its own, not gathered from shards", "set fingerprint.shown=false"),
+    "planner": ("reads the last block's weights outside that block", "train a new model with model.planner=none"),
+}
 
 
 def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: TrainingArguments) -> None:
     """Give a model the companions that the settings ask for.
 
-    Raises `UserError` where they cannot train: beside a model of another kind, and in shards.
+    Raises `UserError` where they cannot train: beside a model of another kind, and in shards; and where something is
+    told to a companion that there is not.
     """
     companions: dict[str, Callable[[DyadForCausalLM], Companion]] = {}  # made of a model once it is seen to be of ours
     if settings.twin.conditioning != "off":
@@ -31,19 +40,29 @@ def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: T
         companions["fingerprint"] = lambda model: Fingerprint(model.config, settings.fingerprint.tags)
     if isinstance(model, DyadForCausalLM) and model.planner is not None:
         companions["planner"] = lambda model: PlannerLessons(model, settings.planner)
-    elif settings.planner != PlannerOptions():
-        raise UserError(
-            "planner.* teaches a planner, which this model has not; set model.planner too, or leave it out."
-        )
+    for name, switch in SWITCHES.items():
+        if name not in companions and settings.options[name] != NAMESPACES[name]():
+            raise UserError(f"{name}.* does nothing without {switch}; set {switch} too, or leave it out.")
     if not companions:
         return
     names = " and ".join(f"{name}.*" for name in companions)
     if not isinstance(model, DyadForCausalLM):
         raise UserError(f"{names} is for dyadlm models alone, not for {type(model).__name__}; leave it out.")
     if arguments.fsdp:
-        raise UserError(f"{names} shares parameters with the model, which FSDP cannot shard; leave fsdp or it out.")
+        reasons = " and ".join(f"{name}.* ({UNSHARDABLE[name][0]})" for name in companions)
+        remedies = " and ".join(UNSHARDABLE[name][1] for name in companions)
+        raise UserError(f"FSDP cannot shard {reasons}; leave fsdp out, or {remedies}.")
     for name, make in companions.items():
         model.accompany(name, make(model))
+
+
+def set_of_companions(model: DyadForCausalLM, settings: TrainSettings) -> list[str] | None:
+    """What checkpoints call the companions of a model: those that have other weights have another name.
+
+    None for none, as in checkpoints from before there were any.
+    """
+    others = {} if settings.fingerprint.tags else {"fingerprint": "fingerprint without tags"}
+    return [others.get(name, name) for name in sorted(model.companions)] or None
 
 
 def save_companions(model: nn.Module, folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dyadlm.accounting import training_flops_per_token
 from dyadlm.model import DyadConfig
+from dyadlm.train.companions import published_parameters
 from dyadlm.train.plan import TrainingData, make_plan
 from dyadlm.train.settings import TrainSettings
 
@@ -26,10 +27,11 @@ TIMED_STEPS = 3
 def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[str, Any]:
     """What a run would cost, from a few timed steps of it on the target device; nothing is left behind.
 
-    Returns parameters, static_memory_bytes (weights, gradients, moments), peak_memory_bytes (measured; on a
-    CPU that of the whole process), steps, tokens, tokens_per_step, flops (of all steps; None for models other
-    than ours), seconds_per_step, seconds (all steps, without evaluations and checkpoints), choices (device and
-    dtype with reasons).
+    Returns parameters (of the model), parameters_in_training_alone (of its companions), static_memory_bytes (weights,
+    gradients, moments of both), peak_memory_bytes (measured; on a CPU that of the whole process), steps, tokens,
+    tokens_per_step, flops (of all steps, by `training_flops_per_token`, so without twin, fingerprints and teacher; None
+    for models other than ours), seconds_per_step, seconds (all steps, without evaluations and checkpoints), choices
+    (device and dtype with reasons).
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(settings, data, Path(folder))
@@ -45,14 +47,16 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
         per_step = trainer.tokens_per_step()
-        parameters = sum(weight.numel() for weight in plan.model.parameters())
+        parameters = published_parameters(plan.model)
+        beside = sum(weight.numel() for weight in plan.model.parameters()) - parameters
         seconds = statistics.median(clock.seconds[1:] or clock.seconds)
         flops = None
         if isinstance(plan.model.config, DyadConfig):
             flops = steps * per_step * training_flops_per_token(plan.model.config, settings.data.sequence_length)
         return {
             "parameters": parameters,
-            "static_memory_bytes": STATIC_BYTES_PER_PARAMETER * parameters,
+            "parameters_in_training_alone": beside,
+            "static_memory_bytes": STATIC_BYTES_PER_PARAMETER * (parameters + beside),
             "peak_memory_bytes": _peak_memory(plan.arguments.device),
             "steps": steps,
             "tokens_per_step": per_step,

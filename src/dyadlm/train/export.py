@@ -9,14 +9,14 @@ from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder
 from dyadlm.train.checkpoint import MANIFEST_NAME
-from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
 
 CARD_NAME = "README.md"
-TRAINING_ONLY = {RECORD_NAME, METRICS_NAME, CANARIES_NAME, MANIFEST_NAME, COMPANIONS_NAME, "trainer_state.json"}
-# Text and safetensors; nothing that would have to be unpickled.
-PUBLISHED_KINDS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".md"}
+TRAINING_ONLY = {RECORD_NAME, METRICS_NAME, CANARIES_NAME, MANIFEST_NAME, "trainer_state.json"}
+# Text; nothing that would have to be unpickled. Of safetensors only the weights: checkpoints hold others beside them.
+PUBLISHED_KINDS = {".json", ".txt", ".model", ".jinja", ".md"}
+WEIGHTS = "model*.safetensors"  # in one file, or in several and their index
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and file.suffix in PUBLISHED_KINDS and file.name not in TRAINING_ONLY
+        if file.is_file() and (file.suffix in PUBLISHED_KINDS or file.match(WEIGHTS)) and file.name not in TRAINING_ONLY
     )
 
 
@@ -52,7 +52,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """README.md of a trained model.
 
     facts: name, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
-    validation_loss, validation_bits_per_byte; None where unknown.
+    validation_loss, validation_bits_per_byte; None where unknown. consensus: of a planner, with which validation was
+    scored; 0 for none.
     """
 
     def figure(name: str, form: str) -> str:
@@ -71,6 +72,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "Validation": f"{figure('validation_bits_per_byte', '.4f')} bits per byte",
     }
     needs = "import dyadlm  # registers the architecture\n" if facts["model_type"] == "dyadlm" else ""
+    scorer = ""
+    if facts["consensus"] and facts["validation_loss"] is not None:
+        scorer = f" They are scored with consensus {facts['consensus']:g}; the training loss is the engineer's alone."
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
@@ -86,7 +90,7 @@ A causal language model of type `{facts["model_type"]}`, trained with dyadlm.
 | --- | --- |
 {table}
 
-The validation figures are those of the last evaluation during training, on a sample of the validation split.
+The validation figures are those of the last evaluation during training, on a sample of the validation split.{scorer}
 
 ## Use
 

@@ -20,10 +20,11 @@ from dyadlm.evaluate.evaluation import prefix_token, require_vocabulary
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
-from dyadlm.train.companions import add_companions
+from dyadlm.train.companions import add_companions, set_of_companions
 from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
+from dyadlm.train.planner import TaughtWindows
 from dyadlm.train.settings import TrainSettings
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.validation import ValidationSample
@@ -126,12 +127,16 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
         windows = GoldfishWindows(windows, settings.train.goldfish)
     if settings.fingerprint.shown:
         windows = FingerprintedWindows(windows, settings.fingerprint, arguments.seed)
+    if settings.planner.teacher:
+        windows = TaughtWindows(windows, arguments.seed)
     validation = None
     if streams := [stream for stream in data.validation if len(stream)]:
         validation = ValidationSample.draw(
             streams, options.sequence_length, options.validation_tokens, prefix_token(data.tokenizer)
         )
     evaluated = validation is not None and bool(arguments.eval_steps)
+    if evaluated and (mass := getattr(model.config, "consensus", 0)):
+        choices.append(f"validation: scored with consensus {mass:g}; the loss in training is the engineer's alone")
     arguments.eval_strategy = transformers.IntervalStrategy("steps" if evaluated else "no")
     arguments.eval_on_start = evaluated and arguments.eval_on_start
     order = {
@@ -147,7 +152,7 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration}
     if isinstance(model, DyadForCausalLM):
-        identity["set of companions"] = sorted(model.companions) or None  # None as in older checkpoints
+        identity["set of companions"] = set_of_companions(model, settings)
     return Plan(
         arguments=arguments,
         model=model,

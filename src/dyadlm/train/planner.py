@@ -9,9 +9,11 @@ Dimension letters: B batch, T time, D width, K levels, C ranks of all levels, V 
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
 
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model import DyadConfig, DyadForCausalLM
@@ -20,6 +22,10 @@ from dyadlm.model.modeling import chunk_clock, left_packing
 from dyadlm.model.planner import Outlook, forecast_errors
 from dyadlm.ops.pyramid import Clock, take
 from dyadlm.train.settings import PlannerOptions
+
+TAUGHT = "taught"  # the draw of `TaughtWindows`, beside the tokens
+# Told apart by it from whatever else draws from (seed, number).
+DRAWS = int.from_bytes(b"taught")
 
 
 class PlannerLessons(Companion):
@@ -58,13 +64,17 @@ class PlannerLessons(Companion):
         return {name: value.detach() for name, value in found.items()} | {"cost": cost}
 
     def teach(self, lesson: Lesson, order: Tensor, clock: Clock, labels: Tensor, mix: float) -> Tensor:
-        """The artist's loss where rows at random, so many of them as `mix`, see the true future: scalar."""
+        """The artist's loss where rows at random, so many of them as `mix`, see the true future: scalar.
+
+        Which rows is drawn with their windows (`TaughtWindows`), or where these say nothing, here.
+        """
         (model,), plan = self._model, lesson.plan
         assert plan is not None
         assert model.planner is not None
         true = true_future(lesson.input_ids, plan.outlook, order, clock, model.config)
         token = model.model.embed_tokens(true.token)
-        shown = (torch.rand(token.shape[0], 1, 1, device=token.device) < mix) & true.exists[..., None]
+        drawn = lesson.extra[TAUGHT] if TAUGHT in lesson.extra else torch.rand(token.shape[0], device=token.device)
+        shown = (drawn < mix)[:, None, None] & true.exists[..., None]
         chosen = plan.futures.gather(-1, plan.choice[..., None]).squeeze(-1)
         picture = model.planner.artist(
             torch.where(shown, true.near, plan.outlook.forecast.detach()).to(token.dtype),
@@ -73,6 +83,25 @@ class PlannerLessons(Companion):
             lesson.hidden,
         )
         return nats(model.lm_head(picture), labels)
+
+
+class TaughtWindows(Dataset[dict[str, Tensor]]):
+    """The windows of `base` with `taught` (), float32 in [0, 1): below the teacher's mix a window is shown its future.
+
+    The draw depends on (seed, number) alone, as that of fingerprints: it is no matter of processes, of how a step is
+    cut, or of where a run was resumed.
+    """
+
+    def __init__(self, base: Dataset[dict[str, Tensor]], seed: int):
+        self.base = base
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        drawn = np.random.default_rng([DRAWS, self.seed, number]).random(dtype=np.float32)
+        return self.base[number] | {TAUGHT: torch.tensor(drawn)}
 
 
 def reading_order(lesson: Lesson) -> tuple[Tensor, Clock]:

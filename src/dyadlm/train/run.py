@@ -170,15 +170,27 @@ def read_step(checkpoint: Path | None) -> int:
 
 
 def _annealed_anew(settings: TrainSettings, plan: Plan, step: int) -> list[str]:
-    """That a selector comes down to its choice over another number of steps than it began with, if it does."""
-    kind = plan.identity["model"].get("selector")
-    if not step or kind not in CHOOSING or not (settings.output / RECORD_NAME).is_file():
+    """What goes by the part of all steps that are done, if it goes on over another number of them than it began with.
+
+    Where a run is made longer, fingerprints and a teacher that had left come back.
+    """
+    if not step or not (settings.output / RECORD_NAME).is_file():
         return []
     steps = plan.arguments.max_steps
     before = read_record(settings.output).get("training_arguments", {}).get("max_steps", steps)
     if before == steps:
         return []
-    return [f"selector {kind}: annealed over {before} steps until step {step}, over {steps} from there on"]
+    annealed = []
+    if (kind := plan.identity["model"].get("selector")) in CHOOSING:
+        annealed.append((f"selector {kind}: annealed", ""))
+    if settings.fingerprint.shown and settings.fingerprint.cooldown:
+        annealed.append(("fingerprints: shown", f"the first {1 - settings.fingerprint.cooldown:.0%} of "))
+    if settings.planner.teacher:
+        annealed.append(("teacher: sees the true future", f"the first {settings.planner.teacher_until:.0%} of "))
+    return [
+        f"{what} over {part}{before} steps until step {step}, over {part}{steps} from there on"
+        for what, part in annealed
+    ]
 
 
 def _evaluation_missed(output: Path, step: int, arguments: TrainingArguments) -> bool:
@@ -274,6 +286,7 @@ def _card(settings: TrainSettings, plan: Plan, result: Mapping[str, Any]) -> str
             "licences": plan.licences,
             "tokenizer": f"{len(plan.tokenizer):,} tokens",
             "sequence_length": settings.data.sequence_length,
+            "consensus": getattr(plan.model.config, "consensus", 0),
         }
     )
 

@@ -9,18 +9,21 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
+from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.errors import RunFailed
 from dyadlm.evaluate.mechanisms import behaviour
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
@@ -53,6 +56,28 @@ LOG_SPACED = frozenset(2**power for power in range(10))
 def stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch of windows: (T,) each becomes (B, T)."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def smoothed_loss(
+    factor: float,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The `loss_function` of a causal model whose targets are smoothed: logits (B, T, V), labels (B, T) → scalar.
+
+    factor: of each target, what is spread evenly over the vocabulary. num_items_in_batch: as in transformers.
+    """
+    nats = cross_entropy(
+        logits[:, :-1].float().transpose(1, 2),
+        labels[:, 1:],
+        ignore_index=IGNORED_LABEL,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        label_smoothing=factor,
+    )
+    return nats if num_items_in_batch is None else nats / num_items_in_batch
 
 
 class StepsAsTold(TrainerCallback):
@@ -122,6 +147,11 @@ class LanguageModelTrainer(Trainer):
             eval_dataset=validation,  # only `evaluate`, below, reads it
             callbacks=[*ours, *(callbacks or [])],
         )
+        if self.label_smoother is not None and isinstance(model, DyadForCausalLM):
+            # Trainer would keep the labels from the model and its companions, and not shift them: it does so for the
+            # classes that it lists alone, and others learn to repeat their input.
+            self.label_smoother = None
+            model.loss_function = partial(smoothed_loss, arguments.label_smoothing_factor)
         for shown_by_us in (PrinterCallback, ProgressCallback):
             self.remove_callback(shown_by_us)
 
@@ -202,9 +232,9 @@ class LanguageModelTrainer(Trainer):
             self._metrics.add(metrics)
         if metrics and "cost" in metrics:
             cost = metrics["cost"]
-            if self.label_smoother is None:  # the model has added the cost, and Trainer has scaled the sum
-                summed = self.args.average_tokens_across_devices and num_items_in_batch is not None
-                loss = loss - cost * (self.args.world_size if summed else 1)
+            # The model has added the cost, and Trainer has scaled the sum.
+            summed = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            loss = loss - cost * (self.args.world_size if summed else 1)
             loss = loss + (cost - cost.detach()) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
