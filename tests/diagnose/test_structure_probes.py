@@ -33,6 +33,7 @@ from dyadlm.diagnose.run import ask
 from dyadlm.diagnose.statistics import percentiles, redrawn
 from dyadlm.evaluate.linear_probe import fitted_on, ridge, ridge_classes
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.train.fingerprint import Fingerprint
 
 STRUCTURE = ["octave", "window", "diffuse", "drift", "decay", "select", "identity"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259}
@@ -267,6 +268,27 @@ def test_a_blend_ends_in_both_texts():
         torch.testing.assert_close(end, model.logits(meant)[:, -1])
     each = model.blend(ids, other, torch.tensor([0.0, 1.0, 0.5]))
     torch.testing.assert_close(each[:2], torch.stack([ends[0][0], ends[1][1]]))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("futures", [1, 2])
+def test_only_the_embedding_of_the_text_is_changed(futures, batch):
+    """Not that of the proposals, of which consensus depends."""
+    torch.manual_seed(0)
+    config = DyadConfig(**SMALL, num_levels=3, planner="head", planner_futures=futures, consensus=0.9)
+    model = DyadForCausalLM(config)
+    with torch.no_grad():  # nothing is silent, as at first the forecasters are
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    model = HuggingFaceSubject(model, byte_tokenizer(), fingerprint=Fingerprint(config, tags=False))
+    ids, other = torch.randint(0, 256, (2, batch, 16))
+    for share, meant in ((0.0, ids), (1.0, other)):
+        torch.testing.assert_close(model.blend(ids, other, torch.full((batch,), share)), model.logits(meant)[:, -1])
+    index = torch.arange(16).expand(batch, -1)
+    embedded = model.model.model.embed_tokens(ids) + model.fingerprint.index(index)
+    with torch.no_grad():
+        expected = model.model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(model.fingerprinted(ids, index), expected)
 
 
 def test_routes_of_experts_are_the_chosen_ones():

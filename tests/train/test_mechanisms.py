@@ -14,6 +14,7 @@ from dyadlm.data import TokenStream
 from dyadlm.evaluate.mechanisms import behaviour
 from dyadlm.model import DyadConfig
 from dyadlm.train import TrainingData, train
+from dyadlm.train.mechanisms import MeanMetrics
 from dyadlm.train.plan import make_plan
 from dyadlm.train.trainer import LanguageModelTrainer
 
@@ -40,6 +41,20 @@ def logged(result, name):
 
 def biases(folder):
     return {name: value for name, value in load_file(folder / "model.safetensors").items() if "selector.bias" in name}
+
+
+def test_fractions_are_summed_before_they_are_divided(monkeypatch):
+    """Over passes and processes; what was judged nowhere is left out, and does not count as nothing."""
+    metrics = MeanMetrics()
+    assert metrics.take(1) == {}
+    for loss, above, below in ((1.0, 3.0, 4.0), (2.0, 0.0, 0.0), (6.0, -5.0, 96.0)):
+        found = {"loss": loss, "skill": (above, below), "unjudged": (0.0, 0.0)}
+        metrics.add({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
+    other = torch.tensor([[1.0, 1.0], [12.0, 20.0], [0.0, 0.0]])  # of another process
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(other))
+    assert metrics.take(2) == {"loss": 2.5, "skill": pytest.approx(10 / 120)}
+    metrics.add({"loss": torch.tensor(7.0)})
+    assert metrics.take(1) == {"loss": 7.0}
 
 
 def test_progress_follows_the_steps_of_the_whole_run(tmp_path, small, words, console, monkeypatch):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model.companion import Lesson
-from dyadlm.model.planner import forecast_errors
+from dyadlm.model.planner import WORST, ForecastErrors, forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.planner import TAUGHT, PlannerLessons, TaughtWindows, ahead, reading_order, true_future
@@ -81,8 +81,11 @@ def test_errors_are_those_of_persistence_at_first_and_their_gradient_is_the_fore
         torch.nn.init.zeros_(forecaster.weight)
     lesson, _ = packed_lesson(model)
     errors = forecast_errors(lesson.plan.outlook, model.config.ranks)
-    assert torch.equal(errors, torch.ones_like(errors))  # at levels where nothing was judged, too
+    assert torch.equal(errors.missed, errors.stayed)
+    assert not errors.skills().any()
+    assert errors.cost() == 1
     assert not lesson.plan.outlook.judged[..., -1].any()
+    assert [part[-1].item() for part in errors] == [0, 0, 0]
     model = taught()
     outlook = packed_lesson(model)[0].plan.outlook
     errors, start = forecast_errors(outlook, model.config.ranks), 0
@@ -91,13 +94,61 @@ def test_errors_are_those_of_persistence_at_first_and_their_gradient_is_the_fore
         start += rank
         missed = (outlook.expected[..., own] - outlook.last[..., own])[at].square().sum()
         stayed = (outlook.previous[..., own] - outlook.last[..., own])[at].square().sum()
-        assert errors[level].item() == pytest.approx((missed / stayed).item(), rel=1e-5)
+        assert errors.skills()[level].item() == pytest.approx(1 - (missed / stayed).item(), rel=1e-5)
+        assert errors.size[level].item() == pytest.approx(outlook.last[..., own][at].square().sum().item())
+
+
+def test_forecasts_learn_from_the_plain_ratio_at_levels_that_were_judged():
+    model = taught(semantic_levels=["word", "paragraph"])
+    errors = forecast_errors(packed_lesson(model)[0].plan.outlook, model.config.ranks)
+    plain = (errors.missed[:-1] / errors.stayed[:-1]).mean()  # of all levels but paragraphs
+    exits = [forecaster.weight for forecaster in model.model.forecasters.exits]
+    assert errors.cost().item() == pytest.approx(plain.item(), rel=1e-7)
+    found, expected = (torch.autograd.grad(cost, exits, retain_graph=True) for cost in (errors.cost(), plain))
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair)
+    assert all(gradient.any() for gradient in expected[:-1])
+    model.train()(text_ids(1, 1), labels=text_ids(1, 1)).loss.backward()  # of one token nothing is judged
+    assert not any(weight.grad.any() for weight in exits)
+
+
+def test_persistence_is_taken_to_be_wrong_and_forecasts_to_be_no_disaster():
+    missed, stayed = torch.tensor([[0.5, 1.0], [0.5, 1e-3], [1e-3, 1e-5], [0.05, 0.0], [0.0, 0.0]]).T
+    for size in (1.0, 7.0):
+        for level, expected in enumerate((0.5, WORST, 0.1, 5.0, 0.0)):
+            errors = ForecastErrors(*(size * part[level : level + 1] for part in (missed, stayed, torch.ones(5))))
+            assert errors.cost().item() == pytest.approx(expected, rel=1e-3, abs=2e-6)
+
+
+def test_text_that_repeats_one_token_ruins_no_step():
+    """Nothing changes in it, so that persistence is right and no forecast can be."""
+    usual = PlannerOptions()
+    model = taught(PlannerOptions(forecast=usual.forecast, proposal=0.0, artist=0.0))
+    exits = list(model.model.forecasters.exits.parameters())
+    for weight in exits:
+        torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(0))
+
+    def lesson(ids: torch.Tensor) -> tuple[float, float, float]:
+        """What forecasts cost, the length of their gradient, and that of all gradients."""
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        own, every = (torch.stack([w.grad.norm() for w in weights]).norm() for weights in (exits, model.parameters()))
+        return output.metrics["cost"].item() / usual.forecast, own.item(), every.item()
+
+    text, _, usual_step = lesson(text_ids(2, 256))
+    assert 1 < text < 2
+    for token in (32, 0, 256):
+        cost, gradient, _ = lesson(torch.full((2, 256), token))
+        assert 2 * text < cost <= WORST
+        assert gradient < usual_step
 
 
 def losses(model, lesson, progress: float) -> dict[str, float]:
     torch.manual_seed(0)
     model.set_progress(progress)
-    return {name: value.item() for name, value in model.companions["planner"].losses(lesson).items()}
+    found = model.companions["planner"].losses(lesson)
+    return {name: (value[0] / value[1] if value.dim() else value).item() for name, value in found.items()}
 
 
 def test_the_cost_is_the_weighed_sum_and_the_teacher_leaves():
@@ -177,6 +228,30 @@ def test_every_weight_learns_so_that_processes_agree():
 # ---- Runs
 
 PLANNED = ("model.planner=head", "model.consensus=0.9", "planner.teacher=0.3", "eval_steps=0")
+
+
+def test_skills_are_logged_as_those_of_all_passes_together(tmp_path, small, words, console, monkeypatch):
+    """Of accumulated batches and of steps alike, as if they had been one; of levels that were never judged nothing."""
+    seen, lessons = [], PlannerLessons.losses
+    monkeypatch.setattr(
+        PlannerLessons,
+        "losses",
+        lambda self, lesson: (seen.append(forecast_errors(lesson.plan.outlook, model_ranks)), lessons(self, lesson))[1],
+    )
+    model_ranks = [4] * 6
+    levels = ("model.num_levels=5", "model.semantic_levels=[paragraph]", "model.level_rank=4")
+    steps = ("max_steps=6", "logging_steps=3", "learning_rate=0.05", "gradient_accumulation_steps=2")
+    options = ("model.planner=head", "eval_steps=0", "per_device_train_batch_size=1", *levels, *steps)
+    result = train(small(tmp_path / "run", *options), words(), console)
+    lines = [line for line in result.metrics if "skill_1" in line]
+    assert len(lines) == 2
+    assert len(seen) == 12
+    for line, passes in zip(lines, (seen[:6], seen[6:]), strict=True):
+        missed, stayed, _ = (torch.stack(parts).sum(0) for parts in zip(*passes, strict=True))
+        for level, name in enumerate(("1", "2", "4", "8", "16")):
+            assert line[f"skill_{name}"] == pytest.approx((1 - missed / stayed)[level].item(), rel=1e-3, abs=1e-5)
+        assert "skill_paragraph" not in line
+    assert abs(lines[1]["skill_1"]) > 0.01
 
 
 def test_a_resumed_run_is_the_whole_run_and_needs_no_companion_after_it(tmp_path, small, words, console):

@@ -3,7 +3,8 @@
 Dimension letters: B texts, T tokens, V vocabulary, H heads, K levels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
 from typing import Any, cast
@@ -126,14 +127,10 @@ class HuggingFaceSubject(Subject):
 
     @torch.no_grad()
     def blend(self, ids: Tensor, other: Tensor, share: Tensor) -> Tensor | None:
-        embedding = cast(nn.Module, self.model.get_input_embeddings())
-        toward = embedding(other.to(self.model.device))
+        toward = cast(nn.Module, self.model.get_input_embeddings())(other.to(self.model.device))
         far = share.to(toward.device, toward.dtype).view(-1, *[1] * (toward.dim() - 1))
-        hook = embedding.register_forward_hook(lambda module, read, said: torch.lerp(said, toward, far))
-        try:
+        with self._embedded(lambda said: torch.lerp(said, toward, far)):
             return self._numbers(self._run(ids).logits[:, -1])
-        finally:
-            hook.remove()
 
     @torch.no_grad()
     def fingerprinted(self, ids: Tensor, index: Tensor) -> Tensor | None:
@@ -141,10 +138,21 @@ class HuggingFaceSubject(Subject):
         if self.fingerprint is None:
             return None
         added = self.fingerprint.index(index.to(self.model.device))
-        embedding = cast(nn.Module, self.model.get_input_embeddings())
-        hook = embedding.register_forward_hook(lambda module, read, said: said + added.to(said.dtype))
-        try:
+        with self._embedded(lambda said: said + added.to(said.dtype)):
             return self.logits(ids)
+
+    @contextmanager
+    def _embedded(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """For one pass, the embedding of the text is changed; what else is embedded, as the proposals of a planner are
+        after it, is not."""
+
+        def first(module: nn.Module, read: tuple[Tensor, ...], said: Tensor) -> Tensor:
+            hook.remove()
+            return change(said)
+
+        hook = cast(nn.Module, self.model.get_input_embeddings()).register_forward_hook(first)
+        try:
+            yield
         finally:
             hook.remove()
 

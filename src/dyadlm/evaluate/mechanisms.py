@@ -64,7 +64,7 @@ class Behaviour:
         for name, hit in self.hits.items():
             found[f"hits_{name}"] = hit.float().mean().item()
         if self.outlook is not None:
-            skills = 1 - forecast_errors(self.outlook, [rank for _, rank in self.ranks])
+            skills = forecast_errors(self.outlook, [rank for _, rank in self.ranks]).skills()
             judged = self.outlook.judged.sum((0, 1)).tolist()
             for (name, _), skill, count in zip(self.ranks, skills.tolist(), judged, strict=True):
                 if count:

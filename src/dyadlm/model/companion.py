@@ -35,6 +35,7 @@ class Companion(nn.Module):
         return None
 
     def losses(self, lesson: Lesson) -> dict[str, Tensor]:
-        """Scalars for the log, by names that no other companion has; what is to be minimised besides the model's own
-        loss is their entry `cost`, if there is one."""
+        """Metrics for the log, by names that no other companion has: scalars, of which the mean over passes is logged,
+        or fractions (2,), numerator and denominator, which are summed over passes before they are divided. What is to
+        be minimised besides the model's own loss is the scalar `cost`, if there is one."""
         return {}

@@ -47,7 +47,8 @@ class DyadOutput(ModelOutput):
         routes: L × (B, T, H, K), weights of the levels, geometric then semantic, from models that select.
         boundaries: (B, T, S) bool, where segments begin: the levels that follow rules in their order, then the learned
             level as each block sees it.
-        metrics: named scalars of the mechanisms that are on; in training their `cost` is part of the loss.
+        metrics: of the mechanisms that are on, by name: scalars, or fractions as (numerator, denominator); in training
+            the scalar `cost` is part of the loss.
         plan: what a model that plans foresees, proposes and prefers.
     """
 
@@ -453,7 +454,7 @@ def _reorder(output: Tensor, order: Tensor) -> Tensor:
 
 
 def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All named scalars; the costs become one. Names other than `cost` are unique."""
+    """All named metrics; the costs become one. Names other than `cost` are unique."""
     named = {name: value for part in metrics for name, value in part.items()}
     if costs := [part["cost"] for part in metrics if "cost" in part]:
         named["cost"] = torch.stack(costs).sum()

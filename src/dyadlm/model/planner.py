@@ -31,6 +31,8 @@ from dyadlm.ops.recurrence import linear_scan
 from dyadlm.ops.segments import SegmentCount, SegmentState, segment_plan, segment_sums, segment_windows, spread
 
 LEAST = 1e-8  # added to squared errors, for nodes that do not change at all
+LEAST_CHANGE = 0.01  # of the squares of nodes: by how much persistence is taken to be wrong at least
+WORST = 10.0  # by how many times forecasts are taken to be worse than persistence at most
 SEMANTIC_SHARE = 1 / 8  # of a segment, what one token is taken for at first
 
 
@@ -53,22 +55,46 @@ class Outlook(NamedTuple):
         return Outlook(*cast(tuple[Tensor, ...], tuple(None if part is None else function(part) for part in self)))
 
 
-def forecast_errors(outlook: Outlook, ranks: Sequence[int]) -> Tensor:
-    """(K,): for each level, the squared error of its forecasts over that of persistence; 1 where nothing was judged.
+class ForecastErrors(NamedTuple):
+    """Of each level, squared errors summed over all nodes that were judged, (K,) each; zero where none was."""
 
-    One less this is the skill of a level. Gradients flow to the forecasts alone.
-    """
-    missed, stayed = (error.sum((0, 1)) for error in node_errors(outlook, ranks))
-    return (missed + LEAST) / (stayed + LEAST)
+    missed: Tensor  # of forecasts, which alone have a gradient
+    stayed: Tensor  # of persistence: that the next node is the last once more
+    size: Tensor  # of expecting nothing at all: the squares of the nodes themselves
+
+    def skills(self) -> Tensor:
+        """(K,): one less the error of forecasts over that of persistence; 0 where nothing was judged."""
+        return 1 - (self.missed + LEAST) / (self.stayed + LEAST)
+
+    def cost(self) -> Tensor:
+        """What forecasts learn from: the error over that of persistence, a mean over the levels that were judged; 0 if
+        none was.
+
+        In text that repeats one token nothing changes, and what persistence misses is next to nothing. So it counts as
+        wrong by at least `LEAST_CHANGE` of the nodes, and forecasts as worse at most `WORST` times, with the gradient
+        scaled down alike. Ordinary text comes to neither.
+        """
+        floor = torch.maximum(LEAST_CHANGE * self.size, self.missed.detach() / WORST)
+        relative = (self.missed + LEAST) / (torch.maximum(self.stayed, floor) + LEAST)
+        judged = self.size > 0
+        return (relative * judged).sum() / judged.sum().clamp(min=1)
+
+
+def forecast_errors(outlook: Outlook, ranks: Sequence[int]) -> ForecastErrors:
+    """The errors of a whole pass."""
+    guesses = (outlook.expected, outlook.previous, torch.zeros_like(outlook.last))
+    return ForecastErrors(*(_errors(guess, outlook, ranks).sum((0, 1)) for guess in guesses))
 
 
 def node_errors(outlook: Outlook, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(B, T, K) each: how far forecasts lay from what came, and how far what stood before, squared; 0 if not judged."""
-    errors = []
-    for guess in (outlook.expected, outlook.previous):
-        squares = (guess - outlook.last).square() * spread(outlook.judged, ranks)
-        errors.append(torch.stack([part.sum(-1) for part in squares.split(list(ranks), -1)], -1))
-    return errors[0], errors[1]
+    return _errors(outlook.expected, outlook, ranks), _errors(outlook.previous, outlook, ranks)
+
+
+def _errors(guess: Tensor, outlook: Outlook, ranks: Sequence[int]) -> Tensor:
+    """(B, T, K): how far guesses (B, T, C) lay from what came, squared; 0 if not judged."""
+    squares = (guess - outlook.last).square() * spread(outlook.judged, ranks)
+    return torch.stack([part.sum(-1) for part in squares.split(list(ranks), -1)], -1)
 
 
 class Plan(NamedTuple):

@@ -67,26 +67,30 @@ class Mechanisms(TrainerCallback):
 
 
 class MeanMetrics:
-    """The means, since they were last taken, of the named scalars that a model returns beside its loss."""
+    """The means, since they were last taken, of the named metrics that a model returns beside its loss.
+
+    A metric is a scalar, whose mean over passes is meant, or a fraction (2,), numerator and denominator, which are
+    summed each before they are divided.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._passes = 0
+        self._sums: dict[str, Tensor] = {}  # (2,) each
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """The metrics of one pass; always the same names."""
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-        self._passes += 1
+            value = value.detach().float()
+            fraction = value if value.dim() else torch.stack([value, torch.ones_like(value)])
+            self._sums[name] = self._sums.get(name, 0.0) + fraction
 
     def take(self, processes: int) -> dict[str, float]:
-        """The means over all passes of all processes, which take them together; none if nothing was added."""
+        """The means over all passes of all processes, which take them together; none of what was added nowhere, nor of
+        fractions whose denominator is 0."""
         if not self._sums:
             return {}
-        means = torch.stack(list(self._sums.values())) / self._passes
+        sums = torch.stack(list(self._sums.values()))
         if processes > 1:
-            torch.distributed.all_reduce(means)
-            means /= processes
-        named = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums, self._passes = {}, 0
+            torch.distributed.all_reduce(sums)
+        named = {name: above / below for name, (above, below) in zip(self._sums, sums.tolist(), strict=True) if below}
+        self._sums = {}
         return named

@@ -31,8 +31,9 @@ DRAWS = int.from_bytes(b"taught")
 class PlannerLessons(Companion):
     """The losses of a model's own planner. It has no parameters.
 
-    Logged: skill_LEVEL, one less the squared error of forecasts over that of persistence; proposal_loss, artist_loss
-    and teacher_loss in nats per token. The artist's is that of the future that was chosen.
+    Logged: skill_LEVEL, one less the squared error of forecasts over that of persistence, of the levels that were
+    judged; proposal_loss, artist_loss and teacher_loss in nats per token. The artist's is that of the future that was
+    chosen.
     """
 
     reads_plan = True
@@ -47,14 +48,16 @@ class PlannerLessons(Companion):
         (model,), plan, options = self._model, lesson.plan, self.options
         order, clock = reading_order(lesson)
         errors = forecast_errors(plan.outlook, model.config.ranks)
+        # As fractions: logged are the errors of many passes together, of which a ratio may be taken.
+        fractions = torch.stack([errors.stayed - errors.missed, errors.stayed], 1)
         found = {
-            f"skill_{name}": skill
-            for name, skill in zip(model.config.level_keys, (1 - errors).detach().unbind(), strict=True)
+            f"skill_{name}": fraction
+            for name, fraction in zip(model.config.level_keys, fractions.unbind(), strict=True)
         }
         next_label, after_next = (ahead(lesson.labels, order, clock, steps) for steps in (1, 2))
         artist, proposal = nats(plan.artist, next_label), nats(plan.proposal, after_next)
         found |= {"proposal_loss": proposal, "artist_loss": artist}
-        cost = options.forecast * errors.mean() + options.proposal * proposal + options.artist * artist
+        cost = options.forecast * errors.cost() + options.proposal * proposal + options.artist * artist
         if options.teacher:
             found["teacher_loss"] = artist
             mix = max(0.0, 1 - float(model.model.progress) / options.teacher_until)
