@@ -438,6 +438,21 @@ def test_curves_keep_their_band_their_colour_and_any_name():
     assert not single.legends
 
 
+def test_references_far_away_do_not_flatten_the_models():
+    model, reference = looks(["m"], ["r"])
+
+    def drawn(height: float):
+        curves = [(model, Curve([1, 2], [2.0, 3.0], "step", "bits")), (reference, Curve([1, 2], [height] * 2, "", ""))]
+        figure = draw_curves(curves)
+        return figure.axes[0].get_ylim(), [text.get_text() for text in figure.legends[0].get_texts()]
+
+    assert drawn(8.0) == ((1.95, 3.05), ["m", "r (beyond the scale)"])
+    limits, names = drawn(3.5)
+    assert limits[0] < 2
+    assert limits[1] > 3.5
+    assert names == ["m", "r"]
+
+
 def test_readings_are_drawn_with_their_intervals():
     model, reference = looks(["m"], ["r"])
     axes = draw_readings([(model, reading(1.0)), (reference, reading(2.0, None))]).axes[0]

@@ -89,7 +89,7 @@ def looks(models: Sequence[str], references: Sequence[str]) -> list[Look]:
 
 
 def draw_curves(curves: Sequence[tuple[Look, Curve]]) -> Figure:
-    """The same curve of several models; their intervals as bands."""
+    """The same curve of several models; their intervals as bands. References beyond the models' scale are cut off."""
     first = curves[0][1]
     with rc_context(STYLE | _STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT + 0.16 * math.ceil(len(curves) / 2)), layout="constrained")
@@ -97,16 +97,33 @@ def draw_curves(curves: Sequence[tuple[Look, Curve]]) -> Figure:
         for look, curve in curves:
             _draw_curve(axes, look, curve, band=min(0.2, 0.7 / len(curves)))
         _scale_x(axes, [x for _, curve in curves for x in curve.x], first.log_x)
-        heights = [y for _, curve in curves for part in (curve.y, curve.low, curve.high) for y in part or ()]
-        _scale_y(axes, [y for y in heights if math.isfinite(y)], first.log_y)
+        _scale_y(axes, [y for _, curve in curves for y in _heights(curve)], first.log_y)
+        limits = _limits_of_models(curves, first.log_y)
+        axes.set_ylim(limits)
         axes.set(xlabel=first.x_label, ylabel=textwrap.fill(first.y_label, LONGEST_NAME))
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
         if len(curves) > 1:
             handles = [_handle(look) for look, _ in curves]
             legend = figure.legend(handles, ["·"] * len(handles), loc="outside lower left", ncols=2, fontsize=8)
-            for text, (look, _) in zip(legend.get_texts(), curves, strict=True):
-                text.set_text(look.short)  # a label with a leading _ would be left out
+            for text, (look, curve) in zip(legend.get_texts(), curves, strict=True):
+                beyond = limits is not None and not any(limits[0] <= y <= limits[1] for y in _heights(curve))
+                # Set here, for a label with a leading _ would be left out.
+                text.set_text(look.short + " (beyond the scale)" * beyond)
         return figure
+
+
+def _heights(curve: Curve) -> list[float]:
+    return [y for part in (curve.y, curve.low, curve.high) for y in part or () if math.isfinite(y)]
+
+
+def _limits_of_models(curves: Sequence[tuple[Look, Curve]], log: bool) -> tuple[float, float] | None:
+    """That hold the models, where references would take more than half of the height; None elsewhere."""
+    models = [y for look, curve in curves if not look.muted for y in _heights(curve)]
+    every = [y for _, curve in curves for y in _heights(curve)]
+    span = max(models, default=0.0) - min(models, default=0.0)
+    if log or not span or max(every) - min(every) <= 2 * span:
+        return None
+    return min(models) - 0.05 * span, max(models) + 0.05 * span
 
 
 def draw_readings(readings: Sequence[tuple[Look, Reading]]) -> Figure:
