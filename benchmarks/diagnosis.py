@@ -197,8 +197,9 @@ def main() -> None:
     found = [(name, asked(name, seed, options.runs, options.output)) for seed in range(options.seeds) for name in names]
     references = [untrained(name, options.runs, options.output) for name in UNTRAINED if name in names]
     for page, of, beside in (("report", KINDS, references), ("report-sizes", SIZES, [])):
-        write(options.runs / page, [once for name, (once, _) in found if name in of], beside)
-        write(options.runs / f"{page}-over-time", [often for name, (_, often) in found if name in of and often], [])
+        results = [result for kind in of for name, result in found if name == kind]
+        write(options.runs / page, [once for once, _ in results], beside)
+        write(options.runs / f"{page}-over-time", [often for _, often in results if often], [])
 
 
 def write(folder: Path, diagnoses: Sequence[Diagnosis], beside: Sequence[Diagnosis]) -> None:
