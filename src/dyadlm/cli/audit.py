@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dyadlm.cli.shared import Device, errors
+from dyadlm.cli.shared import Device, errors, silence_transformers
 
 if TYPE_CHECKING:
     from dyadlm.diagnose.audit import Audit
@@ -37,15 +37,13 @@ def audit(
 
     Exit code 1 if a check failed.
     """
-    from transformers.utils import logging
-
     from dyadlm.diagnose.audit import audit, small_model
     from dyadlm.diagnose.loading import load_subject
     from dyadlm.errors import RunFailed, UserError
     from dyadlm.generate.loading import resolve_device
     from dyadlm.recall import parse_fields
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    silence_transformers()
     if (model is None) == (architecture is None):
         raise UserError("Give one model: MODEL, or --architecture TYPE for a small new one.")
     fields = parse_fields(assignments or ())

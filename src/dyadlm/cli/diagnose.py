@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dyadlm.cli.shared import Device, Dtype, errors
+from dyadlm.cli.shared import Device, Dtype, errors, silence_transformers
 
 if TYPE_CHECKING:
     from dyadlm.diagnose import Budget, Diagnosis, Probe, ProbeResult, Subject
@@ -93,12 +93,10 @@ def diagnose(
     dtype: Dtype = "auto",
 ) -> None:
     """Ask each probe of each model. What a model cannot answer is said so, and the others are still asked."""
-    from transformers.utils import logging
-
     from dyadlm.diagnose import chosen, pool
     from dyadlm.errors import UserError
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    silence_transformers()
     if over_time and references:
         raise UserError("--references stand beside one model, not beside its training; leave --over-time or it out.")
     probes = chosen(list(dict.fromkeys(probe or ())))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dyadlm.cli.shared import Device, errors
+from dyadlm.cli.shared import Device, errors, silence_transformers
 
 if TYPE_CHECKING:
     from dyadlm.recall import Cell
@@ -59,12 +59,10 @@ def recall(
     device: Device = "auto",
 ) -> None:
     """Train a small model on items that never come twice, ask it others, and count. Fixed seeds; exact answers."""
-    from transformers.utils import logging
-
     from dyadlm.generate.loading import resolve_device
     from dyadlm.recall import LEARNING_RATES, Cell, Recipe, Study, parse_fields
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    silence_transformers()
     recipe = Recipe(
         task,
         tuple(part or ()),

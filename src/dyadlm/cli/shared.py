@@ -41,6 +41,13 @@ NewDocument = Annotated[
 errors = Console(stderr=True, highlight=False)
 
 
+def silence_transformers() -> None:
+    """Its warnings, which speak of what a study or a probe does on purpose."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+
+
 def load(
     model: str, device: str, dtype: str, fields: Iterable[str] | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

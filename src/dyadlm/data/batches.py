@@ -18,6 +18,16 @@ WEIGHT_STEPS = 1 << 32  # mixing weights are whole multiples of 1 / WEIGHT_STEPS
 MIXED_RUN = 64  # windows that a lane reads of one of several streams before it may turn to another
 
 
+class ChangedWindows(Dataset[dict[str, torch.Tensor]]):
+    """As many windows as `base` has; a subclass says in `__getitem__` what becomes of each."""
+
+    def __init__(self, base: Dataset[dict[str, torch.Tensor]]):
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]  # torch declares no length
+
+
 class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     """`length` windows of `sequence_length` tokens from weighted streams; item i depends on (seed, i) alone.
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.data.batches import ChangedWindows
 from dyadlm.errors import UserError
 
 CANARIES_NAME = "canaries.json"  # where a run keeps its plan
@@ -94,19 +95,16 @@ def _text(draw: random.Random) -> str:
     return "".join(draw.choices(ALPHABET, k=LENGTH))
 
 
-class PlantedWindows(Dataset[dict[str, torch.Tensor]]):
+class PlantedWindows(ChangedWindows):
     """The windows of `base` with the members of a plan written over the text at their places."""
 
     def __init__(self, base: Dataset[dict[str, torch.Tensor]], plan: CanaryPlan):
-        self.base = base
+        super().__init__(base)
         self._planted = {
             window: (offset, canary.tokens)
             for canary in plan.members
             for window, offset in zip(canary.windows, canary.offsets, strict=True)
         }
-
-    def __len__(self) -> int:
-        return len(self.base)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.base[index]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dyadlm.data.batches import ChangedWindows
 from dyadlm.model import DyadConfig
 from dyadlm.model.companion import Companion, Lesson
 from dyadlm.train.settings import FingerprintOptions
@@ -96,7 +97,7 @@ def _shown(extra: dict[str, Tensor]) -> Tensor:
     return extra.get("shown", torch.ones_like(extra["index"], dtype=torch.bool))
 
 
-class FingerprintedWindows(Dataset[dict[str, Tensor]]):
+class FingerprintedWindows(ChangedWindows):
     """The windows of `base` with `shown` (T,) bool: which of their tokens show their fingerprints.
 
     The draw for a window depends on (seed, number) alone: it is no matter of the model's dropout, of processes, of how
@@ -104,13 +105,10 @@ class FingerprintedWindows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, base: Dataset[dict[str, Tensor]], options: FingerprintOptions, seed: int):
-        self.base = base
+        super().__init__(base)
         self.options = options
         self.seed = seed
         self._warm = round(len(self) * (1 - options.cooldown))
-
-    def __len__(self) -> int:
-        return len(self.base)  # type: ignore[arg-type]
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         item = self.base[number]

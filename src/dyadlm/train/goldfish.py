@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dyadlm.data.batches import IGNORED_LABEL
+from dyadlm.data.batches import IGNORED_LABEL, ChangedWindows
 
 CONTEXT = 13
 """Whether a target counts is decided by a hash of so many tokens before it (h in the paper, which found 13 best: with
@@ -34,7 +34,7 @@ def context_hashes(tokens: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-class GoldfishWindows(Dataset[dict[str, Tensor]]):
+class GoldfishWindows(ChangedWindows):
     """The windows of `base`, in which one label in k becomes -100: that of each token before which `context_hashes`
     gives a multiple of k.
 
@@ -43,11 +43,8 @@ class GoldfishWindows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, base: Dataset[dict[str, Tensor]], k: int):
-        self.base = base
+        super().__init__(base)
         self.k = k
-
-    def __len__(self) -> int:
-        return len(self.base)  # type: ignore[arg-type]
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         item = self.base[number]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from dyadlm.data.batches import IGNORED_LABEL
+from dyadlm.data.batches import IGNORED_LABEL, ChangedWindows
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.companion import Companion, Lesson
 from dyadlm.model.modeling import chunk_clock, left_packing
@@ -88,7 +88,7 @@ class PlannerLessons(Companion):
         return nats(model.lm_head(picture), labels)
 
 
-class TaughtWindows(Dataset[dict[str, Tensor]]):
+class TaughtWindows(ChangedWindows):
     """The windows of `base` with `taught` (), float32 in [0, 1): below the teacher's mix a window is shown its future.
 
     The draw depends on (seed, number) alone, as that of fingerprints: it is no matter of processes, of how a step is
@@ -96,11 +96,8 @@ class TaughtWindows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, base: Dataset[dict[str, Tensor]], seed: int):
-        self.base = base
+        super().__init__(base)
         self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.base)  # type: ignore[arg-type]
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         drawn = np.random.default_rng([DRAWS, self.seed, number]).random(dtype=np.float32)
