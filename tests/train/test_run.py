@@ -530,7 +530,8 @@ def test_dry_run_counts_what_trains_beside_a_model_apart(tmp_path, small, words)
     options = ("max_steps=1", "data.sequence_length=8", "per_device_train_batch_size=1")
     plain, beside = (dry_run(small(tmp_path, *options, *more), words()) for more in ((), ("twin.conditioning=joint",)))
     assert plain["parameters_in_training_alone"] == 0 < beside["parameters_in_training_alone"]
-    assert [beside[name] for name in ("parameters", "flops")] == [plain[name] for name in ("parameters", "flops")]
+    assert beside["parameters"] == plain["parameters"]
+    assert 1.5 * plain["flops"] < beside["flops"] < 2.5 * plain["flops"]
     both = beside["parameters"] + beside["parameters_in_training_alone"]
     assert beside["static_memory_bytes"] == 16 * both
 
@@ -541,7 +542,7 @@ def test_dry_run_neither_saves_nor_evaluates(tmp_path, small, words, monkeypatch
     settings = small(tmp_path / "run", "train.log_spaced_checkpoints=true", "eval_on_start=true")
     estimate = dry_run(settings, words())
     config = DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=2, max_position_embeddings=32)
-    assert estimate["flops"] == 768 * training_flops_per_token(config, 32)
+    assert estimate["flops"] == pytest.approx(768 * training_flops_per_token(config, 32), rel=0.02)
 
 
 def test_export_copies_the_model_alone(tmp_path, small, words, console):

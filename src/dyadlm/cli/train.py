@@ -106,8 +106,7 @@ def _print_cost(cost: dict[str, Any]) -> None:
     )
     typer.echo(f"tokens: {cost['tokens']:,} in {cost['steps']:,} steps of {cost['tokens_per_step']:,}")
     if cost["flops"] is not None:
-        whose = " of the model alone" if beside else ""
-        typer.echo(f"matrix products: {cost['flops']:.2e} floating-point operations{whose}")
+        typer.echo(f"matrix products: {cost['flops']:.2e} floating-point operations")
     typer.echo(f"time: about {duration(cost['seconds'])} ({1000 * cost['seconds_per_step']:.0f} ms a step)")
 
 

@@ -6,14 +6,14 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dyadlm.accounting import training_flops_per_token
-from dyadlm.model import DyadConfig
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.plan import TrainingData, make_plan
 from dyadlm.train.settings import TrainSettings
@@ -29,9 +29,9 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
 
     Returns parameters (of the model), parameters_in_training_alone (of its companions), static_memory_bytes (weights,
     gradients, moments of both), peak_memory_bytes (measured; on a CPU that of the whole process), steps, tokens,
-    tokens_per_step, flops (of all steps, by `training_flops_per_token`, so without twin, fingerprints and teacher; None
-    for models other than ours), seconds_per_step, seconds (all steps, without evaluations and checkpoints), choices
-    (device and dtype with reasons).
+    tokens_per_step, flops (floating-point operations of the matrix products and convolutions of all steps, whatever is
+    trained, as counted in the first; None where a compiler hides them), seconds_per_step, seconds (all steps, without
+    evaluations and checkpoints), choices (device and dtype with reasons).
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(settings, data, Path(folder))
@@ -50,9 +50,6 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
         parameters = published_parameters(plan.model)
         beside = sum(weight.numel() for weight in plan.model.parameters()) - parameters
         seconds = statistics.median(clock.seconds[1:] or clock.seconds)
-        flops = None
-        if isinstance(plan.model.config, DyadConfig):
-            flops = steps * per_step * training_flops_per_token(plan.model.config, settings.data.sequence_length)
         return {
             "parameters": parameters,
             "parameters_in_training_alone": beside,
@@ -61,7 +58,7 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
             "steps": steps,
             "tokens_per_step": per_step,
             "tokens": steps * per_step,
-            "flops": flops,
+            "flops": None if plan.arguments.torch_compile else steps * clock.flops,
             "seconds_per_step": seconds,
             "seconds": steps * seconds,
             "choices": plan.choices,
@@ -69,17 +66,30 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
 
 
 class _StepClock(TrainerCallback):
-    """Seconds from the end of each step to the end of the next."""
+    """Seconds from the end of each step to the end of the next, and the floating-point operations of the first."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self._counter = FlopCounterMode(display=False)
+        self._counting = ExitStack()
+
+    @property
+    def flops(self) -> int:
+        return self._counter.get_total_flops()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._last = time.perf_counter()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.seconds and not args.torch_compile:
+            self._counting.enter_context(self._counter)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._counting.close()
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
