@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dyadlm.cli import main
 from dyadlm.cli.app import spread_lists
 from dyadlm.cli.train import _print_cost, duration
+from dyadlm.train.settings import NAMESPACES
 from dyadlm.version import __version__
 
 SMALL = [
@@ -187,7 +188,10 @@ def test_version_and_help(capsys):
         ("data", "list"),
     ):
         assert call(*verb, "--help") == 0
-        assert "Usage" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "Usage" in shown
+        if verb == ("train",):
+            assert all(f"{name}.FIELD" in shown for name in ("model", *NAMESPACES))
 
 
 def test_lists_of_values():

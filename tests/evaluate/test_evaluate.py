@@ -10,6 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data.streams import TokenStream
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate import evaluate, require_same_vocabulary
@@ -165,6 +166,19 @@ def test_batches_and_memory_limit_change_nothing(llama, monkeypatch):
         expected.nats_per_token, abs=1e-5
     )
     assert max(sizes) <= 29 * 5
+
+
+def test_the_memory_limit_counts_every_opinion_of_a_consensus(monkeypatch):
+    planner = {"planner": "head", "planner_width": 4, "planner_futures": 3}
+    model = DyadForCausalLM(DyadConfig(hidden_size=16, num_hidden_layers=2, vocab_size=29, **planner)).eval()
+    monkeypatch.setattr("dyadlm.evaluate.scoring.LOGITS_AT_ONCE", 29 * 30)
+    seen = []
+    model.register_forward_hook(lambda _, __, output: seen.append(output.logits.numel()))
+    for mass, largest in ((0.0, 29 * 30), (0.9, 29 * 6)):
+        model.config.consensus = mass
+        seen.clear()
+        evaluate(model, plain(letters_of(90)), letters(), window=90)
+        assert max(seen) == largest
 
 
 def test_documents_of_a_prepared_stream(llama):

@@ -58,6 +58,15 @@ def test_mass_zero_is_the_engineer_and_mass_one_the_product():
     torch.testing.assert_close(consensus(engineer, artist, 1.0), (engineer + artist).log_softmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_are_added_up_exactly_enough(dtype):
+    alone = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).log_softmax(-1).to(dtype)
+    for mass in (0.9, 0.99):
+        expected = nucleus(alone.double(), mass).sum().item()
+        assert nucleus(alone, mass).sum().item() == pytest.approx(expected, rel=1e-3)
+    assert nucleus(alone, 1.0).all()
+
+
 def test_what_is_forbidden_stays_so_and_a_veto_of_everything_is_overruled():
     never = -torch.inf
     engineer = torch.tensor([[2.0, 1.0, never, 0.0], [2.0, 1.0, never, 0.0]], requires_grad=True)

@@ -13,7 +13,11 @@ from dyadlm.accounting import parameters
 from dyadlm.model.companion import Companion
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME, load_companions, published_parameters, save_companions
+from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.plan import make_plan
+from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.settings import PlannerOptions, TwinOptions
+from dyadlm.train.twin import Twin
 
 ON = ("twin.conditioning=joint",)
 
@@ -125,11 +129,49 @@ def test_where_companions_cannot_train_the_run_is_refused(tmp_path, small, words
         ("twin.weight=3", "twin.conditioning"),
         ("fingerprint.dropout=0", "fingerprint.shown"),
         ("planner.artist=0.5", "model.planner"),
+        ("planner.teacher_until=0.9", "planner.teacher"),
     ],
 )
 def test_what_is_told_to_a_companion_that_there_is_not_is_refused(tmp_path, small, words, told, switch):
-    with pytest.raises(UserError, match=f"does nothing without {switch}; set {switch} too, or leave it out"):
+    with pytest.raises(UserError, match=f"does nothing without {switch}; set .* too, or leave it out"):
         make_plan(small(tmp_path / "run", told), words(), tmp_path / "run")
+
+
+def test_fingerprints_that_are_never_shown_are_refused(tmp_path, small, words):
+    for name in ("dropout", "token_dropout", "cooldown"):
+        with pytest.raises(UserError, match=f"fingerprint.{name} must be 0 or more and below 1"):
+            small(tmp_path / "run", "fingerprint.shown=true", f"fingerprint.{name}=1")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_companions_follow_the_model_they_accompany(dtype):
+    config = DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=2, planner="head", planner_width=4)
+    model = DyadForCausalLM(config).to(dtype).train()
+    model.accompany("twin", Twin(model, TwinOptions("joint")))
+    model.accompany("fingerprint", Fingerprint(config, tags=False))
+    model.accompany("planner", PlannerLessons(model, PlannerOptions(teacher=0.5)))
+    ids = torch.randint(0, 256, (2, 24))
+    output = model(ids, labels=ids, index=torch.arange(48).view(2, 24))
+    output.loss.backward()
+    assert output.logits.dtype == dtype
+    assert {weight.dtype for weight in model.companions.parameters()} == {dtype}
+    assert all(weight.grad is not None for weight in model.companions.parameters())
+
+
+def test_what_companions_cannot_follow_is_refused():
+    config = DyadConfig.from_preset(
+        "tiny", hidden_size=16, num_hidden_layers=2, semantic_levels=[], slot_contexts=[], num_levels=3
+    )
+    model = DyadForCausalLM(config).train()
+    model.accompany("twin", Twin(model, TwinOptions("joint")))
+    with pytest.raises(UserError, match="twin beside this model would keep the old vocabulary; resize before"):
+        model.resize_token_embeddings(300)
+    assert model.resize_token_embeddings().num_embeddings == config.vocab_size
+    ids = torch.randint(0, 256, (2, 8))
+    embeds = model.model.embed_tokens(ids)
+    with pytest.raises(UserError, match="reads input_ids, not inputs_embeds"):
+        model(inputs_embeds=embeds, labels=ids)
+    assert model.eval()(inputs_embeds=embeds, labels=ids).loss.isfinite()
 
 
 def test_no_companion_leaves_no_trace(tmp_path, small, words, console):

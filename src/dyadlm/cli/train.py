@@ -34,7 +34,8 @@ def train(
         typer.Option(
             "--set",
             metavar="key=value ...",
-            help="TrainingArguments by name (max_steps=500), model.FIELD, data.FIELD or train.FIELD.",
+            help="TrainingArguments by name (max_steps=500), or model.FIELD, data.FIELD, train.FIELD, twin.FIELD, "
+            "fingerprint.FIELD, planner.FIELD.",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,

@@ -36,9 +36,10 @@ def score(
     on. Raises `UserError` on a token that the model has no embedding for.
     """
     vocabulary = vocabulary_size(model)
-    for batch in _batches(windows, batch_size, LOGITS_AT_ONCE // vocabulary):
+    at_once = LOGITS_AT_ONCE // (vocabulary * _opinions(model))
+    for batch in _batches(windows, batch_size, at_once):
         longest = max(len(window) for window in batch)
-        chunk = max(1, min(longest, LONGEST_CHUNK, LOGITS_AT_ONCE // (len(batch) * vocabulary)))
+        chunk = max(1, min(longest, LONGEST_CHUNK, at_once // len(batch)))
         state: dict[str, Any] = {"use_cache": chunk < longest}
         for offset in range(0, longest, chunk):
             ids, targets = _chunk(stream, batch, offset, min(offset + chunk, longest), prefix_token)
@@ -61,6 +62,11 @@ def score(
             for window, row, scored in zip(batch, nats.cpu().numpy(), targets != NO_TARGET, strict=True):
                 if scored.any():
                     yield window.start + 1 + offset + int(scored.argmax()), row[scored]
+
+
+def _opinions(model: PreTrainedModel) -> int:
+    """How many tensors of logits a pass holds: with consensus those of engineer, proposal and each future's artist."""
+    return 2 + int(model.config.planner_futures) if getattr(model.config, "consensus", 0) else 1
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -534,8 +534,9 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def accompany(self, name: str, companion: Companion) -> None:
-        """Let a companion train beside the model. `save_pretrained` leaves it out; evaluation mode never calls it."""
-        self.companions[name] = companion
+        """Let a companion train beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
+        evaluation mode never calls it."""
+        self.companions[name] = companion.to(device=self.device, dtype=self.dtype)
         self._keys_to_ignore_on_save = {key for key in self.state_dict() if key.startswith(COMPANIONS)}
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -544,7 +545,14 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             self.model.boundaries.read(tokenizer)
 
     def resize_token_embeddings(self, *sizes: Any, **options: Any) -> nn.Embedding:
-        """As transformers does; the rules of the levels follow. A new token has no text until it is told."""
+        """As transformers does; the rules of the levels follow. A new token has no text until it is told.
+
+        Raises:
+            UserError: beside companions with weights, which know the old vocabulary.
+        """
+        if (sizes or options) and any(True for _ in self.companions.parameters()):
+            names = " and ".join(self.companions)
+            raise UserError(f"The {names} beside this model would keep the old vocabulary; resize before `accompany`.")
         embedding = super().resize_token_embeddings(*sizes, **options)
         if self.model.boundaries is not None:
             self.model.boundaries.resize(embedding.num_embeddings)
@@ -594,7 +602,8 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions (or these indices) get logits; 0: all.
 
         Raises:
-            UserError: a cache of another kind or batch size, or an attention mask that is not (B, T).
+            UserError: a cache of another kind or batch size, or an attention mask that is not (B, T); embeddings in
+                place of tokens while companions train, which read the tokens.
         """
         companions = [cast(Companion, part) for part in self.companions.values()] if self.training else []
         extra = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if companions else {}
@@ -629,7 +638,11 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if companions:
-                assert input_ids is not None, "companions read the tokens"
+                if input_ids is None:
+                    raise UserError(
+                        "What trains beside this model reads input_ids, not inputs_embeds; give those, "
+                        "or empty model.companions."
+                    )
                 lesson = Lesson(input_ids, labels, attention_mask, position_ids, hidden, extra, plan)
                 metrics = add_up([metrics or {}, *[companion.losses(lesson) for companion in companions]])
             if self.training and metrics is not None and "cost" in metrics:

@@ -300,7 +300,7 @@ class Planner(nn.Module):
         if futures.shape[-1] == 1:
             return torch.zeros_like(futures[..., 0])
         with torch.no_grad():
-            allowed = engineer.log_softmax(-1)
+            allowed, likely, said = (accumulator(logits).log_softmax(-1) for logits in (engineer, proposal, artist))
             allowed = allowed.masked_fill(~nucleus(allowed, mass), -torch.inf)
-            agreement = (allowed[..., None, :] + artist.log_softmax(-1)).logsumexp(-1)
-            return (proposal.log_softmax(-1).gather(-1, futures) + agreement).argmax(-1)
+            agreement = (allowed[..., None, :] + said).logsumexp(-1)
+            return (likely.gather(-1, futures) + agreement).argmax(-1)

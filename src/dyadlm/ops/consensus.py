@@ -10,11 +10,14 @@ from dyadlm.ops.pyramid import accumulator
 
 
 def nucleus(log_probabilities: Tensor, mass: float) -> Tensor:
-    """The smallest set of likeliest tokens that together reach a mass: (..., V) → (..., V) bool; none for mass 0.
+    """The smallest set of likeliest tokens that together reach a mass: (..., V) → (..., V) bool; none for mass 0, and
+    for mass 1 all that are possible.
 
     Of tokens that are equally likely, those of lower number come first.
     """
-    ordered, order = log_probabilities.sort(dim=-1, descending=True, stable=True)
+    if mass >= 1:  # however a sum of them is rounded
+        return log_probabilities > -torch.inf
+    ordered, order = accumulator(log_probabilities).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.exp()
     before = probabilities.cumsum(-1) - probabilities
     # What rounding leaves of the sum must not end the set at the first token.

@@ -1,8 +1,9 @@
 """What a planner learns from: its forecasts, its proposals and its artist are told what came.
 
 The teacher's lesson is one more: the same artist sees the true nodes of the future in place of forecasts, to learn what
-comes before what. These nodes are of what the model makes of the tokens from t+2 on, which have seen x_{t+1}; how far
-that loss lies below the artist's is what they give away. Nothing else ever sees them.
+comes before what. Fewer and fewer rows have that lesson, beside the artist's own, which all rows have. These nodes are
+of what the model makes of the tokens from t+2 on, which have seen x_{t+1}; how far that loss lies below the artist's is
+what they give away. Nothing else ever sees them.
 
 Dimension letters: B batch, T time, D width, K levels, C ranks of all levels, V vocabulary.
 """
@@ -33,7 +34,7 @@ class PlannerLessons(Companion):
 
     Logged: skill_LEVEL, one less the squared error of forecasts over that of persistence, of the levels that were
     judged; proposal_loss, artist_loss and teacher_loss in nats per token. The artist's is that of the future that was
-    chosen.
+    chosen; the teacher's is a mean over the rows that were shown the true one, while there are any.
     """
 
     reads_plan = True
@@ -59,15 +60,16 @@ class PlannerLessons(Companion):
         found |= {"proposal_loss": proposal, "artist_loss": artist}
         cost = options.forecast * errors.cost() + options.proposal * proposal + options.artist * artist
         if options.teacher:
-            found["teacher_loss"] = artist
             mix = max(0.0, 1 - float(model.model.progress) / options.teacher_until)
-            if mix:  # else the teacher sees what the artist sees
-                found["teacher_loss"] = self.teach(lesson, order, clock, next_label, mix)
-                cost = cost + options.teacher * found["teacher_loss"]
+            taught = self.teach(lesson, order, clock, next_label, mix) if mix else cost.new_zeros(2)
+            found["teacher_loss"] = taught
+            # Over all tokens, so that the lesson weighs as many as have it and ends without a jump.
+            cost = cost + options.teacher * taught[0] / counted(next_label)
         return {name: value.detach() for name, value in found.items()} | {"cost": cost}
 
     def teach(self, lesson: Lesson, order: Tensor, clock: Clock, labels: Tensor, mix: float) -> Tensor:
-        """The artist's loss where rows at random, so many of them as `mix`, see the true future: scalar.
+        """The artist's nats in rows at random, so many of them as `mix`, that see the true future, and of how many
+        tokens: (2,).
 
         Which rows is drawn with their windows (`TaughtWindows`), or where these say nothing, here.
         """
@@ -77,15 +79,10 @@ class PlannerLessons(Companion):
         true = true_future(lesson.input_ids, plan.outlook, order, clock, model.config)
         token = model.model.embed_tokens(true.token)
         drawn = lesson.extra[TAUGHT] if TAUGHT in lesson.extra else torch.rand(token.shape[0], device=token.device)
-        shown = (drawn < mix)[:, None, None] & true.exists[..., None]
-        chosen = plan.futures.gather(-1, plan.choice[..., None]).squeeze(-1)
-        picture = model.planner.artist(
-            torch.where(shown, true.near, plan.outlook.forecast.detach()).to(token.dtype),
-            torch.where(shown, true.far, plan.far).to(token.dtype),
-            torch.where(shown, token, model.model.embed_tokens(chosen)),
-            lesson.hidden,
-        )
-        return nats(model.lm_head(picture), labels)
+        labels = labels.masked_fill(~((drawn < mix)[:, None] & true.exists), IGNORED_LABEL)
+        picture = model.planner.artist(true.near.to(token.dtype), true.far.to(token.dtype), token, lesson.hidden)
+        mean = nats(model.lm_head(picture), labels)
+        return torch.stack([mean * counted(labels), (labels != IGNORED_LABEL).sum().to(mean.dtype)])
 
 
 class TaughtWindows(ChangedWindows):
@@ -125,7 +122,12 @@ def ahead(labels: Tensor, order: Tensor, clock: Clock, steps: int) -> Tensor:
 def nats(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy of logits (B, T, V) over the labels (B, T) that count; 0 if none does."""
     summed = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    return summed / (labels != IGNORED_LABEL).sum().clamp(min=1)
+    return summed / counted(labels)
+
+
+def counted(labels: Tensor) -> Tensor:
+    """How many labels count, at least 1."""
+    return (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 class Future(NamedTuple):

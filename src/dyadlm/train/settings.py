@@ -116,7 +116,7 @@ class FingerprintOptions:
 
     def __post_init__(self) -> None:
         for name in ("dropout", "token_dropout", "cooldown"):
-            _require(0 <= getattr(self, name) <= 1, f"fingerprint.{name} must lie between 0 and 1")
+            _require(0 <= getattr(self, name) < 1, f"fingerprint.{name} must be 0 or more and below 1")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class PlannerOptions:
     """Keys `planner.FIELD`: how a model that plans (`model.planner`) is taught to.
 
     forecast, proposal, artist, teacher: weights of the losses of its parts beside the engineer's.
-    teacher_until: the part of training after which the teacher no longer sees the true future but forecasts, as the
-        artist does; mixed in between.
+    teacher_until: the part of training after which the teacher is done; until then it shows the true future of fewer
+        and fewer windows, of all at first.
     """
 
     forecast: float = 0.1
@@ -138,6 +138,8 @@ class PlannerOptions:
         for name in ("forecast", "proposal", "artist", "teacher"):
             _require(getattr(self, name) >= 0, f"planner.{name} must be 0 or more")
         _require(0 < self.teacher_until <= 1, "planner.teacher_until must lie above 0 and at most at 1")
+        idle = self.teacher == 0 and self.teacher_until != PlannerOptions.teacher_until
+        _require(not idle, "planner.teacher_until does nothing without planner.teacher; set that too, or leave it out")
 
 
 # A mechanism with settings of its own adds its record here.

@@ -49,7 +49,6 @@ class Twin(Companion):
             tower.credit = options.conditioning
             if hasattr(tower, "bottlenecks"):
                 own.tower.borrow(tower)
-        self.to(device=model.device, dtype=model.dtype)
 
     def losses(self, lesson: Lesson) -> dict[str, Tensor]:
         """twin_loss: nats per token, the mean over the labels that have a token after them in their document.
