@@ -34,9 +34,13 @@ from dyadlm.train.plan import make_plan
 
 PLANNER = {"planner": "head", "planner_width": 16}
 FINGERPRINT = ("fingerprint.shown=true",)
+NARROW = (
+    "baseline, a planner's rank"  # what the planner's parameters are paid with, without one; smaller than the others
+)
 # By arm: fields of the model, and what training is told beside them.
 ARMS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "baseline": ({}, ()),
+    NARROW: ({}, ()),
     "twin joint": ({}, ("twin.conditioning=joint",)),
     "twin reverse": ({}, ("twin.conditioning=reverse",)),
     "twin detached": ({}, ("twin.conditioning=detached",)),
@@ -126,12 +130,13 @@ def settings_of(
 ) -> TrainSettings:
     """target: how many parameters the model has for inference, or nearly so."""
     fields, told = ARMS[arm]
+    rank = rank_for(PLANNER if arm == NARROW else fields, target)
     assignments = (
         f"max_steps={tokens // 1024}",
         f"seed={seed}",
         f"learning_rate={learning_rate}",
         "eval_steps=0",
-        f"model.level_rank={rank_for(fields, target)}",
+        f"model.level_rank={rank}",
         *(f"model.{name}={value}" for name, value in fields.items()),
         *told,
     )
