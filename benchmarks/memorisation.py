@@ -4,8 +4,9 @@
 
 The tiny preset on the first part of Shakespeare (Hamlet for validation), windows of 256 bytes, trained as by `dyadlm
 train`. Of each arm: exposure and extraction of the canaries, the gap between training and validation text, nats of
-validation, whiteout over checkpoints (1, 2, 4 … 512, then every tenth of the run), and the steps to given losses of
-validation. Differences are paired by seed, which decides the weights, the order of the text and the canaries.
+validation (at the end, and all along of a sample), whiteout over checkpoints (1, 2, 4 … 512, then every tenth of the
+run), and the steps to given losses of validation. Differences are paired by seed, which
+decides the weights, the order of the text and the canaries.
 """
 
 import statistics
@@ -124,6 +125,7 @@ def measure(arm: str, seed: int, steps: int, canaries: int, data: TrainingData) 
         "training_text_nats": shown(gap.training),
         "regained": {"mean": round(lost.regained, 4), "interval": lost.interval},
         "whiteout": asdict(lost),
+        "validation": validated,
         "steps_to": {str(loss): next((step for step, nats in validated if nats <= loss), None) for loss in LOSSES},
         "steps": steps,
         "tokens": result.tokens,
