@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyadlm.data.tokenizer import byte_tokenizer
-from dyadlm.evaluate.mechanisms import Behaviour, behaviour, level_names, read_tower
+from dyadlm.evaluate.mechanisms import Behaviour, behaviour, level_names, opinions, read_tower
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
 TEXT = b"the cat sat. the cat ran. "
@@ -50,6 +50,28 @@ def test_skills_are_measured_as_defined():
     assert not [name for name in unseen.measures() if name.startswith("skill")]
     short = behaviour(model, torch.tensor([[97, 98]])).measures()
     assert {name for name in short if name.startswith("skill")} == {"skill_1"}  # of others nothing came
+
+
+def test_opinions_are_those_before_the_token_came():
+    model, ids = make(planner="head"), torch.tensor(list(TEXT))
+    alone = model(ids[None]).logits[0].log_softmax(-1)
+    model.config.consensus = 0.8
+    both, plan = model(ids[None]).logits[0], model(ids[None], output_plan=True).plan
+    found = opinions(model, ids)
+    assert list(found) == ["engineer", "artist", "consensus", "proposal"]
+    for t, token in enumerate(TEXT):
+        for name, said in (("engineer", alone), ("artist", plan.artist[0].log_softmax(-1)), ("consensus", both)):
+            expected = said[t - 1, token].item() if t else math.nan
+            assert found[name][t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+        expected = plan.proposal[0, t - 2].log_softmax(-1)[token].item() if t > 1 else math.nan
+        assert found["proposal"][t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+    figures = read_tower(model, byte_tokenizer(), TEXT.decode()).figures()["all"]
+    assert figures["artist_nats"] == pytest.approx(-found["artist"][1:].mean().item())
+    assert figures["proposal_nats"] == pytest.approx(-found["proposal"][2:].mean().item())
+    short = read_tower(model, byte_tokenizer(), "a")
+    assert all(said.isnan().all() and len(said) == 1 for said in short.opinions.values())
+    assert not [name for name in short.figures()["all"] if name.endswith("_nats")]
+    assert not opinions(make(), ids)
 
 
 def test_routes_are_measured_as_defined():

@@ -112,6 +112,25 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
     return replace(found, outlook=output.plan.outlook, ranks=tuple(zip(config.level_keys, config.ranks, strict=True)))
 
 
+@torch.no_grad()
+def opinions(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """The log-probability, float32 (T,), that each part of a planner gave to the tokens ids (T,) that came; not a
+    number where it said nothing yet. Engineer, artist and, where there is one, consensus speak a token before it, the
+    proposal two. Empty for models without a planner."""
+    if model.planner is None:
+        return {}
+    output = model(input_ids=ids[None], output_plan=True, output_hidden_states=True, use_cache=False)
+    said = {"engineer": model.lm_head(output.hidden_states[-1]), "artist": output.plan.artist}
+    if model.config.consensus:
+        said["consensus"] = output.logits
+    found = {}
+    for name, logits in {**said, "proposal": output.plan.proposal}.items():
+        ahead = 2 if name == "proposal" else 1
+        came = logits[0, :-ahead].float().log_softmax(-1).gather(-1, ids[ahead:, None]).squeeze(-1)
+        found[name] = torch.cat([came.new_full((len(ids) - len(came),), torch.nan), came])
+    return found
+
+
 def _hits(model: PreTrainedModel, config: DyadConfig, ids: Tensor) -> dict[str, Tensor]:
     """Where slots know each context, of models whose tokens alone say what is written; else nothing."""
     if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
@@ -132,20 +151,23 @@ class TowerReading:
     """How a model read one text of T tokens.
 
     pieces: the text of each token. levels: their names. contributions: (L, K, T) float, the length of what each level
-    adds to the hidden state. notes: what could not be measured, in sentences.
+    adds to the hidden state. opinions: as in `opinions`. notes: what could not be measured, in sentences.
     """
 
     pieces: list[str]
     levels: list[str]
     contributions: Tensor
     behaviour: Behaviour
+    opinions: dict[str, Tensor]
     notes: list[str]
 
     def figures(self) -> dict[str, Any]:
-        """The measures, for JSON: `all`, and `layers` with a record each, none for models that do not select."""
+        """The measures, for JSON: `all`, with nats per token of each of the opinions, and `layers` with a record each,
+        none for models that do not select."""
         routes = self.behaviour.routes
         layers = [self.behaviour.layer(number).measures() for number in range(0 if routes is None else len(routes))]
-        return {"all": self.behaviour.measures(), "layers": layers}
+        nats = {f"{name}_nats": -said.nanmean().item() for name, said in self.opinions.items() if len(said) > 2}
+        return {"all": self.behaviour.measures() | nats, "layers": layers}
 
 
 @torch.no_grad()
@@ -166,4 +188,5 @@ def read_tower(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     notes = []
     if model.config.slot_contexts and not seen.hits:
         notes.append("Where slots hit is not shown: what this model writes depends on more than the tokens.")
-    return TowerReading(pieces, level_names(model.config), model.model.level_contributions(tokens), seen, notes)
+    spoken = model.model.level_contributions(tokens)
+    return TowerReading(pieces, level_names(model.config), spoken, seen, opinions(model, tokens), notes)

@@ -89,7 +89,7 @@ def _panels(reading: TowerReading, lengths: np.ndarray) -> list[Panel]:
     levels, seen = lengths.shape[1], reading.behaviour
 
     def contributions(axes: Axes) -> Any:
-        axes.set_title("Which levels speak: how much each adds to the hidden state, mean over layers")
+        axes.set_title("How much each level adds to the hidden state, mean over layers")
         axes.set_yticks(range(levels), reading.levels)
         axes.set_ylabel("tokens, or segments, of a level")
         return _heat(axes, lengths.mean(axis=0))
@@ -108,6 +108,9 @@ def _panels(reading: TowerReading, lengths: np.ndarray) -> list[Panel]:
     if (skills := seen.skills()) is not None:
         shown = skills.float().cpu().numpy()
         panels.append(Panel(LINE * levels, partial(_draw_skills, shown, reading.levels), True, "skill"))
+    if reading.opinions:
+        likely = {name: said.exp().cpu().numpy() for name, said in reading.opinions.items()}
+        panels.append(Panel(LINE * len(likely), partial(_draw_opinions, likely), True, "probability"))
     if seen.routes is not None:
         routes = seen.routes[:, 0].float().cpu().numpy()
         shown = np.unique(np.linspace(0, len(routes) - 1, min(len(routes), MOST_LAYERS)).round().astype(int)).tolist()
@@ -144,6 +147,14 @@ def _draw_skills(skills: np.ndarray, levels: Sequence[str], axes: Axes) -> Any:
     axes.set_title("Forecasts against what came: how much nearer than what stood before")
     axes.set_yticks(range(len(levels)), levels)
     return axes.imshow(skills, aspect="auto", origin="lower", interpolation="nearest", cmap="RdBu", vmin=-1.0, vmax=1.0)
+
+
+def _draw_opinions(likely: dict[str, np.ndarray], axes: Axes) -> Any:
+    """likely: by who says it, (T,), not a number where nothing was said yet; the first one highest."""
+    axes.set_title("How likely each held the token that came")
+    axes.set_yticks(range(len(likely)), list(reversed(likely)))
+    rows = np.stack(list(reversed(likely.values())))
+    return axes.imshow(rows, aspect="auto", origin="lower", interpolation="nearest", cmap=COLOURS, vmin=0.0, vmax=1.0)
 
 
 def _draw_routes(routes: np.ndarray, levels: Sequence[str], layer: int, first: bool, axes: Axes) -> None:
