@@ -45,7 +45,8 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
         trainer = plan.trainer(settings, clock)
         if plan.arguments.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        trainer.train()
+        with clock.counting:  # which ends at the latest where a first step fails
+            trainer.train()
         per_step = trainer.tokens_per_step()
         parameters = published_parameters(plan.model)
         beside = sum(weight.numel() for weight in plan.model.parameters()) - parameters
@@ -71,7 +72,7 @@ class _StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._counter = FlopCounterMode(display=False)
-        self._counting = ExitStack()
+        self.counting = ExitStack()
 
     @property
     def flops(self) -> int:
@@ -86,10 +87,10 @@ class _StepClock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self.seconds and not args.torch_compile:
-            self._counting.enter_context(self._counter)
+            self.counting.enter_context(self._counter)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._counting.close()
+        self.counting.close()
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
