@@ -23,9 +23,9 @@ from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.linear_probe import ridge_classes
 from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.model import DyadForCausalLM
+from dyadlm.model.block import DyadBlock
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.cache import BlockState
-from dyadlm.model.modeling import DyadBlock
 from dyadlm.model.tower import chunk_timing
 from dyadlm.ops.pyramid import broadcast, make_clock
 

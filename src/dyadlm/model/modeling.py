@@ -10,29 +10,30 @@ Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from dyadlm.errors import UserError
+from dyadlm.model.block import DyadBlock, Notes, Surroundings
 from dyadlm.model.boundaries import LEARNED, Boundaries, TextState
 from dyadlm.model.cache import BlockState, DyadCache, PlannerState
 from dyadlm.model.companion import COMPANIONS, Companion, Lesson
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
+from dyadlm.model.packing import chunk_clock, left_packing, reorder, require_fitting
 from dyadlm.model.planner import Forecasters, Outlook, Plan, Planner
-from dyadlm.model.selector import DecisionSlots, Selector
-from dyadlm.model.slots import IdentitySlots, plan_slots, plans_alike
-from dyadlm.model.tower import Said, Timing, Tower, chunk_timing
+from dyadlm.model.selector import Selector
+from dyadlm.model.slots import plan_slots, plans_alike
+from dyadlm.model.tower import Tower, chunk_timing
 from dyadlm.ops.consensus import consensus
 from dyadlm.ops.contexts import Contexts, ContextState, context_tags
 from dyadlm.ops.pyramid import Clock, make_clock, next_position
 from dyadlm.ops.segments import SegmentCount, SegmentPlan, segment_plan
-from dyadlm.ops.slots import Lookup, SlotState
+from dyadlm.ops.slots import SlotState
 
 
 @dataclass
@@ -73,97 +74,6 @@ class DyadModelOutput(ModelOutput):
     boundaries: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
     outlook: Outlook | None = None
-
-
-class SwiGLU(nn.Module):
-    """The feed-forward part of a block (Shazeer 2020): down(silu(gate x) * up x)."""
-
-    def __init__(self, config: DyadConfig):
-        super().__init__()
-        assert config.intermediate_size is not None
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-class Notes(NamedTuple):
-    """What a block tells beside its output; None where it has no such part."""
-
-    routes: Tensor | None  # (B, T, H, K)
-    boundary: Tensor | None  # (B, T) bool
-    cost: Tensor | None  # scalar, for the loss
-
-
-class Surroundings(NamedTuple):
-    """What all blocks read of a chunk beside their hidden state."""
-
-    identity: Tensor  # (B, T, D), written by no block
-    timing: Timing
-    contexts: Contexts | None  # what slots are addressed by
-    plan: Lookup | None  # what is read from slots, if the tokens alone say so
-    said: Said | None  # what the levels say, if one tower listens for all blocks
-    keep: bool  # whether the state after the chunk is wanted
-
-
-class DyadBlock(GradientCheckpointingLayer):
-    """Tower and slots, then SwiGLU, each reading the normalised hidden state beside the identity channel."""
-
-    def __init__(self, config: DyadConfig, index: int):
-        super().__init__()
-        self.tower_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.tower_identity = nn.Parameter(torch.empty(config.hidden_size))
-        self.tower = Tower(config, reads=config.tower == "layer" or index == 0)
-        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
-        self.slots = IdentitySlots(config) if has_slots else None
-        self.decision = DecisionSlots(config) if config.decision_slots else None
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp_identity = nn.Parameter(torch.empty(config.hidden_size))
-        self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
-        """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""
-        read = self.tower_norm(hidden) + self.tower_identity * around.identity
-        past, state, notes = self.relate(read, around, state)
-        hidden = hidden + self.dropout(past)
-        read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
-        return hidden + self.dropout(self.mlp(read)), state, notes
-
-    def imagine(self, hidden: Tensor, identity: Tensor, outlook: Outlook) -> Tensor:
-        """What it would make of hidden (B, T, D) if its levels held the nodes that are forecast: (B, T, D).
-
-        All that belongs to one position is as it is; slots and decisions recall nothing.
-        """
-        nodes = (outlook.forecast.detach(), outlook.last, outlook.previous)
-        read = self.tower_norm(hidden) + self.tower_identity * identity
-        hidden = hidden + self.tower.imagine(read, *nodes, outlook.routes)
-        return hidden + self.mlp(self.mlp_norm(hidden) + self.mlp_identity * identity)
-
-    def relate(self, read: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
-        """All that the block knows of the past at each token: read (B, T, D) → (B, T, D).
-
-        What slots recall is exact, and so not scaled by the gate.
-        """
-        clock, said = around.timing.clock, around.said
-        if said is None:
-            said, state = self.tower.listen(read, around.timing, state)
-        mixed, routes, held = self.tower.choose(read, said.features, around.timing, state.held)
-        state = state._replace(held=held)
-        if self.decision is not None:
-            assert routes is not None, "decisions are what a selector chose"
-            kept, decision = self.decision(read, routes, mixed, clock, state.decision)
-            mixed, state = mixed + kept, state._replace(decision=decision)
-        past, costs = self.tower.open(read, around.timing) * mixed, [said.cost]
-        if self.slots is not None:
-            recalled, slots, cost = self.slots(read, around.contexts, clock, around.plan, state.slots, around.keep)
-            past, state = past + recalled, state._replace(slots=slots)
-            costs.append(cost)
-        given = [cost for cost in costs if cost is not None]
-        return past, state, Notes(routes, said.boundary, torch.stack(given).sum() if given else None)
 
 
 class DyadPreTrainedModel(PreTrainedModel):
@@ -284,7 +194,7 @@ class DyadModel(DyadPreTrainedModel):
         order = left_packing(attention_mask, batch, time)
         clock = chunk_clock(batch, time, attention_mask, position_ids, order, cache, inputs_embeds.device)
         if order is not None:
-            inputs_embeds = _reorder(inputs_embeds, order)
+            inputs_embeds = reorder(inputs_embeds, order)
 
         if self.training:
             for layer in self.layers:
@@ -309,11 +219,11 @@ class DyadModel(DyadPreTrainedModel):
         boundaries = torch.cat(begun, -1) if begun else None
         if order is not None:
             back = order.argsort(1)
-            outputs = [_reorder(output, back) for output in outputs]
-            routes = tuple(_reorder(route, back) for route in routes)
-            boundaries = None if boundaries is None else _reorder(boundaries, back)
+            outputs = [reorder(output, back) for output in outputs]
+            routes = tuple(reorder(route, back) for route in routes)
+            boundaries = None if boundaries is None else reorder(boundaries, back)
             if outlook is not None:
-                outlook = outlook.each(partial(_reorder, order=back))
+                outlook = outlook.each(partial(reorder, order=back))
         costs = [note.cost for note in notes if note.cost is not None]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -448,71 +358,12 @@ class DyadModel(DyadPreTrainedModel):
         return torch.stack(lengths)
 
 
-def _reorder(output: Tensor, order: Tensor) -> Tensor:
-    """The columns of (B, T, ...) in the order (B, T) int64."""
-    return output.gather(1, order.view(*order.shape, *[1] * (output.dim() - 2)).expand_as(output))
-
-
 def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """All named metrics; the costs become one. Names other than `cost` are unique."""
     named = {name: value for part in metrics for name, value in part.items()}
     if costs := [part["cost"] for part in metrics if "cost" in part]:
         named["cost"] = torch.stack(costs).sum()
     return named
-
-
-def require_fitting(
-    batch: int, time: int, attention_mask: Tensor | None, position_ids: Tensor | None, others: dict[str, Any]
-) -> None:
-    """Raise `UserError` for an empty chunk, masks or positions of another shape, and packing told in another way."""
-    if time == 0:
-        raise UserError("The input is empty; give at least one token.")
-    for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-        if given is not None and (given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] < time):
-            raise UserError(
-                f"{name} has the shape {tuple(given.shape)}; it must be ({batch}, {time}) or longer in time."
-            )
-    if position_ids is None and any(others.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
-        raise UserError("Packed documents are told by position_ids that restart at 0; let the collator return them.")
-
-
-def left_packing(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:
-    """(B, T) int64: the order that brings each row's real tokens to the front; None if they fill the chunk.
-
-    Pads then neither count nor write, wherever they stood.
-    """
-    if attention_mask is None:
-        return None
-    pad = attention_mask[:, -time:] == 0
-    if pad.shape[0] == 1:
-        pad = pad.expand(batch, -1)
-    return pad.long().argsort(dim=1, stable=True) if bool(pad.any()) else None
-
-
-def chunk_clock(
-    batch: int,
-    time: int,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    order: Tensor | None,
-    cache: DyadCache | None,
-    device: torch.device,
-) -> Clock:
-    """The clock of a chunk, in the order of `left_packing`: documents start where position_ids are 0."""
-    length = starts = None
-    if order is not None and attention_mask is not None:
-        length = (attention_mask[:, -time:] != 0).sum(1).expand(batch)
-    if position_ids is not None:
-        starts = (position_ids[..., -time:] == 0).expand(batch, -1)
-        if order is not None:
-            starts = starts.gather(1, order)
-        inside = starts if cache is not None and not cache.is_empty else starts[:, 1:]
-        if length is not None:  # what stands in the padding is no document
-            inside = inside & (torch.arange(time, device=device)[-inside.shape[1] :] < length[:, None])
-        if not bool(inside.any()):
-            starts = None
-    position = cache.position if cache is not None else None
-    return make_clock(batch, time, position=position, length=length, starts=starts, device=device)
 
 
 class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):

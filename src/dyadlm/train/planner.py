@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dyadlm.data.batches import IGNORED_LABEL, ChangedWindows
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.companion import Companion, Lesson
-from dyadlm.model.modeling import chunk_clock, left_packing
+from dyadlm.model.packing import chunk_clock, left_packing
 from dyadlm.model.planner import Outlook, forecast_errors
 from dyadlm.ops.pyramid import Clock, take
 from dyadlm.train.settings import PlannerOptions

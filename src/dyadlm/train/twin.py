@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model import DyadConfig, DyadForCausalLM, DyadModel
+from dyadlm.model.block import DyadBlock
 from dyadlm.model.cache import BlockState
 from dyadlm.model.companion import Companion, Lesson
-from dyadlm.model.modeling import DyadBlock, chunk_clock, left_packing
+from dyadlm.model.packing import chunk_clock, left_packing
 from dyadlm.ops.pyramid import Clock
 from dyadlm.ops.segments import SegmentPlan, segment_plan
 from dyadlm.train.settings import TwinOptions

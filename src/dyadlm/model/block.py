@@ -1,0 +1,110 @@
+"""A block: what it knows of the past at each token, and what it makes of it.
+
+Dimension letters: B batch, T time, D width, H heads, K levels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dyadlm.model.cache import BlockState
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.planner import Outlook
+from dyadlm.model.selector import DecisionSlots
+from dyadlm.model.slots import IdentitySlots
+from dyadlm.model.tower import Said, Timing, Tower
+from dyadlm.ops.contexts import Contexts
+from dyadlm.ops.slots import Lookup
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward part of a block (Shazeer 2020): down(silu(gate x) * up x)."""
+
+    def __init__(self, config: DyadConfig):
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Notes(NamedTuple):
+    """What a block tells beside its output; None where it has no such part."""
+
+    routes: Tensor | None  # (B, T, H, K)
+    boundary: Tensor | None  # (B, T) bool
+    cost: Tensor | None  # scalar, for the loss
+
+
+class Surroundings(NamedTuple):
+    """What all blocks read of a chunk beside their hidden state."""
+
+    identity: Tensor  # (B, T, D), written by no block
+    timing: Timing
+    contexts: Contexts | None  # what slots are addressed by
+    plan: Lookup | None  # what is read from slots, if the tokens alone say so
+    said: Said | None  # what the levels say, if one tower listens for all blocks
+    keep: bool  # whether the state after the chunk is wanted
+
+
+class DyadBlock(GradientCheckpointingLayer):
+    """Tower and slots, then SwiGLU, each reading the normalised hidden state beside the identity channel."""
+
+    def __init__(self, config: DyadConfig, index: int):
+        super().__init__()
+        self.tower_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.tower_identity = nn.Parameter(torch.empty(config.hidden_size))
+        self.tower = Tower(config, reads=config.tower == "layer" or index == 0)
+        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
+        self.slots = IdentitySlots(config) if has_slots else None
+        self.decision = DecisionSlots(config) if config.decision_slots else None
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_identity = nn.Parameter(torch.empty(config.hidden_size))
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
+        """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""
+        read = self.tower_norm(hidden) + self.tower_identity * around.identity
+        past, state, notes = self.relate(read, around, state)
+        hidden = hidden + self.dropout(past)
+        read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
+        return hidden + self.dropout(self.mlp(read)), state, notes
+
+    def imagine(self, hidden: Tensor, identity: Tensor, outlook: Outlook) -> Tensor:
+        """What it would make of hidden (B, T, D) if its levels held the nodes that are forecast: (B, T, D).
+
+        All that belongs to one position is as it is; slots and decisions recall nothing.
+        """
+        nodes = (outlook.forecast.detach(), outlook.last, outlook.previous)
+        read = self.tower_norm(hidden) + self.tower_identity * identity
+        hidden = hidden + self.tower.imagine(read, *nodes, outlook.routes)
+        return hidden + self.mlp(self.mlp_norm(hidden) + self.mlp_identity * identity)
+
+    def relate(self, read: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
+        """All that the block knows of the past at each token: read (B, T, D) → (B, T, D).
+
+        What slots recall is exact, and so not scaled by the gate.
+        """
+        clock, said = around.timing.clock, around.said
+        if said is None:
+            said, state = self.tower.listen(read, around.timing, state)
+        mixed, routes, held = self.tower.choose(read, said.features, around.timing, state.held)
+        state = state._replace(held=held)
+        if self.decision is not None:
+            assert routes is not None, "decisions are what a selector chose"
+            kept, decision = self.decision(read, routes, mixed, clock, state.decision)
+            mixed, state = mixed + kept, state._replace(decision=decision)
+        past, costs = self.tower.open(read, around.timing) * mixed, [said.cost]
+        if self.slots is not None:
+            recalled, slots, cost = self.slots(read, around.contexts, clock, around.plan, state.slots, around.keep)
+            past, state = past + recalled, state._replace(slots=slots)
+            costs.append(cost)
+        given = [cost for cost in costs if cost is not None]
+        return past, state, Notes(routes, said.boundary, torch.stack(given).sum() if given else None)
