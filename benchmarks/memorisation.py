@@ -5,8 +5,8 @@
 The tiny preset on the first part of Shakespeare (Hamlet for validation), windows of 256 bytes, trained as by `dyadlm
 train`. Of each arm: exposure and extraction of the canaries, the gap between training and validation text, nats of
 validation (at the end, and all along of a sample), whiteout over checkpoints (1, 2, 4 … 512, then every tenth of the
-run), and the steps to given losses of validation. Differences are paired by seed, which
-decides the weights, the order of the text and the canaries.
+run), and the steps to given losses of validation. Differences are paired by seed, which decides the weights, the order
+of the text and the canaries.
 """
 
 import statistics

@@ -34,9 +34,8 @@ from dyadlm.train.plan import make_plan
 
 PLANNER = {"planner": "head", "planner_width": 16}
 FINGERPRINT = ("fingerprint.shown=true",)
-NARROW = (
-    "baseline, a planner's rank"  # what the planner's parameters are paid with, without one; smaller than the others
-)
+# What a planner's parameters are paid with, but no planner; smaller than the others.
+NARROW = "baseline, a planner's rank"
 # By arm: fields of the model, and what training is told beside them.
 ARMS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "baseline": ({}, ()),

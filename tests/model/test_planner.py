@@ -187,14 +187,18 @@ def test_the_future_is_chosen_by_proposal_and_agreement():
         scores.append((proposal / 8).softmax(-1).gather(-1, futures[..., future, None]).squeeze(-1) * agreement)
     assert torch.equal(found, torch.stack(scores, -1).argmax(-1))
     assert len(found.unique()) == 3
-    # What a coarse dtype says is added up in a finer one.
-    coarse = [logits.bfloat16() for logits in (engineer, proposal / 8, torch.stack(artists, 2))]
+
+
+def test_what_a_coarse_dtype_says_is_added_up_in_a_finer_one():
+    model = make_model(**VARIANTS["planner"])
+    generator = torch.Generator().manual_seed(0)
+    engineer, proposal, *artists = torch.randn(5, 1, 64, 2000, generator=generator).bfloat16() * 2
+    proposal = proposal / 64
+    futures, artist = proposal.float().topk(3).indices, torch.stack(artists, 2)
     for mass in (0.9, 1.0):
-        exact, rounded = (
-            model.planner.choose(one, two, futures, three, mass)
-            for one, two, three in ([logits.double() for logits in coarse], coarse)
-        )
-        assert torch.equal(exact, rounded)
+        exact = model.planner.choose(engineer.double(), proposal.double(), futures, artist.double(), mass)
+        assert torch.equal(model.planner.choose(engineer, proposal, futures, artist, mass), exact)
+        assert len(exact.unique()) == 3
 
 
 def test_the_artist_speaks_of_the_future_that_was_chosen():

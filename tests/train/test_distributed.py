@@ -108,6 +108,14 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
         [line["eval_loss"] for line in whole.metrics if "eval_loss" in line], rel=1e-4
     )
 
+    # Passes together are one batch, where nothing but the ratio of forecasts tells them apart.
+    plain = (*PLANNER, "planner.forecast=0", "max_steps=2")
+    passed = train(small(tmp_path / "one-passes", *plain, *passes), words(), console)
+    whole = train(small(tmp_path / "one-batch", *SHARED, *plain), words(), console)
+    for name in ("loss", "proposal_loss", "artist_loss", "teacher_loss", "cost", "grad_norm"):
+        found, expected = ([line[name] for line in run.metrics if name in line] for run in (passed, whole))
+        assert found == pytest.approx(expected, rel=1e-4)
+
     one = load_file(tmp_path / "one" / "model.safetensors")
     two = load_file(replicated / "model.safetensors")
     after_two_steps = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors", "cpu")

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dyadlm import DyadConfig, RunFailed, UserError, files
+from dyadlm import DyadConfig, DyadForCausalLM, RunFailed, UserError, files
 from dyadlm.accounting import training_flops_per_token
 from dyadlm.evaluate.evaluation import evaluate
 from dyadlm.train import RunInterrupted, dry_run, export, train
@@ -542,6 +543,10 @@ def test_dry_run_neither_saves_nor_evaluates(tmp_path, small, words, monkeypatch
     settings = small(tmp_path / "run", "train.log_spaced_checkpoints=true", "eval_on_start=true")
     estimate = dry_run(settings, words())
     config = DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=2, max_position_embeddings=32)
+    ids = torch.randint(0, 256, (4, 32))
+    with FlopCounterMode(display=False) as counter:
+        DyadForCausalLM(config).train()(ids, labels=ids).loss.backward()
+    assert estimate["flops"] == 6 * counter.get_total_flops()
     assert estimate["flops"] == pytest.approx(768 * training_flops_per_token(config, 32), rel=0.02)
 
 

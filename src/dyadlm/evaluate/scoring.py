@@ -36,7 +36,7 @@ def score(
     on. Raises `UserError` on a token that the model has no embedding for.
     """
     vocabulary = vocabulary_size(model)
-    at_once = LOGITS_AT_ONCE // (vocabulary * _opinions(model))
+    at_once = LOGITS_AT_ONCE // (vocabulary * _tensors_of_logits(model))
     for batch in _batches(windows, batch_size, at_once):
         longest = max(len(window) for window in batch)
         chunk = max(1, min(longest, LONGEST_CHUNK, at_once // len(batch)))
@@ -64,7 +64,7 @@ def score(
                     yield window.start + 1 + offset + int(scored.argmax()), row[scored]
 
 
-def _opinions(model: PreTrainedModel) -> int:
+def _tensors_of_logits(model: PreTrainedModel) -> int:
     """How many tensors of logits a pass holds: with consensus those of engineer, proposal and each future's artist."""
     return 2 + int(model.config.planner_futures) if getattr(model.config, "consensus", 0) else 1
 

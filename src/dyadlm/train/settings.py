@@ -139,7 +139,10 @@ class PlannerOptions:
             _require(getattr(self, name) >= 0, f"planner.{name} must be 0 or more")
         _require(0 < self.teacher_until <= 1, "planner.teacher_until must lie above 0 and at most at 1")
         idle = self.teacher == 0 and self.teacher_until != PlannerOptions.teacher_until
-        _require(not idle, "planner.teacher_until does nothing without planner.teacher; set that too, or leave it out")
+        _require(
+            not idle,
+            "planner.teacher_until does nothing without planner.teacher; set planner.teacher too, or leave it out",
+        )
 
 
 # A mechanism with settings of its own adds its record here.
