@@ -21,6 +21,7 @@ from dyadlm.accounting import parameters
 from dyadlm.data import byte_tokenizer
 from dyadlm.model.cache import state_signature
 from dyadlm.model.configuration import LEVEL_FEATURES
+from dyadlm.model.trace import level_contributions
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions
 
@@ -299,13 +300,13 @@ def test_contexts_longer_than_trained_work():
 
 def test_level_contributions_show_each_level():
     model, ids = make_model(), random_ids(1, 50)
-    loud = model.model.level_contributions(ids)
+    loud = level_contributions(model, ids)
     assert loud.shape == (3, 7, 50)
     assert loud.isfinite().all()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.tower.up_nodes["5"].weight.zero_()
-    silent = model.model.level_contributions(ids)
+    silent = level_contributions(model, ids)
     assert (silent[:, 5] == 0).all()
     assert (loud[:, 5, 32:] > 0).all()
     assert torch.equal(loud[0, 3], silent[0, 3])

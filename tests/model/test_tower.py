@@ -197,16 +197,16 @@ def carried_state(tower: Tower, state: BlockState) -> list[Tensor]:
 def watched(model, **inputs):
     """The first tower of a model, what it read (B, T, D), what it said, its ages and the state it returned."""
     tower, seen = model.model.layers[0].tower, []
-    listen = tower.listen
+    listen = tower.read_levels
 
     def watch(x, timing, state):
         said, state = listen(x, timing, state)
-        seen.append((x, tower.open(x, timing) * tower.mix(said.features, timing), timing.ages, state))
+        seen.append((x, tower.output_gate(x, timing) * tower.mix(said.features, timing), timing.ages, state))
         return said, state
 
-    tower.listen = watch
+    tower.read_levels = watch
     model.model(**inputs)
-    del tower.listen
+    del tower.read_levels
     ((x, said, ages, state),) = seen
     return tower, x, said, (None if tower.age is None else ages.expand(len(x), -1, -1)), state
 

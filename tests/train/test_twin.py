@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.model.boundaries import Boundaries, marks_of
-from dyadlm.model.companion import Lesson
+from dyadlm.model.companion import TrainingPass
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.train import export, train
 from dyadlm.train.companions import COMPANIONS_NAME
@@ -46,8 +46,8 @@ def with_twin(conditioning: str = "joint", weight: float = 1.0, **fields) -> tup
     return model, twin
 
 
-def lesson(ids, labels=None, mask=None, positions=None) -> Lesson:
-    return Lesson(ids, ids if labels is None else labels, mask, positions, torch.empty(0), {})
+def lesson(ids, labels=None, mask=None, positions=None) -> TrainingPass:
+    return TrainingPass(ids, ids if labels is None else labels, mask, positions, torch.empty(0), {})
 
 
 def bottlenecks(model) -> list[torch.nn.Parameter]:

@@ -2,7 +2,8 @@
 
 from dyadlm.model.cache import DyadCache
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.modeling import DyadForCausalLM, DyadModel, DyadOutput
+from dyadlm.model.modeling import DyadForCausalLM, DyadModel
+from dyadlm.model.outputs import DyadOutput
 from dyadlm.model.presets import PRESETS
 
 __all__ = ["PRESETS", "DyadCache", "DyadConfig", "DyadForCausalLM", "DyadModel", "DyadOutput"]

@@ -22,6 +22,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
@@ -36,7 +37,7 @@ WORST = 10.0  # by how many times forecasts are taken to be worse than persisten
 SEMANTIC_SHARE = 1 / 8  # of a segment, what one token is taken for at first
 
 
-class Outlook(NamedTuple):
+class Forecasts(NamedTuple):
     """What is known of the levels' nodes at each token, and foreseen. Only `forecast` and `expected` have gradients."""
 
     forecast: Tensor  # (B, T, C) of the next node that will be complete
@@ -50,9 +51,9 @@ class Outlook(NamedTuple):
     begins: Tensor  # (B, T, K) bool: where the levels' nodes begin
     routes: Tensor | None  # (B, T, H, K) of the last block, if it selects
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Outlook":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Forecasts":
         """The outlook with a function applied to every part."""
-        return Outlook(*cast(tuple[Tensor, ...], tuple(None if part is None else function(part) for part in self)))
+        return Forecasts(*cast(tuple[Tensor, ...], tuple(None if part is None else function(part) for part in self)))
 
 
 class ForecastErrors(NamedTuple):
@@ -80,18 +81,18 @@ class ForecastErrors(NamedTuple):
         return (relative * judged).sum() / judged.sum().clamp(min=1)
 
 
-def forecast_errors(outlook: Outlook, ranks: Sequence[int]) -> ForecastErrors:
+def forecast_errors(outlook: Forecasts, ranks: Sequence[int]) -> ForecastErrors:
     """The errors of a whole pass."""
     guesses = (outlook.expected, outlook.previous, torch.zeros_like(outlook.last))
     return ForecastErrors(*(_errors(guess, outlook, ranks).sum((0, 1)) for guess in guesses))
 
 
-def node_errors(outlook: Outlook, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def node_errors(outlook: Forecasts, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(B, T, K) each: how far forecasts lay from what came, and how far what stood before, squared; 0 if not judged."""
     return _errors(outlook.expected, outlook, ranks), _errors(outlook.previous, outlook, ranks)
 
 
-def _errors(guess: Tensor, outlook: Outlook, ranks: Sequence[int]) -> Tensor:
+def _errors(guess: Tensor, outlook: Forecasts, ranks: Sequence[int]) -> Tensor:
     """(B, T, K): how far guesses (B, T, C) lay from what came, squared; 0 if not judged."""
     squares = (guess - outlook.last).square() * spread(outlook.judged, ranks)
     return torch.stack([part.sum(-1) for part in squares.split(list(ranks), -1)], -1)
@@ -100,7 +101,7 @@ def _errors(guess: Tensor, outlook: Outlook, ranks: Sequence[int]) -> Tensor:
 class Plan(NamedTuple):
     """What a model that plans thinks at each token that gets logits."""
 
-    outlook: Outlook  # at all tokens
+    outlook: Forecasts  # at all tokens
     proposal: Tensor  # (B, T, V) logits of the token after next
     futures: Tensor  # (B, T, M) int64, tokens after next that were considered
     choice: Tensor  # (B, T) int64, which of them the artist's future is
@@ -138,6 +139,11 @@ class Forecasters(nn.Module):
         self.entries = nn.ModuleList(nn.Linear(rank, 2 * self.width, bias=False) for rank in self.ranks)
         self.exits = nn.ModuleList(nn.Linear(self.width, rank, bias=False) for rank in self.ranks)
 
+    def initialize(self) -> None:
+        """At first nothing is expected to change."""
+        for linear in self.exits:
+            init.zeros_(cast(nn.Linear, linear).weight)
+
     def forward(
         self,
         values: Tensor,
@@ -146,7 +152,7 @@ class Forecasters(nn.Module):
         state: PlannerState,
         wanted: bool,
         routes: Tensor | None = None,
-    ) -> tuple[Outlook | None, PlannerState]:
+    ) -> tuple[Forecasts | None, PlannerState]:
         """The outlook of a chunk, and the state after it.
 
         Args:
@@ -191,7 +197,7 @@ class Forecasters(nn.Module):
         forecast = last + self.change(memory.to(dtype), frozen=False)
         first = previous[:, :1] + self.change(old[:, None].to(dtype), frozen=False)
         expected = torch.cat([first, forecast[:, :-1]], 1) * spread(judged, self.ranks)
-        outlook = Outlook(forecast, last, previous, memory, complete, judged, expected, values, plan.begins, routes)
+        outlook = Forecasts(forecast, last, previous, memory, complete, judged, expected, values, plan.begins, routes)
         return outlook, state
 
     def again(self, memory: Tensor, node: Tensor) -> Tensor:
@@ -271,6 +277,12 @@ class Planner(nn.Module):
         self.share = nn.Parameter(torch.empty(len(config.ranks)))
         self.ranks, self.geometric = config.ranks, len(config.alignments)
         self.artist = Artist(config)
+
+    def initialize(self) -> None:
+        """Shares as below, and a proposal that adds nothing."""
+        init.copy_(self.share, self.initial_shares())
+        if self.proposal is not None:
+            init.zeros_(self.proposal.down.weight)
 
     def initial_shares(self) -> Tensor:
         """One token's part of a node: 2^-k of a window, half of one of two tokens, `SEMANTIC_SHARE` of a segment.

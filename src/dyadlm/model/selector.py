@@ -8,6 +8,7 @@ Dimension letters: B batch, T time, D width, H heads, K levels.
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from dyadlm.model.configuration import CHOOSING, DyadConfig
 from dyadlm.ops.pyramid import Clock, accumulator, take
@@ -32,6 +33,12 @@ class Selector(nn.Module):
         if self.chooses:
             self.register_buffer("bias", torch.zeros(self.shape))
             self.register_buffer("load", torch.zeros(self.shape), persistent=False)
+
+    def initialize(self) -> None:
+        """Nearly even scores, so that it begins as the plain sum does; and no load yet."""
+        init.normal_(self.scores.weight, std=0.1 * self.config.hidden_size**-0.5)
+        if self.chooses:
+            init.zeros_(self.load)
 
     def forward(
         self, x: Tensor, clock: Clock, progress: Tensor, held: tuple[Tensor, ...]
@@ -75,6 +82,11 @@ class DecisionSlots(nn.Module):
         self.heads, self.levels = config.selector_heads, len(config.ranks)
         self.gate = nn.Linear(config.hidden_size, self.heads)
         self.read = nn.Linear(config.hidden_size + self.heads * self.levels, config.hidden_size, bias=False)
+
+    def initialize(self) -> None:
+        """What is remembered adds nothing at first."""
+        init.zeros_(self.read.weight)
+        init.zeros_(self.gate.bias)
 
     def forward(
         self, x: Tensor, routes: Tensor, said: Tensor, clock: Clock, state: tuple[Tensor, ...]

@@ -8,6 +8,7 @@ Dimension letters: B batch, T time, D width, N tables, M slot width, P parts of 
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from dyadlm.model.configuration import CODE_BITS, LEARNED_CODE, DyadConfig
 from dyadlm.ops.contexts import Contexts
@@ -52,6 +53,13 @@ class IdentitySlots(nn.Module):
         self.read = nn.Linear(tables * (config.slot_width + 1), width, bias=False)
         self.gate = nn.Linear(width, tables) if config.slot_gate else None
         self.code = nn.Linear(width, CODE_BITS, bias=False) if self.coded else None
+
+    def initialize(self) -> None:
+        """What is recalled adds nothing at first, and everything is written."""
+        init.zeros_(self.read.weight)
+        if self.gate is not None:
+            init.zeros_(self.gate.weight)
+            init.ones_(self.gate.bias)
 
     def forward(
         self,

@@ -1,14 +1,14 @@
-"""The feature tower of one block: what every level of the pyramid says at every token.
+"""The levels of one block: the feature of every level of the pyramid at every token.
 
 Each level reads the tokens through its own low-rank bottleneck, compares its current window with the one before, and
 writes back through an up-projection. Pooling and projecting commute, so whichever is cheaper comes first:
 
 - token levels (sliding, prefix, semantic) change at every token: project, then pool;
 - node levels (block, dual) change every 2^j tokens: pool, then project and write back at the nodes alone. Coarse nodes
-  hand what they say down to finer ones, so that all node levels together cost less than one token level.
+  pass their sum to finer ones, so that all node levels together cost less than one token level.
 
-With `salience` a token counts in a centroid by a learned weight s: sums of s x beside sums of s - 1, so that what does
-not exist weighs as one zero token does without it.
+With `salience` a token counts in a centroid by a learned weight s. We accumulate sums of s x and sums of (s - 1), so
+missing positions count as zero vectors of weight 1.
 
 The levels' contributions are added up, or weighed per token and head by a selector.
 
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from dyadlm.model.boundaries import LEARNED, BoundaryRouter
 from dyadlm.model.cache import BlockState
@@ -50,7 +51,7 @@ from dyadlm.ops.transport import phase_transport
 SALIENCE_RANGE = 3.0  # weights between exp(-3) and exp(3)
 
 
-class Timing(NamedTuple):
+class ChunkLayout(NamedTuple):
     """Where everything stands in a chunk: worked out once, the same for every block."""
 
     clock: Clock
@@ -61,9 +62,9 @@ class Timing(NamedTuple):
     progress: Tensor  # 0-dim: how far training is, from 0 to 1
 
 
-def chunk_timing(
+def chunk_layout(
     clock: Clock, segments: SegmentPlan | None, progress: Tensor, config: DyadConfig, dtype: torch.dtype
-) -> Timing:
+) -> ChunkLayout:
     """The timing of a chunk for a model whose hidden states have `dtype`."""
     alignments = config.alignments
     changes = [granularity(k, a) for k, a in enumerate(alignments) if a != "sliding"]
@@ -77,11 +78,11 @@ def chunk_timing(
     if segments is not None:
         into = segments.length.to(ages.dtype).log2() / math.log2(config.longest_segment)
         ages = torch.cat([ages.expand(into.shape[0], -1, -1), into], -1)
-    return Timing(clock, nodes, shares, segments, ages.to(dtype), progress)
+    return ChunkLayout(clock, nodes, shares, segments, ages.to(dtype), progress)
 
 
-class Said(NamedTuple):
-    """What the levels say at a chunk, and what is to be known of how it came about."""
+class LevelFeatures(NamedTuple):
+    """The features of all levels at a chunk, and how segments were chosen."""
 
     features: dict[int, Tensor]  # (B, T, F R) of token levels, (B, N + 1, F R) of node levels
     boundary: Tensor | None  # (B, T) bool: where the learned boundary begins segments
@@ -89,10 +90,10 @@ class Said(NamedTuple):
 
 
 class Tower(nn.Module):
-    """Levels → bottlenecks → features → gated up-projection, over one state.
+    """Levels → bottlenecks → features → gated up-projection, with one state.
 
-    reads: whether it has bottlenecks of its own; if not, it writes back what another tower's levels say.
-    credit: where the gradient of what the levels say goes; what they say is the same. joint: to the bottlenecks and the
+    reads: whether it has bottlenecks of its own; if not, it writes back the features of another tower.
+    credit: where the gradient of the features goes; their values are the same. joint: to the bottlenecks and the
         tokens that were read; reverse: to the tokens alone; detached: to neither, so that no token is shaped by later
         ones through the tower. How tokens are weighed, forgotten and cut into learned segments is learned in each case.
     """
@@ -115,15 +116,15 @@ class Tower(nn.Module):
         self.learned = [k for k, name in partitions.items() if name == LEARNED]
         self.token_levels = sorted([*self.sliding, *self.prefix, *partitions])
 
-        said = {
+        sizes = {
             k: parts * rank + (config.semantic_memory - 1) * rank * (k in partitions)
             for k, rank in enumerate(self.ranks)
         }
         self.up_tokens = None
         if self.token_levels:
-            self.up_tokens = nn.Linear(sum(said[k] for k in self.token_levels), width, bias=False)
-        self.up_nodes = nn.ModuleDict({str(k): nn.Linear(said[k], width, bias=False) for k in self.node_levels})
-        self.token_widths = [said[k] for k in self.token_levels]
+            self.up_tokens = nn.Linear(sum(sizes[k] for k in self.token_levels), width, bias=False)
+        self.up_nodes = nn.ModuleDict({str(k): nn.Linear(sizes[k], width, bias=False) for k in self.node_levels})
+        self.token_widths = [sizes[k] for k in self.token_levels]
         self.gate = nn.Linear(width, width, bias=False)
         aged = 2 * (len(self.alignments) - len(self.sliding)) + len(self.by_rule)
         self.age = nn.Linear(aged, width, bias=False) if aged else None
@@ -142,6 +143,16 @@ class Tower(nn.Module):
         if self.learned:
             self.router = BoundaryRouter(width, max(self.ranks), config.boundary_rate)
 
+    def initialize(self) -> None:
+        """The levels add nothing at first, ages do not count, all tokens count alike, and segments forget slowly."""
+        for linear in (*self.ups(), self.age, self.salience, self.forgetting):
+            if linear is not None:
+                init.zeros_(linear.weight)
+        if self.salience is not None:
+            init.zeros_(self.salience.bias)
+        if self.forgetting is not None:
+            init.constant_(self.forgetting.bias, -5.0)
+
     def borrow(self, owner: "Tower") -> None:
         """Read through the very bottlenecks of another tower, and have none: they are named and saved there alone."""
         del self.bottlenecks
@@ -152,15 +163,15 @@ class Tower(nn.Module):
         nodes = [self.up_nodes[str(k)] for k in self.node_levels]
         return [up for up in (self.up_tokens, *nodes) if isinstance(up, nn.Linear)]
 
-    def open(self, x: Tensor, timing: Timing) -> Tensor:
-        """The gate (B, T, D): how much of what the levels say is let through."""
+    def output_gate(self, x: Tensor, timing: ChunkLayout) -> Tensor:
+        """The output gate (B, T, D), by which the sum of the levels is multiplied."""
         gate = self.gate(x)
         if self.age is not None:
             gate = gate + self.age(timing.ages)
         return nn.functional.silu(gate)
 
-    def listen(self, x: Tensor, timing: Timing, state: BlockState) -> tuple[Said, BlockState]:
-        """What each level says of x (B, T, D), normalised, where it changes; and the state after the chunk.
+    def read_levels(self, x: Tensor, timing: ChunkLayout, state: BlockState) -> tuple[LevelFeatures, BlockState]:
+        """The feature of each level for x (B, T, D), normalised, where it changes; and the state after the chunk.
 
         Of a node level the first row is for the last node before the chunk.
         """
@@ -197,8 +208,8 @@ class Tower(nn.Module):
             log_keep = -nn.functional.softplus(accumulator(self.forgetting(x)))
         if timing.segments is not None:
             kept = None if log_keep is None else log_keep[..., : len(self.by_rule)]
-            said, segments = self.segments(x, self.by_rule, by_rule, kept, timing.segments, clock, state.segments)
-            features |= said
+            found, segments = self.segments(x, self.by_rule, by_rule, kept, timing.segments, clock, state.segments)
+            features |= found
             state = state._replace(segments=segments)
         if self.router is not None:
             kept = None if log_keep is None else log_keep[..., len(self.by_rule) :]
@@ -206,11 +217,11 @@ class Tower(nn.Module):
             boundary, sure, cost, key = self.router(x, clock, key)
             count = SegmentCount(*carried[:2]) if carried else None
             plan, count = segment_plan(boundary[..., None], clock, self.config.longest_segment, count)
-            said, segments = self.segments(x, self.learned, by_router, kept, plan, clock, tuple(carried[2:]))
-            features |= {k: feature * straight_through(sure)[..., None] for k, feature in said.items()}
+            found, segments = self.segments(x, self.learned, by_router, kept, plan, clock, tuple(carried[2:]))
+            features |= {k: feature * straight_through(sure)[..., None] for k, feature in found.items()}
             boundary = plan.begins[..., 0]
             state = state._replace(learned=(key, *count, *segments))
-        return Said(features, boundary, cost), state
+        return LevelFeatures(features, boundary, cost), state
 
     def weights(self, x: Tensor) -> tuple[Tensor | None, ...]:
         """How much each token counts where a level sums alone, where levels share a sum, in segments by rule and by
@@ -230,7 +241,7 @@ class Tower(nn.Module):
         clock: Clock,
         state: tuple[Tensor, ...],
     ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
-        """What semantic levels say: the mean of the segment so far, beside the complete ones before it."""
+        """The features of semantic levels: the mean of the segment so far, beside the complete ones before it."""
         read = [x] * len(levels) if self.in_model_space else self.through_bottlenecks(x, levels)
         read = [accumulator(part) for part in read]
         if weights is None:
@@ -310,7 +321,7 @@ class Tower(nn.Module):
         dtype: torch.dtype,
         older: Sequence[Tensor] = (),
     ) -> Tensor:
-        """What a level says of two centroids (..., R or D) by `level_feature`, and of older ones → (..., F R)."""
+        """The feature of a level from two centroids (..., R or D) by `level_feature`, and older ones → (..., F R)."""
         parts = []
         for name in self.feature_parts:
             if name == "current":
@@ -329,23 +340,33 @@ class Tower(nn.Module):
             return self.through_bottleneck(torch.stack(parts, -2).to(dtype), level).flatten(-2)
         return torch.cat(parts, -1).to(dtype)
 
-    def mix(self, features: dict[int, Tensor], timing: Timing) -> Tensor:
+    def mix(self, features: dict[int, Tensor], timing: ChunkLayout) -> Tensor:
         """The sum of what all levels write back at each token, before the gate: (B, T, D)."""
         clock, nodes = timing.clock, timing.nodes
-        coarse, said = 0, None  # what all node levels so far say, at the nodes of granularity 2^coarse
+        coarse, written = 0, None  # the sum of all node levels so far, at the nodes of granularity 2^coarse
         for k in sorted(self.node_levels, key=lambda level: self.node_levels[level], reverse=True):
             here, j = self.up_nodes[str(k)](features[k]), self.node_levels[k]
-            if said is not None:
-                here = here + (said if j == coarse else hand_down(said, nodes[coarse], nodes[j], coarse - j, clock))
-            coarse, said = j, here
-        mixed = None if said is None else broadcast(said, nodes[coarse], coarse, clock)
+            if written is not None:
+                here = here + (
+                    written if j == coarse else hand_down(written, nodes[coarse], nodes[j], coarse - j, clock)
+                )
+            coarse, written = j, here
+        mixed = None if written is None else broadcast(written, nodes[coarse], coarse, clock)
         if self.up_tokens is not None:
             near = self.up_tokens(torch.cat([features[k] for k in self.token_levels], -1))
             mixed = near if mixed is None else near + mixed
         assert mixed is not None, "a tower has at least one level"
         return mixed
 
-    def apart(self, features: dict[int, Tensor], timing: Timing, levels: Sequence[int]) -> Iterator[Tensor]:
+    def at_tokens(self, features: dict[int, Tensor], timing: ChunkLayout) -> dict[int, Tensor]:
+        """The features of all levels at every token: (B, T, F R) each."""
+        found = {}
+        for level, feature in sorted(features.items()):
+            j = self.node_levels.get(level)
+            found[level] = feature if j is None else broadcast(feature, timing.nodes[j], j, timing.clock)
+        return found
+
+    def apart(self, features: dict[int, Tensor], timing: ChunkLayout, levels: Sequence[int]) -> Iterator[Tensor]:
         """What each of some levels writes back at each token, before the gate: (B, T, D) each."""
         weights = self.token_weights()
         for k in levels:
@@ -362,7 +383,7 @@ class Tower(nn.Module):
         return dict(zip(self.token_levels, self.up_tokens.weight.split(self.token_widths, 1), strict=True))
 
     def imagine(self, x: Tensor, current: Tensor, last: Tensor, previous: Tensor, routes: Tensor | None) -> Tensor:
-        """What the block would know of the past if at every token its levels held these nodes.
+        """The sum of the levels, output gate included, if at every token the levels held these nodes.
 
         Args:
             x: (B, T, D), what it reads. current, last, previous: (B, T, all ranks), the newest first.
@@ -377,12 +398,12 @@ class Tower(nn.Module):
         nodes = (part.split(self.ranks, -1) for part in (current, last, previous))
         for k, (now, before, earlier) in enumerate(zip(*nodes, strict=True)):
             older = [earlier] * (self.config.semantic_memory - 1) * (k >= len(self.alignments))
-            said = nn.functional.linear(self.feature(k, now, before, known, x.dtype, older), weights[k])
-            written = written + (said if routes is None else by_head(said, routes[..., k] * routes.shape[-1]))
+            update = nn.functional.linear(self.feature(k, now, before, known, x.dtype, older), weights[k])
+            written = written + (update if routes is None else by_head(update, routes[..., k] * routes.shape[-1]))
         return nn.functional.silu(self.gate(x)) * written
 
     def choose(
-        self, x: Tensor, features: dict[int, Tensor], timing: Timing, held: tuple[Tensor, ...]
+        self, x: Tensor, features: dict[int, Tensor], timing: ChunkLayout, held: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """What the levels write back together (B, T, D), the routes (B, T, H, K), and the choice that holds.
 
@@ -397,17 +418,17 @@ class Tower(nn.Module):
             chosen = routes.amax((0, 1, 2)).nonzero().flatten().tolist()
         weights = (routes * levels).transpose(-1, -2)
         written = torch.zeros_like(x)
-        for level, said in zip(chosen, self.apart(features, timing, chosen), strict=True):
-            written = written + by_head(said, weights[:, :, level])
+        for level, update in zip(chosen, self.apart(features, timing, chosen), strict=True):
+            written = written + by_head(update, weights[:, :, level])
         return written, routes, held
 
-    def contributions(self, x: Tensor, features: dict[int, Tensor], timing: Timing) -> Tensor:
+    def contributions(self, x: Tensor, features: dict[int, Tensor], timing: ChunkLayout) -> Tensor:
         """The length of what each level adds at each token, gate included: (B, T, K)."""
-        gate = self.open(x, timing)
+        gate = self.output_gate(x, timing)
         each = list(self.apart(features, timing, range(len(self.ranks))))
         if self.selector is not None:
             routes, _ = self.selector(x, timing.clock, timing.progress, ())
-            each = [by_head(said, routes[..., level] * len(each)) for level, said in enumerate(each)]
+            each = [by_head(update, routes[..., level] * len(each)) for level, update in enumerate(each)]
         return (gate[..., None] * torch.stack(each, -1)).norm(dim=2)
 
 
