@@ -25,6 +25,8 @@ def test_logits_states_and_gradients_are_those_of_version_0_1(name):
     config = DyadConfig(**fields) if preset is None else DyadConfig.from_preset(preset, **fields)
     model = DyadForCausalLM(config).double()
     assert {key: list(value.shape) for key, value in model.named_parameters()} == stored["weights"]
+    # Their order, too: optimizer states of version 0.1 go by it.
+    assert [key for key, _ in model.named_parameters()] == list(stored["weights"])
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(weight(key, tuple(parameter.shape))))

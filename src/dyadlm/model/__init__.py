@@ -1,5 +1,6 @@
 """What is published with weights: configuration, model, state, and the costs that follow from a configuration."""
 
+import dyadlm.model.extras  # noqa: F401 - registers the variants
 from dyadlm.model.cache import DyadCache
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.modeling import DyadForCausalLM, DyadModel

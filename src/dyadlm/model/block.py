@@ -3,7 +3,7 @@
 Dimension letters: B batch, T time, D width, H heads, K levels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.planner import Forecasts
-from dyadlm.model.selector import DecisionSlots
+from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.slots import IdentitySlots
-from dyadlm.model.tower import ChunkLayout, LevelFeatures, Tower
+from dyadlm.model.tower import LevelFeatures, Tower
+from dyadlm.model.variants import variant_of
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.slots import Lookup
 
@@ -51,10 +51,10 @@ class BlockInputs(NamedTuple):
     """What all blocks read of a chunk, besides their hidden state."""
 
     identity: Tensor  # (B, T, D), written by no block
-    timing: ChunkLayout
+    layout: ChunkLayout
     contexts: Contexts | None  # what slots are addressed by
     plan: Lookup | None  # what is read from slots, if the tokens alone say so
-    found: LevelFeatures | None  # the features of the levels, if one tower reads for all blocks
+    features: LevelFeatures | None  # the features of the levels, if one tower reads for all blocks
     keep: bool  # whether the state after the chunk is wanted
 
 
@@ -65,17 +65,23 @@ class DyadBlock(GradientCheckpointingLayer):
         super().__init__()
         self.tower_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.tower_identity = nn.Parameter(torch.empty(config.hidden_size))
-        self.tower = Tower(config, reads=config.tower == "layer" or index == 0)
-        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
-        self.slots = IdentitySlots(config) if has_slots else None
-        self.decision = DecisionSlots(config) if config.decision_slots else None
+        self.tower = variant_of(Tower, config)(config, reads=config.tower == "layer" or index == 0)
+        self.build_slots(config, index)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_identity = nn.Parameter(torch.empty(config.hidden_size))
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
+    def build_slots(self, config: DyadConfig, index: int) -> None:
+        """The slots of block `index`, if it has any."""
+        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
+        self.slots = IdentitySlots(config) if has_slots else None
+
     def initialize(self) -> None:
-        """A tenth of the identity channel is read at first."""
+        """A tenth of the identity channel is read at first; what the parts do is in their own methods."""
+        parts: list[Any] = [module for module in self.modules() if module is not self and hasattr(module, "initialize")]
+        for part in parts:
+            part.initialize()
         init.constant_(self.tower_identity, 0.1)
         init.constant_(self.mlp_identity, 0.1)
 
@@ -87,34 +93,28 @@ class DyadBlock(GradientCheckpointingLayer):
         read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
         return hidden + self.dropout(self.mlp(read)), state, notes
 
-    def imagine(self, hidden: Tensor, identity: Tensor, outlook: Forecasts) -> Tensor:
-        """What it would make of hidden (B, T, D) if its levels held the nodes that are forecast: (B, T, D).
-
-        All that belongs to one position is as it is; slots and decisions recall nothing.
-        """
-        nodes = (outlook.forecast.detach(), outlook.last, outlook.previous)
-        read = self.tower_norm(hidden) + self.tower_identity * identity
-        hidden = hidden + self.tower.imagine(read, *nodes, outlook.routes)
-        return hidden + self.mlp(self.mlp_norm(hidden) + self.mlp_identity * identity)
-
     def relate(self, read: Tensor, around: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
         """The sum of levels and slots: read (B, T, D) → (B, T, D).
 
         What slots recall is exact, so the output gate does not scale it.
         """
-        clock, found = around.timing.clock, around.found
+        found = around.features
         if found is None:
-            found, state = self.tower.read_levels(read, around.timing, state)
-        mixed, routes, held = self.tower.choose(read, found.features, around.timing, state.held)
-        state = state._replace(held=held)
-        if self.decision is not None:
-            assert routes is not None, "decisions are what a selector chose"
-            kept, decision = self.decision(read, routes, mixed, clock, state.decision)
-            mixed, state = mixed + kept, state._replace(decision=decision)
-        past, costs = self.tower.output_gate(read, around.timing) * mixed, [found.cost]
+            found, state = self.tower.read_levels(read, around.layout, state)
+        mixed, routes, state = self.mix_levels(read, found.features, around.layout, state)
+        past, costs = self.tower.output_gate(read, around.layout) * mixed, [found.cost]
         if self.slots is not None:
-            recalled, slots, cost = self.slots(read, around.contexts, clock, around.plan, state.slots, around.keep)
+            recalled, slots, cost = self.slots(
+                read, around.contexts, around.layout.clock, around.plan, state.slots, around.keep
+            )
             past, state = past + recalled, state._replace(slots=slots)
             costs.append(cost)
         given = [cost for cost in costs if cost is not None]
         return past, state, BlockAux(routes, found.boundary, torch.stack(given).sum() if given else None)
+
+    def mix_levels(
+        self, read: Tensor, features: dict[int, Tensor], layout: ChunkLayout, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """What the levels write back together (B, T, D), the routes of a selector, and the state."""
+        mixed, routes, held = self.tower.choose(read, features, layout, state.held)
+        return mixed, routes, state._replace(held=held)

@@ -23,13 +23,14 @@ from dyadlm.model.cache import BlockState, DyadCache, PlannerState
 from dyadlm.model.companion import COMPANIONS, AuxiliaryModule, TrainingPass
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
 from dyadlm.model.decoding import TokenReader, continues_rows
+from dyadlm.model.layout import chunk_layout
 from dyadlm.model.outputs import DyadModelOutput, DyadOutput
 from dyadlm.model.packing import chunk_clock, left_packing, reorder, require_fitting
 from dyadlm.model.planner import Forecasters, Planner
 from dyadlm.model.planning import draw_plan, level_values, semantic_begins
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
-from dyadlm.model.tower import chunk_layout
+from dyadlm.model.variants import variant_of
 from dyadlm.ops.consensus import consensus
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.pyramid import Clock, next_position
@@ -51,7 +52,8 @@ class DyadPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Linear maps keep the variance and the embedding is small.
 
-        What a part of ours needs beyond that is in its method `initialize`, called after its children.
+        What a part of ours needs beyond that is in its method `initialize`. transformers passes over modules without
+        parameters of their own, so the model, each block and the planner initialise the parts inside them.
         """
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
@@ -59,8 +61,8 @@ class DyadPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
-        elif callable(initialize := getattr(module, "initialize", None)):
-            initialize()
+        elif isinstance(module, DyadModel | DyadBlock | Planner):
+            module.initialize()
 
 
 class DyadModel(DyadPreTrainedModel):
@@ -78,7 +80,9 @@ class DyadModel(DyadPreTrainedModel):
         self.boundaries = None
         if config.rules:
             self.boundaries = Boundaries(config.rules, config.vocab_size, config.vocab_size == BYTE_VOCABULARY)
-        self.layers = nn.ModuleList(DyadBlock(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            variant_of(DyadBlock, config)(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.forecasters = Forecasters(config) if config.planner != "none" else None
         self.post_init()
@@ -86,6 +90,8 @@ class DyadModel(DyadPreTrainedModel):
     def initialize(self) -> None:
         """Buffers that no file holds are made anew, also when weights are loaded."""
         init.ones_(self.progress)
+        if self.forecasters is not None:
+            self.forecasters.initialize()
 
     def forward(
         self,
@@ -133,9 +139,7 @@ class DyadModel(DyadPreTrainedModel):
 
         if self.training:
             for layer in self.layers:
-                assert isinstance(layer, DyadBlock)
-                if layer.tower.selector is not None:
-                    layer.tower.selector.balance()
+                cast(DyadBlock, layer).tower.before_pass()
         started = cache is not None and not cache.is_empty
         states = cache.layers if cache is not None and started else [BlockState()] * len(self.layers)
         text = cache.text if cache is not None and started else TextState()
@@ -186,16 +190,16 @@ class DyadModel(DyadPreTrainedModel):
     ) -> tuple[list[Tensor], list[BlockState], list[BlockAux]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
         identity = self.identity_norm(embedded)
-        timing = chunk_layout(clock, segments, self.progress, self.config, embedded.dtype)
+        layout = chunk_layout(clock, segments, self.progress, self.config, embedded.dtype)
         plan = features = None
         if contexts is not None and self.config.slot_layers and plans_alike(self.config):
             tables = states[self.config.slot_layers[0]].slots
             plan = plan_slots(contexts, clock, self.config, SlotState(*tables) if tables else None)
         if self.config.tower == "input":
             first = cast(DyadBlock, self.layers[0])
-            features, listened = first.tower.read_levels(identity, timing, states[0])
+            features, listened = first.tower.read_levels(identity, layout, states[0])
             states = [listened, *states[1:]]
-        around = BlockInputs(identity, timing, contexts, plan, features, keep)
+        around = BlockInputs(identity, layout, contexts, plan, features, keep)
         hidden = self.dropout(embedded)
         outputs, carried, notes = [hidden], [], []
         for layer, state in zip(self.layers, states, strict=True):

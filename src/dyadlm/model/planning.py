@@ -6,12 +6,14 @@ Dimension letters: B batch, T time, S semantic levels, V vocabulary, D width.
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyadlm.model.block import DyadBlock
 from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.extras.selector import by_head
 from dyadlm.model.planner import Forecasts, Plan
+from dyadlm.model.tower import Tower
 from dyadlm.ops.segments import SegmentPlan
 
 if TYPE_CHECKING:
@@ -39,7 +41,30 @@ def level_meaning(model: "DyadModel", tokens: Tensor) -> Tensor:
 
 def imagine(model: "DyadModel", embedded: Tensor, outlook: Forecasts) -> Tensor:
     """What the last block makes of expected tokens (B, T, D) if its levels move on as forecast: (B, T, D)."""
-    return cast(DyadBlock, model.layers[-1]).imagine(embedded, model.identity_norm(embedded), outlook)
+    block, identity = cast(DyadBlock, model.layers[-1]), model.identity_norm(embedded)
+    read = block.tower_norm(embedded) + block.tower_identity * identity
+    hidden = embedded + _imagined_levels(block.tower, read, outlook)
+    return hidden + block.mlp(block.mlp_norm(hidden) + block.mlp_identity * identity)
+
+
+def _imagined_levels(tower: Tower, x: Tensor, outlook: Forecasts) -> Tensor:
+    """The sum of the levels, output gate included, if at every token they held the nodes that are forecast: (B, T, D).
+
+    All that belongs to one position is as it is; the gate knows no ages here.
+    """
+    weights = tower.token_weights() | {k: cast(nn.Linear, tower.up_nodes[str(k)]).weight for k in tower.node_levels}
+    known = torch.ones_like(x[..., :1], dtype=torch.bool)
+    written = torch.zeros_like(x)
+    nodes = (part.split(tower.ranks, -1) for part in (outlook.forecast.detach(), outlook.last, outlook.previous))
+    for k, (now, before, earlier) in enumerate(zip(*nodes, strict=True)):
+        if k < len(tower.alignments):
+            feature = tower.feature(k, now, before, known, x.dtype)
+        else:
+            feature = tower.segment_feature(k, now, before, earlier, known, x.dtype)
+        update = nn.functional.linear(feature, weights[k])
+        routes = outlook.routes
+        written = written + (update if routes is None else by_head(update, routes[..., k] * routes.shape[-1]))
+    return nn.functional.silu(tower.gate(x)) * written
 
 
 def semantic_begins(config: DyadConfig, segments: SegmentPlan | None, learned: Tensor | None) -> Tensor | None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from dyadlm.model.block import DyadBlock
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.cache import BlockState
+from dyadlm.model.layout import ChunkLayout, chunk_layout
 from dyadlm.model.modeling import DyadForCausalLM
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
-from dyadlm.model.tower import ChunkLayout, LevelFeatures, Tower, chunk_layout
+from dyadlm.model.tower import LevelFeatures, Tower
 from dyadlm.ops.clock import make_clock
 
 
@@ -28,7 +29,7 @@ class BlockTrace(NamedTuple):
     block: DyadBlock
     read: Tensor  # (B, T, D), the normalised hidden state with the identity channel
     levels: LevelFeatures
-    timing: ChunkLayout
+    layout: ChunkLayout
 
 
 @torch.no_grad()
@@ -37,18 +38,18 @@ def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
     inner, config = model.model, model.config
     embedded, clock = inner.embed_tokens(ids), make_clock(*ids.shape, device=ids.device)
     segments, contexts, _ = read_text(inner, ids, None, clock, TextState())
-    timing = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
+    layout = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
     outputs, _, _ = inner.stack(embedded, clock, segments, contexts, [BlockState()] * len(inner.layers), keep=False)
     identity = inner.identity_norm(embedded)
     shared: LevelFeatures | None = None
     if config.tower == "input":  # one tower reads for all blocks
         first = cast(DyadBlock, inner.layers[0])
-        shared, _ = first.tower.read_levels(identity, timing, BlockState())
+        shared, _ = first.tower.read_levels(identity, layout, BlockState())
     for layer, hidden in zip(inner.layers, outputs[:-1], strict=True):
         block = cast(DyadBlock, layer)
         read = block.tower_norm(hidden) + block.tower_identity * identity
-        levels = shared if shared is not None else block.tower.read_levels(read, timing, BlockState())[0]
-        yield BlockTrace(block, read, levels, timing)
+        levels = shared if shared is not None else block.tower.read_levels(read, layout, BlockState())[0]
+        yield BlockTrace(block, read, levels, layout)
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def level_features(model: DyadForCausalLM, ids: Tensor) -> list[dict[int, Tensor
     (B, T, F)."""
     found = []
     for trace in trace_blocks(model, ids):
-        found.append(trace.block.tower.at_tokens(trace.levels.features, trace.timing))
+        found.append(trace.block.tower.at_tokens(trace.levels.features, trace.layout))
         if model.config.tower == "input":  # the other blocks use the features of this one
             break
     return found
@@ -74,7 +75,7 @@ def level_contributions(model: DyadForCausalLM, ids: Tensor) -> Tensor:
         (L, K, T) float.
     """
     traces = trace_blocks(model, ids.view(1, -1))
-    return torch.stack([t.block.tower.contributions(t.read, t.levels.features, t.timing)[0].T for t in traces])
+    return torch.stack([t.block.tower.contributions(t.read, t.levels.features, t.layout)[0].T for t in traces])
 
 
 @torch.no_grad()

@@ -1,0 +1,38 @@
+"""Levels that are compared before their bottleneck (`transport_space=model`), the order of the paper.
+
+Measured (docs/experiments.md): not better than comparing after the bottleneck, and slower.
+
+Dimension letters: B batch, T time, D width, R rank, F parts of a feature.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dyadlm.model.layout import ChunkLayout
+from dyadlm.model.tower import Tower, Weights
+
+
+class ModelSpace(Tower):
+    """Windows sum the tokens themselves (..., D); each part of a feature goes through the bottleneck."""
+
+    def sliding_sums(self) -> int:
+        return min(len(self.sliding), 1)
+
+    def read_sliding(
+        self, x: Tensor, weights: Weights, layout: ChunkLayout, rings: tuple[Tensor, ...]
+    ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
+        if not self.sliding:
+            return {}, rings
+        return self.compare_sliding(self.weigh([x], weights.sliding), None, layout, rings, x.dtype)
+
+    def segment_inputs(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        return [x] * len(levels)
+
+    def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        """Means over the level's width, still in the space of the model."""
+        return sums / 2**level
+
+    def joined(self, level: int, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return self.through_bottleneck(torch.stack(parts, -2).to(dtype), level).flatten(-2)
