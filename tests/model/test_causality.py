@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
-from dyadlm.model import PRESETS, slots, tower
-from dyadlm.model.extras import selector
+from dyadlm.model import PRESETS, tower
+from dyadlm.model.extras import gated_slots, selector
 from dyadlm.ops import segments as segment_ops
 from dyadlm.ops import selection
 from dyadlm.ops import slots as slot_ops
@@ -207,7 +207,7 @@ def read_ahead(monkeypatch) -> None:
         lookup = dataclasses.replace(lookup, column=column, found=torch.ones_like(lookup.found))
         return slot_ops.slot_read(values, lookup, state)
 
-    monkeypatch.setattr(slots, "slot_read", found)
+    monkeypatch.setattr(gated_slots, "slot_read", found)
 
 
 def whole_segments(monkeypatch) -> None:

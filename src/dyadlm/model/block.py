@@ -75,7 +75,7 @@ class DyadBlock(GradientCheckpointingLayer):
     def build_slots(self, config: DyadConfig, index: int) -> None:
         """The slots of block `index`, if it has any."""
         has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
-        self.slots = IdentitySlots(config) if has_slots else None
+        self.slots = variant_of(IdentitySlots, config)(config) if has_slots else None
 
     def initialize(self) -> None:
         """A tenth of the identity channel is read at first; what the parts do is in their own methods."""

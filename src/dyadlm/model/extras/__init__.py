@@ -8,11 +8,13 @@ from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.extras.features import LongerMemory, OtherFeatures
 from dyadlm.model.extras.forgetting import Forgetting
+from dyadlm.model.extras.gated_slots import GatedSlots
 from dyadlm.model.extras.learned_boundaries import LearnedBoundaries
 from dyadlm.model.extras.model_space import ModelSpace
 from dyadlm.model.extras.prefix import PrefixLevels
 from dyadlm.model.extras.selector import Deciding, Selected
 from dyadlm.model.extras.unweighted import Unweighted
+from dyadlm.model.slots import IdentitySlots, plans_alike
 from dyadlm.model.tower import Tower
 from dyadlm.model.variants import register
 
@@ -30,3 +32,4 @@ register(Tower, lambda config: config.forgetting, Forgetting)
 register(Tower, _has_learned, LearnedBoundaries)
 register(Tower, lambda config: config.selector != "none", Selected)
 register(DyadBlock, lambda config: config.decision_slots, Deciding)
+register(IdentitySlots, lambda config: not plans_alike(config), GatedSlots)

@@ -1,7 +1,7 @@
 """Other features of a level than the product and pair of its centroids, and the memory of one more segment.
 
-Measured (docs/experiments.md): none is better than the product and pair that the presets use; phase transport, the
-operator of the paper, adds nothing to the pair that it compares.
+Measured (docs/experiments.md, three paired seeds): the product and pair of the presets are better than the pair alone
+by 0.017 nats, and phase transport, the operator of the paper, adds nothing to the pair that it compares.
 
 Dimension letters: R rank, F parts of a feature.
 """

@@ -1,6 +1,6 @@
 """Open segments that forget at a rate that depends on the token (`forgetting=True`).
 
-Measured (docs/experiments.md): no gain beside the levels of the presets.
+Measured (docs/experiments.md, one seed, 1.5M tokens): +0.002 nats on fresh text, no gain.
 
 Dimension letters: B batch, T time, D width.
 """

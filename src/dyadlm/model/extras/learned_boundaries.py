@@ -1,6 +1,6 @@
 """A semantic level whose boundaries are learned (`semantic_levels` with `learned`; H-Net, arXiv 2507.07955).
 
-Measured (docs/experiments.md): it finds boundaries near those of words, and gains nothing beside the rules.
+Measured in place of the rule for lines (docs/experiments.md, one seed, 0.5M tokens): +0.008 nats on fresh text.
 
 Dimension letters: B batch, T time, D width, R rank.
 """
