@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.slots import IdentitySlots
 from dyadlm.model.tower import LevelFeatures, Tower
@@ -84,6 +85,11 @@ class DyadBlock(GradientCheckpointingLayer):
             part.initialize()
         init.constant_(self.tower_identity, 0.1)
         init.constant_(self.mlp_identity, 0.1)
+
+    def cost(self, time: int) -> Cost:
+        """Levels, slots and SwiGLU over T tokens."""
+        cost = self.tower.cost(time).plus(Cost(3 * time * self.mlp.down.in_features * self.mlp.down.out_features))
+        return cost if self.slots is None else cost.plus(self.slots.cost(time))
 
     def forward(self, hidden: Tensor, around: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
         """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""

@@ -26,6 +26,7 @@ from transformers import initialization as init
 
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.cost import Cost, tile_products
 from dyadlm.ops.consensus import nucleus
 from dyadlm.ops.pyramid import Clock, accumulator
 from dyadlm.ops.recurrence import linear_scan
@@ -123,6 +124,11 @@ class GatedUnit(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+def _unit_products(unit: GatedUnit) -> int:
+    """Products for one vector."""
+    return 2 * unit.gate.in_features * unit.gate.out_features + unit.down.in_features * unit.down.out_features
+
+
 class Forecasters(nn.Module):
     """One recurrence for each level, geometric and then semantic, that sees the complete nodes of this level alone.
 
@@ -135,6 +141,7 @@ class Forecasters(nn.Module):
     def __init__(self, config: DyadConfig):
         super().__init__()
         self.ranks, self.width, self.longest = config.ranks, config.planner_width, config.longest_segment
+        self.hidden = config.hidden_size
         self.geometric = len(config.alignments)
         self.entries = nn.ModuleList(nn.Linear(rank, 2 * self.width, bias=False) for rank in self.ranks)
         self.exits = nn.ModuleList(nn.Linear(self.width, rank, bias=False) for rank in self.ranks)
@@ -199,6 +206,20 @@ class Forecasters(nn.Module):
         expected = torch.cat([first, forecast[:, :-1]], 1) * spread(judged, self.ranks)
         outlook = Forecasts(forecast, last, previous, memory, complete, judged, expected, values, plan.begins, routes)
         return outlook, state
+
+    def cost(self, time: int) -> Cost:
+        """What carries on their memory: nodes, and what is read off them. Values of tokens have no gradient at all."""
+        channels = sum(self.ranks)
+        values = time * self.hidden * channels
+        nodes = tile_products(time) * len(self.ranks) * max(self.ranks)
+        read = time * 2 * self.width * channels
+        # Three nodes of each level, what its recurrence keeps, and two counts.
+        return Cost(
+            values + nodes + read,
+            2 * (values + nodes),
+            numbers=3 * channels + len(self.ranks) * self.width,
+            integers=2 * len(self.ranks),
+        )
 
     def again(self, memory: Tensor, node: Tensor) -> Tensor:
         """What is foreseen after a node that is supposed: memory (..., K W), node (..., C) → (..., C).
@@ -268,7 +289,7 @@ class Planner(nn.Module):
     def __init__(self, config: DyadConfig):
         super().__init__()
         width = config.hidden_size
-        self.futures = config.planner_futures
+        self.config, self.futures, self.levels = config, config.planner_futures, range(len(config.ranks))
         self.proposal = None
         if config.planner == "head":
             self.proposal = GatedUnit(width + sum(config.ranks), width // 2, width)
@@ -291,6 +312,28 @@ class Planner(nn.Module):
         """
         shares = [SEMANTIC_SHARE if k == 0 or k >= self.geometric else 2.0**-k for k in range(len(self.ranks))]
         return torch.tensor(shares).logit()
+
+    def cost(self, time: int) -> Cost:
+        """Forecasts, proposal, hypotheses and artist over T tokens; forecasters on a hypothesis do not learn."""
+        config = self.config
+        width, keep, channels, vocabulary = config.hidden_size, config.planner_width, sum(self.ranks), config.vocab_size
+        fixed = 0
+        if self.proposal is not None:
+            proposal = _unit_products(self.proposal)
+        else:
+            parts = [
+                len(config.feature_parts) + (config.semantic_memory - 1) * (k >= self.geometric) for k in self.levels
+            ]
+            written = sum(count * rank for count, rank in zip(parts, self.ranks, strict=True))
+            proposal = width * (vocabulary + written + width + 3 * (config.intermediate_size or 0))
+            fixed = width * (2 * vocabulary + written)
+        artist = sum(_unit_products(cast(GatedUnit, unit)) for unit in self.artist.levels)
+        artist += _unit_products(self.artist.token)
+        future = width * channels + 3 * keep * channels + artist + width * vocabulary
+        start = width * width * (self.artist.start is not None)
+        products = width * vocabulary + proposal + start + self.futures * future
+        fixed += keep * channels * (2 + 3 * self.futures) + 2 * self.futures * width * channels
+        return Cost(time * products + (time + 1) * keep * channels, time * fixed)
 
     def propose(self, hidden: Tensor, forecast: Tensor) -> Tensor:
         """hidden (..., D), forecast (..., C) → what the head reads the token after next from (..., D)."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from dyadlm.model.configuration import LEARNED_CODE, DyadConfig
+from dyadlm.model.cost import Cost
 from dyadlm.ops.clock import Clock
-from dyadlm.ops.contexts import Contexts
+from dyadlm.ops.contexts import Contexts, tag_words
 from dyadlm.ops.slots import Lookup, SlotState, slot_change, slot_lookup, slot_read
 
 
@@ -73,6 +74,15 @@ class IdentitySlots(nn.Module):
             plan = plan_slots(contexts, clock, self.config, before)
         recalled = slot_read(values, plan, before)
         return self.recall(recalled, plan), tuple(slot_change(values, plan, before)) if keep else (), None
+
+    def cost(self, time: int) -> Cost:
+        """Of one block over T tokens: entries with their tags, and the tag that is still to be written."""
+        config, width = self.config, self.config.hidden_size
+        tables, contexts = len(config.slot_contexts or ()), config.read_contexts
+        parts = tag_words(contexts, config.vocab_size) if contexts else 1
+        products = time * width * (config.slot_width + self.read.in_features)
+        entries = tables * config.slot_entries
+        return Cost(products, numbers=entries * config.slot_width, integers=(entries + tables) * parts)
 
     def recall(self, recalled: Tensor, plan: Lookup) -> Tensor:
         """What is added to the residual stream (B, T, D), of what is read from the tables (B, T, N, M)."""

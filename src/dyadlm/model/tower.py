@@ -25,8 +25,9 @@ from transformers import initialization as init
 from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.cost import Cost, tile_products
 from dyadlm.model.layout import ChunkLayout
-from dyadlm.ops.blocks import block_sums, broadcast, granularity, hand_down, node_windows, window_lag
+from dyadlm.ops.blocks import HISTORY, block_sums, broadcast, granularity, hand_down, node_windows, window_lag
 from dyadlm.ops.centroids import Shares
 from dyadlm.ops.clock import Clock, accumulator
 from dyadlm.ops.segments import SegmentPlan, SegmentState, segment_sums, segment_windows
@@ -67,7 +68,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: DyadConfig, reads: bool = True):
         super().__init__()
-        self.config = config
+        self.config, self.reads = config, reads
         self.alignments, self.ranks = config.alignments, config.ranks
         self.sliding = [k for k, a in enumerate(self.alignments) if a == "sliding"]
         self.node_levels = {k: granularity(k, a) for k, a in enumerate(self.alignments) if a in ("block", "dual")}
@@ -118,6 +119,55 @@ class Tower(nn.Module):
         """Every up-projection: what the tower writes goes through one of them."""
         nodes = [self.up_nodes[str(k)] for k in self.node_levels]
         return [up for up in (self.up_tokens, *nodes) if isinstance(up, nn.Linear)]
+
+    # ---- Costs
+
+    def cost(self, time: int) -> Cost:
+        """Of one block over T tokens."""
+        width = self.config.hidden_size
+        rows = {k: time // 2**j + 1 for k, j in self.node_levels.items()}
+        written = time * sum(self.token_widths)
+        written += sum(count * self.part_count(k) * self.ranks[k] for k, count in rows.items())
+        aged = 0 if self.age is None else self.age.in_features
+        writing = Cost((written + time * (width + aged)) * width)
+        if not self.reads:
+            return writing
+        read = self.read_products(time, rows) * width
+        summed = self.segment_products(time, self.by_rule)
+        fixed = 0 if self.config.forgetting else summed  # which tokens share a segment has no gradient
+        return writing.plus(Cost(read + summed, fixed), self.state_cost())
+
+    def read_products(self, time: int, rows: dict[int, int]) -> int:
+        """Products, for one channel of the model, of bottlenecks and weights. rows: of each node level, its nodes."""
+        windows = {k: rows[k] + window_lag(self.alignments[k]) for k in rows}
+        token_levels = [k for k in self.token_levels if k not in self.learned]
+        return time * (sum(self.ranks[k] for k in token_levels) + self.weight_count()) + sum(
+            windows[k] * self.ranks[k] for k in rows
+        )
+
+    def weight_count(self) -> int:
+        """How many weights a token has."""
+        return sum(self.weighted)
+
+    def segment_width(self, level: int) -> int:
+        """How many numbers a semantic level sums, without the weight beside them."""
+        return self.ranks[level]
+
+    def segment_products(self, time: int, levels: Sequence[int]) -> int:
+        """Products of the sums over segments of some levels, each as wide as the widest."""
+        return tile_products(time) * len(levels) * max((self.segment_width(k) + 1 for k in levels), default=0)
+
+    def state_cost(self) -> Cost:
+        """The state of the levels."""
+        rings = sum(2**j * self.ring_width(j) for j in range(max(self.sliding, default=-1) + 1))
+        deep = [granularity(k, a) for k, a in enumerate(self.alignments) if a != "sliding"]
+        tree = (max(deep, default=-1) + 1) * HISTORY * (self.config.hidden_size + self.counted)
+        segments = sum(3 * self.segment_width(k) + 1 for k in (*self.by_rule, *self.learned))
+        return Cost(numbers=rings + tree + segments)
+
+    def ring_width(self, j: int) -> int:
+        """How many numbers ring j holds of each token."""
+        return sum(self.ranks[k] + self.counted for k in self.sliding if k >= j)
 
     def before_pass(self) -> None:
         """Called before each training pass. A pass may be run twice, so what changes between passes changes here."""

@@ -26,6 +26,9 @@ class Forgetting(Tower):
             init.zeros_(self.forgetting.weight)
             init.constant_(self.forgetting.bias, -5.0)
 
+    def weight_count(self) -> int:
+        return super().weight_count() + self.forgetting.out_features
+
     def weights(self, x: Tensor) -> Weights:
         kept = -nn.functional.softplus(accumulator(self.forgetting(x)))
         return super().weights(x)._replace(log_keep=kept)

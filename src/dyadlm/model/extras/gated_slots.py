@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from dyadlm.model.configuration import CODE_BITS, LEARNED_CODE, DyadConfig
+from dyadlm.model.cost import Cost
 from dyadlm.model.slots import IdentitySlots, plan_slots
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
@@ -35,6 +36,10 @@ class GatedSlots(IdentitySlots):
         if self.gate is not None:
             init.zeros_(self.gate.weight)
             init.ones_(self.gate.bias)
+
+    def cost(self, time: int) -> Cost:
+        linears = [linear for linear in (self.gate, self.code) if linear is not None]
+        return super().cost(time).plus(Cost(time * sum(part.in_features * part.out_features for part in linears)))
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.tower import LevelFeatures, Tower, Weights
 from dyadlm.ops.clock import Clock, accumulator
@@ -58,6 +59,20 @@ class LearnedBoundaries(Tower):
     def build_read(self, config: DyadConfig) -> None:
         super().build_read(config)
         self.router = BoundaryRouter(config.hidden_size, max(self.ranks), config.boundary_rate)
+
+    def read_products(self, time: int, rows: dict[int, int]) -> int:
+        """The router, and the bottleneck of the learned level, once for each part where those go through it."""
+        parts = self.part_count(self.learned[0]) if self.config.transport_space == "model" else 1
+        own = parts * self.ranks[self.learned[0]] + 2 * max(self.ranks)
+        return super().read_products(time, rows) + time * own
+
+    def cost(self, time: int) -> Cost:
+        """The learned level sums by itself; and the count of segments is carried."""
+        if not self.reads:
+            return super().cost(time)
+        summed = self.segment_products(time, self.learned)
+        fixed = 0 if self.config.forgetting else summed
+        return super().cost(time).plus(Cost(summed, fixed, numbers=max(self.ranks), integers=2))
 
     def read_weighted(
         self, x: Tensor, weights: Weights, layout: ChunkLayout, state: BlockState

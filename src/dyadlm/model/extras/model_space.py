@@ -31,6 +31,19 @@ class ModelSpace(Tower):
     def segment_inputs(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
         return [x] * len(levels)
 
+    def read_products(self, time: int, rows: dict[int, int]) -> int:
+        """Each part of a feature goes through the bottleneck by itself."""
+        token_levels = [k for k in self.token_levels if k not in self.learned]
+        parts = time * sum(self.part_count(k) * self.ranks[k] for k in token_levels)
+        parts += sum(count * self.part_count(k) * self.ranks[k] for k, count in rows.items())
+        return parts + time * self.weight_count()
+
+    def segment_width(self, level: int) -> int:
+        return self.config.hidden_size
+
+    def ring_width(self, j: int) -> int:
+        return self.config.hidden_size + self.counted
+
     def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, still in the space of the model."""
         return sums / 2**level

@@ -14,6 +14,13 @@ from dyadlm.ops.blocks import running_sums
 class PrefixLevels(Tower):
     """They are token levels that are read from the block tree."""
 
+    def read_products(self, time: int, rows: dict[int, int]) -> int:
+        """Both windows of a prefix level go through its bottleneck."""
+        twice = [k for k, alignment in enumerate(self.alignments) if alignment == "prefix"]
+        if self.config.transport_space == "model":  # parts do, which are counted already
+            twice = []
+        return super().read_products(time, rows) + time * sum(self.ranks[k] for k in twice)
+
     def compare_nodes(
         self, summed: Tensor, tree: list[Tensor], layout: ChunkLayout, dtype: torch.dtype
     ) -> dict[int, Tensor]:

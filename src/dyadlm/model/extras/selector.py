@@ -15,6 +15,7 @@ from transformers import initialization as init
 from dyadlm.model.block import DyadBlock
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import CHOOSING, DyadConfig
+from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import Clock, accumulator, take
@@ -89,6 +90,11 @@ class Selected(Tower):
 
     def before_pass(self) -> None:
         self.selector.balance()
+
+    def cost(self, time: int) -> Cost:
+        scores = self.selector.scores
+        held = scores.out_features * (self.config.selector in CHOOSING and self.config.selector_margin > 0)
+        return super().cost(time).plus(Cost(time * scores.in_features * scores.out_features, flags=held))
 
     def choose(
         self, x: Tensor, features: dict[int, Tensor], layout: ChunkLayout, held: tuple[Tensor, ...]
@@ -174,6 +180,11 @@ class Deciding(DyadBlock):
     def build_slots(self, config: DyadConfig, index: int) -> None:
         super().build_slots(config, index)
         self.decision = DecisionSlots(config)
+
+    def cost(self, time: int) -> Cost:
+        width, choices = self.decision.read.out_features, self.decision.heads * self.decision.levels
+        products = time * width * (self.decision.heads + self.decision.read.in_features)
+        return super().cost(time).plus(Cost(products, numbers=choices + width))
 
     def mix_levels(
         self, read: Tensor, features: dict[int, Tensor], layout: ChunkLayout, state: BlockState

@@ -24,6 +24,9 @@ class Unweighted(Tower):
         ones = accumulator(x).new_ones(1, 1, 1)
         return Weights(*(ones.expand(*x.shape[:2], count) for count in self.weighted))
 
+    def weight_count(self) -> int:
+        return 0
+
     def weigh(self, parts: list[Tensor], weights: Tensor) -> Tensor:
         """Parts (B, T, C) side by side."""
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
