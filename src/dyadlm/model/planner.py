@@ -289,7 +289,7 @@ class Planner(nn.Module):
     def __init__(self, config: DyadConfig):
         super().__init__()
         width = config.hidden_size
-        self.config, self.futures, self.levels = config, config.planner_futures, range(len(config.ranks))
+        self.config, self.futures = config, config.planner_futures
         self.proposal = None
         if config.planner == "head":
             self.proposal = GatedUnit(width + sum(config.ranks), width // 2, width)
@@ -321,10 +321,8 @@ class Planner(nn.Module):
         if self.proposal is not None:
             proposal = _unit_products(self.proposal)
         else:
-            parts = [
-                len(config.feature_parts) + (config.semantic_memory - 1) * (k >= self.geometric) for k in self.levels
-            ]
-            written = sum(count * rank for count, rank in zip(parts, self.ranks, strict=True))
+            written = len(config.feature_parts) * sum(self.ranks)
+            written += (config.semantic_memory - 1) * sum(self.ranks[self.geometric :])
             proposal = width * (vocabulary + written + width + 3 * (config.intermediate_size or 0))
             fixed = width * (2 * vocabulary + written)
         artist = sum(_unit_products(cast(GatedUnit, unit)) for unit in self.artist.levels)
