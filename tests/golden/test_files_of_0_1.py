@@ -1,7 +1,7 @@
 """Models, states and runs that version 0.1 wrote (commit 3c2a5a6) load, go on, and give the same figures.
 
-`run_0_1/run` was left by tests/train/program.py with a twin, stopped after its checkpoint of step 2; `expected.json` has
-what version 0.1 computed from there on.
+`run_0_1/run` was left by tests/train/program.py with a twin, stopped after its checkpoint of step 2; `expected.json`
+has what version 0.1 computed from there on.
 """
 
 import io

@@ -277,9 +277,9 @@ def test_nobody_gains_beside_all_companions_and_by_consensus():
     assert max(highest_gains(floor_model()).values()) < LIMIT
 
 
-def test_the_floor_catches_an_artist_who_sees_the_true_future():
+def test_the_floor_catches_an_artist_who_sees_the_true_future(monkeypatch):
     model = floor_model()
-    leak(model)
+    leak(model, monkeypatch)
     assert highest_gains(model)[1] > LIMIT
 
 
