@@ -131,5 +131,5 @@ def test_reasons_for_torch_are_named_in_the_log(model, caplog):
     assert "hooks" in (refusal(watched) or "")
     assert isinstance(watched.model.norm, nn.Module)
     with caplog.at_level(logging.INFO, "dyadlm.engine"):
-        make_model(selector="dense").generate(ids(8), max_new_tokens=2, do_sample=False)
+        make_model(selector="dense", selector_heads=4).generate(ids(8), max_new_tokens=2, do_sample=False)
     assert "selector" in caplog.text

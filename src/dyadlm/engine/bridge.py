@@ -52,25 +52,17 @@ class Decoder:
         Raises:
             IndexError: a token outside the vocabulary, as the embedding of torch raises it.
         """
-        if not all(0 <= token < self.engine.vocab_size for token in tokens):
-            raise IndexError(f"The vocabulary has {self.engine.vocab_size} tokens; these are {list(tokens)}.")
+        for token in tokens:
+            if not 0 <= token < self.engine.vocab_size:
+                raise IndexError(f"The vocabulary has {self.engine.vocab_size} tokens; this is token {token}.")
         if not isinstance(cache.rows, EngineRows):
             tensors = {name: tensor.numpy() for name, tensor in cache.tensors().items()}
-            cache.hand_over(
-                EngineRows(
-                    [
-                        EngineState.from_tensors(
-                            self.engine, {n: part[row : row + 1] for n, part in tensors.items()}, cache.columns_seen
-                        )
-                        for row in range(len(tokens))
-                    ]
-                )
-            )
-        rows = cache.rows
-        assert isinstance(rows, EngineRows)
+            rows = [{name: part[row : row + 1] for name, part in tensors.items()} for row in range(len(tokens))]
+            cache.hand_over(EngineRows([self.engine.state_from(row, cache.columns_seen) for row in rows]))
+        held = cache.rows
+        assert isinstance(held, EngineRows)
         cache.columns_seen += 1
-        logits = [self.engine.step(state, token).copy() for state, token in zip(rows.states, tokens, strict=True)]
-        return torch.from_numpy(np.stack(logits))[:, None]
+        return torch.from_numpy(self.engine.step_rows(held.states, tokens))[:, None]
 
 
 def weights_version(model: DyadForCausalLM) -> tuple[tuple[int, int], ...]:

@@ -79,10 +79,13 @@ class DyadBlock(GradientCheckpointingLayer):
         self.slots = variant_of(IdentitySlots, config)(config) if has_slots else None
 
     def initialize(self) -> None:
-        """A tenth of the identity channel is read at first; what the parts do is in their own methods."""
-        parts: list[Any] = [module for module in self.modules() if module is not self and hasattr(module, "initialize")]
-        for part in parts:
-            part.initialize()
+        """A tenth of the identity channel is read at first. Parts without parameters of their own, which transformers
+        passes over, are initialised here too."""
+        for part in self.modules():
+            own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+            initialize: Any = getattr(part, "initialize", None)
+            if initialize is not None and not own:
+                initialize()
         init.constant_(self.tower_identity, 0.1)
         init.constant_(self.mlp_identity, 0.1)
 

@@ -52,8 +52,7 @@ class DyadPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Linear maps keep the variance and the embedding is small.
 
-        What a part of ours needs beyond that is in its method `initialize`. transformers passes over modules without
-        parameters of their own, so the model, each block and the planner initialise the parts inside them.
+        What a part of ours needs beyond that is in its method `initialize`, called after its children.
         """
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
@@ -61,8 +60,8 @@ class DyadPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
-        elif isinstance(module, DyadModel | DyadBlock | Planner):
-            module.initialize()
+        elif callable(initialize := getattr(module, "initialize", None)):
+            initialize()
 
 
 class DyadModel(DyadPreTrainedModel):
