@@ -33,6 +33,7 @@ from dyadlm.diagnose.run import ask
 from dyadlm.diagnose.statistics import percentiles, redrawn
 from dyadlm.evaluate.linear_probe import fitted_on, ridge, ridge_classes
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.trace import level_contributions
 from dyadlm.train.fingerprint import Fingerprint
 
 STRUCTURE = ["octave", "window", "diffuse", "drift", "decay", "select", "identity"]
@@ -228,12 +229,12 @@ def test_a_silenced_level_says_nothing_and_the_others_what_they_said():
     model = subject("everything")
     ids = torch.tensor([list(b"To be, or not to be. That\n\nis the question")])
     before = model.logits(ids)
-    spoken = model.model.model.level_contributions(ids)
+    spoken = level_contributions(model.model, ids)
     assert (spoken.amax(-1) > 0).all()
     for level in range(len(model.levels)):
         quiet = model.without_level(level)
         others = [k for k in range(len(model.levels)) if k != level]
-        said = quiet.model.model.level_contributions(ids)
+        said = level_contributions(quiet.model, ids)
         assert (said[:, level] == 0).all()
         torch.testing.assert_close(said[0, others], spoken[0, others])
         assert not torch.equal(quiet.logits(ids), before)

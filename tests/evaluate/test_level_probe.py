@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.data import byte_tokenizer
-from dyadlm.evaluate.level_probe import level_features, probe_levels, ridge_classes, sentences_of, words_of
+from dyadlm.evaluate.level_probe import probe_levels, ridge_classes, sentences_of, words_of
 from dyadlm.model.tower import Tower
+from dyadlm.model.trace import level_features
 
 
 def make(**fields) -> DyadForCausalLM:
@@ -67,8 +68,8 @@ def test_features_are_what_the_levels_say_in_a_forward_pass(tower, monkeypatch):
     ids = torch.tensor([list(story()[:48]), list(story()[50:98])])
     found = level_features(model, ids)
     heard = []
-    listen = Tower.listen
-    monkeypatch.setattr(Tower, "listen", lambda *a: (heard.append(listen(*a)), heard[-1])[1])
+    listen = Tower.read_levels
+    monkeypatch.setattr(Tower, "read_levels", lambda *a: (heard.append(listen(*a)), heard[-1])[1])
     with torch.no_grad():
         model(ids)
     assert len(found) == len(heard) == (2 if tower == "layer" else 1)

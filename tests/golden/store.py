@@ -1,7 +1,7 @@
 """What version 0.1 computed, stored at commit 3c2a5a6 by `python -m tests.golden.store` (float64, CPU).
 
-Weights are not stored: each is drawn from its version 0.1 name, so that the fixture stays small. Of logits a few columns
-are kept; of each state tensor and of all gradients, inner products with directions drawn in the same way.
+Weights are not stored: each is drawn from its version 0.1 name, so that the fixture stays small. Of logits a few
+columns are kept; of each state tensor and of all gradients, inner products with directions drawn in the same way.
 """
 
 import json
@@ -44,8 +44,8 @@ def sketch(name: str, tensor: torch.Tensor) -> list[float]:
 
 def text_rows() -> torch.Tensor:
     text = (
-        b"To be, or not to be: that is the question.\n\nWhether 'tis nobler in the mind to suffer\nThe slings and arrows "
-        b"of outrageous fortune... or so! He said.\n  Is it? To be, or not to be. "
+        b"To be, or not to be: that is the question.\n\nWhether 'tis nobler in the mind to suffer\nThe slings and "
+        b"arrows of outrageous fortune... or so! He said.\n  Is it? To be, or not to be. "
     )
     rows = [list((text * 3)[start : start + TIME]) for start in (0, 17)]
     return torch.tensor(rows)

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dyadlm import UserError
 from dyadlm.data import byte_tokenizer
-from dyadlm.model.boundaries import RULES, Boundaries, BoundaryRouter, marks_of, token_texts
+from dyadlm.model.boundaries import RULES, Boundaries, marks_of, token_texts
+from dyadlm.model.extras.learned_boundaries import BoundaryRouter
 from dyadlm.ops import make_clock
 
 from .conftest import SMALL, TEXT, make_model, random_ids

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
-from dyadlm.model import PRESETS, selector, slots, tower
+from dyadlm.model import PRESETS, tower
+from dyadlm.model.extras import gated_slots, selector
 from dyadlm.ops import segments as segment_ops
 from dyadlm.ops import selection
 from dyadlm.ops import slots as slot_ops
@@ -36,7 +37,7 @@ def seeded(model: DyadForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Logits with the same dropout and noise each time; no pass corrects the selectors' bias by the one before."""
     torch.manual_seed(3)
     for layer in model.model.layers:
-        if layer.tower.selector is not None and layer.tower.selector.chooses:
+        if hasattr(layer.tower, "selector") and layer.tower.selector.chooses:
             layer.tower.selector.load.zero_()
     return model(ids).logits
 
@@ -206,7 +207,7 @@ def read_ahead(monkeypatch) -> None:
         lookup = dataclasses.replace(lookup, column=column, found=torch.ones_like(lookup.found))
         return slot_ops.slot_read(values, lookup, state)
 
-    monkeypatch.setattr(slots, "slot_read", found)
+    monkeypatch.setattr(gated_slots, "slot_read", found)
 
 
 def whole_segments(monkeypatch) -> None:
@@ -223,7 +224,7 @@ def weights_over_the_chunk(monkeypatch) -> None:
 
     def weights(self, x):
         parts = weighed(self, x)
-        return tuple(part if part is None else part / part.mean(1, keepdim=True) for part in parts)
+        return tower.Weights(*(part if part is None else part / part.mean(1, keepdim=True) for part in parts))
 
     weighed = tower.Tower.weights
     monkeypatch.setattr(tower.Tower, "weights", weights)

@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
+from dyadlm.model import modeling
 from dyadlm.model.cache import PlannerState
-from dyadlm.model.companion import Lesson
+from dyadlm.model.companion import TrainingPass
+from dyadlm.model.planning import level_meaning
 from dyadlm.ops import make_clock
 from dyadlm.ops.consensus import consensus, nucleus
 from dyadlm.train.planner import PlannerLessons, reading_order, true_future
@@ -85,8 +87,8 @@ def test_values_are_what_the_last_blocks_bottlenecks_read():
     for tower, layer in (("layer", 1), ("input", 0)):
         model, heard = make_model(**{**WORDS, "tower": tower}), []
         listening = model.model.layers[layer].tower
-        listen = listening.listen
-        listening.listen = lambda x, *rest, listen=listen, heard=heard: (heard.append(x), listen(x, *rest))[1]
+        listen = listening.read_levels
+        listening.read_levels = lambda x, *rest, listen=listen, heard=heard: (heard.append(x), listen(x, *rest))[1]
         outlook = make_plan(model, text_ids(1, 12)).outlook
         expected = torch.cat([linear(heard[0], bottleneck.weight) for bottleneck in listening.bottlenecks], -1)
         assert distance(outlook.values, expected) < EXACT
@@ -208,7 +210,7 @@ def test_the_artist_speaks_of_the_future_that_was_chosen():
     assert torch.equal(plan.futures, plan.proposal.topk(3).indices)
     assert len(plan.choice.unique()) > 1
     chosen = plan.futures.gather(-1, plan.choice[..., None]).squeeze(-1)
-    stood_for = model.model.level_meaning(chosen)
+    stood_for = level_meaning(model.model, chosen)
     share = torch.repeat_interleave(model.planner.share.sigmoid(), torch.tensor(model.config.ranks))
     node = plan.outlook.forecast * (1 - share) + share * stood_for
     far = model.model.forecasters.again(plan.outlook.memory, node)
@@ -313,28 +315,28 @@ def test_no_gradient_reaches_them_from_later_tokens(wanted, training):
     assert latest_reader(model, text_ids(1, 24), wanted, 11, training) == 11
 
 
-def leak(model) -> None:
+def leak(model, monkeypatch) -> None:
     """Let the artist see the true future in what is scored, as only its teacher may."""
-    draw = model.draw_plan
+    draw = modeling.draw_plan
 
     def keep(module, args, output) -> None:
         if output.dim() == 3:  # what is read, not what is proposed
             model.read = (args[0], output)
 
-    def leaky(hidden, engineer, outlook):
-        plan, (ids, embedded) = draw(hidden, engineer, outlook), model.read
-        order, clock = reading_order(Lesson(ids, ids, None, None, hidden, {}))
+    def leaky(_, hidden, engineer, outlook):
+        plan, (ids, embedded) = draw(model, hidden, engineer, outlook), model.read
+        order, clock = reading_order(TrainingPass(ids, ids, None, None, hidden, {}))
         future = true_future(ids, outlook, order, clock, model.config)
         token = torch.cat([embedded[:, 2:], torch.zeros_like(embedded[:, :2])], 1)
         return plan._replace(artist=model.lm_head(model.planner.artist(future.near, future.far, token, hidden)))
 
     model.get_input_embeddings().register_forward_hook(keep)
-    model.draw_plan = leaky
+    monkeypatch.setattr(modeling, "draw_plan", leaky)
 
 
-def test_an_artist_who_sees_the_true_future_is_caught_by_both():
+def test_an_artist_who_sees_the_true_future_is_caught_by_both(monkeypatch):
     model, ids = make_model(**VARIANTS["planner"]), text_ids(1, 24)
-    leak(model)
+    leak(model, monkeypatch)
     before = everything(model, ids, training=False)
     changed = ids.clone()
     changed[0, 13:] = (changed[0, 13:] + 101) % 259

@@ -50,10 +50,12 @@ def counts(tower: Tower, x: Tensor) -> dict[int, Tensor]:
     """How much each token of a document (T, D) counts at each level: (T,) each."""
     sliding = [k for k, a in enumerate(tower.alignments) if a == "sliding"]
     others = [k for k in range(len(tower.alignments)) if k not in sliding]
-    if tower.salience is None:
+    if not tower.config.salience:
         return {k: x.new_ones(len(x)) for k in range(len(tower.ranks))}
     weights = (3 * torch.tanh(tower.salience(x) / 3)).exp().unbind(-1)
-    apart = [sliding] if tower.in_model_space else [[k] for k in sliding]  # levels with one sum have one weight
+    apart = (
+        [sliding] if tower.config.transport_space == "model" else [[k] for k in sliding]
+    )  # levels with one sum have one weight
     apart += [others] if others else []
     apart += [[k] for k in (*tower.by_rule, *tower.learned)]
     return {k: weight for levels, weight in zip(filter(None, apart), weights, strict=True) for k in levels}
@@ -93,7 +95,7 @@ def segments(tower: Tower, x: Tensor, level: int, begins: Tensor) -> tuple[refer
     else:
         here = begins[:, tower.by_rule.index(level)]
     keep = None
-    if tower.forgetting is not None:
+    if tower.config.forgetting:
         keep = torch.sigmoid(-tower.forgetting(x)[:, semantic.index(level)])
     longest, weights = 2 ** len(tower.ranks), counts(tower, x)[level]
     starts = [t == 0 for t in range(len(x))]
@@ -158,7 +160,7 @@ def true_state(tower: Tower, x: Tensor, begins: Tensor) -> list[Tensor]:
     weights, projected = counts(tower, x), tower.config.transport_space == "level"
 
     def summed(part: Tensor, level: int) -> Tensor:
-        return part if tower.salience is None else counted(part, weights[level])
+        return part if not tower.config.salience else counted(part, weights[level])
 
     time, state = x.shape[0], []
     for j in range(max(sliding, default=-1) + 1):
@@ -188,7 +190,9 @@ def carried_state(tower: Tower, state: BlockState) -> list[Tensor]:
     parts = [part[0] for part in (*state.rings, *state.blocks)]
     for levels, own in ((tower.by_rule, state.segments), (tower.learned, state.learned[3:])):
         if own:
-            widths = [tower.config.hidden_size if tower.in_model_space else tower.ranks[k] for k in levels]
+            widths = [
+                tower.config.hidden_size if tower.config.transport_space == "model" else tower.ranks[k] for k in levels
+            ]
             sums = own[0][0].split([width + 1 for width in widths])
             parts += [torch.cat([level[:-1] / level[-1] for level in sums]), own[1][0], own[2][0]]
     return parts
@@ -197,16 +201,16 @@ def carried_state(tower: Tower, state: BlockState) -> list[Tensor]:
 def watched(model, **inputs):
     """The first tower of a model, what it read (B, T, D), what it said, its ages and the state it returned."""
     tower, seen = model.model.layers[0].tower, []
-    listen = tower.listen
+    listen = tower.read_levels
 
     def watch(x, timing, state):
         said, state = listen(x, timing, state)
-        seen.append((x, tower.open(x, timing) * tower.mix(said.features, timing), timing.ages, state))
+        seen.append((x, tower.output_gate(x, timing) * tower.mix(said.features, timing), timing.ages, state))
         return said, state
 
-    tower.listen = watch
+    tower.read_levels = watch
     model.model(**inputs)
-    del tower.listen
+    del tower.read_levels
     ((x, said, ages, state),) = seen
     return tower, x, said, (None if tower.age is None else ages.expand(len(x), -1, -1)), state
 

@@ -13,6 +13,7 @@ from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.evaluate.mechanisms import read_tower
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.trace import level_contributions
 from dyadlm.report import draw_losses, draw_tower, write_report
 from dyadlm.report.summary import _fenced
 
@@ -83,7 +84,7 @@ def test_the_tower_is_drawn_as_it_speaks(dyad, tmp_path, figures, text):
         assert image.format == "PNG"
     ids = torch.tensor([list(text.encode())])
     with torch.no_grad():
-        lengths = dyad.model.level_contributions(ids).numpy()
+        lengths = level_contributions(dyad, ids).numpy()
     images = [
         np.asarray(image.get_array()) for part in figures[0].subfigs for axes in part.axes for image in axes.images
     ]

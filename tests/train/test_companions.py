@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.accounting import parameters
-from dyadlm.model.companion import Companion
+from dyadlm.model.companion import AuxiliaryModule
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME, load_companions, published_parameters, save_companions
 from dyadlm.train.fingerprint import Fingerprint
@@ -22,7 +22,7 @@ from dyadlm.train.twin import Twin
 ON = ("twin.conditioning=joint",)
 
 
-class Nudge(Companion):
+class Nudge(AuxiliaryModule):
     """Adds a learned vector where `marked` says so, and is told all that the model was."""
 
     def __init__(self, width: int = 16):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data.batches import IGNORED_LABEL
-from dyadlm.model.companion import Companion
+from dyadlm.model.companion import AuxiliaryModule
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions, TwinOptions
@@ -68,7 +68,7 @@ def accompanied(name: str, beside: tuple[str, ...]) -> DyadForCausalLM:
 
 
 @torch.no_grad()
-def awake(companion: Companion) -> Companion:
+def awake(companion: AuxiliaryModule) -> AuxiliaryModule:
     """With weights that let every part of it speak, as at first not all do."""
     for weight in companion.double().parameters():
         weight += 0.2 * torch.randn_like(weight)
@@ -277,9 +277,9 @@ def test_nobody_gains_beside_all_companions_and_by_consensus():
     assert max(highest_gains(floor_model()).values()) < LIMIT
 
 
-def test_the_floor_catches_an_artist_who_sees_the_true_future():
+def test_the_floor_catches_an_artist_who_sees_the_true_future(monkeypatch):
     model = floor_model()
-    leak(model)
+    leak(model, monkeypatch)
     assert highest_gains(model)[1] > LIMIT
 
 

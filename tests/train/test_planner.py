@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dyadlm.data.batches import IGNORED_LABEL
-from dyadlm.model.companion import Lesson
+from dyadlm.model.companion import TrainingPass
 from dyadlm.model.planner import WORST, ForecastErrors, forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME
@@ -26,14 +26,14 @@ def taught(options: PlannerOptions | None = None, **fields):
     return model
 
 
-def packed_lesson(model, padding: int = 3) -> tuple[Lesson, list[int | None]]:
+def packed_lesson(model, padding: int = 3) -> tuple[TrainingPass, list[int | None]]:
     """One row of several documents between pads, and the document of each column."""
     ids = torch.cat([torch.full((1, padding), 256), *(text_ids(1, n, seed=n) for n in SIZES)], 1)
     positions = torch.cat([torch.ones(padding), *(torch.arange(n) for n in SIZES)])[None].long()
     mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
     labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
     output = model.eval()(ids, attention_mask=mask, position_ids=positions, output_plan=True, output_hidden_states=True)
-    lesson = Lesson(ids, labels, mask, positions, output.hidden_states[-1], {}, output.plan)
+    lesson = TrainingPass(ids, labels, mask, positions, output.hidden_states[-1], {}, output.plan)
     return lesson, [None] * padding + [number for number, n in enumerate(SIZES) for _ in range(n)]
 
 
@@ -225,7 +225,7 @@ def test_the_teacher_weighs_as_many_rows_as_it_shows():
     model = taught(PlannerOptions(teacher=0.5, teacher_until=0.5))
     ids = text_ids(4, 20)
     output = model.eval()(ids, output_plan=True, output_hidden_states=True)
-    lesson = Lesson(ids, ids, None, None, output.hidden_states[-1], {TAUGHT: torch.arange(4) / 4}, output.plan)
+    lesson = TrainingPass(ids, ids, None, None, output.hidden_states[-1], {TAUGHT: torch.arange(4) / 4}, output.plan)
     untaught = losses(model, lesson, 0.5)["cost"]
     for progress, rows in ((0.0, 4), (0.15, 3), (0.25, 2), (0.49, 1)):
         found = losses(model, lesson, progress)

@@ -18,7 +18,7 @@ from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.planner import node_errors
-from dyadlm.model.tower import Tower
+from dyadlm.model.trace import without_level
 from dyadlm.train.fingerprint import Fingerprint
 
 # What models of transformers call the norm before their head.
@@ -186,15 +186,7 @@ class HuggingFaceSubject(Subject):
     def without_level(self, level: int) -> Subject | None:
         if not 0 <= level < len(self.levels):
             return None
-        copied = deepcopy(self.model)
-        for module in copied.modules():
-            if isinstance(module, Tower):
-                if level in module.node_levels:
-                    cast(nn.Linear, module.up_nodes[str(level)]).weight.zero_()
-                else:
-                    assert module.up_tokens is not None
-                    column = module.token_levels.index(level)
-                    torch.split(module.up_tokens.weight, module.token_widths, 1)[column].zero_()
+        copied = without_level(cast(DyadForCausalLM, self.model), level)
         return HuggingFaceSubject(copied, self.tokenizer, f"{self.name} without {self.levels[level]}")
 
     @property

@@ -10,7 +10,7 @@ Dimension letters: B windows, T tokens, F numbers of a feature, N examples, C cl
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,7 @@ from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.linear_probe import ridge_classes
 from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.model import DyadForCausalLM
-from dyadlm.model.block import DyadBlock
-from dyadlm.model.boundaries import TextState
-from dyadlm.model.cache import BlockState
-from dyadlm.model.tower import chunk_timing
-from dyadlm.ops.pyramid import broadcast, make_clock
+from dyadlm.model.trace import level_features
 
 WORD = re.compile(rb"[A-Za-z0-9'\x80-\xff]+")
 SENTENCE = re.compile(rb"[^.!?]*[.!?]")
@@ -175,30 +171,6 @@ def _features(model: DyadForCausalLM, tokens: Tensor, wanted: list[Tensor]) -> l
                 for parts, where in zip(gathered[block][level], inside, strict=True):
                     parts.append(rows[where - begin * ids.shape[1]])
     return [{level: [torch.cat(parts) for parts in lists] for level, lists in levels.items()} for levels in gathered]
-
-
-@torch.no_grad()
-def level_features(model: DyadForCausalLM, ids: Tensor) -> list[dict[int, Tensor]]:
-    """What the levels say at each token of texts (B, T) int64 from a fresh state: by block that listens, by level,
-    (B, T, F)."""
-    inner, config = model.model, model.config
-    embedded, clock = inner.embed_tokens(ids), make_clock(*ids.shape, device=ids.device)
-    segments, contexts, _ = inner.read_text(ids, None, clock, TextState())
-    timing = chunk_timing(clock, segments, inner.progress, config, embedded.dtype)
-    outputs, _, _ = inner.stack(embedded, clock, segments, contexts, [BlockState()] * len(inner.layers), keep=False)
-    identity, found = inner.identity_norm(embedded), []
-    for layer, hidden in zip(inner.layers, outputs[:-1], strict=True):
-        block = cast(DyadBlock, layer)
-        heard = identity if config.tower == "input" else block.tower_norm(hidden) + block.tower_identity * identity
-        said, _ = block.tower.listen(heard, timing, BlockState())
-        here = {}
-        for level, feature in sorted(said.features.items()):
-            j = block.tower.node_levels.get(level)
-            here[level] = feature if j is None else broadcast(feature, timing.nodes[j], j, clock)
-        found.append(here)
-        if config.tower == "input":  # the other blocks read what this one's tower says
-            break
-    return found
 
 
 def _score(

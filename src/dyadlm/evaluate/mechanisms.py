@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dyadlm.data.tokenizer import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
-from dyadlm.model.boundaries import LEARNED, TextState
-from dyadlm.model.planner import LEAST, Outlook, forecast_errors, node_errors
-from dyadlm.model.slots import plan_slots, plans_alike
+from dyadlm.model.boundaries import LEARNED
+from dyadlm.model.planner import LEAST, Forecasts, forecast_errors, node_errors
+from dyadlm.model.trace import level_contributions, slot_hits
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, load, mean_run_length
 
@@ -35,7 +35,7 @@ class Behaviour:
     routes: Tensor | None
     segments: dict[str, Tensor]
     hits: dict[str, Tensor]
-    outlook: Outlook | None = None
+    outlook: Forecasts | None = None
     ranks: tuple[tuple[str, int], ...] = ()
 
     def measures(self) -> dict[str, float]:
@@ -94,7 +94,7 @@ class Behaviour:
 def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
     """What the mechanisms do on texts (B, T) int64, each from a fresh state; of other models nothing is known."""
     config = model.config
-    if not isinstance(config, DyadConfig):
+    if not isinstance(config, DyadConfig) or not isinstance(model, DyadForCausalLM):
         return Behaviour(None, {}, {})
     output = model(input_ids=ids, output_routes=True, output_plan=True, use_cache=False, logits_to_keep=1)
     routes = None if output.routes is None else torch.stack(output.routes)
@@ -106,7 +106,7 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
         if learned.shape[-1]:
             own = learned.shape[-1] if config.tower == "layer" else 1  # one tower has one router
             segments[LEARNED] = learned.permute(2, 0, 1)[:own]
-    found = Behaviour(routes, segments, _hits(model, config, ids))
+    found = Behaviour(routes, segments, slot_hits(model, ids))
     if output.plan is None:
         return found
     return replace(found, outlook=output.plan.outlook, ranks=tuple(zip(config.level_keys, config.ranks, strict=True)))
@@ -129,16 +129,6 @@ def opinions(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
         came = logits[0, :-ahead].float().log_softmax(-1).gather(-1, ids[ahead:, None]).squeeze(-1)
         found[name] = torch.cat([came.new_full((len(ids) - len(came),), torch.nan), came])
     return found
-
-
-def _hits(model: PreTrainedModel, config: DyadConfig, ids: Tensor) -> dict[str, Tensor]:
-    """Where slots know each context, of models whose tokens alone say what is written; else nothing."""
-    if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
-        return {}
-    clock = make_clock(*ids.shape, device=ids.device)
-    _, contexts, _ = model.model.read_text(ids, None, clock, TextState())
-    found = plan_slots(contexts, clock, config, None).found
-    return {str(context): hit for context, hit in zip(config.slot_contexts, found.unbind(-1), strict=True)}
 
 
 def level_names(config: DyadConfig) -> list[str]:
@@ -188,5 +178,5 @@ def read_tower(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     notes = []
     if model.config.slot_contexts and not seen.hits:
         notes.append("Where slots hit is not shown: what this model writes depends on more than the tokens.")
-    spoken = model.model.level_contributions(tokens)
+    spoken = level_contributions(model, tokens)
     return TowerReading(pieces, level_names(model.config), spoken, seen, opinions(model, tokens), notes)

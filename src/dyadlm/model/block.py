@@ -1,20 +1,22 @@
-"""A block: what it knows of the past at each token, and what it makes of it.
+"""Residual block: levels and slots, then SwiGLU.
 
 Dimension letters: B batch, T time, D width, H heads, K levels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.planner import Outlook
-from dyadlm.model.selector import DecisionSlots
+from dyadlm.model.cost import Cost
+from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.slots import IdentitySlots
-from dyadlm.model.tower import Said, Timing, Tower
+from dyadlm.model.tower import LevelFeatures, Tower
+from dyadlm.model.variants import variant_of
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.slots import Lookup
 
@@ -29,27 +31,31 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def initialize(self) -> None:
+        """It adds nothing at first."""
+        init.zeros_(self.down.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-class Notes(NamedTuple):
-    """What a block tells beside its output; None where it has no such part."""
+class BlockAux(NamedTuple):
+    """Auxiliary outputs of a block; None where it has no such part."""
 
     routes: Tensor | None  # (B, T, H, K)
     boundary: Tensor | None  # (B, T) bool
     cost: Tensor | None  # scalar, for the loss
 
 
-class Surroundings(NamedTuple):
-    """What all blocks read of a chunk beside their hidden state."""
+class BlockInputs(NamedTuple):
+    """What all blocks read of a chunk, besides their hidden state."""
 
     identity: Tensor  # (B, T, D), written by no block
-    timing: Timing
+    layout: ChunkLayout
     contexts: Contexts | None  # what slots are addressed by
     plan: Lookup | None  # what is read from slots, if the tokens alone say so
-    said: Said | None  # what the levels say, if one tower listens for all blocks
+    features: LevelFeatures | None  # the features of the levels, if one tower reads for all blocks
     keep: bool  # whether the state after the chunk is wanted
 
 
@@ -60,16 +66,35 @@ class DyadBlock(GradientCheckpointingLayer):
         super().__init__()
         self.tower_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.tower_identity = nn.Parameter(torch.empty(config.hidden_size))
-        self.tower = Tower(config, reads=config.tower == "layer" or index == 0)
-        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
-        self.slots = IdentitySlots(config) if has_slots else None
-        self.decision = DecisionSlots(config) if config.decision_slots else None
+        self.tower = variant_of(Tower, config)(config, reads=config.tower == "layer" or index == 0)
+        self.build_slots(config, index)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_identity = nn.Parameter(torch.empty(config.hidden_size))
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
+    def build_slots(self, config: DyadConfig, index: int) -> None:
+        """The slots of block `index`, if it has any."""
+        has_slots = bool(config.slot_contexts) and index in (config.slot_layers or ())
+        self.slots = variant_of(IdentitySlots, config)(config) if has_slots else None
+
+    def initialize(self) -> None:
+        """A tenth of the identity channel is read at first. Parts without parameters of their own, which transformers
+        passes over, are initialised here too."""
+        for part in self.modules():
+            own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+            initialize: Any = getattr(part, "initialize", None)
+            if initialize is not None and not own:
+                initialize()
+        init.constant_(self.tower_identity, 0.1)
+        init.constant_(self.mlp_identity, 0.1)
+
+    def cost(self, time: int) -> Cost:
+        """Levels, slots and SwiGLU over T tokens."""
+        cost = self.tower.cost(time).plus(Cost(3 * time * self.mlp.down.in_features * self.mlp.down.out_features))
+        return cost if self.slots is None else cost.plus(self.slots.cost(time))
+
+    def forward(self, hidden: Tensor, around: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
         """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""
         read = self.tower_norm(hidden) + self.tower_identity * around.identity
         past, state, notes = self.relate(read, around, state)
@@ -77,34 +102,28 @@ class DyadBlock(GradientCheckpointingLayer):
         read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
         return hidden + self.dropout(self.mlp(read)), state, notes
 
-    def imagine(self, hidden: Tensor, identity: Tensor, outlook: Outlook) -> Tensor:
-        """What it would make of hidden (B, T, D) if its levels held the nodes that are forecast: (B, T, D).
+    def relate(self, read: Tensor, around: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
+        """The sum of levels and slots: read (B, T, D) → (B, T, D).
 
-        All that belongs to one position is as it is; slots and decisions recall nothing.
+        What slots recall is exact, so the output gate does not scale it.
         """
-        nodes = (outlook.forecast.detach(), outlook.last, outlook.previous)
-        read = self.tower_norm(hidden) + self.tower_identity * identity
-        hidden = hidden + self.tower.imagine(read, *nodes, outlook.routes)
-        return hidden + self.mlp(self.mlp_norm(hidden) + self.mlp_identity * identity)
-
-    def relate(self, read: Tensor, around: Surroundings, state: BlockState) -> tuple[Tensor, BlockState, Notes]:
-        """All that the block knows of the past at each token: read (B, T, D) → (B, T, D).
-
-        What slots recall is exact, and so not scaled by the gate.
-        """
-        clock, said = around.timing.clock, around.said
-        if said is None:
-            said, state = self.tower.listen(read, around.timing, state)
-        mixed, routes, held = self.tower.choose(read, said.features, around.timing, state.held)
-        state = state._replace(held=held)
-        if self.decision is not None:
-            assert routes is not None, "decisions are what a selector chose"
-            kept, decision = self.decision(read, routes, mixed, clock, state.decision)
-            mixed, state = mixed + kept, state._replace(decision=decision)
-        past, costs = self.tower.open(read, around.timing) * mixed, [said.cost]
+        found = around.features
+        if found is None:
+            found, state = self.tower.read_levels(read, around.layout, state)
+        mixed, routes, state = self.mix_levels(read, found.features, around.layout, state)
+        past, costs = self.tower.output_gate(read, around.layout) * mixed, [found.cost]
         if self.slots is not None:
-            recalled, slots, cost = self.slots(read, around.contexts, clock, around.plan, state.slots, around.keep)
+            recalled, slots, cost = self.slots(
+                read, around.contexts, around.layout.clock, around.plan, state.slots, around.keep
+            )
             past, state = past + recalled, state._replace(slots=slots)
             costs.append(cost)
         given = [cost for cost in costs if cost is not None]
-        return past, state, Notes(routes, said.boundary, torch.stack(given).sum() if given else None)
+        return past, state, BlockAux(routes, found.boundary, torch.stack(given).sum() if given else None)
+
+    def mix_levels(
+        self, read: Tensor, features: dict[int, Tensor], layout: ChunkLayout, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """What the levels write back together (B, T, D), the routes of a selector, and the state."""
+        mixed, routes, held = self.tower.choose(read, features, layout, state.held)
+        return mixed, routes, state._replace(held=held)

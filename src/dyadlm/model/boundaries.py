@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dyadlm.errors import UserError
-from dyadlm.ops.pyramid import Clock, accumulator
-from dyadlm.ops.selection import real_tokens
+from dyadlm.ops.pyramid import Clock
 
 RULES = ("syllable", "word", "sentence", "line", "paragraph")
 LEARNED = "learned"
 SEMANTIC_LEVELS = (*RULES, LEARNED)
-BOUNDARY_COST = 0.03
 
 # Marks of a token, as bits.
 ENDS = 1  # the next token begins a segment
@@ -173,36 +171,3 @@ def _passed_on(said: Tensor, passes: Tensor, before: Tensor) -> Tensor:
     where = torch.where(passes, 0, row).cummax(1).values
     history = torch.cat([before[:, None], said], 1)
     return torch.cat([before[:, None], history.gather(1, where)], 1)
-
-
-class BoundaryRouter(nn.Module):
-    """A learned boundary: a segment begins where a token's state is unlike the one before (arXiv 2507.07955).
-
-    The chance is (1 - cosine of query_t and key_{t-1}) / 2 and the choice hard. What is made of it is multiplied by how
-    sure it was, straight through; a cost keeps the share of beginnings near a rate.
-    """
-
-    def __init__(self, width: int, rank: int, rate: float):
-        super().__init__()
-        self.query = nn.Linear(width, rank, bias=False)
-        self.key = nn.Linear(width, rank, bias=False)
-        self.rate = rate
-
-    def forward(self, x: Tensor, clock: Clock, key: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (B, T, D), key (B, R) of the token before → begins (B, T) bool, sureness (B, T), cost, the last key."""
-        query, keys = self.query(x), self.key(x)
-        if key is None:
-            key = accumulator(keys).new_zeros(keys.shape[0], keys.shape[2])
-        before = torch.cat([key[:, None].to(keys.dtype), keys[:, :-1]], 1)
-        chance = (1 - nn.functional.cosine_similarity(query, before, dim=-1)) / 2
-        first = clock.index == 0
-        begins = (chance > 0.5) | first
-        sure = torch.where(begins, chance, 1 - chance).masked_fill(first, 1.0)
-        real = real_tokens(clock)
-        counted = real.sum().clamp(min=1)
-        chosen, likely = (begins & real).sum() / counted, (chance * real).sum() / counted
-        span = 1 / self.rate  # the cost of H-Net, 1 where the share of beginnings is 1 / span
-        cost = span / (span - 1) * ((span - 1) * chosen * likely + (1 - chosen) * (1 - likely))
-        last = (clock.length - 1)[:, None]
-        final = accumulator(keys).gather(1, last.clamp(min=0)[..., None].expand(-1, -1, keys.shape[2])).squeeze(1)
-        return begins, sure, BOUNDARY_COST * cost, torch.where(last >= 0, final, key)

@@ -9,7 +9,7 @@ Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of t
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +49,16 @@ class PlannerState(NamedTuple):
 Record = TypeVar("Record", BlockState, TextState, PlannerState)
 
 
+class Rows(Protocol):
+    """States of single rows, held in another layout while tokens are decoded one by one (`dyadlm.engine`)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All rows as `DyadCache.tensors` names them."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 class DyadCache:
     """The `past_key_values` of a dyadlm model: pass it back with the next tokens to continue where it stands.
 
@@ -57,13 +67,37 @@ class DyadCache:
     """
 
     is_compileable = False
+    layers: list[BlockState]
+    text: TextState
+    planner: PlannerState
+    position: Tensor | None  # (B,) int64, tokens of each row's open document
+    columns_seen: int  # columns read so far, padding included: what `generate` counts
 
     def __init__(self) -> None:
-        self.layers: list[BlockState] = []
-        self.text = TextState()
-        self.planner = PlannerState()
-        self.position: Tensor | None = None  # (B,) int64, tokens of each row's open document
-        self.columns_seen = 0  # columns fed so far, padding included: what `generate` counts
+        self.rows: Rows | None = None
+        self.columns_seen = 0
+        self._set({}, 0)
+
+    def _set(self, tensors: dict[str, Tensor], layers: int) -> None:
+        self.position = tensors.get("position")
+        self.text = _read(TextState, tensors, "text")
+        self.planner = _read(PlannerState, tensors, "planner")
+        self.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(layers)]
+
+    def hand_over(self, rows: Rows) -> None:
+        """Keep the state in `rows` from now on. Whoever asks for a tensor gets all of it back as tensors."""
+        self._depth = len(self.layers)
+        for name in ("layers", "text", "planner", "position"):
+            delattr(self, name)
+        self.rows = rows
+
+    def __getattr__(self, name: str) -> Any:
+        rows = self.__dict__.get("rows")
+        if rows is None or name not in ("layers", "text", "planner", "position"):
+            raise AttributeError(name)
+        self.rows = None
+        self._set(rows.tensors(), self._depth)
+        return self.__dict__[name]
 
     def update(
         self, layers: list[BlockState], text: TextState, planner: PlannerState, position: Tensor, columns: int
@@ -79,11 +113,13 @@ class DyadCache:
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been seen."""
-        return self.position is None
+        return self.rows is None and self.position is None
 
     @property
     def batch_size(self) -> int:
         """Rows; 0 if empty."""
+        if self.rows is not None:
+            return len(self.rows)
         return 0 if self.position is None else self.position.shape[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -135,9 +171,10 @@ class DyadCache:
 
         They share tensors, which nobody writes to, but for the tables of slots.
         """
+        layers = [layer._replace(slots=tuple(map(torch.clone, layer.slots))) for layer in self.layers]
         twin = DyadCache()
         twin.__dict__.update(self.__dict__)
-        twin.layers = [layer._replace(slots=tuple(map(torch.clone, layer.slots))) for layer in self.layers]
+        twin.layers = layers
         return twin
 
     def reset(self) -> None:
@@ -200,11 +237,7 @@ class DyadCache:
             raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
         cache = cls()
         cache.columns_seen = int(metadata["columns_seen"])
-        cache.position = tensors.get("position")
-        cache.text = _read(TextState, tensors, "text")
-        cache.planner = _read(PlannerState, tensors, "planner")
-        count = config.num_hidden_layers if cache.position is not None else 0
-        cache.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(count)]
+        cache._set(tensors, config.num_hidden_layers if "position" in tensors else 0)
         return cache
 
 

@@ -12,7 +12,7 @@ from dyadlm.model.planner import Plan
 COMPANIONS = "companions."  # how the names of their parameters begin in a model
 
 
-class Lesson(NamedTuple):
+class TrainingPass(NamedTuple):
     """One training pass, as the model was given it."""
 
     input_ids: Tensor  # (B, T) int64
@@ -24,17 +24,17 @@ class Lesson(NamedTuple):
     plan: Plan | None = None  # what the model planned, if a companion reads that
 
 
-class Companion(nn.Module):
+class AuxiliaryModule(nn.Module):
     """A part that trains beside a model (`DyadForCausalLM.accompany`). Both methods run inside the model's forward, so
     that every way of training in parallel sees its parameters. Its parameters are initialised when it is made."""
 
-    reads_plan = False  # whether `Lesson.plan` is wanted
+    reads_plan = False  # whether `TrainingPass.plan` is wanted
 
     def embed(self, extra: dict[str, Tensor]) -> Tensor | None:
-        """What is added to the embedding of the tokens, (B, T, D); None: nothing. `extra` as in `Lesson`."""
+        """What is added to the embedding of the tokens, (B, T, D); None: nothing. `extra` as in `TrainingPass`."""
         return None
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+    def losses(self, lesson: TrainingPass) -> dict[str, Tensor]:
         """Metrics for the log, by names that no other companion has: scalars, of which the mean over passes is logged,
         or fractions (2,), numerator and denominator, which are summed over passes before they are divided. What is to
         be minimised besides the model's own loss is the scalar `cost`, if there is one."""

@@ -8,7 +8,6 @@ Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -16,64 +15,27 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
 
 from dyadlm.errors import UserError
-from dyadlm.model.block import DyadBlock, Notes, Surroundings
-from dyadlm.model.boundaries import LEARNED, Boundaries, TextState
+from dyadlm.model.block import BlockAux, BlockInputs, DyadBlock
+from dyadlm.model.boundaries import Boundaries, TextState
 from dyadlm.model.cache import BlockState, DyadCache, PlannerState
-from dyadlm.model.companion import COMPANIONS, Companion, Lesson
+from dyadlm.model.companion import COMPANIONS, AuxiliaryModule, TrainingPass
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
+from dyadlm.model.decoding import TokenReader, continues_rows
+from dyadlm.model.layout import chunk_layout
+from dyadlm.model.outputs import DyadModelOutput, DyadOutput
 from dyadlm.model.packing import chunk_clock, left_packing, reorder, require_fitting
-from dyadlm.model.planner import Forecasters, Outlook, Plan, Planner
-from dyadlm.model.selector import Selector
+from dyadlm.model.planner import Forecasters, Planner
+from dyadlm.model.planning import draw_plan, level_values, semantic_begins
 from dyadlm.model.slots import plan_slots, plans_alike
-from dyadlm.model.tower import Tower, chunk_timing
+from dyadlm.model.text import read_text
+from dyadlm.model.variants import variant_of
 from dyadlm.ops.consensus import consensus
-from dyadlm.ops.contexts import Contexts, ContextState, context_tags
-from dyadlm.ops.pyramid import Clock, make_clock, next_position
-from dyadlm.ops.segments import SegmentCount, SegmentPlan, segment_plan
+from dyadlm.ops.contexts import Contexts
+from dyadlm.ops.pyramid import Clock, next_position
+from dyadlm.ops.segments import SegmentPlan
 from dyadlm.ops.slots import SlotState
-
-
-@dataclass
-class DyadOutput(ModelOutput):
-    """What a forward pass returns; absent parts are None.
-
-    Args:
-        loss: scalar, mean cross-entropy in nats over the labels that are not -100.
-        logits: (B, T or logits_to_keep, V).
-        past_key_values: the state after the last token.
-        hidden_states: L + 1 tensors (B, T, D): the embedding, then each block's output, the last one normalised.
-        routes: L × (B, T, H, K), weights of the levels, geometric then semantic, from models that select.
-        boundaries: (B, T, S) bool, where segments begin: the levels that follow rules in their order, then the learned
-            level as each block sees it.
-        metrics: of the mechanisms that are on, by name: scalars, or fractions as (numerator, denominator); in training
-            the scalar `cost` is part of the loss.
-        plan: what a model that plans foresees, proposes and prefers.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: DyadCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    routes: tuple[Tensor, ...] | None = None
-    boundaries: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
-    plan: Plan | None = None
-
-
-@dataclass
-class DyadModelOutput(ModelOutput):
-    """What the model without a head returns: as `DyadOutput`, with the last hidden state (B, T, D) for logits."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: DyadCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    routes: tuple[Tensor, ...] | None = None
-    boundaries: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
-    outlook: Outlook | None = None
 
 
 class DyadPreTrainedModel(PreTrainedModel):
@@ -88,48 +50,18 @@ class DyadPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Everything about initialisation: unit-variance readings, blocks that start silent, a small embedding."""
+        """Linear maps keep the variance and the embedding is small.
+
+        What a part of ours needs beyond that is in its method `initialize`, called after its children.
+        """
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm) and module.weight is not None:
             init.ones_(module.weight)
-        elif isinstance(module, DyadModel):  # buffers that no file holds are made anew, also when weights are loaded
-            init.ones_(module.progress)
-            if module.forecasters is not None:  # at first nothing is expected to change
-                for linear in module.forecasters.exits:
-                    init.zeros_(cast(nn.Linear, linear).weight)
-        elif isinstance(module, Selector):
-            if module.chooses:
-                init.zeros_(module.load)
-        elif isinstance(module, Planner):
-            init.copy_(module.share, module.initial_shares())
-            if module.proposal is not None:
-                init.zeros_(module.proposal.down.weight)
-        elif isinstance(module, DyadBlock):  # parents come after their children: what a block adds starts at zero
-            init.constant_(module.tower_identity, 0.1)
-            init.constant_(module.mlp_identity, 0.1)
-            tower, slots, decision = module.tower, module.slots, module.decision
-            silent = [*tower.ups(), module.mlp.down]
-            # So does the clock's say in the gate; all tokens count alike at first, and segments forget slowly.
-            silent += [linear for linear in (tower.age, tower.salience, tower.forgetting) if linear is not None]
-            if tower.salience is not None:
-                init.zeros_(tower.salience.bias)
-            if tower.forgetting is not None:
-                init.constant_(tower.forgetting.bias, -5.0)
-            if tower.selector is not None:  # nearly even, so that it begins as the plain sum does
-                init.normal_(tower.selector.scores.weight, std=0.1 * self.config.hidden_size**-0.5)
-            if slots is not None:
-                silent.append(slots.read)
-                if slots.gate is not None:  # at first everything is written
-                    silent.append(slots.gate)
-                    init.ones_(slots.gate.bias)
-            if decision is not None:
-                silent.append(decision.read)
-                init.zeros_(decision.gate.bias)
-            for linear in silent:
-                init.zeros_(linear.weight)
+        elif callable(initialize := getattr(module, "initialize", None)):
+            initialize()
 
 
 class DyadModel(DyadPreTrainedModel):
@@ -142,15 +74,23 @@ class DyadModel(DyadPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.identity_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
-        # How far training is, from 0 to 1; what cools down with it reads it. A model at rest is done.
+        # How far training is, from 0 to 1; what cools down with it reads it. Outside training it is 1.
         self.register_buffer("progress", torch.ones(()), persistent=False)
         self.boundaries = None
         if config.rules:
             self.boundaries = Boundaries(config.rules, config.vocab_size, config.vocab_size == BYTE_VOCABULARY)
-        self.layers = nn.ModuleList(DyadBlock(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            variant_of(DyadBlock, config)(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.forecasters = Forecasters(config) if config.planner != "none" else None
         self.post_init()
+
+    def initialize(self) -> None:
+        """Buffers that no file holds are made anew, also when weights are loaded."""
+        init.ones_(self.progress)
+        if self.forecasters is not None:
+            self.forecasters.initialize()
 
     def forward(
         self,
@@ -198,18 +138,16 @@ class DyadModel(DyadPreTrainedModel):
 
         if self.training:
             for layer in self.layers:
-                assert isinstance(layer, DyadBlock)
-                if layer.tower.selector is not None:
-                    layer.tower.selector.balance()
+                cast(DyadBlock, layer).tower.before_pass()
         started = cache is not None and not cache.is_empty
         states = cache.layers if cache is not None and started else [BlockState()] * len(self.layers)
         text = cache.text if cache is not None and started else TextState()
-        segments, contexts, text = self.read_text(input_ids, order, clock, text)
+        segments, contexts, text = read_text(self, input_ids, order, clock, text)
         outputs, states, notes = self.stack(inputs_embeds, clock, segments, contexts, states, cache is not None)
         outlook, planner = None, cache.planner if cache is not None and started else PlannerState()
         if self.forecasters is not None and (use_cache or output_outlook):
-            values = self.level_values(inputs_embeds, outputs[-2])
-            begins = self.semantic_begins(segments, notes[-1])
+            values = level_values(self, inputs_embeds, outputs[-2])
+            begins = semantic_begins(self.config, segments, notes[-1].boundary)
             outlook, planner = self.forecasters(values, begins, clock, planner, output_outlook, notes[-1].routes)
         if cache is not None and use_cache:
             cache.update(states, text, planner, next_position(clock), time)
@@ -240,36 +178,6 @@ class DyadModel(DyadPreTrainedModel):
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
         )
 
-    def read_text(
-        self, ids: Tensor | None, order: Tensor | None, clock: Clock, text: TextState
-    ) -> tuple[SegmentPlan | None, Contexts | None, TextState]:
-        """What is read off the tokens (B, T) themselves: where segments begin, and what slots are addressed by."""
-        if self.boundaries is None and not self.config.read_contexts:
-            return None, None, text
-        if ids is None:
-            raise UserError("Semantic levels and slots read the tokens themselves; give input_ids, not inputs_embeds.")
-        if order is not None:
-            ids = ids.gather(1, order)
-        segments = contexts = word_begins = None
-        if self.boundaries is not None:
-            begins, marks = self.boundaries(ids, clock, text.marks)
-            text = text._replace(marks=marks)
-            named = self.boundaries.rules
-            if "word" in named:
-                word_begins = begins[..., named.index("word")]
-            levels = len(named) - self.config.word_for_slots_alone
-            if levels:
-                count = SegmentCount(*text.counts) if text.counts else None
-                segments, count = segment_plan(begins[..., :levels], clock, self.config.longest_segment, count)
-                text = text._replace(counts=tuple(count))
-        if self.config.read_contexts:
-            before = ContextState(*text.contexts) if text.contexts else None
-            contexts, after = context_tags(
-                ids, self.config.read_contexts, self.config.vocab_size, clock, word_begins=word_begins, state=before
-            )
-            text = text._replace(contexts=tuple(after))
-        return segments, contexts, text
-
     def stack(
         self,
         embedded: Tensor,
@@ -278,19 +186,19 @@ class DyadModel(DyadPreTrainedModel):
         contexts: Contexts | None,
         states: list[BlockState],
         keep: bool,
-    ) -> tuple[list[Tensor], list[BlockState], list[Notes]]:
+    ) -> tuple[list[Tensor], list[BlockState], list[BlockAux]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
         identity = self.identity_norm(embedded)
-        timing = chunk_timing(clock, segments, self.progress, self.config, embedded.dtype)
-        plan = said = None
+        layout = chunk_layout(clock, segments, self.progress, self.config, embedded.dtype)
+        plan = features = None
         if contexts is not None and self.config.slot_layers and plans_alike(self.config):
             tables = states[self.config.slot_layers[0]].slots
             plan = plan_slots(contexts, clock, self.config, SlotState(*tables) if tables else None)
         if self.config.tower == "input":
             first = cast(DyadBlock, self.layers[0])
-            said, listened = first.tower.listen(identity, timing, states[0])
+            features, listened = first.tower.read_levels(identity, layout, states[0])
             states = [listened, *states[1:]]
-        around = Surroundings(identity, timing, contexts, plan, said, keep)
+        around = BlockInputs(identity, layout, contexts, plan, features, keep)
         hidden = self.dropout(embedded)
         outputs, carried, notes = [hidden], [], []
         for layer, state in zip(self.layers, states, strict=True):
@@ -300,62 +208,6 @@ class DyadModel(DyadPreTrainedModel):
             notes.append(note)
         outputs[-1] = self.norm(hidden)
         return outputs, carried, notes
-
-    @torch.no_grad()
-    def level_values(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """What tokens are to the last block's levels: embedded, and the block's input, (..., D) → (..., ranks)."""
-        heard, last = self.identity_norm(embedded), cast(DyadBlock, self.layers[-1])
-        tower = last.tower
-        if self.config.tower == "input":
-            tower = cast(DyadBlock, self.layers[0]).tower
-        else:
-            heard = last.tower_norm(hidden) + last.tower_identity * heard
-        return torch.cat(tower.through_bottlenecks(heard, range(len(self.config.ranks))), -1)
-
-    @torch.no_grad()
-    def level_meaning(self, tokens: Tensor) -> Tensor:
-        """What tokens (...) are to the last block's levels while nothing is known of their past: (..., ranks)."""
-        embedded = self.embed_tokens(tokens)
-        return self.level_values(embedded, embedded)
-
-    def imagine(self, embedded: Tensor, outlook: Outlook) -> Tensor:
-        """What the last block makes of expected tokens (B, T, D) if its levels move on as forecast: (B, T, D)."""
-        return cast(DyadBlock, self.layers[-1]).imagine(embedded, self.identity_norm(embedded), outlook)
-
-    def semantic_begins(self, segments: SegmentPlan | None, note: Notes) -> Tensor | None:
-        """Where segments begin (B, T, S) bool, in the order of the semantic levels; None without any."""
-        by_rule = iter(() if segments is None else segments.begins.unbind(-1))
-        names = self.config.semantic_levels or ()
-        columns = [note.boundary if name == LEARNED else next(by_rule) for name in names]
-        return torch.stack(cast(list[Tensor], columns), -1) if columns else None
-
-    @torch.no_grad()
-    def level_contributions(self, input_ids: Tensor) -> Tensor:
-        """How loudly each level speaks: the length of what it adds to the residual stream.
-
-        Args:
-            input_ids: (T,) or (1, T) int64, from a fresh start.
-
-        Returns:
-            (L, K, T) float.
-        """
-        ids = input_ids.view(1, -1)
-        embedded = self.embed_tokens(ids)
-        clock = make_clock(1, embedded.shape[1], device=embedded.device)
-        segments, contexts, _ = self.read_text(ids, None, clock, TextState())
-        timing = chunk_timing(clock, segments, self.progress, self.config, embedded.dtype)
-        states = [BlockState()] * len(self.layers)
-        outputs, _, _ = self.stack(embedded, clock, segments, contexts, states, keep=False)
-        identity = self.identity_norm(embedded)
-        lengths = []
-        for layer, hidden in zip(self.layers, outputs[:-1], strict=True):
-            assert isinstance(layer, DyadBlock)
-            read = layer.tower_norm(hidden) + layer.tower_identity * identity
-            listening = self.layers[0].tower if self.config.tower == "input" else layer.tower
-            heard = identity if self.config.tower == "input" else read
-            said, _ = cast(Tower, listening).listen(heard, timing, BlockState())
-            lengths.append(layer.tower.contributions(read, said.features, timing)[0].T)
-        return torch.stack(lengths)
 
 
 def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -382,9 +234,10 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.planner = Planner(config) if config.planner != "none" else None
         self.companions = nn.ModuleDict()  # of training alone
+        self._fast_decoder: TokenReader | None = None  # set by `dyadlm.engine.bridge.fast_decoding`
         self.post_init()
 
-    def accompany(self, name: str, companion: Companion) -> None:
+    def accompany(self, name: str, companion: AuxiliaryModule) -> None:
         """Let a companion train beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
         evaluation mode never calls it."""
         self.companions[name] = companion.to(device=self.device, dtype=self.dtype)
@@ -456,7 +309,12 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             UserError: a cache of another kind or batch size, or an attention mask that is not (B, T); embeddings in
                 place of tokens while companions train, which read the tokens.
         """
-        companions = [cast(Companion, part) for part in self.companions.values()] if self.training else []
+        if self._fast_decoder is not None and past_key_values is not None and input_ids is not None:
+            more = output_hidden_states or output_routes or output_plan or labels is not None or return_dict is False
+            if not more and continues_rows(input_ids, attention_mask, position_ids, past_key_values):
+                logits = self._fast_decoder.step(input_ids[:, 0].tolist(), past_key_values)
+                return DyadOutput(logits=logits, past_key_values=past_key_values)
+        companions = [cast(AuxiliaryModule, part) for part in self.companions.values()] if self.training else []
         extra = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if companions else {}
         added = [part for part in (companion.embed(extra) for companion in companions) if part is not None]
         teaching = labels is not None and any(companion.reads_plan for companion in companions)
@@ -481,7 +339,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         plan = None
         if planning:
-            plan = self.draw_plan(hidden[:, keep], logits, outputs.outlook.each(lambda part: part[:, keep]))
+            plan = draw_plan(self, hidden[:, keep], logits, outputs.outlook.each(lambda part: part[:, keep]))
             plan = plan._replace(outlook=outputs.outlook)
             if mass:
                 logits = consensus(logits, plan.artist, mass)
@@ -494,7 +352,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
                         "What trains beside this model reads input_ids, not inputs_embeds; give those, "
                         "or empty model.companions."
                     )
-                lesson = Lesson(input_ids, labels, attention_mask, position_ids, hidden, extra, plan)
+                lesson = TrainingPass(input_ids, labels, attention_mask, position_ids, hidden, extra, plan)
                 metrics = add_up([metrics or {}, *[companion.losses(lesson) for companion in companions]])
             if self.training and metrics is not None and "cost" in metrics:
                 loss = loss + metrics["cost"]
@@ -512,29 +370,17 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
         )
 
-    def draw_plan(self, hidden: Tensor, engineer: Tensor, outlook: Outlook) -> Plan:
-        """The plan at some tokens: hidden (B, T, D), the engineer's logits (B, T, V), and the outlook there."""
-        planner, forecasters = self.planner, self.model.forecasters
-        assert planner is not None
-        assert forecasters is not None
-        embed, forecast = self.model.embed_tokens, outlook.forecast.detach().to(hidden.dtype)
-        if planner.proposal is not None:
-            proposed = planner.propose(hidden, forecast)
-        else:
-            # At first all tokens are expected alike; so small a mean would have a huge gradient through the norms.
-            expected = engineer.detach().softmax(-1) @ embed.weight.detach()
-            proposed = planner.norm(self.model.imagine(expected, outlook))
-        proposal = self.lm_head(proposed)
-        futures = proposal.detach().topk(planner.futures, -1).indices
-        near = forecast[..., None, :]
-        supposed = planner.suppose(near, self.model.level_meaning(futures))
-        far = forecasters.again(outlook.memory[..., None, :], supposed).to(hidden.dtype)
-        said = self.lm_head(planner.artist(near, far, embed(futures), hidden[..., None, :]))
-        choice = planner.choose(engineer, proposal, futures, said, self.config.consensus or 1.0)
-        far, artist = (
-            part.gather(2, choice[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2) for part in (far, said)
-        )
-        return Plan(outlook, proposal, futures, choice, far, artist)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, with the same tokens; where it is faster, the engine decodes them."""
+        from dyadlm.engine.bridge import fast_decoding  # the engine is above the model
+
+        # Beams are reordered after each token, which would move the state back and forth.
+        config = kwargs.get("generation_config") or self.generation_config
+        beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
+        if beams > 1:
+            return cast(Any, super()).generate(*args, **kwargs)
+        with fast_decoding(self):
+            return cast(Any, super()).generate(*args, **kwargs)
 
     def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
         past_key_values.reorder_cache(beam_idx)

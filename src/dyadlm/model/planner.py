@@ -22,9 +22,11 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.cost import Cost, tile_products
 from dyadlm.ops.consensus import nucleus
 from dyadlm.ops.pyramid import Clock, accumulator
 from dyadlm.ops.recurrence import linear_scan
@@ -36,7 +38,7 @@ WORST = 10.0  # by how many times forecasts are taken to be worse than persisten
 SEMANTIC_SHARE = 1 / 8  # of a segment, what one token is taken for at first
 
 
-class Outlook(NamedTuple):
+class Forecasts(NamedTuple):
     """What is known of the levels' nodes at each token, and foreseen. Only `forecast` and `expected` have gradients."""
 
     forecast: Tensor  # (B, T, C) of the next node that will be complete
@@ -50,9 +52,9 @@ class Outlook(NamedTuple):
     begins: Tensor  # (B, T, K) bool: where the levels' nodes begin
     routes: Tensor | None  # (B, T, H, K) of the last block, if it selects
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Outlook":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Forecasts":
         """The outlook with a function applied to every part."""
-        return Outlook(*cast(tuple[Tensor, ...], tuple(None if part is None else function(part) for part in self)))
+        return Forecasts(*cast(tuple[Tensor, ...], tuple(None if part is None else function(part) for part in self)))
 
 
 class ForecastErrors(NamedTuple):
@@ -80,18 +82,18 @@ class ForecastErrors(NamedTuple):
         return (relative * judged).sum() / judged.sum().clamp(min=1)
 
 
-def forecast_errors(outlook: Outlook, ranks: Sequence[int]) -> ForecastErrors:
+def forecast_errors(outlook: Forecasts, ranks: Sequence[int]) -> ForecastErrors:
     """The errors of a whole pass."""
     guesses = (outlook.expected, outlook.previous, torch.zeros_like(outlook.last))
     return ForecastErrors(*(_errors(guess, outlook, ranks).sum((0, 1)) for guess in guesses))
 
 
-def node_errors(outlook: Outlook, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def node_errors(outlook: Forecasts, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(B, T, K) each: how far forecasts lay from what came, and how far what stood before, squared; 0 if not judged."""
     return _errors(outlook.expected, outlook, ranks), _errors(outlook.previous, outlook, ranks)
 
 
-def _errors(guess: Tensor, outlook: Outlook, ranks: Sequence[int]) -> Tensor:
+def _errors(guess: Tensor, outlook: Forecasts, ranks: Sequence[int]) -> Tensor:
     """(B, T, K): how far guesses (B, T, C) lay from what came, squared; 0 if not judged."""
     squares = (guess - outlook.last).square() * spread(outlook.judged, ranks)
     return torch.stack([part.sum(-1) for part in squares.split(list(ranks), -1)], -1)
@@ -100,7 +102,7 @@ def _errors(guess: Tensor, outlook: Outlook, ranks: Sequence[int]) -> Tensor:
 class Plan(NamedTuple):
     """What a model that plans thinks at each token that gets logits."""
 
-    outlook: Outlook  # at all tokens
+    outlook: Forecasts  # at all tokens
     proposal: Tensor  # (B, T, V) logits of the token after next
     futures: Tensor  # (B, T, M) int64, tokens after next that were considered
     choice: Tensor  # (B, T) int64, which of them the artist's future is
@@ -122,6 +124,11 @@ class GatedUnit(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+def _unit_products(unit: GatedUnit) -> int:
+    """Products for one vector."""
+    return 2 * unit.gate.in_features * unit.gate.out_features + unit.down.in_features * unit.down.out_features
+
+
 class Forecasters(nn.Module):
     """One recurrence for each level, geometric and then semantic, that sees the complete nodes of this level alone.
 
@@ -134,9 +141,15 @@ class Forecasters(nn.Module):
     def __init__(self, config: DyadConfig):
         super().__init__()
         self.ranks, self.width, self.longest = config.ranks, config.planner_width, config.longest_segment
+        self.hidden = config.hidden_size
         self.geometric = len(config.alignments)
         self.entries = nn.ModuleList(nn.Linear(rank, 2 * self.width, bias=False) for rank in self.ranks)
         self.exits = nn.ModuleList(nn.Linear(self.width, rank, bias=False) for rank in self.ranks)
+
+    def initialize(self) -> None:
+        """At first nothing is expected to change."""
+        for linear in self.exits:
+            init.zeros_(cast(nn.Linear, linear).weight)
 
     def forward(
         self,
@@ -146,7 +159,7 @@ class Forecasters(nn.Module):
         state: PlannerState,
         wanted: bool,
         routes: Tensor | None = None,
-    ) -> tuple[Outlook | None, PlannerState]:
+    ) -> tuple[Forecasts | None, PlannerState]:
         """The outlook of a chunk, and the state after it.
 
         Args:
@@ -191,8 +204,22 @@ class Forecasters(nn.Module):
         forecast = last + self.change(memory.to(dtype), frozen=False)
         first = previous[:, :1] + self.change(old[:, None].to(dtype), frozen=False)
         expected = torch.cat([first, forecast[:, :-1]], 1) * spread(judged, self.ranks)
-        outlook = Outlook(forecast, last, previous, memory, complete, judged, expected, values, plan.begins, routes)
+        outlook = Forecasts(forecast, last, previous, memory, complete, judged, expected, values, plan.begins, routes)
         return outlook, state
+
+    def cost(self, time: int) -> Cost:
+        """What carries on their memory: nodes, and what is read off them. Values of tokens have no gradient at all."""
+        channels = sum(self.ranks)
+        values = time * self.hidden * channels
+        nodes = tile_products(time) * len(self.ranks) * max(self.ranks)
+        read = time * 2 * self.width * channels
+        # Three nodes of each level, what its recurrence keeps, and two counts.
+        return Cost(
+            values + nodes + read,
+            2 * (values + nodes),
+            numbers=3 * channels + len(self.ranks) * self.width,
+            integers=2 * len(self.ranks),
+        )
 
     def again(self, memory: Tensor, node: Tensor) -> Tensor:
         """What is foreseen after a node that is supposed: memory (..., K W), node (..., C) → (..., C).
@@ -262,7 +289,7 @@ class Planner(nn.Module):
     def __init__(self, config: DyadConfig):
         super().__init__()
         width = config.hidden_size
-        self.futures = config.planner_futures
+        self.config, self.futures = config, config.planner_futures
         self.proposal = None
         if config.planner == "head":
             self.proposal = GatedUnit(width + sum(config.ranks), width // 2, width)
@@ -272,6 +299,12 @@ class Planner(nn.Module):
         self.ranks, self.geometric = config.ranks, len(config.alignments)
         self.artist = Artist(config)
 
+    def initialize(self) -> None:
+        """Shares as below, and a proposal that adds nothing."""
+        init.copy_(self.share, self.initial_shares())
+        if self.proposal is not None:
+            init.zeros_(self.proposal.down.weight)
+
     def initial_shares(self) -> Tensor:
         """One token's part of a node: 2^-k of a window, half of one of two tokens, `SEMANTIC_SHARE` of a segment.
 
@@ -279,6 +312,26 @@ class Planner(nn.Module):
         """
         shares = [SEMANTIC_SHARE if k == 0 or k >= self.geometric else 2.0**-k for k in range(len(self.ranks))]
         return torch.tensor(shares).logit()
+
+    def cost(self, time: int) -> Cost:
+        """Forecasts, proposal, hypotheses and artist over T tokens; forecasters on a hypothesis do not learn."""
+        config = self.config
+        width, keep, channels, vocabulary = config.hidden_size, config.planner_width, sum(self.ranks), config.vocab_size
+        fixed = 0
+        if self.proposal is not None:
+            proposal = _unit_products(self.proposal)
+        else:
+            written = len(config.feature_parts) * sum(self.ranks)
+            written += (config.semantic_memory - 1) * sum(self.ranks[self.geometric :])
+            proposal = width * (vocabulary + written + width + 3 * (config.intermediate_size or 0))
+            fixed = width * (2 * vocabulary + written)
+        artist = sum(_unit_products(cast(GatedUnit, unit)) for unit in self.artist.levels)
+        artist += _unit_products(self.artist.token)
+        future = width * channels + 3 * keep * channels + artist + width * vocabulary
+        start = width * width * (self.artist.start is not None)
+        products = width * vocabulary + proposal + start + self.futures * future
+        fixed += keep * channels * (2 + 3 * self.futures) + 2 * self.futures * width * channels
+        return Cost(time * products + (time + 1) * keep * channels, time * fixed)
 
     def propose(self, hidden: Tensor, forecast: Tensor) -> Tensor:
         """hidden (..., D), forecast (..., C) → what the head reads the token after next from (..., D)."""

@@ -8,14 +8,13 @@ Dimension letters: B batch, T time, D width, N tables, M slot width, P parts of 
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
-from dyadlm.model.configuration import CODE_BITS, LEARNED_CODE, DyadConfig
-from dyadlm.ops.contexts import Contexts
-from dyadlm.ops.pyramid import Clock
-from dyadlm.ops.selection import real_tokens, straight_through
+from dyadlm.model.configuration import LEARNED_CODE, DyadConfig
+from dyadlm.model.cost import Cost
+from dyadlm.ops.clock import Clock
+from dyadlm.ops.contexts import Contexts, tag_words
 from dyadlm.ops.slots import Lookup, SlotState, slot_change, slot_lookup, slot_read
-
-WRITE_COST = 0.01  # nats a token that writes everything pays, where a gate may close
 
 
 def plan_slots(
@@ -45,13 +44,13 @@ class IdentitySlots(nn.Module):
     def __init__(self, config: DyadConfig):
         super().__init__()
         self.config = config
-        contexts = config.slot_contexts or []
-        self.coded = [n for n, context in enumerate(contexts) if context == LEARNED_CODE]
-        width, tables = config.hidden_size, len(contexts)
+        width, tables = config.hidden_size, len(config.slot_contexts or ())
         self.value = nn.Linear(width, config.slot_width, bias=False)
         self.read = nn.Linear(tables * (config.slot_width + 1), width, bias=False)
-        self.gate = nn.Linear(width, tables) if config.slot_gate else None
-        self.code = nn.Linear(width, CODE_BITS, bias=False) if self.coded else None
+
+    def initialize(self) -> None:
+        """What is recalled adds nothing at first."""
+        init.zeros_(self.read.weight)
 
     def forward(
         self,
@@ -70,44 +69,22 @@ class IdentitySlots(nn.Module):
         """
         before = SlotState(*state) if state else None
         values = self.value(x)[:, :, None]
-        sure: Tensor | None = None
-        if self.code is not None:
-            contexts, sure = self._with_code(x, contexts, clock)
-        writes = cost = None
-        if self.gate is not None:
-            chance = self.gate(x).sigmoid()
-            writes = chance > 0.5
-            values = values * straight_through(chance)[..., None]
-            real = real_tokens(clock)[..., None].expand_as(chance)
-            cost = WRITE_COST * (chance * real).sum() / real.sum().clamp(min=1)
-        if sure is not None:
-            values = values * straight_through(sure)[..., None]
         if plan is None:
             assert contexts is not None
-            plan = plan_slots(contexts, clock, self.config, before, writes)
+            plan = plan_slots(contexts, clock, self.config, before)
         recalled = slot_read(values, plan, before)
-        if sure is not None:
-            recalled = recalled * straight_through(sure)[..., None]
-        found = plan.found[..., None].to(recalled.dtype)
-        said = self.read(torch.cat([recalled, found], -1).flatten(2))
-        return said, tuple(slot_change(values, plan, before)) if keep else (), cost
+        return self.recall(recalled, plan), tuple(slot_change(values, plan, before)) if keep else (), None
 
-    def _with_code(self, x: Tensor, contexts: Contexts | None, clock: Clock) -> tuple[Contexts, Tensor]:
-        """The contexts with the learned code put in its place, and how sure each table's code is (B, T, N)."""
-        assert self.code is not None
-        (place,) = self.coded
-        chance = self.code(x).sigmoid()
-        bits = chance > 0.5
-        number = (bits.long() << torch.arange(CODE_BITS, device=x.device)).sum(-1)
-        known = real_tokens(clock)
-        coded = Contexts(torch.where(known, number, -1)[..., None, None], known[..., None])
-        if contexts is not None:
-            beyond = torch.where(known, 0, -1)[..., None, None].expand(-1, -1, -1, contexts.words.shape[3] - 1)
-            words, own = torch.cat([coded.words, beyond], -1), coded.known
-            coded = Contexts(
-                torch.cat([contexts.words[:, :, :place], words, contexts.words[:, :, place:]], 2),
-                torch.cat([contexts.known[:, :, :place], own, contexts.known[:, :, place:]], 2),
-            )
-        sure = torch.ones_like(coded.known, dtype=x.dtype)
-        sure[..., place] = torch.where(bits, chance, 1 - chance).mean(-1)
-        return coded, sure
+    def cost(self, time: int) -> Cost:
+        """Of one block over T tokens: entries with their tags, and the tag that is still to be written."""
+        config, width = self.config, self.config.hidden_size
+        tables, contexts = len(config.slot_contexts or ()), config.read_contexts
+        parts = tag_words(contexts, config.vocab_size) if contexts else 1
+        products = time * width * (config.slot_width + self.read.in_features)
+        entries = tables * config.slot_entries
+        return Cost(products, numbers=entries * config.slot_width, integers=(entries + tables) * parts)
+
+    def recall(self, recalled: Tensor, plan: Lookup) -> Tensor:
+        """What is added to the residual stream (B, T, D), of what is read from the tables (B, T, N, M)."""
+        found = plan.found[..., None].to(recalled.dtype)
+        return self.read(torch.cat([recalled, found], -1).flatten(2))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from dyadlm.errors import UserError
 from dyadlm.model import DyadForCausalLM
-from dyadlm.model.companion import COMPANIONS, Companion
+from dyadlm.model.companion import COMPANIONS, AuxiliaryModule
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import NAMESPACES, TrainSettings
@@ -33,7 +33,7 @@ def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: T
     Raises `UserError` where they cannot train: beside a model of another kind, and in shards; and where something is
     told to a companion that there is not.
     """
-    companions: dict[str, Callable[[DyadForCausalLM], Companion]] = {}  # made of a model once it is seen to be of ours
+    companions: dict[str, Callable[[DyadForCausalLM], AuxiliaryModule]] = {}
     if settings.twin.conditioning != "off":
         companions["twin"] = lambda model: Twin(model, settings.twin)
     if settings.fingerprint.shown:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dyadlm.data.batches import ChangedWindows
 from dyadlm.model import DyadConfig
-from dyadlm.model.companion import Companion, Lesson
+from dyadlm.model.companion import AuxiliaryModule, TrainingPass
 from dyadlm.train.settings import FingerprintOptions
 
 # Bits of the digits of a number, the lowest first; 64 in all, so that all numbers of 64 bits have digits of their own.
@@ -55,7 +55,7 @@ class DigitEmbedding(nn.Module):
         return vectors
 
 
-class Fingerprint(Companion):
+class Fingerprint(AuxiliaryModule):
     """Embeds the global index of the tokens, and beside it their document, section and kind.
 
     It reads, of what the collator sends: `index` (B, T) int64; with tags, `tags` (B, T, 3) int64; and `shown` (B, T)
@@ -88,7 +88,7 @@ class Fingerprint(Companion):
         added[shown] = vectors
         return added
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+    def losses(self, lesson: TrainingPass) -> dict[str, Tensor]:
         """`fingerprint_shown`: the share of tokens that showed theirs."""
         return {"fingerprint_shown": _shown(lesson.extra).float().mean()} if "index" in lesson.extra else {}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dyadlm.model import DyadForCausalLM
-from dyadlm.model.selector import Selector
+from dyadlm.model.extras.selector import Selector
 
 
 class Mechanisms(TrainerCallback):

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 
 from dyadlm.data.batches import IGNORED_LABEL, ChangedWindows
 from dyadlm.model import DyadConfig, DyadForCausalLM
-from dyadlm.model.companion import Companion, Lesson
+from dyadlm.model.companion import AuxiliaryModule, TrainingPass
 from dyadlm.model.packing import chunk_clock, left_packing
-from dyadlm.model.planner import Outlook, forecast_errors
+from dyadlm.model.planner import Forecasts, forecast_errors
 from dyadlm.ops.pyramid import Clock, take
 from dyadlm.train.settings import PlannerOptions
 
@@ -29,7 +29,7 @@ TAUGHT = "taught"  # the draw of `TaughtWindows`, beside the tokens
 DRAWS = int.from_bytes(b"taught")
 
 
-class PlannerLessons(Companion):
+class PlannerLessons(AuxiliaryModule):
     """The losses of a model's own planner. It has no parameters.
 
     Logged: skill_LEVEL, one less the squared error of forecasts over that of persistence, of the levels that were
@@ -44,7 +44,7 @@ class PlannerLessons(Companion):
         self.options = options
         self._model = (model,)  # in a tuple, so that it is no part of its companion
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+    def losses(self, lesson: TrainingPass) -> dict[str, Tensor]:
         assert lesson.plan is not None, "a model whose companion reads plans has a planner"
         (model,), plan, options = self._model, lesson.plan, self.options
         order, clock = reading_order(lesson)
@@ -67,7 +67,7 @@ class PlannerLessons(Companion):
             cost = cost + options.teacher * taught[0] / counted(next_label)
         return {name: value.detach() for name, value in found.items()} | {"cost": cost}
 
-    def teach(self, lesson: Lesson, order: Tensor, clock: Clock, labels: Tensor, mix: float) -> Tensor:
+    def teach(self, lesson: TrainingPass, order: Tensor, clock: Clock, labels: Tensor, mix: float) -> Tensor:
         """The artist's nats in rows at random, so many of them as `mix`, that see the true future, and of how many
         tokens: (2,).
 
@@ -101,7 +101,7 @@ class TaughtWindows(ChangedWindows):
         return self.base[number] | {TAUGHT: torch.tensor(drawn)}
 
 
-def reading_order(lesson: Lesson) -> tuple[Tensor, Clock]:
+def reading_order(lesson: TrainingPass) -> tuple[Tensor, Clock]:
     """The order (B, T) int64 that brings real tokens to the front of each row, and the clock of that order."""
     batch, time = lesson.input_ids.shape
     device = lesson.input_ids.device
@@ -139,7 +139,7 @@ class Future(NamedTuple):
     exists: Tensor  # (B, T) bool: whether the document has such a token
 
 
-def true_future(ids: Tensor, outlook: Outlook, order: Tensor, clock: Clock, config: DyadConfig) -> Future:
+def true_future(ids: Tensor, outlook: Forecasts, order: Tensor, clock: Clock, config: DyadConfig) -> Future:
     """The true future of tokens ids (B, T): windows of 2^k tokens, and the rest of the segment open at t+2.
 
     Nodes that the document's end cuts off are means of what there is; a far node of which nothing is left repeats the

@@ -17,14 +17,14 @@ from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model import DyadConfig, DyadForCausalLM, DyadModel
 from dyadlm.model.block import DyadBlock
 from dyadlm.model.cache import BlockState
-from dyadlm.model.companion import Companion, Lesson
+from dyadlm.model.companion import AuxiliaryModule, TrainingPass
 from dyadlm.model.packing import chunk_clock, left_packing
 from dyadlm.ops.pyramid import Clock
 from dyadlm.ops.segments import SegmentPlan, segment_plan
 from dyadlm.train.settings import TwinOptions
 
 
-class Twin(Companion):
+class Twin(AuxiliaryModule):
     """A stack like the model's, without slots, selectors and planner, on the tokens of each document in reverse.
 
     Shared with the model and named there alone: the embedding of the tokens, so that identities agree, and every
@@ -51,7 +51,7 @@ class Twin(Companion):
             if hasattr(tower, "bottlenecks"):
                 own.tower.borrow(tower)
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+    def losses(self, lesson: TrainingPass) -> dict[str, Tensor]:
         """twin_loss: nats per token, the mean over the labels that have a token after them in their document.
 
         cost: that and what learned boundaries cost, times the weight.
@@ -66,7 +66,7 @@ class Twin(Companion):
         loss = nats / (labels != IGNORED_LABEL).sum().clamp(min=1)
         return {"twin_loss": loss.detach(), "cost": self.weight * torch.stack([loss, *costs]).sum()}
 
-    def read(self, lesson: Lesson) -> tuple[Tensor, Tensor, Clock, list[Tensor]]:
+    def read(self, lesson: TrainingPass) -> tuple[Tensor, Tensor, Clock, list[Tensor]]:
         """The last hidden state (B, T, D) at each token in the order of reading, this order (B, T) int64 as columns of
         the lesson, its clock, and the costs of learned boundaries."""
         batch, time = lesson.input_ids.shape

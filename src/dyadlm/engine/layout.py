@@ -1,0 +1,153 @@
+"""What the engine can run: the shape of a model, read off the fields of its configuration.
+
+Dimension letters: D width, L layers, K geometric levels, S semantic levels, R rank, N tables of slots, W ways,
+M numbers that a slot keeps.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BYTE_VOCABULARY = 259
+SLIDING_WIDTH = 8  # `hybrid` is sliding up to here, dual beyond
+
+# What has to stand in the configuration, and how it is called where it does not.
+REQUIRED: tuple[tuple[str, Any, str], ...] = (
+    ("level_feature", "product+pair", "its level_feature is not product+pair"),
+    ("transport_space", "level", "its transport_space is not level"),
+    ("tower", "layer", "its levels are read once from the input"),
+    ("semantic_memory", 1, "its semantic levels show two segments"),
+    ("salience", True, "its tokens all count alike (salience)"),
+    ("forgetting", False, "its segments forget"),
+    ("selector", "none", "it has a selector"),
+    ("decision_slots", False, "it has decision slots"),
+    ("planner", "none", "it has a planner"),
+    ("early", "zero", "its early windows are not zero"),
+    ("slot_gate", False, "its slots have a gate"),
+    ("slot_evict", "ring", "its slots evict by use"),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that a step needs. Levels are the sliding ones, then the dual ones, then the semantic ones."""
+
+    width: int
+    layers: int
+    inner: int
+    vocabulary: int
+    eps: float
+    sliding: int
+    levels: int
+    rules: tuple[str, ...]  # of the semantic levels, then what slots alone need
+    semantic: int
+    rank: int
+    contexts: tuple[int, ...]  # numbers of tokens; 0 is the open word
+    slot_layers: tuple[int, ...]
+    sets: int
+    ways: int
+    slot_width: int
+    keeps_slots: bool  # tables live on from document to document
+    tied: bool
+
+    @property
+    def dual(self) -> int:
+        """Number of dual levels."""
+        return self.levels - self.sliding
+
+    @property
+    def depth(self) -> int:
+        """Levels of the block tree."""
+        return self.levels - 1 if self.dual else 0
+
+    @property
+    def token_levels(self) -> int:
+        """Levels that change at every token."""
+        return self.sliding + self.semantic
+
+    @property
+    def longest(self) -> int:
+        """Tokens after which a segment is cut."""
+        return int(2 ** (self.levels + self.semantic))
+
+    @property
+    def fits(self) -> int:
+        """Whole tokens that fit into one part of a tag."""
+        count = 1
+        while max(self.vocabulary, 2) ** (count + 1) <= 2**63:
+            count += 1
+        return count
+
+    @property
+    def tag_parts(self) -> int:
+        """Parts of a tag, 64 bits each."""
+        return max((2 if c == 0 else -(-c // self.fits) for c in self.contexts), default=1)
+
+    @property
+    def history(self) -> int:
+        """Tokens before the newest that contexts need."""
+        return max((c for c in self.contexts if c), default=1) - 1
+
+
+def unsupported(fields: Mapping[str, Any]) -> str | None:
+    """Why the engine cannot run a model with these fields, as the end of a sentence; None if it can."""
+    for name, wanted, reason in REQUIRED:
+        if fields.get(name, wanted) != wanted:
+            return reason
+    alignments = _alignments(fields)
+    sliding = sum(alignment == "sliding" for alignment in alignments)
+    if alignments != ["sliding"] * sliding + ["dual"] * (len(alignments) - sliding) or not sliding:
+        return "its levels are not sliding and then dual"
+    rank = fields["level_rank"]
+    if isinstance(rank, list) and len(set(rank)) > 1:
+        return "its levels have several ranks"
+    if "learned" in (fields.get("semantic_levels") or ()):
+        return "it has a learned boundary"
+    contexts = fields.get("slot_contexts") or ()
+    if "code" in contexts:
+        return "its slots are addressed by a learned code"
+    shape = shape_of(fields)
+    if shape.tag_parts > 2:
+        return "its slot contexts are too long"
+    return None
+
+
+def shape_of(fields: Mapping[str, Any]) -> Shape:
+    """The shape of a supported model."""
+    alignments, rank = _alignments(fields), fields["level_rank"]
+    semantic = tuple(fields.get("semantic_levels") or ())
+    contexts = tuple(fields.get("slot_contexts") or ())
+    rules = semantic + (("word",) if "word" in contexts and "word" not in semantic else ())
+    ways = fields.get("slot_ways", 8)
+    return Shape(
+        width=fields["hidden_size"],
+        layers=fields["num_hidden_layers"],
+        inner=fields["intermediate_size"],
+        vocabulary=fields["vocab_size"],
+        eps=fields.get("rms_norm_eps", 1e-6),
+        sliding=sum(alignment == "sliding" for alignment in alignments),
+        levels=len(alignments),
+        rules=rules,
+        semantic=len(semantic),
+        rank=rank[0] if isinstance(rank, list) else rank,
+        contexts=tuple(0 if context == "word" else int(context) for context in contexts),
+        slot_layers=tuple(fields.get("slot_layers") or ()) if contexts else (),
+        sets=fields.get("slot_entries", 1024) // ways,
+        ways=ways,
+        slot_width=fields.get("slot_width", 16),
+        keeps_slots=fields.get("slot_scope", "document") == "stream",
+        tied=bool(fields.get("tie_word_embeddings", True)),
+    )
+
+
+def _alignments(fields: Mapping[str, Any]) -> list[str]:
+    levels, alignment = fields["num_levels"], fields.get("level_alignment", "hybrid")
+    if alignment == "hybrid":
+        return ["sliding" if 2**k <= SLIDING_WIDTH else "dual" for k in range(levels)]
+    return [alignment] * levels if isinstance(alignment, str) else list(alignment)
+
+
+def log2_longest(shape: Shape) -> float:
+    """By what the logarithm of a segment's length is divided."""
+    return math.log2(shape.longest)

@@ -1,0 +1,417 @@
+"""One token through the whole model, compiled by numba.
+
+Rows of matrices are taken as slices before the inner loops: only then is the loop over them vectorised.
+
+Letters of the arguments: D width, F inner, R rank, K sliding levels, S semantic levels, N tables, W ways, P parts of a
+tag, M numbers that a slot keeps. Marks are those of `dyadlm.model.boundaries`.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+ENDS, STARTS, STICKS, HEAD, TAIL = 1, 2, 4, 8, 16
+PHI = np.uint64(0x9E3779B97F4A7C15)
+SEED_0, SEED_1 = np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344)
+MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+OPTIONS: Any = {"cache": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "nogil": True}
+
+
+@njit(**OPTIONS)
+def product(matrix, x, y):
+    """y = matrix @ x for a matrix (rows, columns), four rows at a time."""
+    rows, columns = matrix.shape
+    x = x[:columns]
+    i = 0
+    while i + 4 <= rows:
+        a, b, c, d = matrix[i], matrix[i + 1], matrix[i + 2], matrix[i + 3]
+        sum_a, sum_b, sum_c, sum_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for j in range(columns):
+            value = x[j]
+            sum_a += a[j] * value
+            sum_b += b[j] * value
+            sum_c += c[j] * value
+            sum_d += d[j] * value
+        y[i], y[i + 1], y[i + 2], y[i + 3] = sum_a, sum_b, sum_c, sum_d
+        i += 4
+    while i < rows:
+        a = matrix[i]
+        total = np.float32(0)
+        for j in range(columns):
+            total += a[j] * x[j]
+        y[i] = total
+        i += 1
+
+
+@njit(**OPTIONS)
+def scale_of(x, eps):
+    """One over the root mean square of x."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    return np.float32(1) / np.sqrt(total / np.float32(x.shape[0]) + eps)
+
+
+@njit(**OPTIONS)
+def silu(x):
+    return x / (np.float32(1) + np.exp(-x))
+
+
+@njit(**OPTIONS)
+def mixed(x):
+    """The finaliser of SplitMix64, as `dyadlm.ops.contexts.mix`."""
+    x = (x ^ (x >> np.uint64(30))) * MIX_0
+    x = (x ^ (x >> np.uint64(27))) * MIX_1
+    return x ^ (x >> np.uint64(31))
+
+
+@njit(**OPTIONS)
+def read_text(token, row, word_rule, longest, t, marks, counts, begins):
+    """Rules: which segments the token begins. Returns whether it begins a word."""
+    word_begins = False
+    goes_on = t > 0
+    for i in range(row.shape[0]):
+        mark = row[i]
+        sticks = (mark & STICKS) != 0 and goes_on
+        tail = (mark & TAIL) != 0
+        ended = (mark & ENDS) != 0 or ((mark & HEAD) != 0 and marks[0, i] and goes_on)
+        begin = (mark & STARTS) != 0 or (marks[1, i] and (mark & STICKS) == 0) or not goes_on
+        if tail or not sticks:
+            marks[0, i] = tail
+        if ended or not sticks:
+            marks[1, i] = ended
+        if i == word_rule:
+            word_begins = begin
+        if i < counts.shape[1]:
+            age = 0 if begin else counts[0, i]
+            begins[i] = age % longest == 0
+            counts[0, i] = age % longest + 1
+            counts[1, i] = min(2, counts[1, i] + begins[i]) if goes_on else 0
+    return word_begins
+
+
+@njit(**OPTIONS)
+def set_of(tag, sets):
+    code = mixed(np.uint64(tag[0]) + PHI)
+    for part in range(1, tag.shape[0]):
+        code = mixed((code ^ np.uint64(tag[part])) + PHI)
+    return np.int64(code & np.uint64(sets - 1))
+
+
+@njit(**OPTIONS)
+def address(token, contexts, fits, radix, t, word_begins, history, word, pending, tags, written, found):
+    """Contexts: which set of each table is written (-1: none), and which set and way is read (-1: none)."""
+    if word_begins:
+        word[:] = 0
+    letter = (np.uint64(token) << np.uint64(32)) + np.uint64(word[2])
+    word[0] = np.int64(np.uint64(word[0]) + mixed(letter ^ SEED_0))
+    word[1] = np.int64(np.uint64(word[1]) + mixed(letter ^ SEED_1))
+    word[2] += 1
+    carried = history.shape[0]
+    sets, ways, parts = tags.shape[1], tags.shape[2], tags.shape[3]
+    for n in range(contexts.shape[0]):
+        written[n] = -1
+        found[n, 0] = -1
+        if t > 0 and pending[n, 0] >= 0:
+            place = set_of(pending[n], sets)
+            for way in range(ways - 1, 0, -1):
+                for part in range(parts):
+                    tags[n, place, way, part] = tags[n, place, way - 1, part]
+            for part in range(parts):
+                tags[n, place, 0, part] = pending[n, part]
+            written[n] = place
+        length = contexts[n]
+        if length == 0:
+            pending[n, 0] = np.int64(np.uint64(word[0]) >> np.uint64(1))
+            pending[n, 1] = np.int64(np.uint64(word[1]) >> np.uint64(1))
+            for part in range(2, parts):
+                pending[n, part] = 0
+        elif t < length - 1:
+            for part in range(parts):
+                pending[n, part] = -1
+        else:
+            for part in range(parts):
+                number = np.int64(0)
+                for back in range(min(length, (part + 1) * fits) - 1, part * fits - 1, -1):
+                    digit = token if back == 0 else history[carried - back]
+                    number = number * radix + digit
+                pending[n, part] = number
+        if t > 0 and pending[n, 0] >= 0:
+            place = set_of(pending[n], sets)
+            for way in range(ways):
+                same = True
+                for part in range(parts):
+                    same = same and tags[n, place, way, part] == pending[n, part]
+                if same:
+                    found[n, 0] = place
+                    found[n, 1] = way
+                    break
+    for i in range(carried - 1):
+        history[i] = history[i + 1]
+    if carried:
+        history[carried - 1] = token
+
+
+@njit(**OPTIONS)
+def node_feature(blocks, level, read, up, mean, feature, both, out):
+    """What a dual level adds at a node that has just become complete. blocks: (4, D + 1), the newest last."""
+    width, rank = blocks.shape[1] - 1, read.shape[0]
+    share = np.float32(1) / np.float32(1 << level)
+    for window in range(2):
+        older, newer = blocks[2 - 2 * window], blocks[3 - 2 * window]
+        for i in range(width):
+            mean[i] = (older[i] + newer[i]) * share
+        product(read, mean, both[window])
+        excess = np.float32(1) + (older[width] + newer[width]) * share
+        for i in range(rank):
+            feature[(1 + window) * rank + i] = both[window, i] / excess
+    for i in range(rank):
+        feature[i] = feature[rank + i] * feature[2 * rank + i]
+    product(up, feature, out)
+
+
+@njit(**OPTIONS)
+def step(
+    token,
+    sizes,
+    eps,
+    log_longest,
+    contexts,
+    slot_layer,
+    embedding,
+    head,
+    norm,
+    norms,
+    identities,
+    read,
+    bias,
+    up,
+    age,
+    gates,
+    down,
+    recall,
+    node_read,
+    node_up,
+    vocabulary_marks,
+    counter,
+    marks,
+    counts,
+    history,
+    word,
+    pending,
+    tags,
+    values,
+    rings,
+    blocks,
+    running,
+    complete,
+    nodes,
+    summed,
+    scratch,
+    integers,
+    logits,
+):
+    """Reads one token. Arrays of state are changed in place; logits (V,) are written."""
+    sliding, semantic, rank, slot_width, word_rule, longest, fits, radix = sizes
+    width, layers, inner, ways = embedding.shape[1], read.shape[0], down.shape[2], tags.shape[2]
+    tables, dual, depth = contexts.shape[0], nodes.shape[1], blocks.shape[1]
+    token_levels, channels = sliding + semantic, rank + 1
+    t = counter[0]
+    begins, written = integers[:8], integers[8:40]
+    found = integers[40:104].reshape(32, 2)
+
+    word_begins = read_text(token, vocabulary_marks[token], word_rule, longest, t, marks, counts, begins)
+    if tables:
+        address(token, contexts, fits, radix, t, word_begins, history, word, pending, tags, written, found)
+
+    at = 0
+    hidden = scratch[at : at + width]
+    at += width
+    identity = scratch[at : at + width]
+    at += width
+    x = scratch[at : at + width]
+    at += width
+    mix = scratch[at : at + width]
+    at += width
+    z = scratch[at : at + max(read.shape[1], 2 * inner)]
+    at += max(read.shape[1], 2 * inner)
+    sums = scratch[at : at + token_levels * channels]
+    at += token_levels * channels
+    now = scratch[at : at + sliding * channels]
+    at += sliding * channels
+    before = scratch[at : at + sliding * channels]
+    at += sliding * channels
+    features = scratch[at : at + 3 * token_levels * rank]
+    at += 3 * token_levels * rank
+    gated = scratch[at : at + max(inner, width + 1)]
+    at += max(inner, width + 1)
+    recalled = scratch[at : at + tables * (slot_width + 1)]
+    at += tables * (slot_width + 1)
+    weights = scratch[at : at + 64]
+    at += 64
+    ages = scratch[at : at + 64]
+    at += 64
+    both = scratch[at : at + 2 * rank].reshape(2, rank)
+    at += 2 * rank
+    feature = scratch[at : at + 3 * rank]
+    at += 3 * rank
+    block = scratch[at : at + width + 1]
+
+    for n in range(dual):
+        period = np.int64(1) << (sliding + n - 1)
+        angle = np.float32((t + 1) % period) * np.float32(2 * np.pi / period)
+        ages[n], ages[dual + n] = np.sin(angle), np.cos(angle)
+    for s in range(semantic):
+        ages[2 * dual + s] = np.log2(np.float32(counts[0, s])) / log_longest
+    aged = 2 * dual + semantic
+
+    row = embedding[token]
+    scale = scale_of(row, eps)
+    for i in range(width):
+        hidden[i] = row[i]
+        identity[i] = row[i] * scale
+    end_read = token_levels * rank
+    end_weights = end_read + bias.shape[1]
+    end_gate = end_weights + width
+    for layer in range(layers):
+        slots = slot_layer[layer]
+        scale = scale_of(hidden, eps)
+        norm_row, identity_row = norms[layer, 0], identities[layer, 0]
+        for i in range(width):
+            x[i] = hidden[i] * scale * norm_row[i] + identity_row[i] * identity[i]
+        rows = read.shape[1] if slots >= 0 else end_gate
+        product(read[layer, :rows], x, z)
+        for i in range(bias.shape[1]):
+            weights[i] = np.exp(np.float32(3) * np.tanh((z[end_read + i] + bias[layer, i]) / np.float32(3)))
+        for k in range(token_levels):
+            weight = weights[k] if k < sliding else weights[k + (dual > 0)]
+            for i in range(rank):
+                sums[k * channels + i] = z[k * rank + i] * weight
+            sums[k * channels + rank] = weight - np.float32(1) if k < sliding else weight
+
+        at_ring = 0
+        for j in range(sliding):
+            wide = (sliding - j) * channels
+            begin = at_ring + (t & ((1 << j) - 1)) * wide
+            slot, own = rings[layer, begin : begin + wide], sums[j * channels : sliding * channels]
+            for i in range(channels):
+                now[j * channels + i] = own[i]
+                before[j * channels + i] = slot[i]
+                slot[i] = own[i]
+            for i in range(channels, wide):
+                value = own[i]
+                own[i] = value + slot[i]
+                slot[i] = value
+            at_ring += (1 << j) * wide
+        for j in range(sliding):
+            share = np.float32(1) / (now[j * channels + rank] + np.float32(1 << j))
+            share_before = np.float32(1) / (before[j * channels + rank] + np.float32(1 << j))
+            at_feature = 3 * j * rank
+            for i in range(rank):
+                current, previous = now[j * channels + i] * share, before[j * channels + i] * share_before
+                features[at_feature + i] = current * previous
+                features[at_feature + rank + i] = current
+                features[at_feature + 2 * rank + i] = previous
+        for s in range(semantic):
+            total, last, earlier = running[layer, s], complete[0, layer, s], complete[1, layer, s]
+            own = sums[(sliding + s) * channels : (sliding + s + 1) * channels]
+            if begins[s]:
+                share = np.float32(1) / max(total[rank], np.float32(1e-6))
+                for i in range(rank):
+                    earlier[i] = last[i] if counts[1, s] >= 2 else np.float32(0)
+                    last[i] = total[i] * share if counts[1, s] >= 1 else np.float32(0)
+                for i in range(channels):
+                    total[i] = own[i]
+            else:
+                for i in range(channels):
+                    total[i] += own[i]
+            share = np.float32(1) / max(total[rank], np.float32(1e-6))
+            at_feature = 3 * (sliding + s) * rank
+            for i in range(rank):
+                current = total[i] * share
+                features[at_feature + i] = current * last[i]
+                features[at_feature + rank + i] = current
+                features[at_feature + 2 * rank + i] = last[i]
+        product(up[layer], features, mix)
+        if dual:
+            weight = weights[sliding]
+            for i in range(width):
+                block[i] = x[i] * weight
+            block[width] = weight - np.float32(1)
+            changed = False
+            for j in range(depth):
+                if (t + 1) % (1 << j):
+                    break
+                own_blocks = blocks[layer, j]
+                for b in range(3):
+                    for i in range(width + 1):
+                        own_blocks[b, i] = own_blocks[b + 1, i]
+                for i in range(width + 1):
+                    own_blocks[3, i] = block[i]
+                level = j + 1
+                if level >= sliding:
+                    n = level - sliding
+                    node_feature(
+                        own_blocks, level, node_read[layer, n], node_up[layer, n], gated, feature, both, nodes[layer, n]
+                    )
+                    changed = True
+                for i in range(width + 1):
+                    block[i] = own_blocks[2, i] + own_blocks[3, i]
+            if changed:
+                total = summed[layer]
+                for i in range(width):
+                    total[i] = np.float32(0)
+                for n in range(dual):
+                    own = nodes[layer, n]
+                    for i in range(width):
+                        total[i] += own[i]
+            own = summed[layer]
+            for i in range(width):
+                mix[i] += own[i]
+        for i in range(width):
+            gate = z[end_weights + i]
+            age_row = age[layer, i]
+            for a in range(aged):
+                gate += age_row[a] * ages[a]
+            hidden[i] += mix[i] * silu(gate)
+        if slots >= 0:
+            value = z[end_gate : end_gate + slot_width]
+            any_found = False
+            for n in range(tables):
+                if written[n] >= 0:
+                    own_set = values[slots, n, written[n]]
+                    for way in range(ways - 1, 0, -1):
+                        for i in range(slot_width):
+                            own_set[way, i] = own_set[way - 1, i]
+                    for i in range(slot_width):
+                        own_set[0, i] = value[i]
+                out = recalled[n * (slot_width + 1) : (n + 1) * (slot_width + 1)]
+                if found[n, 0] >= 0:
+                    any_found = True
+                    entry = values[slots, n, found[n, 0], found[n, 1]]
+                    for i in range(slot_width):
+                        out[i] = entry[i]
+                    out[slot_width] = np.float32(1)
+                else:
+                    for i in range(slot_width + 1):
+                        out[i] = np.float32(0)
+            if any_found:
+                product(recall[slots], recalled, mix)
+                for i in range(width):
+                    hidden[i] += mix[i]
+        scale = scale_of(hidden, eps)
+        norm_row, identity_row = norms[layer, 1], identities[layer, 1]
+        for i in range(width):
+            x[i] = hidden[i] * scale * norm_row[i] + identity_row[i] * identity[i]
+        product(gates[layer], x, z)
+        for i in range(inner):
+            gated[i] = silu(z[i]) * z[inner + i]
+        product(down[layer], gated, mix)
+        for i in range(width):
+            hidden[i] += mix[i]
+    scale = scale_of(hidden, eps)
+    for i in range(width):
+        x[i] = hidden[i] * scale * norm[i]
+    product(head, x, logits)
+    counter[0] = t + 1

@@ -1,0 +1,109 @@
+"""The weights of a model in the order in which a step reads them, once for each layer.
+
+What is multiplied with the same vector stands in one matrix: bottlenecks, salience, gate and slot value; gate and up of
+the SwiGLU.
+
+Dimension letters: D width, L layers, V vocabulary, F inner width of the SwiGLU, R rank.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dyadlm.engine.layout import Shape
+from dyadlm.errors import UserError
+
+Array = np.ndarray
+
+
+class Weights:
+    """Float32 arrays, each with the layers first.
+
+    read: (L, rows, D); a layer without slots has zeros in the rows of the slot value. up: (L, D, token features).
+    age: (L, D, ages). gates: (L, 2 F, D). down: (L, D, F). recall: (slot layers, D, N (M + 1)).
+    node_read: (L, dual, R, D). node_up: (L, dual, D, 3 R). norms, identities: (L, 2, D).
+    """
+
+    def __init__(self, shape: Shape, tensors: Mapping[str, Array]):
+        s, self._tensors = shape, tensors
+        sliding, dual = range(s.sliding), range(s.sliding, s.levels)
+        token_levels = [*sliding, *range(s.levels, s.levels + s.semantic)]
+        weighed = s.sliding + (s.dual > 0) + s.semantic
+        aged = 2 * s.dual + s.semantic
+        layer = [f"model.layers.{index}." for index in range(s.layers)]
+
+        self.embedding = self._take("model.embed_tokens.weight", s.vocabulary, s.width)
+        name = "lm_head.weight"
+        self.head = self.embedding if s.tied and name not in tensors else self._take(name, s.vocabulary, s.width)
+        self.norm = self._take("model.norm.weight", s.width)
+        self.norms = np.stack(
+            [np.stack([self._take(at + f"{part}_norm.weight", s.width) for part in ("tower", "mlp")]) for at in layer]
+        )
+        self.identities = np.stack(
+            [np.stack([self._take(at + f"{part}_identity", s.width) for part in ("tower", "mlp")]) for at in layer]
+        )
+        read = []
+        for index, at in enumerate(layer):
+            rows = [self._take(at + f"tower.bottlenecks.{k}.weight", s.rank, s.width) for k in token_levels]
+            rows.append(self._take(at + "tower.salience.weight", weighed, s.width))
+            rows.append(self._take(at + "tower.gate.weight", s.width, s.width))
+            if index in s.slot_layers:
+                rows.append(self._take(at + "slots.value.weight", s.slot_width, s.width))
+            elif s.slot_layers:
+                rows.append(np.zeros((s.slot_width, s.width), np.float32))
+            read.append(np.concatenate(rows))
+        self.read = np.stack(read)
+        self.bias = np.stack([self._take(at + "tower.salience.bias", weighed) for at in layer])
+        features = 3 * s.rank * s.token_levels
+        self.up = np.stack([self._take(at + "tower.up_tokens.weight", s.width, features) for at in layer])
+        self.age = self._stack([at + "tower.age.weight" for at in layer], s.width, aged) if aged else None
+        self.gates = np.stack(
+            [
+                np.concatenate([self._take(at + f"mlp.{part}.weight", s.inner, s.width) for part in ("gate", "up")])
+                for at in layer
+            ]
+        )
+        self.down = self._stack([at + "mlp.down.weight" for at in layer], s.width, s.inner)
+        recalled = len(s.contexts) * (s.slot_width + 1)
+        self.recall = self._stack([layer[q] + "slots.read.weight" for q in s.slot_layers], s.width, recalled)
+        names = [[at + f"tower.bottlenecks.{k}.weight" for k in dual] for at in layer]
+        self.node_read = np.stack([self._stack(row, s.rank, s.width) for row in names])
+        names = [[at + f"tower.up_nodes.{k}.weight" for k in dual] for at in layer]
+        self.node_up = np.stack([self._stack(row, s.width, 3 * s.rank) for row in names])
+        if self.age is None:
+            self.age = np.zeros((s.layers, s.width, 0), np.float32)
+        self.marks = np.zeros((s.vocabulary, 0), np.uint8)
+        if s.rules:
+            self.marks = np.ascontiguousarray(self._found("model.boundaries.marks", (s.vocabulary, len(s.rules))))
+            if not self.marks.any():
+                raise UserError(
+                    f"The rules of {', '.join(s.rules)} need the text of each token; call "
+                    "model.use_tokenizer(tokenizer) once and save the model again."
+                )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a step reads."""
+        parts = (self.read, self.up, self.age, self.gates, self.down, self.recall, self.head)
+        nodes = sum(part[:, n].nbytes / 2**n for part in (self.node_read, self.node_up) for n in range(part.shape[1]))
+        first = 2 ** max(self.node_read.shape[1] and 3, 0)
+        return int(sum(part.nbytes for part in parts if part is not None) + nodes / first)
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> Array:
+        if name not in self._tensors:
+            raise UserError(f"The weights lack {name}; the folder is damaged or of another configuration.")
+        tensor = self._tensors[name]
+        if tensor.shape != shape:
+            raise UserError(
+                f"The weight {name} has the shape {tensor.shape}, not {shape}; the folder is damaged or of another "
+                "configuration."
+            )
+        return tensor
+
+    def _take(self, name: str, *shape: int) -> Array:
+        return np.ascontiguousarray(self._found(name, shape), dtype=np.float32)
+
+    def _stack(self, names: Sequence[str], *shape: int) -> Array:
+        if not names:
+            return np.zeros((0, *shape), np.float32)
+        return np.stack([self._take(name, *shape) for name in names])

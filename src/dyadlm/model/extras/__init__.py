@@ -1,0 +1,35 @@
+"""Mechanisms that no preset uses: subclasses of the core's parts, with what was measured of each.
+
+Importing this package registers them. The order matters where one builds on another: later ones come outermost.
+"""
+
+from dyadlm.model.block import DyadBlock
+from dyadlm.model.boundaries import LEARNED
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.extras.features import LongerMemory, OtherFeatures
+from dyadlm.model.extras.forgetting import Forgetting
+from dyadlm.model.extras.gated_slots import GatedSlots
+from dyadlm.model.extras.learned_boundaries import LearnedBoundaries
+from dyadlm.model.extras.model_space import ModelSpace
+from dyadlm.model.extras.prefix import PrefixLevels
+from dyadlm.model.extras.selector import Deciding, Selected
+from dyadlm.model.extras.unweighted import Unweighted
+from dyadlm.model.slots import IdentitySlots, plans_alike
+from dyadlm.model.tower import Tower
+from dyadlm.model.variants import register
+
+
+def _has_learned(config: DyadConfig) -> bool:
+    return LEARNED in (config.semantic_levels or ())
+
+
+register(Tower, lambda config: not config.salience, Unweighted)
+register(Tower, lambda config: config.level_feature != "product+pair", OtherFeatures)
+register(Tower, lambda config: config.semantic_memory > 1, LongerMemory)
+register(Tower, lambda config: config.transport_space == "model", ModelSpace)
+register(Tower, lambda config: "prefix" in config.alignments, PrefixLevels)
+register(Tower, lambda config: config.forgetting, Forgetting)
+register(Tower, _has_learned, LearnedBoundaries)
+register(Tower, lambda config: config.selector != "none", Selected)
+register(DyadBlock, lambda config: config.decision_slots, Deciding)
+register(IdentitySlots, lambda config: not plans_alike(config), GatedSlots)

@@ -1,0 +1,46 @@
+"""Where everything stands in a chunk: worked out once, the same for every block.
+
+Dimension letters: B batch, T time.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.ops.blocks import Nodes, granularity, tree_nodes
+from dyadlm.ops.centroids import Shares, level_shares
+from dyadlm.ops.clock import Clock
+from dyadlm.ops.segments import SegmentPlan
+
+
+class ChunkLayout(NamedTuple):
+    """Where everything stands in a chunk: worked out once, the same for every block."""
+
+    clock: Clock
+    nodes: list[Nodes]  # of each level of the block tree
+    shares: list[Shares]  # of each level of the pyramid
+    segments: SegmentPlan | None  # of the semantic levels that follow rules
+    ages: Tensor  # (B or 1, T, ages): how far past its last node, or into its segment, each level is
+    progress: Tensor  # 0-dim: how far training is, from 0 to 1
+
+
+def chunk_layout(
+    clock: Clock, segments: SegmentPlan | None, progress: Tensor, config: DyadConfig, dtype: torch.dtype
+) -> ChunkLayout:
+    """The layout of a chunk for a model whose hidden states have `dtype`."""
+    alignments = config.alignments
+    changes = [granularity(k, a) for k, a in enumerate(alignments) if a != "sliding"]
+    nodes = tree_nodes(clock, max(changes, default=-1))
+    sums = torch.promote_types(dtype, torch.float32)
+    shares = [level_shares(k, a, clock, nodes, config.early, sums) for k, a in enumerate(alignments)]
+    index = clock.index[:1] if clock.fresh else clock.index
+    period = 2 ** torch.tensor(changes, device=index.device, dtype=torch.int64)
+    angle = (index[..., None] + 1) % period * (2 * math.pi / period)
+    ages = torch.cat([angle.sin(), angle.cos()], -1)
+    if segments is not None:
+        into = segments.length.to(ages.dtype).log2() / math.log2(config.longest_segment)
+        ages = torch.cat([ages.expand(into.shape[0], -1, -1), into], -1)
+    return ChunkLayout(clock, nodes, shares, segments, ages.to(dtype), progress)

@@ -1,0 +1,103 @@
+"""How the planner and the blocks of a model work together: what forecasters read, and the plan at each token.
+
+Dimension letters: B batch, T time, S semantic levels, V vocabulary, D width.
+"""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from dyadlm.model.block import DyadBlock
+from dyadlm.model.boundaries import LEARNED
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.extras.selector import by_head
+from dyadlm.model.planner import Forecasts, Plan
+from dyadlm.model.tower import Tower
+from dyadlm.ops.segments import SegmentPlan
+
+if TYPE_CHECKING:
+    from dyadlm.model.modeling import DyadForCausalLM, DyadModel
+
+
+@torch.no_grad()
+def level_values(model: "DyadModel", embedded: Tensor, hidden: Tensor) -> Tensor:
+    """What tokens are to the last block's levels: embedded, and the block's input, (..., D) → (..., ranks)."""
+    heard, last = model.identity_norm(embedded), cast(DyadBlock, model.layers[-1])
+    tower = last.tower
+    if model.config.tower == "input":
+        tower = cast(DyadBlock, model.layers[0]).tower
+    else:
+        heard = last.tower_norm(hidden) + last.tower_identity * heard
+    return torch.cat(tower.through_bottlenecks(heard, range(len(model.config.ranks))), -1)
+
+
+@torch.no_grad()
+def level_meaning(model: "DyadModel", tokens: Tensor) -> Tensor:
+    """What tokens (...) are to the last block's levels while nothing is known of their past: (..., ranks)."""
+    embedded = model.embed_tokens(tokens)
+    return level_values(model, embedded, embedded)
+
+
+def imagine(model: "DyadModel", embedded: Tensor, outlook: Forecasts) -> Tensor:
+    """What the last block makes of expected tokens (B, T, D) if its levels move on as forecast: (B, T, D)."""
+    block, identity = cast(DyadBlock, model.layers[-1]), model.identity_norm(embedded)
+    read = block.tower_norm(embedded) + block.tower_identity * identity
+    hidden = embedded + _imagined_levels(block.tower, read, outlook)
+    return hidden + block.mlp(block.mlp_norm(hidden) + block.mlp_identity * identity)
+
+
+def _imagined_levels(tower: Tower, x: Tensor, outlook: Forecasts) -> Tensor:
+    """The sum of the levels, output gate included, if at every token they held the nodes that are forecast: (B, T, D).
+
+    All that belongs to one position is as it is; the gate knows no ages here.
+    """
+    weights = tower.token_weights() | {k: cast(nn.Linear, tower.up_nodes[str(k)]).weight for k in tower.node_levels}
+    known = torch.ones_like(x[..., :1], dtype=torch.bool)
+    written = torch.zeros_like(x)
+    nodes = (part.split(tower.ranks, -1) for part in (outlook.forecast.detach(), outlook.last, outlook.previous))
+    for k, (now, before, earlier) in enumerate(zip(*nodes, strict=True)):
+        if k < len(tower.alignments):
+            feature = tower.feature(k, now, before, known, x.dtype)
+        else:
+            feature = tower.segment_feature(k, now, before, earlier, known, x.dtype)
+        update = nn.functional.linear(feature, weights[k])
+        routes = outlook.routes
+        written = written + (update if routes is None else by_head(update, routes[..., k] * routes.shape[-1]))
+    return nn.functional.silu(tower.gate(x)) * written
+
+
+def semantic_begins(config: DyadConfig, segments: SegmentPlan | None, learned: Tensor | None) -> Tensor | None:
+    """Where segments begin (B, T, S) bool, in the order of the semantic levels; None without any.
+
+    learned: (B, T) bool, of the learned boundary.
+    """
+    by_rule = iter(() if segments is None else segments.begins.unbind(-1))
+    names = config.semantic_levels or ()
+    columns = [learned if name == LEARNED else next(by_rule) for name in names]
+    return torch.stack(cast(list[Tensor], columns), -1) if columns else None
+
+
+def draw_plan(model: "DyadForCausalLM", hidden: Tensor, engineer: Tensor, outlook: Forecasts) -> Plan:
+    """The plan at some tokens: hidden (B, T, D), the engineer's logits (B, T, V), and the outlook there."""
+    planner, forecasters = model.planner, model.model.forecasters
+    assert planner is not None
+    assert forecasters is not None
+    embed, forecast = model.model.embed_tokens, outlook.forecast.detach().to(hidden.dtype)
+    if planner.proposal is not None:
+        proposed = planner.propose(hidden, forecast)
+    else:
+        # At first all tokens are expected alike; so small a mean would have a huge gradient through the norms.
+        expected = engineer.detach().softmax(-1) @ embed.weight.detach()
+        proposed = planner.norm(imagine(model.model, expected, outlook))
+    proposal = model.lm_head(proposed)
+    futures = proposal.detach().topk(planner.futures, -1).indices
+    near = forecast[..., None, :]
+    supposed = planner.suppose(near, level_meaning(model.model, futures))
+    far = forecasters.again(outlook.memory[..., None, :], supposed).to(hidden.dtype)
+    said = model.lm_head(planner.artist(near, far, embed(futures), hidden[..., None, :]))
+    choice = planner.choose(engineer, proposal, futures, said, model.config.consensus or 1.0)
+    far, artist = (
+        part.gather(2, choice[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2) for part in (far, said)
+    )
+    return Plan(outlook, proposal, futures, choice, far, artist)

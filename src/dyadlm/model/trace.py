@@ -1,0 +1,107 @@
+"""The only way by which probes and pictures look inside a model, and silence parts of it.
+
+Everything here reads a text from a fresh state, without gradient, and leaves the model as it was.
+
+Dimension letters: B batch, T time, L layers, K levels, F numbers of a feature.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dyadlm.model.block import DyadBlock
+from dyadlm.model.boundaries import TextState
+from dyadlm.model.cache import BlockState
+from dyadlm.model.layout import ChunkLayout, chunk_layout
+from dyadlm.model.modeling import DyadForCausalLM
+from dyadlm.model.slots import plan_slots, plans_alike
+from dyadlm.model.text import read_text
+from dyadlm.model.tower import LevelFeatures, Tower
+from dyadlm.ops.clock import make_clock
+
+
+class BlockTrace(NamedTuple):
+    """What one block read, and what its levels found in it."""
+
+    block: DyadBlock
+    read: Tensor  # (B, T, D), the normalised hidden state with the identity channel
+    levels: LevelFeatures
+    layout: ChunkLayout
+
+
+@torch.no_grad()
+def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
+    """The trace of each block for texts (B, T) int64."""
+    inner, config = model.model, model.config
+    embedded, clock = inner.embed_tokens(ids), make_clock(*ids.shape, device=ids.device)
+    segments, contexts, _ = read_text(inner, ids, None, clock, TextState())
+    layout = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
+    outputs, _, _ = inner.stack(embedded, clock, segments, contexts, [BlockState()] * len(inner.layers), keep=False)
+    identity = inner.identity_norm(embedded)
+    shared: LevelFeatures | None = None
+    if config.tower == "input":  # one tower reads for all blocks
+        first = cast(DyadBlock, inner.layers[0])
+        shared, _ = first.tower.read_levels(identity, layout, BlockState())
+    for layer, hidden in zip(inner.layers, outputs[:-1], strict=True):
+        block = cast(DyadBlock, layer)
+        read = block.tower_norm(hidden) + block.tower_identity * identity
+        levels = shared if shared is not None else block.tower.read_levels(read, layout, BlockState())[0]
+        yield BlockTrace(block, read, levels, layout)
+
+
+@torch.no_grad()
+def level_features(model: DyadForCausalLM, ids: Tensor) -> list[dict[int, Tensor]]:
+    """The feature of each level at each token of texts (B, T) int64: by block that reads levels, by level,
+    (B, T, F)."""
+    found = []
+    for trace in trace_blocks(model, ids):
+        found.append(trace.block.tower.at_tokens(trace.levels.features, trace.layout))
+        if model.config.tower == "input":  # the other blocks use the features of this one
+            break
+    return found
+
+
+@torch.no_grad()
+def level_contributions(model: DyadForCausalLM, ids: Tensor) -> Tensor:
+    """The length of what each level adds to the residual stream at each token, output gate included.
+
+    Args:
+        ids: (T,) or (1, T) int64.
+
+    Returns:
+        (L, K, T) float.
+    """
+    traces = trace_blocks(model, ids.view(1, -1))
+    return torch.stack([t.block.tower.contributions(t.read, t.levels.features, t.layout)[0].T for t in traces])
+
+
+@torch.no_grad()
+def slot_hits(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """By context, where slots hold it: (B, T) bool for texts (B, T) int64.
+
+    Empty for a model without slots, and where more than the tokens decides what is written.
+    """
+    config = model.config
+    if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
+        return {}
+    clock = make_clock(*ids.shape, device=ids.device)
+    _, contexts, _ = read_text(model.model, ids, None, clock, TextState())
+    assert contexts is not None
+    found = plan_slots(contexts, clock, config, None).found
+    return {str(context): hit for context, hit in zip(config.slot_contexts, found.unbind(-1), strict=True)}
+
+
+@torch.no_grad()
+def without_level(model: DyadForCausalLM, level: int) -> DyadForCausalLM:
+    """A copy of the model in which one level adds nothing: its up-projections are zero in every block."""
+    copied = deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, Tower):
+            if level in module.node_levels:
+                cast(nn.Linear, module.up_nodes[str(level)]).weight.zero_()
+            else:
+                module.token_weights()[level].zero_()
+    return copied

@@ -1,0 +1,29 @@
+"""Which class stands for a part of the model: the plain one, with the variants that a configuration asks for.
+
+The core names no variant. `dyadlm.model.extras` registers them; each is a subclass that changes a method or two.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dyadlm.model.configuration import DyadConfig
+
+Part = TypeVar("Part")
+Condition = Callable[[DyadConfig], bool]
+_registered: list[tuple[type, Condition, type]] = []
+_combined: dict[tuple[type, ...], Any] = {}
+
+
+def register(base: type, applies: Condition, variant: type) -> None:
+    """Let `variant`, a subclass of `base`, stand for it wherever a configuration says so. Later ones come outermost."""
+    _registered.append((base, applies, variant))
+
+
+def variant_of(base: type[Part], config: DyadConfig) -> type[Part]:
+    """`base` itself, or the class that combines all variants of it which apply."""
+    kinds = tuple(kind for part, applies, kind in reversed(_registered) if part is base and applies(config))
+    if len(kinds) < 2:
+        return kinds[0] if kinds else base
+    if kinds not in _combined:
+        _combined[kinds] = type(base.__name__, kinds, {"__module__": base.__module__})
+    return _combined[kinds]
