@@ -38,14 +38,14 @@ import dyadlm
 from common import Cells, arguments, dyad, interval, llama, require_green, size
 from dyadlm import DyadCache
 from dyadlm.data import resolve_data
-from dyadlm.engine import Engine
+from dyadlm.engine import Engine, EngineState
 from dyadlm.report.figures import STYLE
 from llama_cpp import LlamaCpp, write_gguf
 from streaming import CHUNK, filled_cache
 
 CONTEXTS = (0, 1_000, 8_000)
 FARTHEST = 1_000_000
-FORMATS = ("float32", "bfloat16", "int8")
+FORMATS = ("float32",)
 BATCH = 64
 PARITY_TOKENS = 300
 SCORED_BYTES = 65_536
@@ -88,6 +88,15 @@ def text(length: int) -> list[int]:
     return list("".join(words[i] + end for i, end in zip(chosen, ends, strict=True)).encode())[:length]
 
 
+def open_engine(folder: Path, weights: str) -> Engine:
+    return Engine.from_folder(folder) if weights == "float32" else Engine.from_folder(folder, weights=weights)
+
+
+def engine_state(engine: Engine, cache: DyadCache) -> EngineState:
+    """The state of one row as the engine holds it."""
+    return engine.state_from({name: part.numpy() for name, part in cache.tensors().items()}, cache.columns_seen)
+
+
 class Contender:
     """A way to decode: `step` reads one token, `back` returns to the context that was read at first."""
 
@@ -104,7 +113,7 @@ class Contender:
         return 1000 * (time.thread_time() - started) / (len(tokens) - 1)
 
 
-def engine_contender(engine: Engine, state: Any) -> Contender:
+def engine_contender(engine: Engine, state: EngineState) -> Contender:
     held = [state]
 
     def back() -> None:
@@ -200,7 +209,7 @@ def parity(model: torch.nn.Module, engine: Engine) -> dict[str, float]:
     return {"largest_difference": float(f"{largest:.3g}"), "relative": float(f"{largest / expected.std():.3g}")}
 
 
-def streamed(engine: Engine, tokens: int) -> tuple[Any, float]:
+def streamed(engine: Engine, tokens: int) -> tuple[EngineState, float]:
     """The engine's state after really stepping through so many tokens, and milliseconds of a token on the way."""
     state, ids = engine.start(), text(tokens)
     started = time.thread_time()
@@ -219,18 +228,17 @@ def decoding_cell(preset: str, rounds: int, folder: Path) -> dict[str, Any]:
     layers, width, heads = plan["llama"]
     peer = llama(size(model), layers, width, heads, positions=2 * CHUNK).eval()
     write_gguf(peer, folder / "llama.gguf")
-    engines = {name: Engine.from_folder(folder / "dyad", weights=name) for name in FORMATS}
+    engines = {name: open_engine(folder / "dyad", name) for name in FORMATS}
     states = read_states(model, CONTEXTS)
     contenders: dict[str, Contender] = {}
     result: dict[str, Any] = {
         "parameters": {"dyad": size(model), "llama": size(peer)},
         "weight_bytes": {name: engine.weight_bytes for name, engine in engines.items()},
-        "backend": engines["float32"].backend,
         "parity": {name: parity(model, engine) for name, engine in engines.items()},
     }
     for context in plan["contexts"]:
         if context in states:
-            caches = {name: engine.take(states[context]) for name, engine in engines.items()}
+            caches = {name: engine_state(engine, states[context]) for name, engine in engines.items()}
         else:
             state, taken = streamed(engines["float32"], context)
             caches = {"float32": state}
@@ -278,7 +286,7 @@ def batch_cell(preset: str, rounds: int, folder: Path) -> dict[str, Any]:
     model = dyad(preset).eval()
     speaking(model)
     model.save_pretrained(folder / "dyad")
-    engine = Engine.from_folder(folder / "dyad")
+    engine = open_engine(folder / "dyad", "float32")
     rows = [text(BATCH + 64)[row : row + 64] for row in range(BATCH)]
     columns = [list(column) for column in zip(*rows, strict=True)][: SIZES[preset]["burst"] // 2 + 1]
     times: dict[str, list[float]] = {"engine": [], "torch": []}
@@ -297,7 +305,6 @@ def batch_cell(preset: str, rounds: int, folder: Path) -> dict[str, Any]:
             times["torch"].append(1000 * (time.thread_time() - middle) / (len(columns) - 1))
     return {
         "rows": BATCH,
-        "backend": engine.backend,
         **{name: {"milliseconds": summary(values)} for name, values in times.items()},
         "torch_over_engine": ratios(times["torch"], times["engine"]),
         "rounds": rounds,
@@ -310,7 +317,7 @@ def narrow_weights(run: Path, data: str) -> dict[str, Any]:
     tokens = [int(token) for token in stream.tokens(0, min(len(stream), SCORED_BYTES + 1))]
     bits = {}
     for name in FORMATS:
-        engine = Engine.from_folder(run, weights=name)
+        engine = open_engine(run, name)
         state, nats = engine.start(), []
         for token, target in itertools.pairwise(tokens):
             logits = np.asarray(engine.step(state, token), np.float64)
@@ -346,7 +353,9 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
             for name, (color, label) in looks.items():
                 points = [(i, cell.get(f"{name}, {context}")) for i, context in enumerate(contexts)]
                 known = [(i, point["milliseconds"]["median"]) for i, point in points if point is not None]
-                axes.plot(*zip(*known, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=label)
+                if known:
+                    x, y = zip(*known, strict=True)
+                    axes.plot(x, y, color=color, marker="o", markersize=4, linewidth=2, label=label)
             axes.axhline(
                 cell["floor float32"]["milliseconds"]["median"], color="#555555", linewidth=1, linestyle="--",
                 label="time to read the float32 weights",
