@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dyadlm.engine.layout import Shape, log2_longest, shape_of, unsupported
-from dyadlm.engine.pack import Weights
+from dyadlm.engine.pack import FORMATS, Weights
 from dyadlm.engine.state import EngineState
 from dyadlm.errors import UserError
 
@@ -27,19 +27,22 @@ class Engine:
     fields: of the configuration. vocab_size: V. weight_bytes: bytes of weights that a token reads.
     """
 
-    def __init__(self, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]):
-        """tensors: by the names of the model's parameters; copied.
+    def __init__(self, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, weights: str = "float32"):
+        """tensors: by the names of the model's parameters; copied. weights: how matrices are stored, one of
+        float32 | bfloat16 | int8; products are in float32 all the same.
 
         Raises:
             UserError: the engine does not support the model, or weights are missing or of another shape.
         """
+        if weights not in FORMATS:
+            raise UserError(f"There is no format {weights!r} of weights; choose one of {', '.join(FORMATS)}.")
         reason = unsupported(fields)
         if reason is not None:
             raise UserError(f"The engine cannot run this model, since {reason}; use the model in torch.")
         from dyadlm.engine import numba_step  # takes a while to load
 
         self.fields, self.shape = fields, shape_of(fields)
-        self.weights = Weights(self.shape, tensors)
+        self.weights = Weights(self.shape, tensors, weights)
         self.vocab_size, self.weight_bytes = self.shape.vocabulary, self.weights.bytes_per_token
         self._module = numba_step
         self._constants = self._arguments()
@@ -47,8 +50,8 @@ class Engine:
         self._integers = np.zeros(104, np.int64)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Engine":
-        """The engine of a saved model: config.json and safetensors.
+    def from_folder(cls, folder: str | Path, *, weights: str = "float32") -> "Engine":
+        """The engine of a saved model: config.json and safetensors. weights: as above.
 
         Raises:
             UserError: no such model, or one that the engine does not support.
@@ -71,7 +74,7 @@ class Engine:
             raise UserError(f"{folder} is no model folder ({error}); give one that `dyadlm train` wrote.") from error
         if not isinstance(fields, dict) or fields.get("model_type") != "dyadlm":
             raise UserError(f"{folder} holds no dyadlm model; give a folder that `dyadlm train` wrote.")
-        return cls(fields, tensors)
+        return cls(fields, tensors, weights=weights)
 
     def start(self) -> EngineState:
         """An empty state."""
@@ -132,8 +135,7 @@ class Engine:
                 self._module.node_feature(
                     state.blocks[layer, level - 1],
                     level,
-                    weights.node_read[layer, n],
-                    weights.node_up[layer, n],
+                    *(part[layer, n] for part in (*weights.node_read, *weights.node_up)),
                     mean,
                     feature,
                     both,
@@ -149,9 +151,9 @@ class Engine:
         sizes = (s.sliding, s.semantic, s.rank, s.slot_width, word, s.longest, s.fits, max(s.vocabulary, 2))
         slots = np.array([s.slot_layers.index(i) if i in s.slot_layers else -1 for i in range(s.layers)], np.int64)
         contexts = np.array(s.contexts, np.int64)
-        parts = (w.embedding, w.head, w.norm, w.norms, w.identities, w.read, w.bias, w.up, w.age, w.gates, w.down)
-        rest = (w.recall, w.node_read, w.node_up, w.marks)
-        return (sizes, np.float32(s.eps), np.float32(log2_longest(s)), contexts, slots, *parts, *rest)
+        first = (w.embedding, *w.head, w.norm, w.norms, w.identities, *w.read, w.bias, *w.up, w.age)
+        rest = (*w.gates, *w.down, *w.recall, *w.node_read, *w.node_up, w.marks)
+        return (sizes, np.float32(s.eps), np.float32(log2_longest(s)), contexts, slots, *first, *rest)
 
 
 def scratch_size(shape: Shape) -> int:

@@ -9,7 +9,9 @@ tag, M numbers that a slot keeps. Marks are those of `dyadlm.model.boundaries`.
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
 
 ENDS, STARTS, STICKS, HEAD, TAIL = 1, 2, 4, 8, 16
 PHI = np.uint64(0x9E3779B97F4A7C15)
@@ -18,9 +20,28 @@ MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 OPTIONS: Any = {"cache": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "nogil": True}
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float32(context, bits):
+    """The float32 of the same 32 bits."""
+    signature = types.float32(types.uint32)
+    return signature, lambda _, builder, __, arguments: builder.bitcast(arguments[0], ir.FloatType())
+
+
+def widened(number):
+    """A stored number as float32: bfloat16 is stored as the upper half of its bits, int8 without its scale."""
+    return np.float32(number)
+
+
+@overload(widened, inline="always")
+def _widened(number):
+    if number == types.uint16:
+        return lambda number: _as_float32(np.uint32(number) << np.uint32(16))
+    return lambda number: np.float32(number)
+
+
 @njit(**OPTIONS)
-def product(matrix, x, y):
-    """y = matrix @ x for a matrix (rows, columns), four rows at a time."""
+def product(matrix, scales, x, y):
+    """y = scales * (matrix @ x) for a matrix (rows, columns) of stored numbers, four rows at a time."""
     rows, columns = matrix.shape
     x = x[:columns]
     i = 0
@@ -29,18 +50,19 @@ def product(matrix, x, y):
         sum_a, sum_b, sum_c, sum_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for j in range(columns):
             value = x[j]
-            sum_a += a[j] * value
-            sum_b += b[j] * value
-            sum_c += c[j] * value
-            sum_d += d[j] * value
-        y[i], y[i + 1], y[i + 2], y[i + 3] = sum_a, sum_b, sum_c, sum_d
+            sum_a += widened(a[j]) * value
+            sum_b += widened(b[j]) * value
+            sum_c += widened(c[j]) * value
+            sum_d += widened(d[j]) * value
+        y[i], y[i + 1] = sum_a * scales[i], sum_b * scales[i + 1]
+        y[i + 2], y[i + 3] = sum_c * scales[i + 2], sum_d * scales[i + 3]
         i += 4
     while i < rows:
         a = matrix[i]
         total = np.float32(0)
         for j in range(columns):
-            total += a[j] * x[j]
-        y[i] = total
+            total += widened(a[j]) * x[j]
+        y[i] = total * scales[i]
         i += 1
 
 
@@ -154,7 +176,7 @@ def address(token, contexts, fits, radix, t, word_begins, history, word, pending
 
 
 @njit(**OPTIONS)
-def node_feature(blocks, level, read, up, mean, feature, both, out):
+def node_feature(blocks, level, read, read_scales, up, up_scales, mean, feature, both, out):
     """What a dual level adds at a node that has just become complete. blocks: (4, D + 1), the newest last."""
     width, rank = blocks.shape[1] - 1, read.shape[0]
     share = np.float32(1) / np.float32(1 << level)
@@ -162,13 +184,13 @@ def node_feature(blocks, level, read, up, mean, feature, both, out):
         older, newer = blocks[2 - 2 * window], blocks[3 - 2 * window]
         for i in range(width):
             mean[i] = (older[i] + newer[i]) * share
-        product(read, mean, both[window])
+        product(read, read_scales, mean, both[window])
         excess = np.float32(1) + (older[width] + newer[width]) * share
         for i in range(rank):
             feature[(1 + window) * rank + i] = both[window, i] / excess
     for i in range(rank):
         feature[i] = feature[rank + i] * feature[2 * rank + i]
-    product(up, feature, out)
+    product(up, up_scales, feature, out)
 
 
 @njit(**OPTIONS)
@@ -181,18 +203,26 @@ def step(
     slot_layer,
     embedding,
     head,
+    head_scales,
     norm,
     norms,
     identities,
     read,
+    read_scales,
     bias,
     up,
+    up_scales,
     age,
     gates,
+    gate_scales,
     down,
+    down_scales,
     recall,
+    recall_scales,
     node_read,
+    node_read_scales,
     node_up,
+    node_up_scales,
     vocabulary_marks,
     counter,
     marks,
@@ -281,7 +311,7 @@ def step(
         for i in range(width):
             x[i] = hidden[i] * scale * norm_row[i] + identity_row[i] * identity[i]
         rows = read.shape[1] if slots >= 0 else end_gate
-        product(read[layer, :rows], x, z)
+        product(read[layer, :rows], read_scales[layer], x, z)
         for i in range(bias.shape[1]):
             weights[i] = np.exp(np.float32(3) * np.tanh((z[end_read + i] + bias[layer, i]) / np.float32(3)))
         for k in range(token_levels):
@@ -333,7 +363,7 @@ def step(
                 features[at_feature + i] = current * last[i]
                 features[at_feature + rank + i] = current
                 features[at_feature + 2 * rank + i] = last[i]
-        product(up[layer], features, mix)
+        product(up[layer], up_scales[layer], features, mix)
         if dual:
             weight = weights[sliding]
             for i in range(width):
@@ -353,7 +383,16 @@ def step(
                 if level >= sliding:
                     n = level - sliding
                     node_feature(
-                        own_blocks, level, node_read[layer, n], node_up[layer, n], gated, feature, both, nodes[layer, n]
+                        own_blocks,
+                        level,
+                        node_read[layer, n],
+                        node_read_scales[layer, n],
+                        node_up[layer, n],
+                        node_up_scales[layer, n],
+                        gated,
+                        feature,
+                        both,
+                        nodes[layer, n],
                     )
                     changed = True
                 for i in range(width + 1):
@@ -397,21 +436,21 @@ def step(
                     for i in range(slot_width + 1):
                         out[i] = np.float32(0)
             if any_found:
-                product(recall[slots], recalled, mix)
+                product(recall[slots], recall_scales[slots], recalled, mix)
                 for i in range(width):
                     hidden[i] += mix[i]
         scale = scale_of(hidden, eps)
         norm_row, identity_row = norms[layer, 1], identities[layer, 1]
         for i in range(width):
             x[i] = hidden[i] * scale * norm_row[i] + identity_row[i] * identity[i]
-        product(gates[layer], x, z)
+        product(gates[layer], gate_scales[layer], x, z)
         for i in range(inner):
             gated[i] = silu(z[i]) * z[inner + i]
-        product(down[layer], gated, mix)
+        product(down[layer], down_scales[layer], gated, mix)
         for i in range(width):
             hidden[i] += mix[i]
     scale = scale_of(hidden, eps)
     for i in range(width):
         x[i] = hidden[i] * scale * norm[i]
-    product(head, x, logits)
+    product(head, head_scales, x, logits)
     counter[0] = t + 1

@@ -7,6 +7,7 @@ Dimension letters: D width, L layers, V vocabulary, F inner width of the SwiGLU,
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,16 +17,53 @@ from dyadlm.errors import UserError
 Array = np.ndarray
 
 
+FORMATS = ("float32", "bfloat16", "int8")
+
+
+class Matrix(NamedTuple):
+    """Stored numbers (..., rows, columns), and what each row is multiplied by (..., rows) float32."""
+
+    numbers: Array  # float32; uint16, the upper half of the bits of float32; or int8
+    scales: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product with everything reads."""
+        return int(self.numbers.nbytes + self.scales.nbytes)
+
+
+def stored(matrix: Array, form: str) -> Matrix:
+    """A float32 matrix in one of `FORMATS`, rounded to nearest; int8 by the largest number of each row."""
+    ones = np.ones(matrix.shape[:-1], np.float32)
+    if form == "bfloat16":
+        bits = matrix.view(np.uint32)
+        return Matrix(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), ones)
+    if form == "int8":
+        scales = np.abs(matrix).max(-1, initial=0.0) / 127
+        scales = np.where(scales > 0, scales, 1).astype(np.float32)
+        return Matrix(np.rint(matrix / scales[..., None]).astype(np.int8), scales)
+    return Matrix(matrix, ones)
+
+
 class Weights:
-    """Float32 arrays, each with the layers first.
+    """Float32 arrays and matrices in one of `FORMATS`, each with the layers first.
 
     read: (L, rows, D); a layer without slots has zeros in the rows of the slot value. up: (L, D, token features).
     age: (L, D, ages). gates: (L, 2 F, D). down: (L, D, F). recall: (slot layers, D, N (M + 1)).
     node_read: (L, dual, R, D). node_up: (L, dual, D, 3 R). norms, identities: (L, 2, D).
     """
 
-    def __init__(self, shape: Shape, tensors: Mapping[str, Array]):
-        s, self._tensors = shape, tensors
+    head: Any
+    read: Any
+    up: Any
+    gates: Any
+    down: Any
+    recall: Any
+    node_read: Any
+    node_up: Any
+
+    def __init__(self, shape: Shape, tensors: Mapping[str, Array], form: str = "float32"):
+        s, self._tensors, self._sliding = shape, tensors, shape.sliding
         sliding, dual = range(s.sliding), range(s.sliding, s.levels)
         token_levels = [*sliding, *range(s.levels, s.levels + s.semantic)]
         weighed = s.sliding + (s.dual > 0) + s.semantic
@@ -56,7 +94,9 @@ class Weights:
         self.bias = np.stack([self._take(at + "tower.salience.bias", weighed) for at in layer])
         features = 3 * s.rank * s.token_levels
         self.up = np.stack([self._take(at + "tower.up_tokens.weight", s.width, features) for at in layer])
-        self.age = self._stack([at + "tower.age.weight" for at in layer], s.width, aged) if aged else None
+        self.age = np.zeros((s.layers, s.width, 0), np.float32)
+        if aged:
+            self.age = self._stack([at + "tower.age.weight" for at in layer], s.width, aged)
         self.gates = np.stack(
             [
                 np.concatenate([self._take(at + f"mlp.{part}.weight", s.inner, s.width) for part in ("gate", "up")])
@@ -70,8 +110,8 @@ class Weights:
         self.node_read = np.stack([self._stack(row, s.rank, s.width) for row in names])
         names = [[at + f"tower.up_nodes.{k}.weight" for k in dual] for at in layer]
         self.node_up = np.stack([self._stack(row, s.width, 3 * s.rank) for row in names])
-        if self.age is None:
-            self.age = np.zeros((s.layers, s.width, 0), np.float32)
+        for name in ("head", "read", "up", "gates", "down", "recall", "node_read", "node_up"):
+            setattr(self, name, stored(getattr(self, name), form))
         self.marks = np.zeros((s.vocabulary, 0), np.uint8)
         if s.rules:
             self.marks = np.ascontiguousarray(self._found("model.boundaries.marks", (s.vocabulary, len(s.rules))))
@@ -83,11 +123,15 @@ class Weights:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that a step reads."""
+        """Bytes of weights that a step reads, on average: dual level k is read every 2^(k - 1) tokens."""
         parts = (self.read, self.up, self.age, self.gates, self.down, self.recall, self.head)
-        nodes = sum(part[:, n].nbytes / 2**n for part in (self.node_read, self.node_up) for n in range(part.shape[1]))
-        first = 2 ** max(self.node_read.shape[1] and 3, 0)
-        return int(sum(part.nbytes for part in parts if part is not None) + nodes / first)
+        dual = self.node_read.numbers.shape[1]
+        nodes = sum(
+            part.numbers[:, n].nbytes / 2 ** (self._sliding + n - 1)
+            for part in (self.node_read, self.node_up)
+            for n in range(dual)
+        )
+        return int(sum(part.nbytes for part in parts) + nodes)
 
     def _found(self, name: str, shape: tuple[int, ...]) -> Array:
         if name not in self._tensors:
