@@ -43,8 +43,26 @@ def test_chunks_and_single_tokens_equal_the_whole(variant):
         assert state_distance(cache, full.past_key_values) < EXACT
 
 
+def decided_seed(variant: dict, ids: torch.Tensor) -> int:
+    """The first seed whose hard decisions (selectors, learned boundaries) do not depend on the rounding of float32."""
+    for seed in range(8):
+        model, generator = make_model(seed=seed, **variant), torch.Generator().manual_seed(1)
+        logits, moved = model(ids).logits, 0.0
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for _ in range(4):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.copy_(weights[name] * (1 + 1e-6 * noise))
+                moved = max(moved, distance(model(ids).logits, logits))
+        if moved < 1e-3:
+            return seed
+    raise AssertionError("every seed has a decision that rounding turns over")
+
+
 def test_float32_token_by_token_equals_the_whole(variant):
-    model, ids = make_model(torch.float32, **variant), text_ids(1, 140)
+    ids = text_ids(1, 140)
+    model = make_model(torch.float32, seed=decided_seed(variant, ids), **variant)
     logits, cache = read(model, ids, range(1, 140))
     full = model(ids, use_cache=True)
     assert distance(logits, full.logits) < 1e-4

@@ -20,7 +20,7 @@ MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 OPTIONS: Any = {"cache": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "nogil": True}
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float32(context, bits):
     """The float32 of the same 32 bits."""
     signature = types.float32(types.uint32)
