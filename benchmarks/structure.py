@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from common import Cells, arguments, dyad, require_green, size, step_times, validation_nats
 from dyadlm import DyadForCausalLM
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data
-from dyadlm.data.tokenizer import decode_bytes
+from dyadlm.data.encoding import decode_bytes
 from dyadlm.evaluate.level_probe import probe_levels
 from dyadlm.model.loading import load_weights
 from dyadlm.train import TrainSettings, train

@@ -1,17 +1,24 @@
-"""Causal language models without attention, on a dyadic pyramid of phase-transported centroids.
+"""Causal language models without attention, on a causal pyramid of centroids over the past.
 
-`import dyadlm` registers the model with `AutoConfig` and `AutoModelForCausalLM`.
+`import dyadlm` makes the model known to `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`. It loads neither torch
+nor transformers: a name below is imported when it is first used.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typing import TYPE_CHECKING
 
+from dyadlm import registration
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.model import DyadCache, DyadConfig, DyadForCausalLM, DyadModel, DyadOutput
+from dyadlm.lazy import attach
 from dyadlm.version import __version__
 
-AutoConfig.register(DyadConfig.model_type, DyadConfig, exist_ok=True)
-AutoModel.register(DyadConfig, DyadModel, exist_ok=True)
-AutoModelForCausalLM.register(DyadConfig, DyadForCausalLM, exist_ok=True)
+if TYPE_CHECKING:
+    from dyadlm.model import DyadCache, DyadConfig, DyadForCausalLM, DyadModel, DyadOutput
+
+__getattr__, __dir__ = attach(
+    __name__,
+    dict.fromkeys(("DyadCache", "DyadConfig", "DyadForCausalLM", "DyadModel", "DyadOutput"), "dyadlm.model"),
+)
+registration.when_auto_classes_load()
 
 __all__ = [
     "DyadCache",

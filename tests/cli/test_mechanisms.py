@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dyadlm.cli import main
 from dyadlm.data import TokenStream
-from dyadlm.data.tokenizer import encode_bytes
+from dyadlm.data.encoding import encode_bytes
 from dyadlm.evaluate import evaluate
 from dyadlm.generate import load_model
 

@@ -10,7 +10,7 @@ import pytest
 
 from dyadlm.data import Passage, Source, TrainingWindows, byte_tokenizer, open_dataset, prepare
 from dyadlm.data.dataset import ROW_TOKENS
-from dyadlm.data.tokenizer import decode_bytes
+from dyadlm.data.encoding import decode_bytes
 from dyadlm.errors import UserError
 
 from .conftest import make_text

@@ -3,8 +3,8 @@
 import pytest
 
 from dyadlm.data import byte_tokenizer, prepare, resolve, resolve_data, tokenizer_identity
+from dyadlm.data.encoding import decode_bytes
 from dyadlm.data.resolve import parse_weight
-from dyadlm.data.tokenizer import decode_bytes
 from dyadlm.errors import UserError
 
 from .conftest import make_text

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dyadlm.data import TokenStream, byte_tokenizer, decode_bytes, encode_bytes, load_tokenizer, tokenizer_identity
-from dyadlm.data.tokenizer import TextEncoder
+from dyadlm.data.encoding import TextEncoder
 from dyadlm.errors import UserError
 
 TOKENIZER = byte_tokenizer()

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dyadlm.data.encoding import encode_bytes
 from dyadlm.data.streams import TokenStream
-from dyadlm.data.tokenizer import byte_tokenizer, encode_bytes
+from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate import evaluate
 from dyadlm.generate import Listener, Sampling, Session, generate_text, lines, load_model

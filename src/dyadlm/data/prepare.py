@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dyadlm.data.corpora import CORPORA, open_corpus
 from dyadlm.data.dataset import ROW_TOKENS, Manifest, Shard, Split
+from dyadlm.data.encoding import TextEncoder
 from dyadlm.data.sources import (
     MANIFEST_NAME,
     TEST,
@@ -27,7 +28,7 @@ from dyadlm.data.sources import (
     open_source,
     with_validation,
 )
-from dyadlm.data.tokenizer import TextEncoder, load_tokenizer
+from dyadlm.data.tokenizer import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, sha256_of, staged_folder, write_atomically
 

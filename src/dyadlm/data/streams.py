@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from dyadlm.data.tokenizer import NUM_BYTES, TextEncoder
+from dyadlm.data.encoding import NUM_BYTES, TextEncoder
 
 
 class Document(NamedTuple):

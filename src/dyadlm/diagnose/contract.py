@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dyadlm.data.tokenizer import tokenizer_identity
+from dyadlm.data.encoding import tokenizer_identity
 
 
 class NotApplicable(Exception):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from dyadlm.data.encoding import NUM_BYTES
 from dyadlm.data.streams import TokenStream
-from dyadlm.data.tokenizer import NUM_BYTES, byte_tokenizer
+from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.data.encoding import prefix_token, tokenizer_identity
 from dyadlm.data.streams import TokenStream
-from dyadlm.data.tokenizer import tokenizer_identity
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.scoring import score, vocabulary_size
@@ -147,14 +147,6 @@ def window_length(model: PreTrainedModel, window: int | None) -> int:
     if length < 1:
         raise UserError(f"A window holds at least 1 token, not {length}.")
     return length
-
-
-def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before the first token of a text: beginning of sequence, else end, as in lm-eval."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError("The tokenizer has no token for the beginning or the end of a text; give it a bos_token.")
 
 
 def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dyadlm.data.tokenizer import TextEncoder
+from dyadlm.data.encoding import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.linear_probe import ridge_classes

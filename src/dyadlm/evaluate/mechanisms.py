@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dyadlm.data.tokenizer import TextEncoder
+from dyadlm.data.encoding import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.boundaries import LEARNED

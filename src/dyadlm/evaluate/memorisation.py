@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.data.canaries import CANARIES_NAME, Canary, CanaryPlan, draw_references
-from dyadlm.data.tokenizer import NUM_BYTES, load_tokenizer
+from dyadlm.data.encoding import NUM_BYTES, prefix_token
+from dyadlm.data.tokenizer import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.evaluate.bootstrap import RESAMPLES, ratio_interval
-from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.scoring import LOGITS_AT_ONCE, vocabulary_size
 from dyadlm.evaluate.streams import Stream
 from dyadlm.model.loading import load_weights

@@ -6,7 +6,7 @@ from typing import BinaryIO, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dyadlm.data.tokenizer import TextEncoder
+from dyadlm.data.encoding import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.generate.session import Session
 

@@ -7,14 +7,16 @@ Dimension letters: B batch, T time, V vocabulary, S semantic levels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dyadlm.errors import UserError
 from dyadlm.ops.pyramid import Clock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RULES = ("syllable", "word", "sentence", "line", "paragraph")
 LEARNED = "learned"
@@ -78,7 +80,7 @@ def byte_texts(vocab_size: int) -> list[str]:
     return [chr(byte) if byte < 128 else "é" for byte in range(256)] + [""] * (vocab_size - 256)
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+def token_texts(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[str]:
     """The text of each of a tokenizer's ids as it stands after other text; special ones and ids beyond have none."""
     # Many tokenizers drop the space in front of the first token that they decode: it must not be the first.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -121,7 +123,7 @@ class Boundaries(nn.Module):
         self.known = is_bytes  # whether the marks were seen to be of some text
 
     @torch.no_grad()
-    def read(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def read(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Take the texts of a tokenizer's tokens."""
         size = self.marks.shape[0]
         self.marks.copy_(marks_of(token_texts(tokenizer, size), self.rules))

@@ -6,21 +6,19 @@ forecasters remember. Its size depends on the configuration alone.
 Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of the block tree the last four.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.ops.slots import SlotState, SlotWrite, slot_put
+from dyadlm.state_file import metadata_of, read_state, state_signature
 
 
 class BlockState(NamedTuple):
@@ -207,12 +205,7 @@ class DyadCache:
     def save(self, path: str | Path, config: DyadConfig) -> None:
         """Write the state as safetensors, atomically. The file names the shape of the model it belongs to."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
-        metadata = {
-            "format": "dyadlm-state",
-            "model": state_signature(config),
-            "columns_seen": str(self.columns_seen),
-        }
-        write_atomically(Path(path), save(tensors, metadata))
+        write_atomically(Path(path), save(tensors, metadata_of(signature_of(config), self.columns_seen)))
 
     @classmethod
     def load(cls, path: str | Path, config: DyadConfig, device: torch.device | str = "cpu") -> "DyadCache":
@@ -221,46 +214,16 @@ class DyadCache:
         Raises:
             UserError: no such file, no state file, or the state of a model of another shape.
         """
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except FileNotFoundError:
-            raise UserError(f"There is no state file {path}; write one with --state-out first.") from None
-        except (SafetensorError, OSError):
-            raise UserError(f"{path} is not a readable state file; write a new one with --state-out.") from None
-        if metadata.get("format") != "dyadlm-state":
-            raise UserError(
-                f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out."
-            )
-        if metadata.get("model") != state_signature(config):
-            raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
+        tensors, columns_seen = read_state(path, signature_of(config), "pt", str(device))
         cache = cls()
-        cache.columns_seen = int(metadata["columns_seen"])
+        cache.columns_seen = columns_seen
         cache._set(tensors, config.num_hidden_layers if "position" in tensors else 0)
         return cache
 
 
-def state_signature(config: DyadConfig) -> str:
-    """What two models must share for a state to fit both, as JSON."""
-    fields: dict[str, Any] = {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "alignments": config.alignments,
-        "ranks": config.ranks,
-        "transport_space": config.transport_space,
-    }
-    also = ["semantic_levels", "salience", "decision_slots", "slot_contexts"]
-    if config.slot_contexts:
-        also += ["vocab_size", "slot_layers", "slot_entries", "slot_ways", "slot_width"]
-    if config.selector_margin or config.decision_slots:
-        also += ["selector_heads", "selector_margin"]
-    if config.tower != "layer":
-        also.append("tower")
-    if config.planner != "none":
-        also.append("planner_width")
-    fields |= {name: getattr(config, name) for name in also if getattr(config, name)}
-    return json.dumps(fields, sort_keys=True)
+def signature_of(config: DyadConfig) -> str:
+    """What two models must share for a state to fit both."""
+    return state_signature(vars(config), config.alignments, config.ranks)
 
 
 def _taken(layer: BlockState, tables: tuple[Tensor, ...]) -> BlockState:

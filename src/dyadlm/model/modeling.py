@@ -36,6 +36,7 @@ from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.pyramid import Clock, next_position
 from dyadlm.ops.segments import SegmentPlan
 from dyadlm.ops.slots import SlotState
+from dyadlm.registration import register_models
 
 
 class DyadPreTrainedModel(PreTrainedModel):
@@ -385,3 +386,6 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
     def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
+
+
+register_models()

@@ -1,13 +1,16 @@
 """Which class stands for a part of the model: the plain one, with the variants that a configuration asks for.
 
-The core names no variant. `dyadlm.model.extras` registers them; each is a subclass that changes a method or two.
+The core names no variant. The modules in `SOURCES` register them when they are imported, before the first model is
+built; each variant is a subclass that changes a method or two.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 from dyadlm.model.configuration import DyadConfig
 
+SOURCES = ["dyadlm.model.extras"]
 Part = TypeVar("Part")
 Condition = Callable[[DyadConfig], bool]
 _registered: list[tuple[type, Condition, type]] = []
@@ -21,6 +24,8 @@ def register(base: type, applies: Condition, variant: type) -> None:
 
 def variant_of(base: type[Part], config: DyadConfig) -> type[Part]:
     """`base` itself, or the class that combines all variants of it which apply."""
+    for source in SOURCES:
+        import_module(source)
     kinds = tuple(kind for part, applies, kind in reversed(_registered) if part is base and applies(config))
     if len(kinds) < 2:
         return kinds[0] if kinds else base

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data, tokenizer_identity
 from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
+from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import UserError
-from dyadlm.evaluate.evaluation import prefix_token, require_vocabulary
+from dyadlm.evaluate.evaluation import require_vocabulary
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dyadlm.data.encoding import TextEncoder
 from dyadlm.data.streams import TokenStream
-from dyadlm.data.tokenizer import TextEncoder, byte_tokenizer
+from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import NEVER, Oracle, material_of

@@ -1,0 +1,95 @@
+"""The model among transformers' Auto classes, in whatever order dyadlm and transformers are imported.
+
+Where an Auto class is loaded already, the model is registered at once. Otherwise an import hook waits for the modules
+of the Auto classes, and registers the model when they have loaded.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+def register_configuration() -> None:
+    """Make `AutoConfig` know the model."""
+    from transformers import AutoConfig
+
+    from dyadlm.model.configuration import DyadConfig
+
+    AutoConfig.register(DyadConfig.model_type, DyadConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """Make `AutoModel` and `AutoModelForCausalLM` know the model. `dyadlm.model.modeling` calls this at its end."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from dyadlm.model.configuration import DyadConfig
+    from dyadlm.model.modeling import DyadForCausalLM, DyadModel
+
+    AutoModel.register(DyadConfig, DyadModel, exist_ok=True)
+    AutoModelForCausalLM.register(DyadConfig, DyadForCausalLM, exist_ok=True)
+
+
+def register_models_unless_loading() -> None:
+    """As above, but not amid the import of the model itself, which loads the Auto classes on its way."""
+    if not any(_is_loading(name) for name in ("dyadlm.model.block", "dyadlm.model.modeling")):
+        register_models()
+
+
+# What is registered once a module has loaded. The second module imports the first.
+REGISTRATIONS = {
+    "transformers.models.auto.configuration_auto": register_configuration,
+    "transformers.models.auto.modeling_auto": register_models_unless_loading,
+}
+
+
+def when_auto_classes_load() -> None:
+    """Register the model with the Auto classes that are loaded, and with the others as soon as they are."""
+    if not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoFinder())
+    for name, register in REGISTRATIONS.items():
+        if name in sys.modules and not _is_loading(name):
+            register()
+
+
+def _is_loading(name: str) -> bool:
+    """Whether the import of a module has begun and not ended."""
+    module = sys.modules.get(name)
+    return module is not None and getattr(module.__spec__, "_initializing", False)
+
+
+class _AutoFinder(MetaPathFinder):
+    """Finds the modules of the Auto classes as the other finders do, and has the model registered afterwards."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in REGISTRATIONS:
+            return None
+        sys.meta_path.remove(self)  # the search below must not find this finder again
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(Loader):
+    """Loads a module as its own loader does, then registers the model."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        REGISTRATIONS[module.__name__]()
