@@ -133,7 +133,7 @@ def test_state_has_constant_size(dyad, tmp_path):
         session = Session(dyad, byte_tokenizer())
         session.read(np.arange(length) % 200)
         session.save(tmp_path / "state.safetensors")
-        sizes.add(session._state.state_bytes())
+        sizes.add(session.state.state_bytes())
     assert len(sizes) == 1
 
 

@@ -64,8 +64,8 @@ def test_it_writes_what_is_written_greedily_and_leaves_the_state(name):
         assert len(set(text)) > 2
         assert 0 < drafts.made <= 14
         assert 0 <= drafts.rate <= 1
-        for key, tensor in session._state.tensors().items():
-            assert torch.allclose(other._state.tensors()[key].double(), tensor.double(), rtol=0, atol=1e-9), key
+        for key, tensor in session.state.tensors().items():
+            assert torch.allclose(other.state.tensors()[key].double(), tensor.double(), rtol=0, atol=1e-9), key
         assert torch.allclose(other._logits, session._logits, rtol=0, atol=1e-5)
 
 
@@ -82,7 +82,7 @@ def test_what_is_foreseen_saves_passes_and_changes_nothing(monkeypatch, stop):
             seen, drafts = foreseeing(patch, plain, right), Drafts()
             text, session = written(model, stop or 18, drafts)
         assert text == plain[: stop or 18]
-        assert session._state.columns_seen == len(PROMPT) + len(text)  # what is written has been read, and no more
+        assert session.state.columns_seen == len(PROMPT) + len(text)  # what is written has been read, and no more
         if stop is None and passes is not None:
             assert abs(len(seen) - passes) <= 1
             assert abs(drafts.accepted - accepted) <= 1
@@ -90,7 +90,7 @@ def test_what_is_foreseen_saves_passes_and_changes_nothing(monkeypatch, stop):
         foreseeing(patch, plain, lambda at: True)
         text, session = written(model, 18, Drafts(), stop=(plain[5:9],))
     assert text == plain[: plain.index(plain[5:9]) + 4]
-    assert session._state.columns_seen == len(PROMPT) + len(text)
+    assert session.state.columns_seen == len(PROMPT) + len(text)
 
 
 def test_an_end_of_text_is_not_read(monkeypatch):
@@ -101,7 +101,7 @@ def test_an_end_of_text_is_not_read(monkeypatch):
     foreseeing(monkeypatch, plain, lambda at: True)
     text, session = written(model, 18, Drafts())
     assert text == plain[:first]
-    assert session._state.columns_seen == len(PROMPT) + first
+    assert session.state.columns_seen == len(PROMPT) + first
 
 
 def test_what_cannot_speculate_is_refused():

@@ -15,7 +15,7 @@ from dyadlm.cli.shared import (
     NewDocument,
     StateIn,
     errors,
-    load,
+    load_to_read,
     read_prompt,
     reader_may_leave,
 )
@@ -51,14 +51,17 @@ def generate(
     """
     from dyadlm.errors import UserError
     from dyadlm.generate import Sampling, generate_text
-    from dyadlm.generate.speculation import Drafts
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt)
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
-    loaded, tokenizer = load(model, device, dtype, fields)
-    drafts = Drafts() if speculate else None
+    loaded, tokenizer = load_to_read(model, device, dtype, fields)
+    drafts = None
+    if speculate:
+        from dyadlm.generate.speculation import Drafts
+
+        drafts = Drafts()
     pieces = generate_text(
         loaded,
         tokenizer,

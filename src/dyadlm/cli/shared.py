@@ -23,6 +23,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dyadlm.data.encoding import AnyTokenizer
+    from dyadlm.generate import EngineModel
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an exported folder, or a Hugging Face name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
@@ -59,6 +62,20 @@ def load(
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load_model(model, device, dtype, dict(parse_assignment(text) for text in fields or ()))
+
+
+def load_to_read(
+    model: str, device: str, dtype: str, fields: Iterable[str] | None = None
+) -> "tuple[PreTrainedModel | EngineModel, AnyTokenizer]":
+    """As `load`, but by the engine where it serves, which starts without torch."""
+    from dyadlm.data.encoding import ByteTokenizer
+    from dyadlm.generate import engine_model
+
+    if not fields:
+        light = engine_model(model, device, dtype)
+        if light is not None:
+            return light, ByteTokenizer()
+    return load(model, device, dtype, fields)
 
 
 class RateColumn(ProgressColumn):

@@ -3,12 +3,13 @@
 import json as json_format
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, NewDocument, StateIn, errors, load, reader_may_leave
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, NewDocument, StateIn, errors, load_to_read, reader_may_leave
 
 if TYPE_CHECKING:
     from dyadlm.generate import Listener, Sampling, Session, Surprise
@@ -46,21 +47,24 @@ def stream(
     Columns: position, surprisal in bits, mean bits per byte so far, token. The state has constant size (that of
     a transformer grows). After a saved state the first token is read without a surprisal. Ctrl-C ends.
     """
-    from dyadlm.evaluate import prefix_token
-    from dyadlm.generate import Listener, Sampling, lines, open_session
+    from dyadlm.data.encoding import prefix_token
+    from dyadlm.generate import Listener, Sampling, open_session
+    from dyadlm.generate.streaming import waiting_lines
 
     sampling = Sampling(temperature, seed=seed)
-    loaded, tokenizer = load(model, device, dtype, fields)
+    loaded, tokenizer = load_to_read(model, device, dtype, fields)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with reader_may_leave():
         try:
             if continuation:
-                _continue(session, listener, lines(sys.stdin.buffer), continuation, marker, sampling)
+                _continue(session, listener, waiting_lines(sys.stdin.buffer), continuation, marker, sampling)
             else:
-                for line in lines(sys.stdin.buffer):
-                    for surprise in listener.hear(line):
-                        typer.echo(json_format.dumps(surprise._asdict()) if json else _row(surprise))
+                for found in waiting_lines(sys.stdin.buffer):
+                    for surprise in listener.hear(*found):
+                        row = json_format.dumps(surprise._asdict()) if json else _row(surprise)
+                        sys.stdout.write(row + "\n")
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             errors.print()
         if state_out is not None:
@@ -80,21 +84,26 @@ def _row(surprise: "Surprise") -> str:
 def _continue(
     session: "Session",
     listener: "Listener",
-    input_lines: Iterable[bytes],
+    waiting: Iterable[list[bytes]],
     tokens: int,
     marker: str,
     sampling: "Sampling",
 ) -> None:
     unanswered = False
-    for line in input_lines:
-        if line.rstrip(b"\r\n").decode(errors="replace") == marker:
-            _write(session, tokens, sampling)
-            unanswered = False
-        else:
-            for _ in listener.hear(line):
+    for found in waiting:
+        ends = [number for number, line in enumerate(found) if _is_marker(line, marker)]
+        for begin, end in pairwise([-1, *ends, len(found)]):
+            for _ in listener.hear(*found[begin + 1 : end]):
                 unanswered = True
+            if end < len(found):
+                _write(session, tokens, sampling)
+                unanswered = False
     if unanswered:
         _write(session, tokens, sampling)
+
+
+def _is_marker(line: bytes, marker: str) -> bool:
+    return line.rstrip(b"\r\n").decode(errors="replace") == marker
 
 
 def _write(session: "Session", tokens: int, sampling: "Sampling") -> None:

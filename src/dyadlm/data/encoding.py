@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PAD_TOKEN, BEGIN_TOKEN, END_TOKEN = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, BEGIN_TOKEN, END_TOKEN)
 NUM_BYTES = 256
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | ByteTokenizer"
 PAD_ID, BEGIN_ID, END_ID = NUM_BYTES, NUM_BYTES + 1, NUM_BYTES + 2
 
 
@@ -85,7 +86,7 @@ def decode_bytes(ids: Iterable[int]) -> bytes:
 class TextEncoder:
     """Turns the bytes of documents into tokens, under the policy of this module. Safe to share among threads."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase | ByteTokenizer"):
+    def __init__(self, tokenizer: AnyTokenizer):
         """Raises `UserError` if the tokenizer is not a fast one or has no end-of-sequence token."""
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -125,7 +126,7 @@ class TextEncoder:
         return ids, np.maximum.accumulate(starts)
 
 
-def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase | ByteTokenizer") -> str:
+def tokenizer_identity(tokenizer: AnyTokenizer) -> str:
     """A hexadecimal sha256 of all that decides how a fast tokenizer encodes data; equal ones are interchangeable."""
     return backend_identity(json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token_id)
 
@@ -144,7 +145,7 @@ def byte_identity() -> str:
     return tokenizer_identity(ByteTokenizer())
 
 
-def prefix_token(tokenizer: "PreTrainedTokenizerBase | ByteTokenizer") -> int:
+def prefix_token(tokenizer: AnyTokenizer) -> int:
     """What stands before the first token of a text: beginning of sequence, else end, as in lm-eval.
 
     Raises `UserError` if the tokenizer has neither.

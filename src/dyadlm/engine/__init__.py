@@ -7,18 +7,29 @@ Nothing here imports torch or transformers.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dyadlm.engine import numpy_step
 from dyadlm.engine.layout import Shape, log2_longest, shape_of, unsupported
 from dyadlm.engine.pack import FORMATS, Weights
 from dyadlm.engine.state import EngineState
 from dyadlm.errors import UserError
+from dyadlm.files import write_atomically
+from dyadlm.state_file import metadata_of, read_state, state_signature
 
 __all__ = ["Engine", "EngineState", "unsupported"]
+
+
+# Rows that are read one after the other; for more, one matrix product for all rows is faster.
+MOST_ROWS = 8
+
+log = logging.getLogger("dyadlm.engine")
 
 
 class Engine:
@@ -39,12 +50,10 @@ class Engine:
         reason = unsupported(fields)
         if reason is not None:
             raise UserError(f"The engine cannot run this model, since {reason}; use the model in torch.")
-        from dyadlm.engine import numba_step  # takes a while to load
-
         self.fields, self.shape = fields, shape_of(fields)
         self.weights = Weights(self.shape, tensors, weights)
         self.vocab_size, self.weight_bytes = self.shape.vocabulary, self.weights.bytes_per_token
-        self._module = numba_step
+        self._compiled = _compiled_step()
         self._constants = self._arguments()
         self._scratch = np.zeros(scratch_size(self.shape), np.float32)
         self._integers = np.zeros(104, np.int64)
@@ -76,73 +85,77 @@ class Engine:
             raise UserError(f"{folder} holds no dyadlm model; give a folder that `dyadlm train` wrote.")
         return cls(fields, tensors, weights=weights)
 
-    def start(self) -> EngineState:
-        """An empty state."""
-        return EngineState(self.shape)
+    def start(self, rows: int = 1) -> EngineState:
+        """An empty state of B rows."""
+        return EngineState(self.shape, rows)
 
     def step(self, state: EngineState, token: int) -> np.ndarray:
-        """Read one token, 0 <= token < V; the state moves on. Returns logits (V,) float32.
+        """Read one token, 0 <= token < V, into a state of one row, which moves on. Returns logits (V,) float32.
 
         Raises:
             IndexError: a token outside the vocabulary.
         """
-        if not 0 <= token < self.vocab_size:
-            raise IndexError(f"The vocabulary has {self.vocab_size} tokens; this is token {token}.")
-        s = state
-        if s.counter[0] == 0 and not self.shape.keeps_slots:  # a document begins with empty tables
-            s.tags[:], s.values[:] = -1, 0
-        logits = np.empty(self.vocab_size, np.float32)
-        self._module.step(
-            token,
-            *self._constants,
-            s.counter,
-            s.marks,
-            s.counts,
-            s.history,
-            s.word,
-            s.pending,
-            s.tags,
-            s.values,
-            s.rings,
-            s.blocks,
-            s.running,
-            s.complete,
-            s.nodes,
-            s.summed,
-            self._scratch,
-            self._integers,
-            logits,
-        )
-        s.columns_seen += 1
-        return logits
+        return self.step_rows(state, (token,))[0]
 
-    def step_rows(self, states: Sequence[EngineState], tokens: Sequence[int]) -> np.ndarray:
-        """Read one token in each of B rows. Returns logits (B, V) float32."""
-        return np.stack([self.step(state, token) for state, token in zip(states, tokens, strict=True)])
-
-    def state_from(self, tensors: Mapping[str, np.ndarray], columns_seen: int) -> EngineState:
-        """The state that `DyadCache.tensors` describe, one row.
+    def step_rows(self, state: EngineState, tokens: Sequence[int]) -> np.ndarray:
+        """Read one token in each of B rows; the state moves on. Returns logits (B, V) float32.
 
         Raises:
-            UserError: names or shapes are not those of this model's state.
+            IndexError: a token outside the vocabulary.
         """
-        state, weights, shape = EngineState.from_named(self.shape, tensors, columns_seen), self.weights, self.shape
-        mean, feature = np.zeros(shape.width, np.float32), np.zeros(3 * shape.rank, np.float32)
-        both = np.zeros((2, shape.rank), np.float32)
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise IndexError(f"The vocabulary has {self.vocab_size} tokens; this is token {token}.")
+        if len(tokens) != state.rows:
+            raise ValueError(f"The state has {state.rows} rows, but there are {len(tokens)} tokens.")
+        if not self.shape.keeps_slots:  # a document begins with empty tables
+            begins = state.counter == 0
+            if begins.any():
+                state.tags[begins], state.values[begins] = -1, 0
+        if self._compiled is None or state.rows > MOST_ROWS:
+            logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64))
+        else:
+            logits = np.empty((state.rows, self.vocab_size), np.float32)
+            for row, token in enumerate(tokens):
+                parts = state.row(row)
+                self._compiled(token, *self._constants, *parts, self._scratch, self._integers, logits[row])
+        state.columns_seen += 1
+        return logits
+
+    def state_from(self, tensors: Mapping[str, np.ndarray], columns_seen: int) -> EngineState:
+        """The state that `DyadCache.tensors` describe.
+
+        Raises:
+            UserError: names, shapes or numbers are not those of a state of this model.
+        """
+        state, shape = EngineState.from_named(self.shape, tensors, columns_seen), self.shape
         for layer in range(shape.layers):
             for n in range(shape.dual):
                 level = shape.sliding + n
-                self._module.node_feature(
-                    state.blocks[layer, level - 1],
-                    level,
-                    *(part[layer, n] for part in (*weights.node_read, *weights.node_up)),
-                    mean,
-                    feature,
-                    both,
-                    state.nodes[layer, n],
-                )
-        state.summed[:] = state.nodes.sum(1)
+                read, up = self.weights.node_read.wide()[layer, n], self.weights.node_up.wide()[layer, n]
+                feature = numpy_step.node_feature(state.blocks[:, layer, level - 1], level, read)
+                state.nodes[:, layer, n] = feature @ up.T
+        state.summed[:] = state.nodes.sum(2)
         return state
+
+    def save_state(self, state: EngineState, path: str | Path) -> None:
+        """Write a state as `DyadCache.save` writes it, atomically."""
+        from safetensors.numpy import save
+
+        write_atomically(Path(path), save(state.tensors(), metadata_of(self._signature(), state.columns_seen)))
+
+    def load_state(self, path: str | Path) -> EngineState:
+        """Read a state that `save_state` or `DyadCache.save` wrote.
+
+        Raises:
+            UserError: no such file, no state file, or the state of a model of another shape.
+        """
+        return self.state_from(*read_state(path, self._signature(), "np"))
+
+    def _signature(self) -> str:
+        s = self.shape
+        alignments = ["sliding"] * s.sliding + ["dual"] * s.dual
+        return state_signature(self.fields, alignments, [s.rank] * (s.levels + s.semantic))
 
     def _arguments(self) -> tuple[Any, ...]:
         """What a step is given besides token and state."""
@@ -163,3 +176,14 @@ def scratch_size(shape: Shape) -> int:
     levels = s.token_levels * (4 * s.rank + 1) + 2 * s.sliding * (s.rank + 1) + 5 * s.rank
     tables = len(s.contexts) * (s.slot_width + 1)
     return 4 * s.width + max(rows, 2 * s.inner) + levels + max(s.inner, s.width + 1) + tables + 128 + s.width + 1
+
+
+@cache
+def _compiled_step() -> Callable[..., None] | None:
+    """The step that numba compiles, if numba is there."""
+    try:
+        from dyadlm.engine.numba_step import step
+    except ImportError:
+        log.warning("numba is not installed, so tokens are decoded by numpy, several times slower.")
+        return None
+    return step

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,18 +22,26 @@ log = logging.getLogger("dyadlm.engine")
 
 
 class EngineRows:
-    """The states of some rows, in the layout of the engine."""
+    """The state of some rows, in the layout of the engine."""
 
-    def __init__(self, states: list[EngineState]):
-        self.states = states
+    def __init__(self, state: EngineState):
+        self.state = state
 
     def __len__(self) -> int:
-        return len(self.states)
+        return self.state.rows
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of all rows by the names of `DyadCache.tensors`, (B, ...) each."""
-        rows = [state.tensors() for state in self.states]
-        return {name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]}
+        return {name: torch.from_numpy(array) for name, array in self.state.tensors().items()}
+
+
+def cache_of(state: EngineState) -> DyadCache:
+    """The state of the engine as `past_key_values` of the model; it moves on by itself."""
+    cache = DyadCache()
+    if not state.is_empty:
+        cache._set(EngineRows(state).tensors(), state.shape.layers)
+        cache.columns_seen = state.columns_seen
+    return cache
 
 
 class Decoder:
@@ -52,17 +59,14 @@ class Decoder:
         Raises:
             IndexError: a token outside the vocabulary, as the embedding of torch raises it.
         """
-        for token in tokens:
-            if not 0 <= token < self.engine.vocab_size:
-                raise IndexError(f"The vocabulary has {self.engine.vocab_size} tokens; this is token {token}.")
         if not isinstance(cache.rows, EngineRows):
             tensors = {name: tensor.numpy() for name, tensor in cache.tensors().items()}
-            rows = [{name: part[row : row + 1] for name, part in tensors.items()} for row in range(len(tokens))]
-            cache.hand_over(EngineRows([self.engine.state_from(row, cache.columns_seen) for row in rows]))
+            cache.hand_over(EngineRows(self.engine.state_from(tensors, cache.columns_seen)))
         held = cache.rows
         assert isinstance(held, EngineRows)
+        logits = self.engine.step_rows(held.state, tokens)
         cache.columns_seen += 1
-        return torch.from_numpy(self.engine.step_rows(held.states, tokens))[:, None]
+        return torch.from_numpy(logits)[:, None]
 
 
 def weights_version(model: DyadForCausalLM) -> tuple[tuple[int, int], ...]:
@@ -92,6 +96,18 @@ def refusal(model: DyadForCausalLM) -> str | None:
     return unsupported(model.config.to_dict())
 
 
+def decoder_of(model: DyadForCausalLM) -> Decoder | None:
+    """What decodes for a model as its weights are now; None, with the reason in the log, where the engine cannot."""
+    reason = refusal(model)
+    if reason is not None:
+        log.info("Tokens are decoded by torch, since %s.", reason)
+        return None
+    kept: Decoder | None = model.__dict__.get("_kept_decoder")
+    if kept is None or kept.version != weights_version(model):
+        kept = model.__dict__["_kept_decoder"] = Decoder(model)
+    return kept
+
+
 @contextmanager
 def fast_decoding(model: Any) -> Iterator[None]:
     """While this is open, single tokens of a dyadlm model are read by the engine, where it supports the model.
@@ -101,15 +117,7 @@ def fast_decoding(model: Any) -> Iterator[None]:
     if not isinstance(model, DyadForCausalLM) or model._fast_decoder is not None:
         yield
         return
-    reason = refusal(model)
-    if reason is not None:
-        log.info("Tokens are decoded by torch, since %s.", reason)
-        yield
-        return
-    kept: Decoder | None = model.__dict__.get("_kept_decoder")
-    if kept is None or kept.version != weights_version(model):
-        kept = model.__dict__["_kept_decoder"] = Decoder(model)
-    model._fast_decoder = kept
+    model._fast_decoder = decoder_of(model)
     try:
         yield
     finally:

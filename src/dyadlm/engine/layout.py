@@ -7,9 +7,18 @@ M numbers that a slot keeps.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 BYTE_VOCABULARY = 259
+# Marks of tokens, as in `dyadlm.model.boundaries`.
+ENDS, STARTS, STICKS, HEAD, TAIL = 1, 2, 4, 8, 16
+# Of the hash of contexts, as in `dyadlm.ops.contexts`.
+PHI = np.uint64(0x9E3779B97F4A7C15)
+SEED_0, SEED_1 = np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344)
+MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 SLIDING_WIDTH = 8  # `hybrid` is sliding up to here, dual beyond
 
 # What has to stand in the configuration, and how it is called where it does not.
@@ -71,7 +80,7 @@ class Shape:
         """Tokens after which a segment is cut."""
         return int(2 ** (self.levels + self.semantic))
 
-    @property
+    @cached_property
     def fits(self) -> int:
         """Whole tokens that fit into one part of a tag."""
         count = 1
@@ -79,12 +88,12 @@ class Shape:
             count += 1
         return count
 
-    @property
+    @cached_property
     def tag_parts(self) -> int:
         """Parts of a tag, 64 bits each."""
         return max((2 if c == 0 else -(-c // self.fits) for c in self.contexts), default=1)
 
-    @property
+    @cached_property
     def history(self) -> int:
         """Tokens before the newest that contexts need."""
         return max((c for c in self.contexts if c), default=1) - 1

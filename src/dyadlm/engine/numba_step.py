@@ -13,10 +13,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-ENDS, STARTS, STICKS, HEAD, TAIL = 1, 2, 4, 8, 16
-PHI = np.uint64(0x9E3779B97F4A7C15)
-SEED_0, SEED_1 = np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344)
-MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+from dyadlm.engine.layout import ENDS, HEAD, MIX_0, MIX_1, PHI, SEED_0, SEED_1, STARTS, STICKS, TAIL
+
 OPTIONS: Any = {"cache": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "nogil": True}
 
 

@@ -31,6 +31,14 @@ class Matrix(NamedTuple):
         """Bytes that one product with everything reads."""
         return int(self.numbers.nbytes + self.scales.nbytes)
 
+    def wide(self) -> Array:
+        """The matrix in float32, (..., rows, columns)."""
+        if self.numbers.dtype == np.float32:
+            return self.numbers
+        if self.numbers.dtype == np.uint16:
+            return (self.numbers.astype(np.uint32) << 16).view(np.float32)
+        return self.numbers.astype(np.float32) * self.scales[..., None]
+
 
 def stored(matrix: Array, form: str) -> Matrix:
     """A float32 matrix in one of `FORMATS`, rounded to nearest; int8 by the largest number of each row."""
@@ -64,6 +72,7 @@ class Weights:
 
     def __init__(self, shape: Shape, tensors: Mapping[str, Array], form: str = "float32"):
         s, self._tensors, self._sliding = shape, tensors, shape.sliding
+        self._wide: dict[str, Array] = {}
         sliding, dual = range(s.sliding), range(s.sliding, s.levels)
         token_levels = [*sliding, *range(s.levels, s.levels + s.semantic)]
         weighed = s.sliding + (s.dual > 0) + s.semantic
@@ -132,6 +141,12 @@ class Weights:
             for n in range(dual)
         )
         return int(sum(part.nbytes for part in parts) + nodes)
+
+    def wide(self, name: str) -> Array:
+        """A matrix in float32; kept, as the form for many rows needs it at every token."""
+        if name not in self._wide:
+            self._wide[name] = getattr(self, name).wide()
+        return self._wide[name]
 
     def _found(self, name: str, shape: tuple[int, ...]) -> Array:
         if name not in self._tensors:

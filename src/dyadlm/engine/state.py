@@ -1,10 +1,10 @@
-"""The state of one row: the arrays of `DyadCache` in the order in which a step uses them.
+"""The state of some rows: the arrays of `DyadCache` in the order in which a step uses them.
 
-Dimension letters: L layers, D width, R rank, S semantic levels, Q layers with slots, N tables, W ways, P parts of a
-tag, M numbers that a slot keeps. Ring j holds 2^j sums.
+Dimension letters: B rows, L layers, D width, R rank, S semantic levels, Q layers with slots, N tables, W ways, P parts
+of a tag, M numbers that a slot keeps. Ring j holds 2^j sums.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,94 +15,119 @@ Array = np.ndarray
 
 
 class EngineState:
-    """What a model carries from token to token. `Engine.step` changes it in place.
+    """What a model carries from token to token in each of B rows. `Engine.step` changes it in place.
 
-    columns_seen: tokens read so far. position: tokens of the open document.
+    rows: B. columns_seen: tokens read so far. Every array has the rows first.
     """
 
-    def __init__(self, shape: Shape):
-        s, self.shape = shape, shape
-        self.columns_seen = 0
-        tables = len(s.contexts)
-        self.tags = np.full((tables, s.sets, s.ways, s.tag_parts), -1, np.int64)
-        self.values = np.zeros((len(s.slot_layers), tables, s.sets, s.ways, s.slot_width), np.float32)
-        self.pending = np.full((tables, s.tag_parts), -1, np.int64)
-        self._begin()
+    def __init__(self, shape: Shape, rows: int = 1):
+        s, tables = shape, len(shape.contexts)
+        self.shape, self.rows, self.columns_seen = shape, rows, 0
+        self._views: dict[int, tuple[Array, ...]] = {}
+        self.tags = np.full((rows, tables, s.sets, s.ways, s.tag_parts), -1, np.int64)
+        self.values = np.zeros((rows, len(s.slot_layers), tables, s.sets, s.ways, s.slot_width), np.float32)
+        self.pending = np.full((rows, tables, s.tag_parts), -1, np.int64)
+        self.counter = np.zeros(rows, np.int64)  # tokens of the open document
+        # Whether a TAIL stands last, and whether a segment has ended.
+        self.marks = np.zeros((rows, 2, len(s.rules)), np.bool_)
+        self.counts = np.zeros((rows, 2, s.semantic), np.int64)  # length and complete segments
+        self.history = np.full((rows, s.history if s.contexts else 0), -1, np.int64)  # the oldest first
+        self.word = np.zeros((rows, 3), np.int64)
+        self.rings = np.zeros((rows, s.layers, ring_offset(s, s.sliding)), np.float32)
+        self.blocks = np.zeros((rows, s.layers, s.depth, 4, s.width + 1), np.float32)  # the newest last
+        self.running = np.zeros((rows, s.layers, s.semantic, s.rank + 1), np.float32)
+        # Means of the last segment and of the one before.
+        self.complete = np.zeros((rows, 2, s.layers, s.semantic, s.rank), np.float32)
+        # What each dual level adds since its last node, and all of them together.
+        self.nodes = np.zeros((rows, s.layers, s.dual, s.width), np.float32)
+        self.summed = np.zeros((rows, s.layers, s.width), np.float32)
 
-    def _begin(self) -> None:
-        s = self.shape
-        self.counter = np.zeros(1, np.int64)  # tokens of the open document
-        self.marks = np.zeros(
-            (2, len(s.rules)), np.bool_
-        )  # whether a TAIL stands last, and whether a segment has ended
-        self.counts = np.zeros((2, s.semantic), np.int64)  # length and complete segments
-        self.history = np.full(s.history if s.contexts else 0, -1, np.int64)  # the oldest first
-        self.word = np.zeros(3, np.int64)
-        self.rings = np.zeros((s.layers, ring_offset(s, s.sliding)), np.float32)
-        self.blocks = np.zeros((s.layers, s.depth, 4, s.width + 1), np.float32)  # the newest last
-        self.running = np.zeros((s.layers, s.semantic, s.rank + 1), np.float32)
-        self.complete = np.zeros((2, s.layers, s.semantic, s.rank), np.float32)  # the last segment, the one before
-        self.nodes = np.zeros((s.layers, s.dual, s.width), np.float32)  # what each dual level adds since its last node
-        self.summed = np.zeros((s.layers, s.width), np.float32)  # all of them together
+    def arrays(self) -> dict[str, Array]:
+        """All arrays by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+    def row(self, row: int) -> tuple[Array, ...]:
+        """What the compiled step changes in one row; views."""
+        if row not in self._views:
+            own = slice(row, row + 1)
+            texts = (self.marks, self.counts, self.history, self.word, self.pending, self.tags, self.values)
+            levels = (self.rings, self.blocks, self.running, self.complete, self.nodes, self.summed)
+            self._views[row] = (self.counter[own], *(array[row] for array in (*texts, *levels)))
+        return self._views[row]
 
     @property
     def position(self) -> int:
-        """Tokens of the open document."""
+        """Tokens of the open document, of the first row."""
         return int(self.counter[0])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been read, nor is remembered."""
+        return not self.counter.any() and not (self.tags >= 0).any()
 
     def copy(self) -> "EngineState":
         """A state that goes on by itself."""
-        twin = object.__new__(EngineState)
-        twin.__dict__.update(
-            {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in self.__dict__.items()}
-        )
-        return twin
+        return self.select(range(self.rows))
+
+    def select(self, rows: Sequence[int]) -> "EngineState":
+        """A state of the given rows in that order; rows may repeat."""
+        chosen = object.__new__(EngineState)
+        chosen.shape, chosen.rows, chosen.columns_seen = self.shape, len(rows), self.columns_seen
+        chosen._views, index = {}, list(rows)
+        for name, array in self.arrays().items():
+            setattr(chosen, name, array[index])
+        return chosen
 
     def start_document(self) -> None:
         """Let the next token start a new document: of the open one only the tables of slots are kept."""
-        self._begin()
+        empty = EngineState(self.shape, self.rows)
+        for name, array in self.arrays().items():
+            if name not in ("tags", "values", "pending"):
+                array[:] = getattr(empty, name)
         self.columns_seen = 0
 
+    def ring(self, layer: int, j: int) -> Array:
+        """Ring j of a layer, (B, 2^j, levels >= j, R + 1); a view. The sums of token t stand at t modulo 2^j."""
+        s, begin = self.shape, ring_offset(self.shape, j)
+        part = self.rings[:, layer, begin : ring_offset(s, j + 1)]
+        return part.reshape(self.rows, 2**j, s.sliding - j, s.rank + 1)
+
     def tensors(self) -> dict[str, Array]:
-        """The state as `DyadCache.tensors` names it, with one row. Arrays are copies."""
-        s, t = self.shape, self.position
-        named: dict[str, Array] = {"position": self.counter.copy()}
+        """The state as `DyadCache.tensors` names it. Arrays are copies."""
+        s = self.shape
+        named: dict[str, Array] = {"position": self.counter}
         if s.rules:
-            named |= {"text.marks.0": self.marks[0].copy()[None], "text.marks.1": self.marks[1].copy()[None]}
+            named |= {f"text.marks.{part}": self.marks[:, part] for part in (0, 1)}
         if s.semantic:
-            named |= {"text.counts.0": self.counts[0].copy()[None], "text.counts.1": self.counts[1].copy()[None]}
+            named |= {f"text.counts.{part}": self.counts[:, part] for part in (0, 1)}
         if s.contexts:
-            word = self.word if 0 in s.contexts else self.word[:0]
-            named |= {"text.contexts.0": self.history.copy()[None], "text.contexts.1": word.copy()[None]}
+            named |= {"text.contexts.0": self.history, "text.contexts.1": self.word[:, : 3 * (0 in s.contexts)]}
         for index in range(s.layers):
             at = f"layers.{index}."
             for j in range(s.sliding):
-                ring = self._ring(index, j)
-                named[at + f"rings.{j}"] = np.roll(ring, -(t % 2**j), 0)[None]
+                ring = self.ring(index, j).reshape(self.rows, 2**j, -1)
+                named[at + f"rings.{j}"] = ring[_turned(self.counter, 2**j)]
             for j in range(s.depth):
-                named[at + f"blocks.{j}"] = self.blocks[index, j].copy()[None]
+                named[at + f"blocks.{j}"] = self.blocks[:, index, j]
             if s.semantic:
-                named[at + "segments.0"] = self.running[index].reshape(1, -1).copy()
+                named[at + "segments.0"] = self.running[:, index].reshape(self.rows, -1)
                 for part in (0, 1):
-                    named[at + f"segments.{part + 1}"] = self.complete[part, index].reshape(1, -1).copy()
+                    named[at + f"segments.{part + 1}"] = self.complete[:, part, index].reshape(self.rows, -1)
             if index in s.slot_layers:
-                named[at + "slots.0"] = self.tags.copy()[None]
-                named[at + "slots.1"] = self.values[s.slot_layers.index(index)].copy()[None]
-                named[at + "slots.2"] = self.pending.copy()[None]
-        return named
-
-    def _ring(self, layer: int, j: int) -> Array:
-        begin, end = ring_offset(self.shape, j), ring_offset(self.shape, j + 1)
-        return self.rings[layer, begin:end].reshape(2**j, -1)
+                named[at + "slots.0"] = self.tags
+                named[at + "slots.1"] = self.values[:, s.slot_layers.index(index)]
+                named[at + "slots.2"] = self.pending
+        return {name: array.copy() for name, array in named.items()}
 
     @classmethod
     def from_named(cls, shape: Shape, tensors: Mapping[str, Array], columns_seen: int) -> "EngineState":
-        """The state that `tensors` describe, but for `nodes`, which follow from the weights.
+        """The state that `tensors` describe, but for `nodes` and `summed`, which follow from the weights.
 
         Raises:
-            UserError: names or shapes are not those of this model's state.
+            UserError: names, shapes or numbers are not those of a state of this model.
         """
-        state, s = cls(shape), shape
+        rows = len(tensors["position"]) if "position" in tensors and tensors["position"].ndim == 1 else 1
+        state, s = cls(shape, rows), shape
         state.columns_seen = columns_seen
         if not tensors:
             return state
@@ -113,33 +138,42 @@ class EngineState:
             other = min(template.keys() ^ tensors.keys())
             raise UserError(f"The state does not fit this model ({other}); use it with the model that wrote it.")
         for name, array in template.items():
-            if tensors[name].shape != array.shape:
+            found = tensors[name]
+            if found.shape != array.shape or (found.dtype.kind == "f") != (array.dtype.kind == "f"):
                 raise UserError(f"The state does not fit this model ({name}); use it with the model that wrote it.")
         state.counter[:] = tensors["position"]
-        t = state.position
         if s.rules:
-            state.marks[:] = np.concatenate([tensors["text.marks.0"], tensors["text.marks.1"]])
+            state.marks[:] = np.stack([tensors["text.marks.0"], tensors["text.marks.1"]], 1)
         if s.semantic:
-            state.counts[:] = np.concatenate([tensors["text.counts.0"], tensors["text.counts.1"]])
+            state.counts[:] = np.stack([tensors["text.counts.0"], tensors["text.counts.1"]], 1)
+        if state.counter.min() < 0 or state.counts.min(initial=0) < 0:
+            raise UserError("The state counts tokens below zero; it is damaged, write a new one with --state-out.")
         if s.contexts:
-            state.history[:] = tensors["text.contexts.0"][0]
+            state.history[:] = tensors["text.contexts.0"]
             if 0 in s.contexts:
-                state.word[:] = tensors["text.contexts.1"][0]
+                state.word[:] = tensors["text.contexts.1"]
         for index in range(s.layers):
             at = f"layers.{index}."
             for j in range(s.sliding):
-                state._ring(index, j)[:] = np.roll(tensors[at + f"rings.{j}"][0], t % 2**j, 0)
+                own = state.ring(index, j)
+                own[_turned(state.counter, 2**j)] = tensors[at + f"rings.{j}"].reshape(own.shape)
             for j in range(s.depth):
-                state.blocks[index, j] = tensors[at + f"blocks.{j}"][0]
+                state.blocks[:, index, j] = tensors[at + f"blocks.{j}"]
             if s.semantic:
-                state.running[index] = tensors[at + "segments.0"].reshape(s.semantic, -1)
+                state.running[:, index] = tensors[at + "segments.0"].reshape(rows, s.semantic, -1)
                 for part in (0, 1):
-                    state.complete[part, index] = tensors[at + f"segments.{part + 1}"].reshape(s.semantic, -1)
+                    own = tensors[at + f"segments.{part + 1}"].reshape(rows, s.semantic, -1)
+                    state.complete[:, part, index] = own
             if index in s.slot_layers:
-                state.tags[:] = tensors[at + "slots.0"][0]
-                state.values[s.slot_layers.index(index)] = tensors[at + "slots.1"][0]
-                state.pending[:] = tensors[at + "slots.2"][0]
+                state.tags[:] = tensors[at + "slots.0"]
+                state.values[:, s.slot_layers.index(index)] = tensors[at + "slots.1"]
+                state.pending[:] = tensors[at + "slots.2"]
         return state
+
+
+def _turned(counter: Array, size: int) -> tuple[Array, Array]:
+    """The index (B, size) by which rings begin with their oldest sums."""
+    return np.arange(len(counter))[:, None], (counter[:, None] + np.arange(size)) % size
 
 
 def ring_offset(shape: Shape, j: int) -> int:

@@ -1,6 +1,6 @@
 """Tokens to text as they come, never showing half a character."""
 
-from transformers import PreTrainedTokenizerBase
+from dyadlm.data.encoding import AnyTokenizer
 
 INCOMPLETE = "\ufffd"
 # Without one clean end in so many tokens the text is noise; start afresh rather than remember it all.
@@ -14,7 +14,7 @@ class IncrementalDecoder:
     along, since some tokenizers write a token differently at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: AnyTokenizer):
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._known = 0  # tokens at the beginning that were shown with the piece before

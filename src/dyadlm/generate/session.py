@@ -1,23 +1,28 @@
 """A model that has read some text: it reads on, tells its surprise, and continues, from one state."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.data.encoding import AnyTokenizer
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import require_new
 from dyadlm.generate.decoding import IncrementalDecoder
+from dyadlm.generate.engine_reader import EngineModel
+from dyadlm.generate.reader import Reader
 from dyadlm.generate.sampling import Sampler, Sampling
-from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
-from dyadlm.model import DyadCache, DyadConfig
+from dyadlm.generate.states import require_saveable_state
 
-# Tokens read in one forward pass; longer texts go through in pieces, at constant memory.
-CHUNK = 512
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dyadlm.generate.speculation import Drafts
+
+Model: TypeAlias = "PreTrainedModel | EngineModel"
 
 
 class Session:
@@ -27,32 +32,37 @@ class Session:
     their own growing cache. begins: whether the next token is the first of its document.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._model = model
+    def __init__(self, model: Model, tokenizer: AnyTokenizer):
+        """model: any causal language model of transformers, or the engine's form of one of ours."""
+        self._reader = reader_of(model)
         self._tokenizer = tokenizer
         self.begins = True
-        self._state: Any = None
-        self._logits: torch.Tensor | None = None  # float32 (V,), of the next token
 
     @property
     def predicts(self) -> bool:
         """Whether the next token will be predicted; it is not at the beginning, nor after loading a state."""
-        return self._logits is not None
+        return self._reader.logits is not None
+
+    @property
+    def state(self) -> Any:
+        """What the model carries: `past_key_values` in torch, an `EngineState` in the engine."""
+        return self._reader.state
 
     def read(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read token ids (T,); returns the surprise at each, nats float32 (T,).
 
         It is NaN for a first token that nothing predicted (nothing was read before, or the state was loaded).
         """
-        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self._model.device)
-        return np.concatenate([np.empty(0, np.float32), *(self._read(chunk) for chunk in torch.split(ids, CHUNK))])
+        ids = np.asarray(tokens, dtype=np.int64)
+        self.begins = self.begins and not len(ids)
+        return self._reader.read(ids)
 
     def read_prompt(self, text: str) -> None:
         """Read a text as `generate` is given it: where a document begins with the specials its tokenizer adds."""
         self.read(self._tokenizer(text, add_special_tokens=self.begins)["input_ids"])
 
     def write(
-        self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), drafts: Drafts | None = None
+        self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), drafts: "Drafts | None" = None
     ) -> Iterator[str]:
         """Continue, yielding text as it comes. What is written has been read, too: the state includes it.
 
@@ -62,29 +72,19 @@ class Session:
         Raises `UserError` if there is nothing to continue from, and `RunFailed` if
         the model's logits are not numbers.
         """
-        if self._logits is None:
+        if self._reader.logits is None:
             raise UserError("There is nothing to continue from; give a prompt of at least one character.")
         if max_new_tokens < 1:
             raise UserError(f"Ask for at least 1 new token, not {max_new_tokens}.")
         if not all(stop):
             raise UserError("A stop string has at least one character.")
-        guess = None
-        if drafts is not None:
-            guess = Speculation(require_proposals(self._model, sampling), self._state, self._logits, drafts)
-        sampler, decoder = Sampler(sampling, self._model.device), IncrementalDecoder(self._tokenizer)
-        ends, tail = self._end_tokens(), ""
-        try:
-            for _ in range(max_new_tokens):
-                logits = self._logits if guess is None else guess.logits
-                if not torch.isfinite(logits.max()):
-                    raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
-                token = sampler(logits) if guess is None else guess.next()
-                if token in ends:
-                    break
-                if guess is None:
-                    self._read(torch.tensor([token], device=self._model.device))
-                else:
-                    guess.take()
+        if drafts is None:
+            tokens = self._next_tokens(max_new_tokens, sampling)
+        else:
+            tokens = self._foreseen_tokens(max_new_tokens, sampling, drafts)
+        decoder, tail = IncrementalDecoder(self._tokenizer), ""
+        with closing(tokens):
+            for token in tokens:
                 if piece := decoder.push(token):
                     yield piece
                     tail += piece
@@ -93,77 +93,82 @@ class Session:
                     tail = tail[-max(map(len, stop), default=1) :]
             if rest := decoder.finish():
                 yield rest
-        finally:
-            if guess is not None:
-                guess.settle()
-                self._state, self._logits = guess.state, guess.logits
 
     def save(self, path: Path) -> None:
         """Write the state as safetensors, replacing the file. Raises `UserError` if the model has none."""
-        self._state.save(path, require_saveable_state(self._model))
+        self._reader.save(path)
 
     def load(self, path: Path) -> None:
         """Take up a saved state: reading on then equals having read the whole text.
 
         Raises `UserError` if the file is no state of a model of this shape.
         """
-        config = require_saveable_state(self._model)
-        self._state = DyadCache.load(path, config, device=self._model.device)
-        self._logits, self.begins = None, False
+        self._reader.load(path)
+        self.begins = False
 
     def start_document(self) -> None:
         """Begin a new document; what the slots remember of those before can be recalled in it, nothing else.
 
         Raises `UserError` for a model whose slots are empty where a document starts, or that has none.
         """
-        require_lasting_slots(self._model)
-        if self._state is not None:
-            self._state.start_document()
-        self._logits, self.begins = None, True
+        self._reader.start_document()
+        self.begins = True
 
-    @torch.no_grad()
-    def _read(self, ids: torch.Tensor) -> np.ndarray:
-        """One forward pass over ids (T,); returns nats float32 (T,)."""
-        if not len(ids):
-            return np.empty(0, np.float32)
-        output = self._model(input_ids=ids[None], past_key_values=self._state, use_cache=True)
-        logits = output.logits[0].float()
-        before = logits.new_full((1, logits.shape[-1]), torch.nan) if self._logits is None else self._logits[None]
-        self._state, self._logits, self.begins = output.past_key_values, logits[-1].clone(), False
-        return cross_entropy(torch.cat([before, logits[:-1]]), ids, reduction="none").cpu().numpy()
+    def _next_tokens(self, most: int, sampling: Sampling) -> Generator[int]:
+        """Tokens drawn one by one; each has been read when it is handed out."""
+        sampler = Sampler(sampling)
+        for _ in range(most):
+            token = sampler(require_numbers(self._reader.logits))
+            if token in self._reader.end_tokens:
+                return
+            self._reader.read_next(token)
+            yield token
 
-    def _end_tokens(self) -> set[int]:
-        ends = self._model.generation_config.eos_token_id
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    def _foreseen_tokens(self, most: int, sampling: Sampling, drafts: "Drafts") -> Generator[int]:
+        """Greedy tokens, two for one pass where the second was foreseen."""
+        speculation = self._reader.speculation(sampling, drafts)
+        try:
+            for _ in range(most):
+                require_numbers(speculation.logits)
+                token = speculation.next()
+                if token in self._reader.end_tokens:
+                    return
+                speculation.take()
+                yield token
+        finally:
+            speculation.settle()
+            self._reader.take_over(speculation)
 
 
-def require_saveable_state(model: PreTrainedModel) -> DyadConfig:
-    """The configuration of one of our models; raises `UserError` for others, whose state fits no file."""
-    if not isinstance(model.config, DyadConfig):
-        raise UserError(
-            f"A {model.config.model_type} model keeps no state that can be saved; leave out --state-in and --state-out."
-        )
-    return model.config
+def require_numbers(logits: Any) -> Any:
+    """The logits (V,), if they are numbers; else raises `RunFailed`."""
+    if not math.isfinite(float(logits.max())):
+        raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
+    return logits
 
 
-def require_lasting_slots(model: PreTrainedModel) -> None:
-    """Raise `UserError` unless the model remembers something from one document to the next."""
-    config = require_saveable_state(model)
-    if not config.slot_contexts:
-        raise UserError(
-            "This model has no slots (slot_contexts), so a new document would recall nothing of the saved state; "
-            "leave out --new-document to continue the old one, or --state-in to begin anew."
-        )
-    if config.slot_scope != "stream":
-        raise UserError(
-            f"The slots of this model are emptied where a document starts (slot_scope={config.slot_scope}); "
-            "add --set slot_scope=stream to keep them."
-        )
+def require_speculation(model: Model, sampling: Sampling) -> None:
+    """Raise `UserError` if the model foresees nothing, or tokens are to be drawn."""
+    if isinstance(model, EngineModel):
+        model.reader().speculation(sampling, None)
+    else:
+        from dyadlm.generate.speculation import require_proposals
+
+        require_proposals(model, sampling)
+
+
+def reader_of(model: Model) -> Reader:
+    """What a session reads with."""
+    if isinstance(model, EngineModel):
+        return model.reader()
+    from dyadlm.generate.torch_reader import TorchReader
+
+    return TorchReader(model)
 
 
 def open_session(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: AnyTokenizer,
     state_in: Path | None = None,
     new_document: bool = False,
     state_out: Path | None = None,
@@ -177,7 +182,8 @@ def open_session(
     if new_document and state_in is None:
         raise UserError("A new document recalls a saved state; give one with --state-in, or leave out --new-document.")
     if state_out is not None:
-        require_saveable_state(model)
+        if not isinstance(model, EngineModel):
+            require_saveable_state(model)
         if state_out != state_in:
             require_new(state_out, "the state")
     session = Session(model, tokenizer)
@@ -189,8 +195,8 @@ def open_session(
 
 
 def generate_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: AnyTokenizer,
     prompt: str,
     *,
     max_new_tokens: int = 256,
@@ -199,7 +205,7 @@ def generate_text(
     state_in: Path | None = None,
     new_document: bool = False,
     state_out: Path | None = None,
-    drafts: Drafts | None = None,
+    drafts: "Drafts | None" = None,
 ) -> Iterator[str]:
     """Continue a prompt, yielding text as it comes: what Hugging Face `generate` writes with these options.
 
@@ -211,7 +217,7 @@ def generate_text(
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
     if drafts is not None:
-        require_proposals(model, sampling or Sampling())
+        require_speculation(model, sampling or Sampling())
     session = open_session(model, tokenizer, state_in, new_document, state_out)
     session.read_prompt(prompt)
     yield from session.write(max_new_tokens, sampling or Sampling(), stop, drafts)

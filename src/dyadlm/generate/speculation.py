@@ -85,7 +85,7 @@ class Speculation:
         return read_ahead(self._model, ids, state)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def read_ahead(model: DyadForCausalLM, ids: Tensor, state: DyadCache) -> list[tuple[Tensor, int]]:
     """Logits (V,) and the proposed token after next at each of ids (1, T); the state goes on."""
     output = model(input_ids=ids, past_key_values=state, use_cache=True, output_plan=True)

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import BinaryIO, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
-from dyadlm.data.encoding import TextEncoder
+from dyadlm.data.encoding import AnyTokenizer, TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.generate.session import Session
 
 # A line longer than this is read in several parts, so that input without line ends stays bounded too.
 LONGEST_LINE = 4096
+# Bytes that are taken at once from a source where so many are waiting.
+MOST_WAITING = 65536
 
 
 class Surprise(NamedTuple):
@@ -31,7 +34,7 @@ class Listener:
     tokens: read so far. mean_nats: per token. bits_per_byte: over the bytes they stand for.
     """
 
-    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase, prefix_token: int | None):
+    def __init__(self, session: Session, tokenizer: AnyTokenizer, prefix_token: int | None):
         """prefix_token: read first, as the context of the first token of a text; None where the session goes on.
 
         Where nothing predicts the first token (after loading a state), it is read and not counted.
@@ -51,24 +54,29 @@ class Listener:
     def bits_per_byte(self) -> float:
         return self._nats / math.log(2) / max(self._bytes, 1)
 
-    def hear(self, content: bytes) -> Iterator[Surprise]:
-        """Read bytes; yields the surprise at each token. They are tokenised by themselves.
+    def hear(self, *lines: bytes) -> Iterator[Surprise]:
+        """Read lines; yields the surprise at each token. Each line is tokenised by itself, all are read at once.
 
         Raises `UserError` for bytes that are no text under a tokenizer of text.
         """
-        try:
-            ids, starts = self._encoder.encode(content)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                "The input is not UTF-8 text, which the tokenizer of this model needs; "
-                "convert it (with iconv, say) or use a byte-level model."
-            ) from error
-        bounds = [*starts.tolist(), len(content)]
+        ids, texts = [], []
+        for content in lines:
+            try:
+                tokens, starts = self._encoder.encode(content)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    "The input is not UTF-8 text, which the tokenizer of this model needs; "
+                    "convert it (with iconv, say) or use a byte-level model."
+                ) from error
+            bounds = [*starts.tolist(), len(content)]
+            ids.append(tokens)
+            texts += [content[begin:end] for begin, end in pairwise(bounds)]
+        if not texts:
+            return
+        tokens = np.concatenate(ids)
         unpredicted = not self._session.predicts
-        for number, (token, nats) in enumerate(zip(ids.tolist(), self._session.read(ids).tolist(), strict=True)):
-            if unpredicted and number == 0:
-                continue
-            text = content[bounds[number] : bounds[number + 1]]
+        surprises = zip(tokens.tolist(), self._session.read(tokens).tolist(), texts, strict=True)
+        for token, nats, text in islice(surprises, int(unpredicted), None):
             self.tokens, self._nats, self._bytes = self.tokens + 1, self._nats + nats, self._bytes + len(text)
             yield Surprise(
                 self.tokens - 1,
@@ -80,17 +88,35 @@ class Listener:
             )
 
 
+def waiting_lines(file: BinaryIO) -> Iterator[list[bytes]]:
+    """The lines of a file, with their ends, in lists of what was there at once: one line of a slow source, many of a
+    fast one. Nothing waits for more to come than the end of its line. Long lines come in parts that split no character.
+    """
+    rest = b""
+    while block := file.read1(MOST_WAITING):  # type: ignore[attr-defined]  # of what is buffered; BinaryIO is older
+        *complete, rest = (rest + block).split(b"\n")
+        found = [part for line in complete for part in _parts(line + b"\n")]
+        *long, rest = _parts(rest)
+        if found or long:
+            yield [*found, *long]
+    if rest:
+        yield [rest]
+
+
 def lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file as they come, with their ends; long ones in parts that split no character."""
-    rest = b""
-    while block := file.readline(LONGEST_LINE):
-        block = rest + block
-        cut = len(block) if block.endswith(b"\n") else _whole_characters(block)
-        rest = block[cut:]
-        if cut:
-            yield block[:cut]
-    if rest:
-        yield rest
+    for found in waiting_lines(file):
+        yield from found
+
+
+def _parts(line: bytes) -> list[bytes]:
+    """A line in parts of at most `LONGEST_LINE` bytes, cut between characters; the last may be empty."""
+    parts = []
+    while len(line) > LONGEST_LINE:
+        cut = _whole_characters(line[:LONGEST_LINE])
+        parts.append(line[:cut])
+        line = line[cut:]
+    return [*parts, line]
 
 
 def _whole_characters(block: bytes) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dyadlm.data import byte_tokenizer
 from dyadlm.data.canaries import ALPHABET, LENGTH, CanaryPlan, plan_canaries
+from dyadlm.data.encoding import prefix_token
 from dyadlm.diagnose.contract import Subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.oracles import BYTES, NEVER, spelled
@@ -24,7 +25,6 @@ from dyadlm.diagnose.states import all_nats, reader
 from dyadlm.diagnose.statistics import mean_interval
 from dyadlm.diagnose.tokens import spelled_bytes
 from dyadlm.evaluate.bootstrap import RESAMPLES
-from dyadlm.evaluate.evaluation import prefix_token
 from dyadlm.evaluate.memorisation import PREFIX, REFERENCES, Estimate, recalled, recite
 
 CANARY_BITS = LENGTH * math.log2(len(ALPHABET))  # that a canary was drawn with

@@ -1,0 +1,188 @@
+"""A saved model that reads through the engine, without torch, and turns to torch when there is much to read.
+
+Dimension letters: T tokens, V vocabulary.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dyadlm.data.encoding import SPECIAL_TOKENS, ByteTokenizer, backend_identity, byte_identity
+from dyadlm.engine import Engine, EngineState, unsupported
+from dyadlm.errors import UserError
+from dyadlm.generate.reader import nats_of
+from dyadlm.generate.sampling import Sampling
+from dyadlm.generate.states import require_lasting_slots
+
+if TYPE_CHECKING:
+    from dyadlm.generate.torch_reader import TorchReader
+
+# To load torch takes as long as the engine needs for some ten thousand tokens, which torch then reads faster.
+MANY_TOKENS = 16384
+# A single text of fewer tokens says nothing of how much is to come.
+LONG_TEXT = 512
+
+log = logging.getLogger("dyadlm.engine")
+
+
+class EngineModel:
+    """A model folder and its engine.
+
+    folder: as `dyadlm train` wrote it. fields: of its configuration. end_tokens: the ids that end a text.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises `UserError` if the weights are missing or damaged."""
+        self.folder, self.engine = folder, Engine.from_folder(folder)
+        self.fields = self.engine.fields
+        self.end_tokens = _end_tokens(folder, self.fields)
+
+    def reader(self) -> "EngineReader":
+        """A reader at its beginning."""
+        return EngineReader(self)
+
+    def in_torch(self) -> Any:
+        """The same model in torch, on the CPU."""
+        from dyadlm.generate.loading import load_model
+
+        return load_model(self.folder, "cpu")[0]
+
+
+class EngineReader:
+    """An engine and its state. See `dyadlm.generate.reader.Reader`.
+
+    It becomes a `TorchReader` once much was read in long pieces; the state goes along.
+    """
+
+    def __init__(self, model: EngineModel):
+        self.end_tokens = model.end_tokens
+        self._model, self._engine = model, model.engine
+        self._state: EngineState = self._engine.start()
+        self._logits: np.ndarray | None = None
+        self._in_torch: TorchReader | None = None
+        self._long = 0  # tokens that were read in long pieces
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """Of the next token, float32 (V,)."""
+        return self._logits if self._in_torch is None else self._in_torch.logits
+
+    @property
+    def state(self) -> Any:
+        """Of the engine, or of torch once it has taken over."""
+        return self._state if self._in_torch is None else self._in_torch.state
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Read ids int64 (T,); returns nats float32 (T,)."""
+        if len(ids) >= LONG_TEXT:
+            self._long += len(ids)
+        if self._in_torch is None and self._long > MANY_TOKENS:
+            self._turn_to_torch()
+        if self._in_torch is not None:
+            return self._in_torch.read(ids)
+        if not len(ids):
+            return np.empty(0, np.float32)
+        nats = np.empty(len(ids), np.float32)
+        for number, token in enumerate(ids.tolist()):
+            logits = self._engine.step(self._state, token)
+            nats[number] = np.nan if self._logits is None else nats_of(self._logits, logits[None], ids[number, None])[0]
+            self._logits = logits
+        return nats
+
+    def read_next(self, token: int) -> None:
+        """Read one token of a continuation."""
+        if self._in_torch is not None:
+            self._in_torch.read_next(token)
+        else:
+            self._logits = self._engine.step(self._state, token)
+
+    def speculation(self, sampling: Sampling, drafts: Any) -> Any:
+        """The engine runs no model with a planner."""
+        raise UserError("Speculation needs proposals of the token after next, which a model with a planner makes.")
+
+    def take_over(self, speculation: Any) -> None:
+        """There is none to take over from."""
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        """Write the state as safetensors, replacing the file."""
+        if self._in_torch is not None:
+            self._in_torch.save(path)
+        else:
+            self._engine.save_state(self._state, path)
+
+    def load(self, path: Path) -> None:
+        """Take up a saved state."""
+        self._state, self._logits, self._in_torch = self._engine.load_state(path), None, None
+
+    def start_document(self) -> None:
+        """Keep the tables of slots alone."""
+        require_lasting_slots(self._model.fields)
+        if self._in_torch is not None:
+            self._in_torch.start_document()
+        self._state.start_document()
+        self._logits = None
+
+    def _turn_to_torch(self) -> None:
+        from dyadlm.engine.bridge import cache_of
+        from dyadlm.generate.torch_reader import TorchReader
+
+        log.info("There is much to read, so torch reads on from here.")
+        self._in_torch = TorchReader(self._model.in_torch(), cache_of(self._state), self._logits)
+
+
+def engine_model(path_or_name: str | Path, device: str, dtype: str) -> EngineModel | None:
+    """The model of a folder if the engine can run it without torch, as it was asked for; else None.
+
+    The log `dyadlm.engine` says why not.
+    """
+    folder = Path(path_or_name)
+    reason = _refusal(folder, device, dtype)
+    if reason is not None:
+        log.info("The model runs in torch, since %s.", reason)
+        return None
+    return EngineModel(folder)
+
+
+def _refusal(folder: Path, device: str, dtype: str) -> str | None:
+    """Why torch has to load a model, as the end of a sentence. Its loader also says what is wrong with a folder."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "there is no such folder with a configuration and a tokenizer"
+    if not all(isinstance(part, dict) for part in (fields, tokenizer, options)) or fields.get("model_type") != "dyadlm":
+        return "it is no dyadlm model"
+    if device != "cpu" and (device != "auto" or Path("/dev/nvidiactl").exists()):
+        return f"it runs on the device {device}"
+    if dtype not in ("auto", "float32") or (dtype == "auto" and fields.get("dtype", "float32") != "float32"):
+        return "its weights are not in float32"
+    names = [options.get(key) for key in ("pad_token", "bos_token", "eos_token")]
+    try:
+        alike = backend_identity(tokenizer, ByteTokenizer.eos_token_id) == byte_identity()
+    except (KeyError, TypeError):
+        alike = False
+    if not alike or names != list(SPECIAL_TOKENS) or not options.get("split_special_tokens"):
+        return "its tokens are not bytes"
+    try:
+        return unsupported(fields)
+    except (KeyError, TypeError, ValueError):
+        return "its configuration is incomplete"
+
+
+def _end_tokens(folder: Path, fields: Any) -> frozenset[int]:
+    """What transformers would take from generation_config.json, or from the configuration where there is none."""
+    ends = fields.get("eos_token_id")
+    try:
+        ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"generation_config.json in {folder} cannot be read ({error}); save the model again."
+        ) from error
+    return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)

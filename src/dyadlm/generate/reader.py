@@ -1,0 +1,64 @@
+"""What a session reads with: a model in torch, or the engine.
+
+Dimension letters: T tokens, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dyadlm.generate.sampling import Sampling
+
+
+class Reader(Protocol):
+    """A model with the state of all it has read. end_tokens: the ids that end a text."""
+
+    end_tokens: frozenset[int]
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """Of the next token, float32 (V,); None at the beginning, after loading, and where a document starts."""
+        ...
+
+    @property
+    def state(self) -> Any:
+        """`past_key_values` in torch, an `EngineState` in the engine; None or empty at the beginning."""
+        ...
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Read ids int64 (T,); returns nats float32 (T,), NaN for a token that nothing predicted."""
+        ...
+
+    def read_next(self, token: int) -> None:
+        """Read one token of a continuation, the fastest way there is."""
+        ...
+
+    def speculation(self, sampling: Sampling, drafts: Any) -> Any:
+        """A `dyadlm.generate.speculation.Speculation`; raises `UserError` if the model foresees nothing."""
+        ...
+
+    def take_over(self, speculation: Any) -> None:
+        """Stand where a settled speculation stands."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the state; raises `UserError` for a model whose state cannot be saved."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Take up a saved state; raises `UserError` if it does not fit the model."""
+        ...
+
+    def start_document(self) -> None:
+        """Keep the tables of slots alone; raises `UserError` for a model that keeps none."""
+        ...
+
+
+def nats_of(before: np.ndarray | None, logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Nats float32 (T,) of ids (T,) under logits (V,) before the first of them and logits (T, V) after each."""
+    first = np.full((1, logits.shape[1]), np.nan, np.float32) if before is None else before[None]
+    scores = np.concatenate([first, logits[:-1]])
+    top = scores.max(1)
+    total = np.log(np.exp(scores - top[:, None]).sum(1)) + top
+    return np.asarray(total - scores[np.arange(len(ids)), ids], np.float32)

@@ -1,0 +1,37 @@
+"""Which models keep a state that can be saved, and which remember something from one document to the next."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dyadlm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dyadlm.model import DyadConfig
+
+
+def require_saveable_state(model: "PreTrainedModel") -> "DyadConfig":
+    """The configuration of one of our models; raises `UserError` for others, whose state fits no file."""
+    from dyadlm.model import DyadConfig
+
+    if not isinstance(model.config, DyadConfig):
+        raise UserError(
+            f"A {model.config.model_type} model keeps no state that can be saved; leave out --state-in and --state-out."
+        )
+    return model.config
+
+
+def require_lasting_slots(fields: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless a model of this configuration remembers something from one document to the next."""
+    if not fields.get("slot_contexts"):
+        raise UserError(
+            "This model has no slots (slot_contexts), so a new document would recall nothing of the saved state; "
+            "leave out --new-document to continue the old one, or --state-in to begin anew."
+        )
+    scope = fields.get("slot_scope", "document")
+    if scope != "stream":
+        raise UserError(
+            f"The slots of this model are emptied where a document starts (slot_scope={scope}); "
+            "add --set slot_scope=stream to keep them."
+        )

@@ -1,0 +1,88 @@
+"""Any causal language model of transformers as the reader of a session.
+
+Dimension letters: T tokens, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from dyadlm.engine.bridge import Decoder, decoder_of
+from dyadlm.generate.sampling import Sampling
+from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
+from dyadlm.generate.states import require_lasting_slots, require_saveable_state
+from dyadlm.model import DyadCache, DyadForCausalLM
+
+# Tokens read in one forward pass; longer texts go through in pieces, at constant memory.
+CHUNK = 2048
+
+
+class TorchReader:
+    """A model and its state. See `dyadlm.generate.reader.Reader`.
+
+    state: what the model returned as `past_key_values`; a growing cache for models other than ours.
+    """
+
+    def __init__(self, model: PreTrainedModel, state: Any = None, logits: np.ndarray | None = None):
+        self.model, self.state, self.logits = model, state, logits
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self.end_tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
+        self._decoder: Decoder | None = None
+        self._speculation: Speculation | None = None
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Read ids int64 (T,); returns nats float32 (T,)."""
+        parts = [self._read(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)]
+        self._decoder = None  # whoever reads may have changed the weights since the last continuation
+        return np.concatenate(parts or [np.empty(0, np.float32)])
+
+    def read_next(self, token: int) -> None:
+        """Read one token of a continuation, by the engine where it serves the model."""
+        if self._decoder is None and isinstance(self.model, DyadForCausalLM):
+            self._decoder = decoder_of(self.model)
+        if self._decoder is None:
+            self._read(np.array([token]))
+        else:
+            self.logits = self._decoder.step([token], self.state)[0, -1].numpy()
+
+    def speculation(self, sampling: Sampling, drafts: Drafts) -> Speculation:
+        """A continuation that reads ahead; `settle` it, then hand it to `take_over`."""
+        model = require_proposals(self.model, sampling)
+        return Speculation(model, self.state, torch.from_numpy(self.logits), drafts)
+
+    def take_over(self, speculation: Speculation) -> None:
+        """Stand where a settled speculation stands."""
+        self.state, self.logits = speculation.state, speculation.logits.cpu().numpy()
+
+    def save(self, path: Path) -> None:
+        """Write the state as safetensors, replacing the file."""
+        self.state.save(path, require_saveable_state(self.model))
+
+    def load(self, path: Path) -> None:
+        """Take up a saved state."""
+        config = require_saveable_state(self.model)
+        self.state, self.logits = DyadCache.load(path, config, device=self.model.device), None
+
+    def start_document(self) -> None:
+        """Keep the tables of slots alone."""
+        require_lasting_slots(vars(require_saveable_state(self.model)))
+        if self.state is not None:
+            self.state.start_document()
+        self.logits = None
+
+    @torch.inference_mode()
+    def _read(self, ids: np.ndarray) -> np.ndarray:
+        """One forward pass over ids (T,); returns nats float32 (T,)."""
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=self.model.device)
+        output = self.model(input_ids=tokens[None], past_key_values=self.state, use_cache=True)
+        logits = output.logits[0].float()
+        first = logits.new_full((1, logits.shape[-1]), torch.nan)
+        if self.logits is not None:
+            first = torch.as_tensor(self.logits, device=logits.device)[None]
+        nats = cross_entropy(torch.cat([first, logits[:-1]]), tokens, reduction="none")
+        self.state, self.logits = output.past_key_values, logits[-1].cpu().numpy().copy()
+        return np.asarray(nats.cpu().numpy())
