@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dyadlm.data.corpora import cache_folder, fetch_corpus, list_corpora
     from dyadlm.data.dataset import Manifest, PreparedDataset, open_dataset
     from dyadlm.data.encoding import decode_bytes, encode_bytes, tokenizer_identity
-    from dyadlm.data.prepare import prepare
+    from dyadlm.data.preparation import prepare
     from dyadlm.data.resolve import ResolvedData, resolve_data
     from dyadlm.data.sources import Passage, Source, open_source
     from dyadlm.data.streams import Document, Segment, TokenStream
@@ -36,7 +36,7 @@ __getattr__, __dir__ = attach(
         "load_tokenizer": "dyadlm.data.tokenizer",
         "open_dataset": "dyadlm.data.dataset",
         "open_source": "dyadlm.data.sources",
-        "prepare": "dyadlm.data.prepare",
+        "prepare": "dyadlm.data.preparation",
         "resolve_data": "dyadlm.data.resolve",
         "tokenizer_identity": "dyadlm.data.encoding",
     },

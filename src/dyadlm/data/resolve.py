@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dyadlm.data.corpora import cache_folder
 from dyadlm.data.dataset import FORMAT, PreparedDataset, open_dataset
 from dyadlm.data.encoding import tokenizer_identity
-from dyadlm.data.prepare import find_source, prepare
+from dyadlm.data.preparation import find_source, prepare
 from dyadlm.data.sources import MANIFEST_NAME, TEST, TRAIN, VALIDATION, Source
 from dyadlm.data.streams import TokenStream
 from dyadlm.data.tokenizer import byte_tokenizer, load_tokenizer

@@ -26,8 +26,8 @@ from dyadlm.state_file import metadata_of, read_state, state_signature
 __all__ = ["Engine", "EngineState", "unsupported"]
 
 
-# Rows that are read one after the other; for more, one matrix product for all rows is faster.
-MOST_ROWS = 8
+# Bytes of weights that may be read again for each row; beyond, one matrix product for all rows is faster.
+MOST_BYTES = 2**25
 
 log = logging.getLogger("dyadlm.engine")
 
@@ -112,7 +112,7 @@ class Engine:
             begins = state.counter == 0
             if begins.any():
                 state.tags[begins], state.values[begins] = -1, 0
-        if self._compiled is None or state.rows > MOST_ROWS:
+        if self._compiled is None or (state.rows > 1 and state.rows * self.weight_bytes > MOST_BYTES):
             logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64))
         else:
             logits = np.empty((state.rows, self.vocab_size), np.float32)

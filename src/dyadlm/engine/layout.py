@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from dyadlm.errors import UserError
+
 BYTE_VOCABULARY = 259
+# What the scratch memory of the compiled step has room for.
+MOST_LEVELS, MOST_SEMANTIC, MOST_CONTEXTS, MOST_TAG_PARTS = 24, 8, 32, 2
 # Marks of tokens, as in `dyadlm.model.boundaries`.
 ENDS, STARTS, STICKS, HEAD, TAIL = 1, 2, 4, 8, 16
 # Of the hash of contexts, as in `dyadlm.ops.contexts`.
@@ -100,7 +104,11 @@ class Shape:
 
 
 def unsupported(fields: Mapping[str, Any]) -> str | None:
-    """Why the engine cannot run a model with these fields, as the end of a sentence; None if it can."""
+    """Why the engine cannot run a model with these fields, as the end of a sentence; None if it can.
+
+    Raises:
+        UserError: fields that no model can have, as in a damaged config.json.
+    """
     for name, wanted, reason in REQUIRED:
         if fields.get(name, wanted) != wanted:
             return reason
@@ -108,22 +116,60 @@ def unsupported(fields: Mapping[str, Any]) -> str | None:
     sliding = sum(alignment == "sliding" for alignment in alignments)
     if alignments != ["sliding"] * sliding + ["dual"] * (len(alignments) - sliding) or not sliding:
         return "its levels are not sliding and then dual"
-    rank = fields["level_rank"]
+    rank = fields.get("level_rank")
     if isinstance(rank, list) and len(set(rank)) > 1:
         return "its levels have several ranks"
     if "learned" in (fields.get("semantic_levels") or ()):
         return "it has a learned boundary"
-    contexts = fields.get("slot_contexts") or ()
-    if "code" in contexts:
+    if "code" in (fields.get("slot_contexts") or ()):
         return "its slots are addressed by a learned code"
     shape = shape_of(fields)
-    if shape.tag_parts > 2:
+    if shape.tag_parts > MOST_TAG_PARTS:
         return "its slot contexts are too long"
+    if shape.semantic > MOST_SEMANTIC or len(shape.contexts) > MOST_CONTEXTS or shape.levels > MOST_LEVELS:
+        return "it has more levels or slot contexts than the engine holds"
     return None
 
 
 def shape_of(fields: Mapping[str, Any]) -> Shape:
-    """The shape of a supported model."""
+    """The shape of a supported model.
+
+    Raises:
+        UserError: fields that no model can have, as in a damaged config.json.
+    """
+    try:
+        shape = _read_shape(fields)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"The configuration of the model is damaged ({type(error).__name__}: {error}).") from error
+    sizes = {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "intermediate_size": shape.inner,
+        "vocab_size": shape.vocabulary,
+        "num_levels": shape.levels,
+        "level_rank": shape.rank,
+        "slot_entries": shape.sets,
+        "slot_ways": shape.ways,
+        "slot_width": shape.slot_width,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
+            raise UserError(f"The configuration of the model is damaged: {name} is {fields.get(name)!r}.")
+    for name, holds in {
+        "slot_entries": shape.sets & (shape.sets - 1) == 0
+        and shape.sets * shape.ways == fields.get("slot_entries", 1024),
+        "slot_layers": set(shape.slot_layers) <= set(range(shape.layers))
+        and len(set(shape.slot_layers)) == len(shape.slot_layers),
+        "slot_contexts": all(0 <= context < 2**16 for context in shape.contexts),
+        "semantic_levels": all(isinstance(rule, str) for rule in shape.rules),
+        "rms_norm_eps": isinstance(shape.eps, float | int),
+    }.items():
+        if not holds:
+            raise UserError(f"The configuration of the model is damaged: {name} is {fields.get(name)!r}.")
+    return shape
+
+
+def _read_shape(fields: Mapping[str, Any]) -> Shape:
     alignments, rank = _alignments(fields), fields["level_rank"]
     semantic = tuple(fields.get("semantic_levels") or ())
     contexts = tuple(fields.get("slot_contexts") or ())
@@ -140,7 +186,7 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
         rules=rules,
         semantic=len(semantic),
         rank=rank[0] if isinstance(rank, list) else rank,
-        contexts=tuple(0 if context == "word" else int(context) for context in contexts),
+        contexts=tuple(0 if context == "word" else _positive(context) for context in contexts),
         slot_layers=tuple(fields.get("slot_layers") or ()) if contexts else (),
         sets=fields.get("slot_entries", 1024) // ways,
         ways=ways,
@@ -150,8 +196,16 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
     )
 
 
+def _positive(number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{number!r} is no number of tokens")
+    return number
+
+
 def _alignments(fields: Mapping[str, Any]) -> list[str]:
-    levels, alignment = fields["num_levels"], fields.get("level_alignment", "hybrid")
+    levels, alignment = fields.get("num_levels"), fields.get("level_alignment", "hybrid")
+    if not isinstance(levels, int) or not 1 <= levels < 64:
+        raise UserError(f"The configuration of the model is damaged: num_levels is {levels!r}.")
     if alignment == "hybrid":
         return ["sliding" if 2**k <= SLIDING_WIDTH else "dual" for k in range(levels)]
     return [alignment] * levels if isinstance(alignment, str) else list(alignment)

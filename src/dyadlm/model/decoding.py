@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyadlm.model.cache import DyadCache
 
-MOST_ROWS = 8  # rows that are decoded one by one; for more the matrix form is faster
+MOST_ROWS = 64  # that were measured to be faster so
 
 
 def continues_rows(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: DyadCache) -> bool:

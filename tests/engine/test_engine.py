@@ -1,0 +1,279 @@
+"""The engine is the model: logits and states, in the compiled form, the numpy form and the form for many rows."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dyadlm import DyadCache, UserError
+from dyadlm import engine as engine_package
+from dyadlm.engine import Engine, unsupported
+
+from .conftest import engine_of, make_model, text
+
+
+def require_equal(found, expected):
+    """Within rounding: 1e-5 of the spread of the logits by root mean square, four times as much anywhere."""
+    error = np.abs(found - expected) / expected.std()
+    assert np.sqrt((error**2).mean()) < 1e-5
+    assert error.max() < 4e-5
+
+
+def read_by_torch(model, ids, cache=None):
+    with torch.no_grad():
+        out = model(torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True)
+    return out.logits[0].numpy(), out.past_key_values
+
+
+def read_by_engine(engine, ids, state=None):
+    state = state or engine.start()
+    return np.stack([engine.step(state, token) for token in ids.tolist()]), state
+
+
+def require_equal_states(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor.numpy(), rtol=1e-4, atol=1e-4, err_msg=name)
+        assert found[name].dtype == tensor.numpy().dtype, name
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def form(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(engine_package, "_compiled_step", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 300])
+def test_logits_and_state_are_those_of_the_model(model, form, count):
+    ids = text(count)
+    expected, cache = read_by_torch(model, ids)
+    engine = engine_of(model)
+    logits, state = read_by_engine(engine, ids)
+    require_equal(logits, expected)
+    require_equal_states(state.tensors(), cache.tensors())
+    assert state.columns_seen == count
+
+
+def test_a_state_crosses_inside_a_document_both_ways(model, form):
+    """Torch, engine, torch, at odd places between two nodes of the dual levels."""
+    ids = text(157)
+    expected, whole = read_by_torch(model, ids)
+    engine = engine_of(model)
+    first, cache = read_by_torch(model, ids[:53])
+    state = engine.state_from({name: part.numpy() for name, part in cache.tensors().items()}, cache.columns_seen)
+    second, state = read_by_engine(engine, ids[53:101], state)
+    from dyadlm.engine.bridge import cache_of
+
+    third, cache = read_by_torch(model, ids[101:], cache_of(state))
+    require_equal(np.concatenate([first, second, third]), expected)
+    require_equal_states({name: part.numpy() for name, part in cache.tensors().items()}, whole.tensors())
+    assert cache.columns_seen == 157
+
+
+def test_rows_in_one_product_are_rows_alone(model):
+    """Of several lengths, so that nothing is due at the same token."""
+    engine, rows = engine_of(model), 12
+    assert rows * engine.weight_bytes < engine_package.MOST_BYTES  # so that each alone is compiled
+    alone = [read_by_engine(engine, text(5 + 9 * row, row))[1] for row in range(rows)]
+    together = engine.start(rows)
+    for name, array in together.arrays().items():
+        array[:] = np.concatenate([getattr(state, name) for state in alone])
+    for at in range(40):
+        tokens = [int(text(1, 5 + 9 * row + row + at)[0]) for row in range(rows)]
+        expected = np.stack([engine.step(state, token) for state, token in zip(alone, tokens, strict=True)])
+        logits = engine_package.numpy_step.step(engine.shape, engine.weights, together, np.array(tokens))
+        require_equal(logits, expected)
+    found = together.tensors()
+    for row, state in enumerate(alone):
+        for name, array in state.tensors().items():
+            np.testing.assert_allclose(found[name][row], array[0], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_many_rows_are_read_in_one_product(monkeypatch):
+    engine = engine_of(make_model())
+    monkeypatch.setattr(engine_package, "MOST_BYTES", engine.weight_bytes * 3)
+    seen = []
+    step = engine_package.numpy_step.step
+    monkeypatch.setattr(engine_package.numpy_step, "step", lambda *rest: (seen.append(1), step(*rest))[1])
+    for rows in (1, 3, 4):
+        engine.step_rows(engine.start(rows), [65] * rows)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("scope", ["document", "stream"])
+def test_a_new_document_recalls_what_the_scope_says(scope, form):
+    model = make_model(slot_scope=scope, slot_layers=[0, 2])
+    engine, ids = engine_of(model), text(90)
+    _, cache = read_by_torch(model, ids)
+    _, state = read_by_engine(engine, ids)
+    cache.start_document()
+    state.start_document()
+    kept = engine.state_from({name: part.numpy() for name, part in cache.tensors().items()}, 0)
+    expected, _ = read_by_torch(model, ids[:40], cache)
+    for begun in (state, kept):
+        logits, _ = read_by_engine(engine, ids[:40], begun)
+        require_equal(logits, expected)
+
+
+def test_copies_and_choices_of_rows_go_on_by_themselves():
+    engine = engine_of(make_model())
+    _, state = read_by_engine(engine, text(30))
+    twin, pair = state.copy(), state.select([0, 0])
+    first = engine.step(state, 65)
+    engine.step(state, 66)
+    assert np.array_equal(first, engine.step(twin, 65))
+    assert np.allclose(engine.step_rows(pair, [65, 66])[0], first, atol=1e-5)
+
+
+def test_saved_states_are_those_of_torch(tmp_path):
+    model = make_model()
+    engine, ids = engine_of(model), text(70)
+    _, cache = read_by_torch(model, ids)
+    _, state = read_by_engine(engine, ids)
+    cache.save(tmp_path / "torch", model.config)
+    engine.save_state(state, tmp_path / "engine")
+    mine, theirs = load_file(tmp_path / "engine"), load_file(tmp_path / "torch")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-4)
+    after, _ = read_by_torch(model, text(1, 70), DyadCache.load(tmp_path / "engine", model.config))
+    assert np.abs(engine.step(engine.load_state(tmp_path / "torch"), int(text(1, 70)[0])) - after[0]).max() < 1e-4
+    other = engine_of(make_model(slot_entries=32))
+    for name in ("torch", "engine"):
+        with pytest.raises(UserError, match="another shape"):
+            other.load_state(tmp_path / name)
+
+
+def test_damaged_states_are_refused():
+    model = make_model()
+    engine = engine_of(model)
+    _, cache = read_by_torch(model, text(30))
+    good = {name: part.numpy() for name, part in cache.tensors().items()}
+    engine.state_from(good, 30)
+    some = next(name for name in good if ".rings." in name)
+    for bad in (
+        {**good, "other": good["position"]},
+        {name: part for name, part in good.items() if name != some},
+        {**good, some: good[some][:, :-1]},
+        {**good, some: good[some].astype(np.int64)},
+        {**good, "position": np.array([-3])},
+        {**good, "text.counts.0": good["text.counts.0"] - 100},
+    ):
+        with pytest.raises(UserError):
+            engine.state_from(bad, 30)
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("bfloat16", 0.02), ("int8", 0.1)])
+def test_narrow_weights_are_close(weights, bound, form):
+    """And read fewer bytes. The compiled form and numpy agree on what they round to."""
+    model, ids = make_model(), text(120)
+    exact, _ = read_by_torch(model, ids)
+    engine = engine_of(model, weights=weights)
+    logits, _ = read_by_engine(engine, ids)
+    error = np.abs(logits - exact).std() / exact.std()
+    assert 1e-4 < error < bound
+    assert engine.weight_bytes < 0.6 * engine_of(model).weight_bytes
+
+
+def test_both_forms_round_alike(monkeypatch):
+    model, ids = make_model(), text(60)
+    for weights in ("bfloat16", "int8"):
+        monkeypatch.undo()
+        compiled, _ = read_by_engine(engine_of(model, weights=weights), ids)
+        monkeypatch.setattr(engine_package, "_compiled_step", lambda: None)
+        plain, _ = read_by_engine(engine_of(model, weights=weights), ids)
+        require_equal(compiled, plain)
+
+
+def test_without_numba_numpy_decodes_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "dyadlm.engine.numba_step", None)
+    engine_package._compiled_step.cache_clear()
+    try:
+        model = make_model()
+        with caplog.at_level(logging.WARNING, "dyadlm.engine"):
+            engine = engine_of(model)
+        assert "numba is not installed" in caplog.text
+        expected, _ = read_by_torch(model, text(20))
+        logits, _ = read_by_engine(engine, text(20))
+        require_equal(logits, expected)
+    finally:
+        engine_package._compiled_step.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"selector": "topk", "selector_heads": 4, "selector_margin": 0.1}, "selector"),
+        ({"semantic_levels": ["learned"]}, "learned boundary"),
+        ({"level_rank": [4] * 7 + [5]}, "several ranks"),
+        ({"level_feature": "pair"}, "level_feature"),
+        ({"level_alignment": "block"}, "sliding and then dual"),
+        ({"slot_contexts": ["code"]}, "learned code"),
+        ({"slot_contexts": [40]}, "too long"),
+        ({"forgetting": True}, "forget"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_named(fields, reason):
+    model = make_model(**{"slot_layers": [1], **fields})
+    assert reason in (unsupported(model.config.to_dict()) or "")
+    with pytest.raises(UserError, match=reason):
+        engine_of(model)
+
+
+def test_wrong_requests_are_errors():
+    engine = engine_of(make_model())
+    for token in (-1, 259):
+        with pytest.raises(IndexError, match="vocabulary"):
+            engine.step(engine.start(), token)
+    with pytest.raises(ValueError, match="2 rows"):
+        engine.step_rows(engine.start(2), [65])
+    with pytest.raises(UserError, match="int4"):
+        engine_of(make_model(), weights="int4")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_levels", 0),
+        ("num_levels", "many"),
+        ("hidden_size", -4),
+        ("slot_ways", 0),
+        ("slot_entries", 24),
+        ("slot_layers", [7]),
+        ("slot_contexts", [0]),
+        ("vocab_size", 1.5),
+        ("level_rank", None),
+        ("semantic_levels", [3]),
+        ("hidden_size", 48),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, name, value):
+    """Before compiled code reads past the end of an array."""
+    make_model().save_pretrained(tmp_path)
+    Engine.from_folder(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError):
+        Engine.from_folder(tmp_path)
+
+
+def test_folders_without_a_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no model folder"):
+        Engine.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError):
+        Engine.from_folder(tmp_path)
+
+
+def test_the_engine_imports_neither_torch_nor_transformers():
+    program = (
+        "import sys, dyadlm.engine, dyadlm.engine.numba_step; "
+        "assert not {'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,124 @@
+"""Nothing heavy is imported before it is needed, and the Auto classes know the model in every order of imports."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.data import byte_tokenizer
+
+HEAVY = ("torch", "transformers")
+
+
+def run(program: str, *arguments: str, stdin: bytes = b"") -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program, *arguments], input=stdin, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode(errors="replace")
+
+
+MAKE = (
+    "config = AutoConfig.for_model('dyadlm', hidden_size=16, num_hidden_layers=1, num_levels=3); "
+    "print(type(AutoModelForCausalLM.from_config(config)).__name__)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import dyadlm; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM; import dyadlm",
+        "from transformers import AutoModelForCausalLM, AutoConfig; import dyadlm",
+        "import transformers, dyadlm; from transformers import AutoModelForCausalLM, AutoConfig",
+        "import dyadlm; from transformers import pipeline, AutoConfig, AutoModelForCausalLM",
+        "import dyadlm; from transformers import PreTrainedModel, AutoConfig, AutoModelForCausalLM",
+        "from transformers import PreTrainedModel; import dyadlm.model.modeling; "
+        "from transformers import AutoConfig, AutoModelForCausalLM",
+        "import dyadlm; dyadlm.DyadConfig; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import dyadlm.engine.bridge; from transformers import AutoConfig, AutoModelForCausalLM",
+    ],
+)
+def test_auto_classes_know_the_model(imports):
+    assert run(f"{imports}; {MAKE}").strip() == "DyadForCausalLM"
+
+
+def test_import_loads_nothing_heavy():
+    run("import dyadlm, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
+    run("import dyadlm; assert 'DyadConfig' in dir(dyadlm); assert not hasattr(dyadlm, 'nothing')")
+
+
+# The command line in a process whose imports of torch and transformers fail.
+WITHOUT = (
+    f"import sys\nfor name in {HEAVY}: sys.modules[name] = None\nfrom dyadlm.cli import main\nmain(sys.argv[1:])\n"
+)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["diagnose", "--help"]])
+def test_help_needs_nothing_heavy(arguments):
+    assert "dyadlm" in run(WITHOUT, *arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=2, slot_layers=[1]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def both(folder, *arguments: str, stdin: bytes = b"") -> list[str]:
+    """What a verb prints without torch, and with it."""
+    with_torch = "import sys, torch; from dyadlm.generate import engine_reader\n" + WITHOUT[WITHOUT.index("from") :]
+    with_torch = with_torch.replace("\nfrom", "\nengine_reader._refusal = lambda *_: 'the test says so'\nfrom", 1)
+    return [run(program, *arguments, stdin=stdin) for program in (WITHOUT, with_torch)]
+
+
+@pytest.mark.parametrize("options", [("--temperature", "0"), ("--seed", "3"), ("--seed", "4", "--stop", "e")])
+def test_generate_writes_the_same_without_torch(folder, tmp_path, options):
+    states = [tmp_path / "engine", tmp_path / "torch"]
+    arguments = ["generate", str(folder), "--prompt", "To be, or not", "--max-new-tokens", "40", *options]
+    engine, in_torch = both(folder, *arguments)
+    assert engine == in_torch
+    assert len(engine) > 20
+    run(WITHOUT, *arguments, "--state-out", str(states[0]))
+    # A state that was written without torch is read with it.
+    continued = [
+        run(program, "generate", str(folder), "--prompt", "x", "--seed", "1", "--state-in", str(states[0]))
+        for program in (WITHOUT, "from dyadlm.cli import main; import torch, sys; main(sys.argv[1:])")
+    ]
+    assert continued[0] == continued[1]
+
+
+def test_stream_reads_the_same_without_torch(folder):
+    lines = b"To be, or not to be:\nthat is the question.\r\n\xc3\xa9t\xc3\xa9 \xff\x00\nno end"
+    engine, in_torch = both(folder, "stream", str(folder), stdin=lines)
+    rows = [[line.split()[:3] for line in printed.splitlines()] for printed in (engine, in_torch)]
+    assert len(rows[0]) == len(rows[1]) == len(lines)
+    for mine, theirs in zip(*rows, strict=True):
+        assert [float(number) for number in mine] == pytest.approx([float(number) for number in theirs], abs=2e-3)
+
+
+def test_much_to_read_is_read_by_torch(folder, monkeypatch, caplog):
+    """The state goes along: the surprise and what is written are those of the engine alone."""
+    from dyadlm.data.encoding import ByteTokenizer
+    from dyadlm.generate import EngineModel, Sampling, Session, engine_reader
+
+    text = list(b"To be, or not to be, that is the question. " * 30)
+    told = []
+    for limit in (10**9, 700):
+        monkeypatch.setattr(engine_reader, "MANY_TOKENS", limit)
+        session = Session(EngineModel(folder), ByteTokenizer())
+        nats = [session.read(text[at : at + 600]) for at in range(0, len(text), 600)]
+        told.append((nats, "".join(session.write(30, Sampling(temperature=0))), type(session.state).__name__))
+    (first, text_first, kind_first), (second, text_second, kind_second) = told
+    assert (kind_first, kind_second) == ("EngineState", "DyadCache")
+    for mine, theirs in zip(first, second, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert text_first == text_second
