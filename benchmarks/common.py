@@ -31,13 +31,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY_TESTS = (
     *(f"tests/ops/test_{name}.py" for name in ("pyramid", "transport", "segments", "contexts", "slots", "selection")),
     "tests/model/test_streaming.py",
+    "tests/engine/test_engine.py",
 )
 
 
 def require_green() -> None:
     """Refuse to measure code whose parity tests fail. A pass is remembered for as long as the code is the same."""
     code = hashlib.sha256()
-    for path in sorted([*(ROOT / "src/dyadlm/ops").glob("*.py"), *(ROOT / "src/dyadlm/model").glob("*.py")]):
+    for path in sorted(
+        [
+            *(ROOT / "src/dyadlm/ops").glob("*.py"),
+            *(ROOT / "src/dyadlm/model").rglob("*.py"),
+            *(ROOT / "src/dyadlm/engine").glob("*.py"),
+        ]
+    ):
         code.update(path.read_bytes())
     stamp = ROOT / ".pytest_cache" / "parity" / code.hexdigest()
     if stamp.exists():

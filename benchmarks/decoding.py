@@ -45,7 +45,7 @@ from streaming import CHUNK, filled_cache
 
 CONTEXTS = (0, 1_000, 8_000)
 FARTHEST = 1_000_000
-FORMATS = ("float32",)
+FORMATS = ("float32", "bfloat16", "int8")
 BATCH = 64
 PARITY_TOKENS = 300
 SCORED_BYTES = 65_536
@@ -291,12 +291,12 @@ def batch_cell(preset: str, rounds: int, folder: Path) -> dict[str, Any]:
     columns = [list(column) for column in zip(*rows, strict=True)][: SIZES[preset]["burst"] // 2 + 1]
     times: dict[str, list[float]] = {"engine": [], "torch": []}
     for number in range(rounds + 1):
-        states, cache = [engine.start() for _ in range(BATCH)], DyadCache()
-        engine.step_rows(states, columns[0])
+        state, cache = engine.start(BATCH), DyadCache()
+        engine.step_rows(state, columns[0])
         model(torch.tensor(columns[0])[:, None], past_key_values=cache, use_cache=True)
         started = time.thread_time()
         for column in columns[1:]:
-            engine.step_rows(states, column)
+            engine.step_rows(state, column)
         middle = time.thread_time()
         for column in columns[1:]:
             model(torch.tensor(column)[:, None], past_key_values=cache, use_cache=True)

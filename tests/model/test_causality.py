@@ -9,6 +9,7 @@ import torch
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.model import PRESETS, tower
 from dyadlm.model.extras import gated_slots, selector
+from dyadlm.model.levels import segments
 from dyadlm.ops import segments as segment_ops
 from dyadlm.ops import selection
 from dyadlm.ops import slots as slot_ops
@@ -216,15 +217,14 @@ def whole_segments(monkeypatch) -> None:
     def summed(x, widths, plan, running, log_keep=None):
         return segment_ops.segment_sums(x, widths, plan, running, log_keep).roll(-1, 1)
 
-    monkeypatch.setattr(tower, "segment_sums", summed)
+    monkeypatch.setattr(segments, "segment_sums", summed)
 
 
 def weights_over_the_chunk(monkeypatch) -> None:
     """Salience as a softmax over time."""
 
     def weights(self, x):
-        parts = weighed(self, x)
-        return tower.Weights(*(part if part is None else part / part.mean(1, keepdim=True) for part in parts))
+        return [part._replace(sums=part.sums / part.sums.mean(1, keepdim=True)) for part in weighed(self, x)]
 
     weighed = tower.Tower.weights
     monkeypatch.setattr(tower.Tower, "weights", weights)

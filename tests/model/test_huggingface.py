@@ -19,7 +19,7 @@ from transformers import (
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
 from dyadlm.accounting import parameters
 from dyadlm.data import byte_tokenizer
-from dyadlm.model.cache import state_signature
+from dyadlm.model.cache import signature_of
 from dyadlm.model.configuration import LEVEL_FEATURES
 from dyadlm.model.trace import level_contributions
 from dyadlm.train.planner import PlannerLessons
@@ -394,7 +394,7 @@ def test_a_folder_of_the_first_version_is_the_same_model_still(tmp_path):
     assert out.routes is out.boundaries is out.metrics is None
     parts = {name.rpartition(".")[0] for name in out.past_key_values.tensors()}
     assert parts == {"", *(f"layers.{layer}.{part}" for layer in range(2) for part in ("rings", "blocks"))}
-    assert state_signature(model.config) == FOUNDATION_STATE
+    assert signature_of(model.config) == FOUNDATION_STATE
 
 
 def test_what_reads_the_tokens_refuses_embeddings():

@@ -44,6 +44,11 @@ class Session:
         return self._reader.logits is not None
 
     @property
+    def logits(self) -> np.ndarray | None:
+        """Of the next token, float32 (V,); None where nothing predicts it."""
+        return self._reader.logits
+
+    @property
     def state(self) -> Any:
         """What the model carries: `past_key_values` in torch, an `EngineState` in the engine."""
         return self._reader.state

@@ -14,8 +14,9 @@ from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
+from dyadlm.model.levels import LevelFeatures
 from dyadlm.model.slots import IdentitySlots
-from dyadlm.model.tower import LevelFeatures, Tower
+from dyadlm.model.tower import Tower
 from dyadlm.model.variants import variant_of
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.slots import Lookup

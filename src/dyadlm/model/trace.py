@@ -16,10 +16,12 @@ from dyadlm.model.block import DyadBlock
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.cache import BlockState
 from dyadlm.model.layout import ChunkLayout, chunk_layout
+from dyadlm.model.levels import LevelFeatures
 from dyadlm.model.modeling import DyadForCausalLM
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
-from dyadlm.model.tower import LevelFeatures, Tower
+from dyadlm.model.tower import Tower
+from dyadlm.ops.blocks import broadcast
 from dyadlm.ops.clock import make_clock
 
 
@@ -52,13 +54,22 @@ def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
         yield BlockTrace(block, read, levels, layout)
 
 
+def at_tokens(trace: BlockTrace) -> dict[int, Tensor]:
+    """The features of all levels at every token: (B, T, F R) each."""
+    tower, layout, found = trace.block.tower, trace.layout, {}
+    for level, feature in sorted(trace.levels.features.items()):
+        j = tower.node_levels.get(level)
+        found[level] = feature if j is None else broadcast(feature, layout.nodes[j], j, layout.clock)
+    return found
+
+
 @torch.no_grad()
 def level_features(model: DyadForCausalLM, ids: Tensor) -> list[dict[int, Tensor]]:
     """The feature of each level at each token of texts (B, T) int64: by block that reads levels, by level,
     (B, T, F)."""
     found = []
     for trace in trace_blocks(model, ids):
-        found.append(trace.block.tower.at_tokens(trace.levels.features, trace.layout))
+        found.append(at_tokens(trace))
         if model.config.tower == "input":  # the other blocks use the features of this one
             break
     return found
@@ -74,8 +85,12 @@ def level_contributions(model: DyadForCausalLM, ids: Tensor) -> Tensor:
     Returns:
         (L, K, T) float.
     """
-    traces = trace_blocks(model, ids.view(1, -1))
-    return torch.stack([t.block.tower.contributions(t.read, t.levels.features, t.layout)[0].T for t in traces])
+    lengths = []
+    for trace in trace_blocks(model, ids.view(1, -1)):
+        tower, layout = trace.block.tower, trace.layout
+        each = torch.stack(tower.weighted_levels(trace.read, trace.levels.features, layout), -1)
+        lengths.append((tower.output_gate(trace.read, layout)[..., None] * each).norm(dim=2)[0].T)
+    return torch.stack(lengths)
 
 
 @torch.no_grad()

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.tower import Tower, Weights
+from dyadlm.model.levels import Weights
+from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import accumulator
 
 
 class Forgetting(Tower):
     """What a segment keeps at a token is the sigmoid of a linear map of it; at first almost all."""
+
+    forgets = True
 
     def build_read(self, config: DyadConfig) -> None:
         super().build_read(config)
@@ -29,6 +32,6 @@ class Forgetting(Tower):
     def weight_count(self) -> int:
         return super().weight_count() + self.forgetting.out_features
 
-    def weights(self, x: Tensor) -> Weights:
+    def weights(self, x: Tensor) -> list[Weights]:
         kept = -nn.functional.softplus(accumulator(self.forgetting(x)))
-        return super().weights(x)._replace(log_keep=kept)
+        return [weights._replace(log_keep=kept) for weights in super().weights(x)]

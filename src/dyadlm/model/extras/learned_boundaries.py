@@ -12,7 +12,8 @@ from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
-from dyadlm.model.tower import LevelFeatures, Tower, Weights
+from dyadlm.model.levels import LevelFamily, LevelFeatures, SegmentLevels, Weights
+from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import Clock, accumulator
 from dyadlm.ops.segments import SegmentCount, segment_plan
 from dyadlm.ops.selection import real_tokens, straight_through
@@ -53,39 +54,38 @@ class BoundaryRouter(nn.Module):
         return begins, sure, BOUNDARY_COST * cost, torch.where(last >= 0, final, key)
 
 
-class LearnedBoundaries(Tower):
+class LearnedSegments(SegmentLevels):
     """One more level over segments that a router begins; its feature is multiplied by how sure the router was."""
+
+    def read(
+        self, x: Tensor, weights: Weights, layout: ChunkLayout, state: BlockState
+    ) -> tuple[LevelFeatures, BlockState]:
+        router: BoundaryRouter = self.tower.router  # type: ignore[assignment]  # the tower is `LearnedBoundaries`
+        key, *carried = state.learned or (None,)
+        boundary, sure, cost, key = router(x, layout.clock, key)
+        count = SegmentCount(*carried[:2]) if carried else None
+        plan, count = segment_plan(boundary[..., None], layout.clock, self.tower.config.longest_segment, count)
+        own, segments = self.read_plan(x, weights, plan, layout.clock, tuple(carried[2:]))
+        features = {k: part * straight_through(sure)[..., None] for k, part in own.items()}
+        state = state._replace(learned=(key, *count, *segments))
+        return LevelFeatures(features, plan.begins[..., 0], cost), state
+
+    def log_keep(self, weights: Weights) -> Tensor | None:
+        return None if weights.log_keep is None else weights.log_keep[..., len(self.tower.by_rule) :]
+
+    def cost(self, time: int) -> Cost:
+        """The router as well, and its key; and the count of segments is carried."""
+        rank = max(self.tower.ranks)
+        router = Cost(2 * time * rank * self.tower.config.hidden_size, numbers=rank, integers=2)
+        return super().cost(time).plus(router)
+
+
+class LearnedBoundaries(Tower):
+    """A tower with a router and the level that it cuts."""
+
+    def build_families(self) -> list[LevelFamily]:
+        return [*super().build_families(), LearnedSegments(self, self.learned)]
 
     def build_read(self, config: DyadConfig) -> None:
         super().build_read(config)
         self.router = BoundaryRouter(config.hidden_size, max(self.ranks), config.boundary_rate)
-
-    def read_products(self, time: int, rows: dict[int, int]) -> int:
-        """The router, and the bottleneck of the learned level, once for each part where those go through it."""
-        parts = self.part_count(self.learned[0]) if self.config.transport_space == "model" else 1
-        own = parts * self.ranks[self.learned[0]] + 2 * max(self.ranks)
-        return super().read_products(time, rows) + time * own
-
-    def cost(self, time: int) -> Cost:
-        """The learned level sums by itself; and the count of segments is carried."""
-        if not self.reads:
-            return super().cost(time)
-        summed = self.segment_products(time, self.learned)
-        fixed = 0 if self.config.forgetting else summed
-        return super().cost(time).plus(Cost(summed, fixed, numbers=max(self.ranks), integers=2))
-
-    def read_weighted(
-        self, x: Tensor, weights: Weights, layout: ChunkLayout, state: BlockState
-    ) -> tuple[LevelFeatures, BlockState]:
-        found, state = super().read_weighted(x, weights, layout, state)
-        key, *carried = state.learned or (None,)
-        boundary, sure, cost, key = self.router(x, layout.clock, key)
-        count = SegmentCount(*carried[:2]) if carried else None
-        plan, count = segment_plan(boundary[..., None], layout.clock, self.config.longest_segment, count)
-        keep = None if weights.log_keep is None else weights.log_keep[..., len(self.by_rule) :]
-        own, segments = self.read_segments(
-            x, self.learned, weights.learned, keep, plan, layout.clock, tuple(carried[2:])
-        )
-        features = found.features | {k: part * straight_through(sure)[..., None] for k, part in own.items()}
-        state = state._replace(learned=(key, *count, *segments))
-        return LevelFeatures(features, plan.begins[..., 0], cost), state

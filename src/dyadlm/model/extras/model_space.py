@@ -11,42 +11,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dyadlm.model.layout import ChunkLayout
-from dyadlm.model.tower import Tower, Weights
+from dyadlm.model.levels import LevelFamily, SlidingLevels
+from dyadlm.model.tower import Tower
+
+
+class ModelSpaceSliding(SlidingLevels):
+    """One sum of the tokens themselves serves all sliding levels."""
+
+    @property
+    def weight_count(self) -> int:
+        return 1
+
+    def summed(self, x: Tensor, weights: Tensor) -> tuple[Tensor, list[int] | None]:
+        return self.tower.weigh([x], weights), None
+
+    def ring_width(self, j: int) -> int:
+        return self.tower.config.hidden_size + self.tower.counted
 
 
 class ModelSpace(Tower):
-    """Windows sum the tokens themselves (..., D); each part of a feature goes through the bottleneck."""
+    """Windows hold the tokens themselves (..., D); each part of a feature goes through the bottleneck."""
 
-    def sliding_sums(self) -> int:
-        return min(len(self.sliding), 1)
-
-    def read_sliding(
-        self, x: Tensor, weights: Weights, layout: ChunkLayout, rings: tuple[Tensor, ...]
-    ) -> tuple[dict[int, Tensor], tuple[Tensor, ...]]:
-        if not self.sliding:
-            return {}, rings
-        return self.compare_sliding(self.weigh([x], weights.sliding), None, layout, rings, x.dtype)
+    def build_families(self) -> list[LevelFamily]:
+        families: list[LevelFamily] = super().build_families()
+        return [ModelSpaceSliding(self, f.levels) if type(f) is SlidingLevels else f for f in families]
 
     def segment_inputs(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
         return [x] * len(levels)
 
-    def read_products(self, time: int, rows: dict[int, int]) -> int:
-        """Each part of a feature goes through the bottleneck by itself."""
-        token_levels = [k for k in self.token_levels if k not in self.learned]
-        parts = time * sum(self.part_count(k) * self.ranks[k] for k in token_levels)
-        parts += sum(count * self.part_count(k) * self.ranks[k] for k, count in rows.items())
-        return parts + time * self.weight_count()
-
     def segment_width(self, level: int) -> int:
         return self.config.hidden_size
 
-    def ring_width(self, j: int) -> int:
-        return self.config.hidden_size + self.counted
+    def bottleneck_rows(self, level: int, windows: int, features: int) -> int:
+        return self.part_count(level) * features
 
-    def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    def project(self, level: int, means: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, still in the space of the model."""
-        return sums / 2**level
+        return means
 
     def joined(self, level: int, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         return self.through_bottleneck(torch.stack(parts, -2).to(dtype), level).flatten(-2)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.tower import Tower, Weights
+from dyadlm.model.levels import Weights
+from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import accumulator
 
 
@@ -20,9 +21,9 @@ class Unweighted(Tower):
         super().build_read(config)
         del self.salience
 
-    def weights(self, x: Tensor) -> Weights:
+    def weights(self, x: Tensor) -> list[Weights]:
         ones = accumulator(x).new_ones(1, 1, 1)
-        return Weights(*(ones.expand(*x.shape[:2], count) for count in self.weighted))
+        return [Weights(ones.expand(*x.shape[:2], family.weight_count)) for family in self.families]
 
     def weight_count(self) -> int:
         return 0
@@ -31,9 +32,9 @@ class Unweighted(Tower):
         """Parts (B, T, C) side by side."""
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
-    def project(self, level: int, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    def project(self, level: int, means: Tensor, dtype: torch.dtype) -> Tensor:
         """Means over the level's width, through its bottleneck: (..., D) → (..., R)."""
-        return accumulator(self.through_bottleneck((sums / 2**level).to(dtype), level))
+        return accumulator(self.through_bottleneck(means.to(dtype), level))
 
     def centroid(self, mean: Tensor, share: Tensor | None) -> Tensor:
         return mean if share is None else mean * share

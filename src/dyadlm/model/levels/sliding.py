@@ -1,0 +1,53 @@
+"""Sliding levels: windows of 2^k tokens that end at every token. Each token is projected, then pooled.
+
+    level 2        The  cat  sat  on   the  mat
+    at "the"            [ current window  ]         cat sat on the
+               [ previous ]                         (what exists of it) The
+
+Dimension letters: B batch, T time, R rank, F parts of a feature.
+"""
+
+from torch import Tensor
+
+from dyadlm.model.cache import BlockState
+from dyadlm.model.cost import Cost
+from dyadlm.model.layout import ChunkLayout
+from dyadlm.model.levels.family import LevelFamily, LevelFeatures, Weights
+from dyadlm.ops.sliding import sliding_windows
+
+
+class SlidingLevels(LevelFamily):
+    """The state is a ring of the last 2^j sums for each j up to the widest level."""
+
+    @property
+    def weight_count(self) -> int:
+        """One for each level, since each sums its own projection."""
+        return len(self.levels)
+
+    def read(
+        self, x: Tensor, weights: Weights, layout: ChunkLayout, state: BlockState
+    ) -> tuple[LevelFeatures, BlockState]:
+        """Features (B, T, F R) of each level."""
+        tower = self.tower
+        summed, channels = self.summed(x, weights.sums)
+        windows, rings = sliding_windows(summed, self.levels, channels, layout.clock, state.rings)
+        features = {
+            k: tower.compare(k, now / 2**k, before / 2**k, layout.shares[k], x.dtype)
+            for k, (now, before) in zip(self.levels, windows, strict=True)
+        }
+        return LevelFeatures(features), state._replace(rings=rings)
+
+    def summed(self, x: Tensor, weights: Tensor) -> tuple[Tensor, list[int] | None]:
+        """What is summed (B, T, C): the channels of all levels side by side, and how wide each is."""
+        projected = self.tower.through_bottlenecks(x, self.levels)
+        return self.tower.weigh(projected, weights), [self.tower.ranks[k] + self.tower.counted for k in self.levels]
+
+    def ring_width(self, j: int) -> int:
+        """How many numbers ring j holds of each token."""
+        return sum(self.tower.ranks[k] + self.tower.counted for k in self.levels if k >= j)
+
+    def cost(self, time: int) -> Cost:
+        """Bottlenecks over T tokens, and the rings."""
+        rings = sum(2**j * self.ring_width(j) for j in range(max(self.levels) + 1))
+        products = sum(self.tower.bottleneck_rows(k, time, time) * self.tower.ranks[k] for k in self.levels)
+        return Cost(products * self.tower.config.hidden_size, numbers=rings)
