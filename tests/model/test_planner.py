@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
-from dyadlm.model import modeling
+from dyadlm.model import planning
 from dyadlm.model.cache import PlannerState
-from dyadlm.model.companion import TrainingPass
+from dyadlm.model.extension import TrainingPass
 from dyadlm.model.planning import level_meaning
 from dyadlm.ops import make_clock
 from dyadlm.ops.consensus import consensus, nucleus
@@ -317,7 +317,7 @@ def test_no_gradient_reaches_them_from_later_tokens(wanted, training):
 
 def leak(model, monkeypatch) -> None:
     """Let the artist see the true future in what is scored, as only its teacher may."""
-    draw = modeling.draw_plan
+    draw = planning.draw_plan
 
     def keep(module, args, output) -> None:
         if output.dim() == 3:  # what is read, not what is proposed
@@ -331,7 +331,7 @@ def leak(model, monkeypatch) -> None:
         return plan._replace(artist=model.lm_head(model.planner.artist(future.near, future.far, token, hidden)))
 
     model.get_input_embeddings().register_forward_hook(keep)
-    monkeypatch.setattr(modeling, "draw_plan", leaky)
+    monkeypatch.setattr(planning, "draw_plan", leaky)
 
 
 def test_an_artist_who_sees_the_true_future_is_caught_by_both(monkeypatch):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.accounting import parameters
-from dyadlm.model.companion import AuxiliaryModule
+from dyadlm.model.extension import AuxiliaryModule
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME, load_companions, published_parameters, save_companions
 from dyadlm.train.fingerprint import Fingerprint

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data.batches import IGNORED_LABEL
-from dyadlm.model.companion import AuxiliaryModule
+from dyadlm.model.extension import AuxiliaryModule
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions, TwinOptions

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dyadlm.data.batches import IGNORED_LABEL
-from dyadlm.model.companion import TrainingPass
+from dyadlm.model.extension import TrainingPass
 from dyadlm.model.planner import WORST, ForecastErrors, forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME

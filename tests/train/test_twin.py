@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.model.boundaries import Boundaries, marks_of
-from dyadlm.model.companion import TrainingPass
+from dyadlm.model.extension import TrainingPass
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.train import export, train
 from dyadlm.train.companions import COMPANIONS_NAME

@@ -47,6 +47,21 @@ class PlannerState(NamedTuple):
 Record = TypeVar("Record", BlockState, TextState, PlannerState)
 
 
+class Carried(NamedTuple):
+    """What a model reads of a cache before a chunk."""
+
+    layers: list[BlockState]
+    text: TextState
+    planner: PlannerState
+
+
+def carried_by(cache: "DyadCache | None", layers: int) -> Carried:
+    """What a cache carries for a model of so many blocks; empty at the start."""
+    if cache is None or cache.is_empty:
+        return Carried([BlockState()] * layers, TextState(), PlannerState())
+    return Carried(cache.layers, cache.text, cache.planner)
+
+
 class Rows(Protocol):
     """States of single rows, held in another layout while tokens are decoded one by one (`dyadlm.engine`)."""
 

@@ -7,33 +7,30 @@ sequences, reads a prompt in one pass, and decodes token by token.
 Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S semantic levels, H heads.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
 from dyadlm.errors import UserError
 from dyadlm.model.block import BlockAux, BlockInputs, DyadBlock
-from dyadlm.model.boundaries import Boundaries, TextState
-from dyadlm.model.cache import BlockState, DyadCache, PlannerState
-from dyadlm.model.companion import COMPANIONS, AuxiliaryModule, TrainingPass
+from dyadlm.model.boundaries import Boundaries
+from dyadlm.model.cache import BlockState, DyadCache, carried_by
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
-from dyadlm.model.decoding import TokenReader, continues_rows
+from dyadlm.model.decoding import DyadGenerationMixin
+from dyadlm.model.extension import COMPANIONS, AuxiliaryModule, TrainingPass, add_up
 from dyadlm.model.layout import chunk_layout
-from dyadlm.model.outputs import DyadModelOutput, DyadOutput
-from dyadlm.model.packing import chunk_clock, left_packing, reorder, require_fitting
+from dyadlm.model.outputs import DyadModelOutput, DyadOutput, as_asked
+from dyadlm.model.packing import arrange
 from dyadlm.model.planner import Forecasters, Planner
-from dyadlm.model.planning import draw_plan, level_values, semantic_begins
+from dyadlm.model.planning import forecast, semantic_begins, with_plan
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
 from dyadlm.model.variants import variant_of
-from dyadlm.ops.consensus import consensus
+from dyadlm.ops.clock import Clock, next_position
 from dyadlm.ops.contexts import Contexts
-from dyadlm.ops.pyramid import Clock, next_position
 from dyadlm.ops.segments import SegmentPlan
 from dyadlm.ops.slots import SlotState
 from dyadlm.registration import register_models
@@ -114,10 +111,9 @@ class DyadModel(DyadPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if added_embeds is not None:
-            inputs_embeds = inputs_embeds + added_embeds
+            embedded = embedded + added_embeds
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = past_key_values if past_key_values is not None or not use_cache else DyadCache()
@@ -125,45 +121,28 @@ class DyadModel(DyadPreTrainedModel):
             raise UserError(
                 "past_key_values must be the DyadCache that a dyadlm model returned; pass None to start anew."
             )
-
-        batch, time = inputs_embeds.shape[:2]
-        require_fitting(batch, time, attention_mask, position_ids, kwargs)
-        if cache is not None and cache.batch_size not in (0, batch):
-            raise UserError(
-                f"The state has {cache.batch_size} rows but the input {batch}; use a state of as many rows."
-            )
-        order = left_packing(attention_mask, batch, time)
-        clock = chunk_clock(batch, time, attention_mask, position_ids, order, cache, inputs_embeds.device)
-        if order is not None:
-            inputs_embeds = reorder(inputs_embeds, order)
-
+        rows = arrange(embedded, attention_mask, position_ids, cache, kwargs)
+        embedded, clock = rows.pack(embedded), rows.clock
         if self.training:
             for layer in self.layers:
                 cast(DyadBlock, layer).tower.before_pass()
-        started = cache is not None and not cache.is_empty
-        states = cache.layers if cache is not None and started else [BlockState()] * len(self.layers)
-        text = cache.text if cache is not None and started else TextState()
-        segments, contexts, text = read_text(self, input_ids, order, clock, text)
-        outputs, states, notes = self.stack(inputs_embeds, clock, segments, contexts, states, cache is not None)
-        outlook, planner = None, cache.planner if cache is not None and started else PlannerState()
+
+        states, text, planner = carried_by(cache, len(self.layers))
+        segments, contexts, text = read_text(self, input_ids, rows.order, clock, text)
+        outputs, states, aux = self.stack(embedded, clock, segments, contexts, states, cache is not None)
+        outlook = None
         if self.forecasters is not None and (use_cache or output_outlook):
-            values = level_values(self, inputs_embeds, outputs[-2])
-            begins = semantic_begins(self.config, segments, notes[-1].boundary)
-            outlook, planner = self.forecasters(values, begins, clock, planner, output_outlook, notes[-1].routes)
+            begins = semantic_begins(self.config, segments, aux[-1].boundary)
+            read = (embedded, outputs[-2])
+            outlook, planner = forecast(self, read, begins, clock, planner, aux[-1].routes, output_outlook)
         if cache is not None and use_cache:
-            cache.update(states, text, planner, next_position(clock), time)
-        routes = tuple(note.routes for note in notes if note.routes is not None)
+            cache.update(states, text, planner, next_position(clock), embedded.shape[1])
+
+        outputs = [rows.unpack(output) for output in outputs]
+        routes = tuple(rows.unpack(part.routes) for part in aux if part.routes is not None)
         begun = [segments.begins] if segments is not None else []
-        begun += [note.boundary[..., None] for note in notes if note.boundary is not None]
-        boundaries = torch.cat(begun, -1) if begun else None
-        if order is not None:
-            back = order.argsort(1)
-            outputs = [reorder(output, back) for output in outputs]
-            routes = tuple(reorder(route, back) for route in routes)
-            boundaries = None if boundaries is None else reorder(boundaries, back)
-            if outlook is not None:
-                outlook = outlook.each(partial(reorder, order=back))
-        costs = [note.cost for note in notes if note.cost is not None]
+        begun += [part.boundary[..., None] for part in aux if part.boundary is not None]
+        costs = [part.cost for part in aux if part.cost is not None]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = DyadModelOutput(
@@ -171,13 +150,11 @@ class DyadModel(DyadPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(outputs) if output_hidden_states else None,
             routes=routes or None if output_routes else None,
-            boundaries=boundaries if output_routes else None,
+            boundaries=rows.unpack(torch.cat(begun, -1)) if begun and output_routes else None,
             metrics={"cost": torch.stack(costs).sum()} if costs else None,
-            outlook=outlook,
+            outlook=None if outlook is None else outlook.each(rows.unpack),
         )
-        return (
-            output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
-        )
+        return as_asked(output, self.config.return_dict if return_dict is None else return_dict)
 
     def stack(
         self,
@@ -211,15 +188,7 @@ class DyadModel(DyadPreTrainedModel):
         return outputs, carried, notes
 
 
-def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All named metrics; the costs become one. Names other than `cost` are unique."""
-    named = {name: value for part in metrics for name, value in part.items()}
-    if costs := [part["cost"] for part in metrics if "cost" in part]:
-        named["cost"] = torch.stack(costs).sum()
-    return named
-
-
-class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
+class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
     """A causal language model on a dyadic pyramid of centroids.
 
     Works with `generate`, `Trainer`, `pipeline("text-generation")` and everything else that takes a Hugging Face causal
@@ -235,7 +204,6 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.planner = Planner(config) if config.planner != "none" else None
         self.companions = nn.ModuleDict()  # of training alone
-        self._fast_decoder: TokenReader | None = None  # set by `dyadlm.engine.bridge.fast_decoding`
         self.post_init()
 
     def accompany(self, name: str, companion: AuxiliaryModule) -> None:
@@ -266,10 +234,6 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
     def set_progress(self, fraction: float) -> None:
         """Say how far training is, from 0 to 1, for what cools down with it. `Trainer` of dyadlm does."""
         self.model.progress.fill_(fraction)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state is our own and is made in `forward`
 
     def forward(
         self,
@@ -310,11 +274,10 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             UserError: a cache of another kind or batch size, or an attention mask that is not (B, T); embeddings in
                 place of tokens while companions train, which read the tokens.
         """
-        if self._fast_decoder is not None and past_key_values is not None and input_ids is not None:
-            more = output_hidden_states or output_routes or output_plan or labels is not None or return_dict is False
-            if not more and continues_rows(input_ids, attention_mask, position_ids, past_key_values):
-                logits = self._fast_decoder.step(input_ids[:, 0].tolist(), past_key_values)
-                return DyadOutput(logits=logits, past_key_values=past_key_values)
+        if not (output_hidden_states or output_routes or output_plan or labels is not None or return_dict is False):
+            fast = self.decoded(input_ids, attention_mask, position_ids, past_key_values)
+            if fast is not None:
+                return DyadOutput(logits=fast, past_key_values=past_key_values)
         companions = [cast(AuxiliaryModule, part) for part in self.companions.values()] if self.training else []
         extra = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if companions else {}
         added = [part for part in (companion.embed(extra) for companion in companions) if part is not None]
@@ -340,10 +303,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         plan = None
         if planning:
-            plan = draw_plan(self, hidden[:, keep], logits, outputs.outlook.each(lambda part: part[:, keep]))
-            plan = plan._replace(outlook=outputs.outlook)
-            if mass:
-                logits = consensus(logits, plan.artist, mass)
+            logits, plan = with_plan(self, hidden[:, keep], logits, outputs.outlook, keep, mass)
         loss, metrics = None, outputs.metrics
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -367,25 +327,7 @@ class DyadForCausalLM(DyadPreTrainedModel, GenerationMixin):
             metrics=metrics,
             plan=plan if output_plan else None,
         )
-        return (
-            output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
-        )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`, with the same tokens; where it is faster, the engine decodes them."""
-        from dyadlm.engine.bridge import fast_decoding  # the engine is above the model
-
-        # Beams are reordered after each token, which would move the state back and forth.
-        config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
-        if beams > 1:
-            return cast(Any, super()).generate(*args, **kwargs)
-        with fast_decoding(self):
-            return cast(Any, super()).generate(*args, **kwargs)
-
-    def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
-        past_key_values.reorder_cache(beam_idx)
-        return past_key_values
+        return as_asked(output, self.config.return_dict if return_dict is None else return_dict)
 
 
 register_models()

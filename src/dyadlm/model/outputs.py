@@ -4,6 +4,7 @@ Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
@@ -50,3 +51,8 @@ class DyadModelOutput(ModelOutput):
     boundaries: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
     outlook: Forecasts | None = None
+
+
+def as_asked(output: ModelOutput, return_dict: bool | None) -> Any:
+    """The output itself, or its present parts as a tuple."""
+    return output.to_tuple() if return_dict is False else output

@@ -3,7 +3,7 @@
 Dimension letters: B batch, T time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,41 @@ from torch import Tensor
 from dyadlm.errors import UserError
 from dyadlm.model.cache import DyadCache
 from dyadlm.ops.pyramid import Clock, make_clock
+
+
+class Arrangement(NamedTuple):
+    """The order in which a chunk is read: real tokens first in each row; and its clock."""
+
+    order: Tensor | None  # (B, T) int64; None where the real tokens fill the chunk
+    clock: Clock
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The columns of x (B, T, ...) in the order in which they are read."""
+        return x if self.order is None else reorder(x, self.order)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The columns of x (B, T, ...) back in the order in which they came."""
+        return x if self.order is None else reorder(x, self.order.argsort(1))
+
+
+def arrange(
+    embedded: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: DyadCache | None,
+    others: dict[str, Any],
+) -> Arrangement:
+    """How a chunk (B, T, D) is read after a cache. others: arguments that tell of packing in another way.
+
+    Raises:
+        UserError: an empty chunk, masks or positions of another shape, a state of other rows, unknown packing.
+    """
+    batch, time = embedded.shape[:2]
+    require_fitting(batch, time, attention_mask, position_ids, others)
+    if cache is not None and cache.batch_size not in (0, batch):
+        raise UserError(f"The state has {cache.batch_size} rows but the input {batch}; use a state of as many rows.")
+    order = left_packing(attention_mask, batch, time)
+    return Arrangement(order, chunk_clock(batch, time, attention_mask, position_ids, order, cache, embedded.device))
 
 
 def require_fitting(

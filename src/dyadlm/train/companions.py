@@ -1,4 +1,4 @@
-"""What trains beside a model (`dyadlm.model.companion`): made by settings, kept in checkpoints, never exported."""
+"""What trains beside a model (`dyadlm.model.extension`): made by settings, kept in checkpoints, never exported."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from dyadlm.errors import UserError
 from dyadlm.model import DyadForCausalLM
-from dyadlm.model.companion import COMPANIONS, AuxiliaryModule
+from dyadlm.model.extension import COMPANIONS, AuxiliaryModule
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import NAMESPACES, TrainSettings

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dyadlm.data.batches import ChangedWindows
 from dyadlm.model import DyadConfig
-from dyadlm.model.companion import AuxiliaryModule, TrainingPass
+from dyadlm.model.extension import AuxiliaryModule, TrainingPass
 from dyadlm.train.settings import FingerprintOptions
 
 # Bits of the digits of a number, the lowest first; 64 in all, so that all numbers of 64 bits have digits of their own.

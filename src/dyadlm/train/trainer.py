@@ -28,7 +28,7 @@ from dyadlm.errors import RunFailed
 from dyadlm.evaluate.mechanisms import behaviour
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
-from dyadlm.model.companion import COMPANIONS
+from dyadlm.model.extension import COMPANIONS
 from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.checkpoint import (
     checkpoint_path,

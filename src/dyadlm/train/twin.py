@@ -17,7 +17,7 @@ from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model import DyadConfig, DyadForCausalLM, DyadModel
 from dyadlm.model.block import DyadBlock
 from dyadlm.model.cache import BlockState
-from dyadlm.model.companion import AuxiliaryModule, TrainingPass
+from dyadlm.model.extension import AuxiliaryModule, TrainingPass
 from dyadlm.model.packing import chunk_clock, left_packing
 from dyadlm.ops.pyramid import Clock
 from dyadlm.ops.segments import SegmentPlan, segment_plan

@@ -1,10 +1,12 @@
-"""What accompanies a model while it trains, and is never part of it: not exported, not called in evaluation.
+"""The interface of optional parts that train beside a model: not exported, and not called in evaluation.
 
 Dimension letters: B batch, T time, D width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dyadlm.model.planner import Plan
@@ -39,3 +41,11 @@ class AuxiliaryModule(nn.Module):
         or fractions (2,), numerator and denominator, which are summed over passes before they are divided. What is to
         be minimised besides the model's own loss is the scalar `cost`, if there is one."""
         return {}
+
+
+def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All named metrics; the costs become one. Names other than `cost` are unique."""
+    named = {name: value for part in metrics for name, value in part.items()}
+    if costs := [part["cost"] for part in metrics if "cost" in part]:
+        named["cost"] = torch.stack(costs).sum()
+    return named
