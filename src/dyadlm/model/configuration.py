@@ -4,9 +4,11 @@ Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_ran
 """
 
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
+import torch
 from transformers import PreTrainedConfig
 
 from dyadlm.errors import UserError
@@ -15,6 +17,7 @@ from dyadlm.model.presets import PRESETS
 from dyadlm.ops import selection, slots
 from dyadlm.ops.contexts import tag_words
 from dyadlm.ops.pyramid import ALIGNMENTS, EARLY
+from dyadlm.values import coerce
 
 LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
     "transport": ("transport",),
@@ -333,13 +336,29 @@ class DyadConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
+        cls.require_fields(overrides)
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def require_fields(cls, given: Iterable[str]) -> None:
+        """Raise `UserError`, naming the nearest, for a name that is no field of the model."""
         known = {field.name for field in fields(cls)}
-        for key in overrides:
+        for key in given:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else "see DyadConfig for the fields there are."
                 raise UserError(f"The model has no field '{key}'; {hint}")
-        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def coerce_fields(cls, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Each given field as the type it has, as it is written on a command line. prefix: of its name in messages.
+
+        Raises:
+            UserError: a field that there is not, or a value of another type.
+        """
+        cls.require_fields(given)
+        hints = get_type_hints(cls, localns={"torch": torch})  # transformers names its types in strings
+        return {name: coerce(value, hints[name], prefix + name) for name, value in given.items()}
 
 
 def _require_positive(name: str, value: object) -> None:

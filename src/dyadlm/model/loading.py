@@ -1,6 +1,5 @@
 """Any causal language model of transformers from a folder: safetensors only, none of the folder's code is run."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from dyadlm.errors import UserError
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.values import coerce_fields, type_of
 
 
 def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **fields: Any) -> PreTrainedModel:
@@ -26,7 +27,7 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
     try:
         with without_bars_of_transformers():
             config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
-            _require_fields(config, fields)
+            fields = coerced(config, fields)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path_or_name,
                 dtype=dtype or "auto",
@@ -58,13 +59,16 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
     return cast(PreTrainedModel, model)
 
 
-def _require_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
-    known = config.to_dict()
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            raise UserError(f"A model of type {config.model_type} has no field {name!r}{hint}.")
+def coerced(config: PreTrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration as the types that they have: ours as declared, others as their values are now.
+
+    Raises:
+        UserError: a field that there is not, naming the nearest, or a value of another type.
+    """
+    if isinstance(config, DyadConfig):
+        return DyadConfig.coerce_fields(fields)
+    types = {name: type_of(value) for name, value in config.to_dict().items()}
+    return coerce_fields(fields, types, f"A model of type {config.model_type}")
 
 
 def require_model_folder(path: Path) -> None:
