@@ -298,7 +298,6 @@ def test_user_errors_leave_nothing_behind(tmp_path, small, words, console, llama
         (small(output, "data.sequence_length=100000"), "less than one window"),
         (small(output, "data.canaries=3"), "plant fewer or train for more steps"),
         (small(output, "model.level_feature=nothing"), "level_feature"),
-        (small(output, "model.hiden_size=16"), "hidden_size"),
         (small(output, model=tmp_path), "is no model folder"),
         (small(output, "dataloader_prefetch_factor=2"), "do not fit together"),
         (small(output, "bf16=false", dtype="bfloat16"), "contradict"),
@@ -307,6 +306,8 @@ def test_user_errors_leave_nothing_behind(tmp_path, small, words, console, llama
         with pytest.raises(UserError, match=message):
             train(settings, data, console)
         assert not output.exists()
+    with pytest.raises(UserError, match="hidden_size"):  # where the settings are read, before anything is loaded
+        small(output, "model.hiden_size=16")
     larger = AutoTokenizer.from_pretrained(llama)
     larger.add_tokens(["<|extra|>"])
     with pytest.raises(UserError, match="260 tokens but the model knows 259"):

@@ -67,13 +67,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+# A run prints at most so many lines of each kind where there is no terminal; the metrics file has them all.
+LOSS_LINES, VALIDATION_LINES = 16, 10
+
+
 class ProgressDisplay(TrainerCallback):
-    """Loss, bits per byte, tokens/s and time left: a bar on a terminal, else one plain line a log."""
+    """Loss, bits per byte, tokens/s and time left: a bar on a terminal, else a few lines, evenly spaced.
+
+    A validation loss has a line of its own, in the step in which it was measured.
+    """
 
     def __init__(self, console: Console, total: int):
         self._console = console
         self._latest: dict[str, float] = {}
         self._total = total
+        self._due = {"loss": 0.0, "eval_loss": 0.0}  # the step from which the next line may come
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -107,32 +115,42 @@ class ProgressDisplay(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        logs = logs or {}
-        if "loss" not in logs and "eval_loss" not in logs:
+        self._latest |= {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        step = state.global_step
+        if "eval_loss" in (logs or {}) and self._is_due("eval_loss", step, VALIDATION_LINES):
+            self._print(step, _loss(self._latest, "eval_loss", "validation"))
+        if "loss" not in (logs or {}):
             return
-        self._latest |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        text = _figures(self._latest)
+        text = "  ".join(filter(None, [_loss(self._latest, "loss", "loss"), _speed(self._latest)]))
         if self._bar is not None:
             self._bar.update(self._task, figures=text)
-            return
-        rate = self._latest.get("steps_per_second", 0.0)
-        left = f"  {_duration((self._total - state.global_step) / rate)} left" if rate else ""
-        self._console.print(f"step {state.global_step}/{self._total}  {text}{left}", highlight=False, soft_wrap=True)
+        elif self._is_due("loss", step, LOSS_LINES):
+            rate = self._latest.get("steps_per_second", 0.0)
+            left = f"  {_duration((self._total - step) / rate)} left" if rate else ""
+            self._print(step, text + left)
+
+    def _is_due(self, kind: str, step: int, lines: int) -> bool:
+        """Whether a line may be printed now. The first and the last step have one."""
+        if step < self._due[kind] and step < self._total:
+            return False
+        self._due[kind] = step + self._total / (lines - 1)
+        return True
+
+    def _print(self, step: int, text: str) -> None:
+        self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
 
-def _figures(logs: Mapping[str, float]) -> str:
-    parts = []
-    for name, title in (("loss", "loss"), ("eval_loss", "validation")):
-        if name in logs:
-            bits = logs.get(name.replace("loss", "bits_per_byte"))
-            parts.append(f"{title} {logs[name]:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else ""))
-    if "tokens_per_second" in logs:
-        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-    return "  ".join(parts)
+def _loss(logs: Mapping[str, float], name: str, title: str) -> str:
+    bits = logs.get(name.replace("loss", "bits_per_byte"))
+    return f"{title} {logs[name]:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else "")
+
+
+def _speed(logs: Mapping[str, float]) -> str:
+    return f"{logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else ""
 
 
 def _duration(seconds: float) -> str:
