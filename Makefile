@@ -1,4 +1,4 @@
-# `make demo` shows everything at once, `make test` checks everything. Both make .venv when it is missing.
+# `make demo` shows everything at once, `make test` checks everything, `make quick` the fast part. Each makes .venv when it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ RUN := $(DEMO)/run
 EXTRAS ?= dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup test lint types clean-demo
+.PHONY: demo setup quick test lint types clean-demo
 
 # ---- Environment: made once, and again when what it follows from changes
 
@@ -53,6 +53,9 @@ clean-demo:
 	rm -rf $(DEMO)
 
 # ---- Checks
+
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
