@@ -81,6 +81,7 @@ def both(folder, *arguments: str, stdin: bytes = b"") -> list[str]:
 
 
 @pytest.mark.parametrize("options", [("--temperature", "0"), ("--seed", "3"), ("--seed", "4", "--stop", "e")])
+@pytest.mark.slow
 def test_generate_writes_the_same_without_torch(folder, tmp_path, options):
     states = [tmp_path / "engine", tmp_path / "torch"]
     arguments = ["generate", str(folder), "--prompt", "To be, or not", "--max-new-tokens", "40", *options]
@@ -96,6 +97,7 @@ def test_generate_writes_the_same_without_torch(folder, tmp_path, options):
     assert continued[0] == continued[1]
 
 
+@pytest.mark.slow
 def test_stream_reads_the_same_without_torch(folder):
     lines = b"To be, or not to be:\nthat is the question.\r\n\xc3\xa9t\xc3\xa9 \xff\x00\nno end"
     engine, in_torch = both(folder, "stream", str(folder), stdin=lines)

@@ -12,6 +12,8 @@ from dyadlm.data.encoding import encode_bytes
 from dyadlm.evaluate import evaluate
 from dyadlm.generate import load_model
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the king speaks of love and war. in a dark wood the queen speaks. "
 EVERYTHING = [
     "--set", "model.hidden_size=16", "model.selector_heads=4", "model.num_hidden_layers=2", "model.num_levels=4",

@@ -5,6 +5,8 @@ import pytest
 from dyadlm.diagnose import PROBES, Budget
 from dyadlm.diagnose.self_test import check
 
+pytestmark = pytest.mark.slow
+
 CONTROLS = [(probe, number) for probe, kind in PROBES.items() for number in range(len(kind().controls()))]
 
 

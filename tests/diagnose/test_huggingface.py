@@ -20,6 +20,8 @@ from dyadlm.diagnose.probes.cost import Allocations, Sleeper
 from dyadlm.diagnose.probes.memorise import _under_zlib
 from dyadlm.diagnose.tokens import token_bytes
 
+pytestmark = pytest.mark.slow
+
 TEXT = (
     "The king — he's old — speaks of love.  War is near! “Is it?” asked the queen.\n\nNight came, and naïve men slept. "
 )

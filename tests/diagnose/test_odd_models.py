@@ -41,6 +41,8 @@ from dyadlm.diagnose.probes.position import counted_bits
 from dyadlm.errors import UserError
 from dyadlm.evaluate.memorisation import Estimate
 
+pytestmark = pytest.mark.slow
+
 QUICK = Budget(tokens=0.02, fast=True)
 TEXT = "The king speaks of love. War is near! Is it? asked the queen.\n\nNight came, and men slept. "
 

@@ -36,6 +36,8 @@ from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.trace import level_contributions
 from dyadlm.train.fingerprint import Fingerprint
 
+pytestmark = pytest.mark.slow
+
 STRUCTURE = ["octave", "window", "diffuse", "drift", "decay", "select", "identity"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}

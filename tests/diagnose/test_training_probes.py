@@ -24,6 +24,8 @@ from dyadlm.diagnose.probes.theme import _agreement, _kinds
 from dyadlm.diagnose.tokens import token_bytes
 from dyadlm.diagnose.trajectory import reached
 
+pytestmark = pytest.mark.slow
+
 EVERYTHING = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

@@ -209,6 +209,7 @@ def test_interval_is_over_documents_or_blocks(llama):
     assert evaluate(model, plain(range(3)), letters()).interval is None
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_as_often_as_it_says():
     generator = np.random.default_rng(0)
     covered = 0

@@ -14,7 +14,7 @@ from dyadlm.model import DyadConfig, DyadForCausalLM
 
 pytest.importorskip("lm_eval")
 
-pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # theirs are not ours to mend
 
 WINDOW = 32
 WORDS = ["the", "king", "queen", "été", "speaks", "of", "naïve", "love", "\n"]

@@ -11,6 +11,8 @@ from dyadlm.generate import Sampling, Session, generate_text
 from dyadlm.model import DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
 
+pytestmark = pytest.mark.slow
+
 READ, CUE, FOLLOWED = "qmzxvjwkbypf", "zx", "vjwkby"
 GREEDY = Sampling(temperature=0.0)
 

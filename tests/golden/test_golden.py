@@ -17,7 +17,10 @@ def close(found, stored) -> bool:
     return abs(found - stored) <= EXACT * max(1.0, abs(stored))
 
 
-@pytest.mark.parametrize("name", STORED)
+WIDE = ("preset small", "preset base")  # the slow ones
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in WIDE else n for n in STORED])
 def test_logits_states_and_gradients_are_those_of_version_0_1(name):
     stored = STORED[name]
     fields = {key: value for key, value in stored["fields"].items() if key != "preset"}

@@ -108,7 +108,11 @@ def make_model(
     return model.to(dtype).eval()
 
 
-@pytest.fixture(params=list(VARIANTS))
+# Of `make quick`: what the presets run.
+QUICK = ("semantic", "slots", "salience")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS])
 def variant(request) -> dict:
     """Each alignment, feature, early rule, transport space and mechanism appears in one of these."""
     return VARIANTS[request.param]

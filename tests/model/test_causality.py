@@ -142,10 +142,12 @@ def leak_model(**overrides) -> DyadForCausalLM:
 
 
 @pytest.mark.parametrize("symbols", [8, 256])
+@pytest.mark.slow
 def test_nobody_gains_on_streams_that_cannot_be_predicted(symbols):
     assert max(highest_gains(leak_model(), symbols, **SCHEDULE).values()) < LIMIT
 
 
+@pytest.mark.slow
 def test_nobody_gains_with_every_mechanism():
     """In training mode: choices by load, learned boundaries and gates, all of them learning.
 
@@ -156,6 +158,7 @@ def test_nobody_gains_with_every_mechanism():
 
 
 @pytest.mark.parametrize("preset", ["small", "base"])
+@pytest.mark.slow
 def test_nobody_gains_with_the_wide_levels_of_the_larger_presets(preset):
     """Long enough for the widest level to speak."""
     model = DyadForCausalLM(DyadConfig.from_preset(preset, hidden_size=64, num_hidden_layers=3))
@@ -163,6 +166,7 @@ def test_nobody_gains_with_the_wide_levels_of_the_larger_presets(preset):
     assert max(highest_gains(model, 8, steps=45, warm_up=25, time=widest + 64).values()) < LIMIT
 
 
+@pytest.mark.slow
 def test_the_floor_catches_blocks_shown_to_all_their_own_tokens(monkeypatch):
     """The reading of the paper that design 2 warns of."""
 
@@ -176,6 +180,7 @@ def test_the_floor_catches_blocks_shown_to_all_their_own_tokens(monkeypatch):
     assert highest_gains(leak_model(), 8, **SCHEDULE)[None] > LIMIT
 
 
+@pytest.mark.slow
 def test_the_floor_catches_slots_that_hold_what_is_still_to_come(monkeypatch):
     """With every mechanism; x_{t+1} is what slots find at t."""
     read_ahead(monkeypatch)
@@ -183,6 +188,7 @@ def test_the_floor_catches_slots_that_hold_what_is_still_to_come(monkeypatch):
     assert highest_gains(model.train(), 8, steps=30, warm_up=15, time=64)[None] > LIMIT
 
 
+@pytest.mark.slow
 def test_the_floor_catches_a_glimpse_two_tokens_ahead():
     """x_{t+2} shown to the head at t: nothing is gained on uniform tokens, much on their copies."""
     model = leak_model()

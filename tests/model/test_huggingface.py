@@ -254,6 +254,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         assert torch.allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_core_compiles_without_a_graph_break():
     """Captured whole, forward and backward; the default backend also needs a C++ compiler (benchmarks measure it)."""
     model, ids = make_model(torch.float32).train(), random_ids(2, 40)

@@ -22,6 +22,8 @@ from dyadlm.ops.selection import straight_through
 
 from .conftest import make_model, text_ids
 
+pytestmark = pytest.mark.slow
+
 STACKS = {
     "sliding": ["sliding"] * 5,
     "dual": ["sliding", *["dual"] * 4],

@@ -185,6 +185,7 @@ def test_pads_alone_change_nothing():
     assert torch.equal(next_position(clock), state.position)
 
 
+@pytest.mark.slow
 def test_a_million_streamed_positions_do_not_drift():
     """float32 chunks with a carried state against the O(1)-per-level float64 stream, around powers of two.
 

@@ -138,6 +138,7 @@ def test_every_segmentation_equals_the_definition(seed, time, longest, rate, bre
 
 @pytest.mark.parametrize("time", [32, 33, 1024, 1025, 1100])
 @pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.slow
 def test_long_chunks_equal_the_definition(time, keep):
     """Over one tile, over one tile of tiles; segments as long as the chunk, and across its tiles."""
     case = make_case(1, time, widths=(1, 1, 1), rate=0.01, breaks=0.002, longest=700, keep=keep)

@@ -141,6 +141,7 @@ def cases(draw) -> tuple[Case, list[int], bool]:
 @given(cases())
 @example((make_case(2, 37, [1, 2, "word"], 3, lengths=[37, 20]), list(range(1, 37)), True))
 @example((make_case(2, 37, [1, 2], 3, evict="lru", scope="stream", ways=3, sets=1), list(range(1, 37)), True))
+@pytest.mark.slow
 def test_equal_the_definition_however_cut_packed_and_padded(drawn):
     """Collisions throughout: all values differ, so one read under a wrong tag would show."""
     case, cuts, own = drawn

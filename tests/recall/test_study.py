@@ -11,6 +11,8 @@ from dyadlm.recall.study import batch
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions
 
+pytestmark = pytest.mark.slow
+
 TINY = {"num_hidden_layers": 1, "hidden_size": 16}
 
 

@@ -13,6 +13,8 @@ from dyadlm.train import train
 from dyadlm.train.checkpoint import last_complete
 from dyadlm.train.companions import COMPANIONS_NAME
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = str(Path(__file__).with_name("program.py"))
 # The first steps of AdamW move every weight by the learning rate, whatever the size of its gradient, so that rounding
 # would show in weights whose gradient is nearly zero; a larger epsilon keeps it small.

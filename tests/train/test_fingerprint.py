@@ -16,6 +16,8 @@ from dyadlm.train.fingerprint import INDEX_BITS, TAG_BITS, DigitEmbedding, Finge
 from dyadlm.train.plan import make_plan
 from dyadlm.train.settings import FingerprintOptions
 
+pytestmark = pytest.mark.slow
+
 SHOWN = ("fingerprint.shown=true", "fingerprint.dropout=0.4", "fingerprint.token_dropout=0.2")
 EDGES = [0, 1, -1, -2, 2**63 - 1, -(2**63), 2**62, 2**31, -(2**32), 1023, 1024]
 ANY = st.one_of(st.sampled_from(EDGES), st.integers(-(2**63), 2**63 - 1))

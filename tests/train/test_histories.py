@@ -19,6 +19,8 @@ from dyadlm.model.cache import DyadCache
 from dyadlm.train import train
 from dyadlm.train.histories import HistoryWeightedLoss, history_weights
 
+pytestmark = pytest.mark.slow
+
 # Steps so small that the weights stay what they were, to float32.
 STANDING = ("learning_rate=1e-30", "weight_decay=0", "max_grad_norm=1e9", "logging_steps=1")
 

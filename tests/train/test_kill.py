@@ -3,11 +3,14 @@
 import signal
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from dyadlm.train import train
 from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest
+
+pytestmark = pytest.mark.slow
 
 # With a carried state, a checkpoint has the most to restore.
 ASSIGNMENTS = (

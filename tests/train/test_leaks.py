@@ -24,6 +24,8 @@ from ..model.test_causality import DISTANCES, LIMIT, unpredictable
 from ..model.test_planner import leak
 from .test_twin import leaking
 
+pytestmark = pytest.mark.slow
+
 TIME = 48
 # Bytes of which the text has none, and where they are written over it.
 MARKS = {place: 1 + number for number, place in enumerate((3, 9, 17, 25, 31, 40, TIME - 1))}

@@ -18,6 +18,8 @@ from dyadlm.train.mechanisms import MeanMetrics
 from dyadlm.train.plan import make_plan
 from dyadlm.train.trainer import LanguageModelTrainer
 
+pytestmark = pytest.mark.slow
+
 EVERYTHING = (
     "model.num_levels=4", "model.semantic_levels=[syllable, word, learned]", "model.semantic_memory=2",
     "model.salience=true", "model.forgetting=true", "model.selector=gumbel", "model.selector_heads=16",

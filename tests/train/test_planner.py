@@ -15,6 +15,8 @@ from dyadlm.train.settings import PlannerOptions
 
 from ..model.conftest import SMALL, make_model, text_ids
 
+pytestmark = pytest.mark.slow
+
 WORDS = {**SMALL, "semantic_levels": ["word"], "num_levels": 3, "planner": "head", "planner_width": 4}
 SIZES = (9, 1, 2, 20)  # documents of a row
 EXACT = 1e-9

@@ -24,6 +24,8 @@ from dyadlm.train.checkpoint import last_complete, read_manifest
 from dyadlm.train.plan import make_plan
 from dyadlm.train.trainer import LanguageModelTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def weights(folder):
     return load_file(folder / "model.safetensors")

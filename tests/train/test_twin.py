@@ -22,6 +22,8 @@ from dyadlm.train.twin import Twin, turned_round
 from ..model.conftest import VARIANTS, make_model, text_ids
 from ..model.test_causality import DISTANCES, LIMIT, unpredictable
 
+pytestmark = pytest.mark.slow
+
 CONDITIONINGS = ("joint", "reverse", "detached")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2}
 MIXED = {"num_levels": 5, "level_alignment": ["sliding", "dual", "block", "prefix", "sliding"]}
