@@ -55,7 +55,7 @@ def load(
     from transformers.utils import logging
 
     from dyadlm.generate import load_model
-    from dyadlm.train.settings import parse_assignment
+    from dyadlm.values import parse_assignment
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load_model(model, device, dtype, dict(parse_assignment(text) for text in fields or ()))

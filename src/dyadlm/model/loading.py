@@ -1,6 +1,5 @@
 """Any causal language model of transformers from a folder: safetensors only, none of the folder's code is run."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from dyadlm.errors import UserError
+from dyadlm.model.configuration import DyadConfig
+from dyadlm.values import coerce_fields, type_of
+
+# Entries of config.json that describe the file; the weights decide them.
+DESCRIPTIVE = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
-def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **fields: Any) -> PreTrainedModel:
+def load_weights(
+    path_or_name: str | Path,
+    dtype: torch.dtype | None = None,
+    fields: Mapping[str, Any] | None = None,
+    prefix: str = "",
+) -> PreTrainedModel:
     """The model of a folder or of a Hugging Face name, on the CPU, in evaluation mode.
 
-    dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override.
-    Raises `UserError` if there is no such model, or some of its weights are missing or do not fit.
+    dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override, each coerced to
+        the type it has. prefix: of a field's name in messages.
+    Raises `UserError` if there is no such model or field, a value is of another type, or some of its weights are
+    missing or do not fit.
     """
     path = Path(path_or_name)
     if path.exists():
@@ -26,7 +37,7 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
     try:
         with without_bars_of_transformers():
             config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
-            _require_fields(config, fields)
+            fields = _coerce_fields(config, fields or {}, prefix)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path_or_name,
                 dtype=dtype or "auto",
@@ -58,13 +69,12 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
     return cast(PreTrainedModel, model)
 
 
-def _require_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
-    known = config.to_dict()
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            raise UserError(f"A model of type {config.model_type} has no field {name!r}{hint}.")
+def _coerce_fields(config: PreTrainedConfig, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """By the annotations of our own configuration; of any other, by the value that each field has now."""
+    if isinstance(config, DyadConfig):
+        return config.coerce_fields(given, prefix)
+    types_of = {name: type_of(value) for name, value in config.to_dict().items() if name not in DESCRIPTIVE}
+    return coerce_fields(given, types_of, f"A {config.model_type} model", prefix)
 
 
 def require_model_folder(path: Path) -> None:

@@ -23,7 +23,7 @@ from dyadlm.errors import UserError
 from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
 from dyadlm.recall.tasks import UNSCORED
-from dyadlm.train.settings import coerce, parse_assignment
+from dyadlm.values import coerce, parse_assignment
 
 WIDTH, LAYERS = 64, 2
 
@@ -75,7 +75,7 @@ def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any
     Raises `UserError` if there is no such model or field, or the model cannot be what is asked.
     """
     if name not in PRESETS and Path(name).exists():
-        model = load_weights(name, torch.float32, **given)
+        model = load_weights(name, torch.float32, given)
         if model.config.vocab_size < vocabulary:
             raise UserError(
                 f"{name} has {model.config.vocab_size} tokens but the task {vocabulary}; lower the task's vocabulary."
@@ -103,7 +103,9 @@ def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any
         # The symbols of a task are no text: no words or sentences, and slots addressed by the last symbol.
         small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "level_rank": None}
         own = {"semantic_levels": [], "slot_contexts": [1], "slot_layers": [0]}
-        return DyadConfig.from_preset(name if name in PRESETS else "tiny", **sizes | small | own | dict(given))
+        return DyadConfig.from_preset(
+            name if name in PRESETS else "tiny", **sizes | small | own | DyadConfig.coerce_fields(given)
+        )
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(name, [*PRESETS, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES], n=1)
         hint = f"the nearest is {near[0]}" if near else "give a preset, a folder or a model type such as llama"

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from dyadlm.errors import UserError
-from dyadlm.train.settings import coerce
+from dyadlm.values import coerce
 
 UNSCORED = -100
 Item = tuple[np.ndarray, np.ndarray]

@@ -5,14 +5,10 @@ the configuration of the model, and one namespace for each part of ours (`data.F
 `NAMESPACES`).
 """
 
-import difflib
 import json
-import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +16,8 @@ import yaml
 from transformers import TrainingArguments
 
 from dyadlm.errors import UserError
+from dyadlm.model import DyadConfig
+from dyadlm.values import coerce, nearest, parse_assignment
 
 RECORD_NAME = "dyadlm.json"
 
@@ -308,7 +306,7 @@ class TrainSettings:
             raise UserError("There is nothing to train on; name a corpus, a file or a folder with --data.")
         if preset is not None and preset not in PRESET_DEFAULTS:
             known = [name for name in PRESET_DEFAULTS if name]
-            raise UserError(f"There is no preset {preset!r}{_nearest(preset, known)}.")
+            raise UserError(f"There is no preset {preset!r}{nearest(preset, known)}.")
         values = COMMON_DEFAULTS | PRESET_DEFAULTS[preset] | dict(given)
         if "num_train_epochs" in given and "max_steps" not in given:
             del values["max_steps"]
@@ -326,10 +324,12 @@ class TrainSettings:
                 hints = typing.get_type_hints(NAMESPACES[namespace])
                 known = [f"{namespace}.{entry.name}" for entry in fields(NAMESPACES[namespace])]
                 if key not in known:
-                    raise UserError(f"There is no key {key}{_nearest(key, known)}.")
+                    raise UserError(f"There is no key {key}{nearest(key, known)}.")
                 options[namespace][name] = coerce(value, hints[name], key)
             else:
-                raise UserError(f"There is no key {key}{_nearest(namespace, ['model', *NAMESPACES])}.")
+                raise UserError(f"There is no key {key}{nearest(namespace, ['model', *NAMESPACES])}.")
+        if model is None:  # the fields of a folder's model are known when it is loaded
+            model_fields = DyadConfig.coerce_fields(model_fields, prefix="model.")
         _check_arguments(arguments)
         return cls(
             output=Path(output),
@@ -368,54 +368,6 @@ def read_record(run: Path) -> dict[str, Any]:
     return record
 
 
-def coerce(value: Any, annotation: Any, key: str) -> Any:
-    """`value` as the type that `annotation` asks for; raises `UserError` if it is no such thing."""
-    if typing.get_origin(annotation) is Literal:
-        literals = typing.get_args(annotation)
-        if value is False and "off" in literals:  # as YAML reads it
-            return "off"
-        if value in literals:
-            return value
-        raise UserError(f"{key} cannot be {value!r}{_nearest(value, literals)}.")
-    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-    for kind in typing.get_args(annotation) if union else (annotation,):
-        origin = typing.get_origin(kind) or kind
-        if origin is Any or (origin is type(None) and value is None):
-            return value
-        if isinstance(origin, type) and issubclass(origin, Enum):
-            choices = [member.value for member in origin]
-            if value in choices:
-                return value
-            raise UserError(f"{key} cannot be {value!r}{_nearest(value, choices)}.")
-        if origin is bool and isinstance(value, bool):
-            return value
-        if origin is int and _number(value) is not None and float(value) == int(float(value)):
-            return int(float(value))
-        if origin is float and _number(value) is not None:
-            return value if isinstance(value, int) else float(value)
-        if origin in (str, dict, list) and isinstance(value, origin):
-            return value
-    raise UserError(f"{key} cannot be {value!r}; it takes {_names(annotation)}.")
-
-
-def _number(value: Any) -> float | None:
-    """YAML reads 1e-3 as a text, so texts that are numbers count."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _names(annotation: Any) -> str:
-    kinds: tuple[Any, ...] = typing.get_args(annotation) or (annotation,)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    words[type(None)] = "null"
-    return " or ".join(words.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
-
-
 def _argument(key: str, value: Any) -> Any:
     # FSDP is switched on with true, although its annotation still says text.
     hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str | None}
@@ -425,7 +377,7 @@ def _argument(key: str, value: Any) -> Any:
         raise UserError(f"The key {key} is not for --set: {reason}.")
     if key not in known:
         ours = [f"{name}.{entry.name}" for name, kind in NAMESPACES.items() for entry in fields(kind)]
-        raise UserError(f"There is no key {key}{_nearest(key, [*known, *ours])}.")
+        raise UserError(f"There is no key {key}{nearest(key, [*known, *ours])}.")
     return coerce(value, hints[key], key)
 
 
@@ -452,25 +404,6 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 def _require(holds: bool, what: str) -> None:
     if not holds:
         raise UserError(f"{what}.")
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    known = list(known)
-    found = difflib.get_close_matches(str(name), known, n=1)
-    if found:
-        return f"; the nearest is {found[0]}"
-    return f"; choose one of {', '.join(sorted(known))}" if len(known) <= 12 else ""
-
-
-def parse_assignment(text: str, form: str = "key=value") -> tuple[str, Any]:
-    """`key=value`, the value read as YAML. Raises `UserError`, naming the form, if it is no such thing."""
-    key, sign, value = text.partition("=")
-    if not sign or not key.strip():
-        raise UserError(f"--set takes {form}, not {text!r}.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of {key.strip()} cannot be read: {value!r}.") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
