@@ -66,18 +66,12 @@ def coerce_fields(given: Mapping[str, Any], types_of: Mapping[str, Any], what: s
     what: whose fields they are, as the subject of a sentence. prefix: of a field in messages.
     Raises `UserError` for a field that there is not, naming the nearest, and for a value of another type.
     """
-    require_fields(given, types_of, what)
-    return {name: coerce(value, types_of[name], prefix + name) for name, value in given.items()}
-
-
-def require_fields(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `UserError` for a name that is not known, naming the nearest. what: the subject of that sentence."""
-    known = list(known)
     for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in types_of:
+            near = difflib.get_close_matches(name, types_of, n=1)
             hint = f"; the nearest is {near[0]}" if near else ""
             raise UserError(f"{what} has no field {name!r}{hint}.")
+    return {name: coerce(value, types_of[name], prefix + name) for name, value in given.items()}
 
 
 def type_of(value: Any) -> Any:

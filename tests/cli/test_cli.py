@@ -116,7 +116,7 @@ REQUESTS = {
         "inspect run --text abc --output new.png --set dropuot=1e-1", "the nearest is dropout",
     ),
     "unknown field of a recall model": (
-        "recall --task copying --model tiny --set dropuot=1e-1", "the nearest is dropout",
+        "recall --task copying --model tiny --set dropuot=1e-1", "did you mean 'dropout'",
     ),
     "key without value": ("train --preset tiny --data text.txt --output new --set max_steps", "key=value"),
     "unknown device": ("train --preset tiny --data text.txt --output new --device abacus", "abacus"),

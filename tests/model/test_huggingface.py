@@ -430,7 +430,7 @@ def test_lora_on_the_projections_trains(tmp_path):
     ("wrong", "message"),
     [
         ({"name": "huge"}, "no preset 'huge'"),
-        ({"hiden_size": 3}, "no field 'hiden_size'; the nearest is hidden_size"),
+        ({"hiden_size": 3}, "did you mean 'hidden_size'"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"level_alignment": "dual"}, "level 0"),
         ({"level_alignment": ["sliding"]}, "8 entries"),

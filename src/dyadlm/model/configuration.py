@@ -3,6 +3,7 @@
 Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_rank; level k has windows of 2^k tokens.
 """
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -15,7 +16,7 @@ from dyadlm.model.presets import PRESETS
 from dyadlm.ops import selection, slots
 from dyadlm.ops.contexts import tag_words
 from dyadlm.ops.pyramid import ALIGNMENTS, EARLY
-from dyadlm.values import coerce_fields, require_fields
+from dyadlm.values import coerce_fields
 
 LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
     "transport": ("transport",),
@@ -353,7 +354,12 @@ class DyadConfig(PreTrainedConfig):
         Raises:
             UserError: there is no such field; the nearest is named.
         """
-        require_fields(names, cls.field_types(), f"A {cls.model_type} model")
+        known = cls.field_types()
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else "see DyadConfig for the fields there are."
+                raise UserError(f"The model has no field '{name}'; {hint}")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DyadConfig":

@@ -102,6 +102,7 @@ def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any
     if name in PRESETS or name == DyadConfig.model_type:
         # The symbols of a task are no text: no words or sentences, and slots addressed by the last symbol.
         small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "level_rank": None}
+        DyadConfig.require_fields(given)
         own = {"semantic_levels": [], "slot_contexts": [1], "slot_layers": [0]}
         return DyadConfig.from_preset(
             name if name in PRESETS else "tiny", **sizes | small | own | DyadConfig.coerce_fields(given)
