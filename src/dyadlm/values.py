@@ -1,9 +1,7 @@
 """Values as a person writes them: `key=value` texts, and their conversion to the type that a setting has."""
 
 import difflib
-import functools
 import math
-import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -83,11 +81,15 @@ def type_of(value: Any) -> Any:
         return bool | int | float | Any
     if isinstance(value, bool):
         return bool | None
-    if isinstance(value, int | float):
+    if isinstance(value, float):
+        return float | None
+    if isinstance(value, int):
         return int | float | None
     if isinstance(value, list | tuple):
-        entries: Any = functools.reduce(operator.or_, (type_of(entry) for entry in value), None)
-        return list | None if entries is None else list[entries] | None
+        kinds = [kind for entry in value for kind in _members(type_of(entry))]
+        # typing.Union of what is only known here cannot be written with |.
+        union: Any = typing.Union[tuple(kinds)] if kinds else Any  # noqa: UP007
+        return list[union] | None
     return type(value) | None
 
 
@@ -112,7 +114,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

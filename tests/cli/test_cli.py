@@ -93,6 +93,31 @@ REQUESTS = {
     "unknown value of a field": (
         "train --preset tiny --data text.txt --output new --set model.level_feature=sum", "level_feature",
     ),
+    "field of another type": ("train --preset tiny --data text.txt --output new --set model.dropout=much", "a number"),
+    "fraction for a whole number": (
+        "train --preset tiny --data text.txt --output new --set model.hidden_size=1.5", "model.hidden_size",
+    ),
+    "unknown field of a folder": (
+        "train --model run --data text.txt --output new --set model.dropuot=1e-1", "the nearest is dropout",
+    ),
+    "field of a folder of another type": (
+        "train --model run --data text.txt --output new --set model.dropout=much", "model.dropout cannot be",
+    ),
+    "unknown field to evaluate with": (
+        "evaluate run --data text.txt --set dropuot=1e-1", "the nearest is dropout",
+    ),
+    "field of another type to evaluate with": (
+        "evaluate run --data text.txt --set rms_norm_eps=small", "rms_norm_eps cannot be 'small'; it takes a number",
+    ),
+    "unknown field to generate with": ("generate run --prompt a --set dropuot=1e-1", "the nearest is dropout"),
+    "flag of another type to generate with": ("generate run --prompt a --set use_cache=3", "true or false"),
+    "unknown field to stream with": ("stream run --set dropuot=1e-1", "the nearest is dropout"),
+    "unknown field to inspect with": (
+        "inspect run --text abc --output new.png --set dropuot=1e-1", "the nearest is dropout",
+    ),
+    "unknown field of a recall model": (
+        "recall --task copying --model tiny --set dropuot=1e-1", "did you mean 'dropout'",
+    ),
     "key without value": ("train --preset tiny --data text.txt --output new --set max_steps", "key=value"),
     "unknown device": ("train --preset tiny --data text.txt --output new --device abacus", "abacus"),
     "no preset and no model": ("train --data text.txt --output new", "--preset"),
@@ -192,6 +217,23 @@ def test_version_and_help(capsys):
         assert "Usage" in shown
         if verb == ("train",):
             assert all(f"{name}.FIELD" in shown for name in ("model", *NAMESPACES))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        "evaluate run --data text.txt",
+        "generate run --prompt a --max-new-tokens 2",
+        "inspect run --text abc --output fields.png",
+        "train --model run --data text.txt --output other-fields --dry-run",
+        "train --preset tiny --data text.txt --output other-fields --dry-run",
+    ],
+)
+def test_fields_are_coerced_by_every_verb(request_, place, capsys):
+    prefix = "model." if request_.startswith("train") else ""
+    values = ("dropout=1e-1", "rms_norm_eps=1e-5", "use_cache=true", "bos_token_id=null", "eos_token_id=[1,2]")
+    assert call(*request_.split(" "), "--set", *(prefix + value for value in values)) == 0
+    assert capsys.readouterr().out
 
 
 def test_lists_of_values():

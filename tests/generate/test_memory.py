@@ -143,11 +143,11 @@ def test_what_cannot_recall_is_told(folder, tmp_path):
         with pytest.raises(UserError, match=message):
             list(generate_text(model, byte_tokenizer(), CUE, new_document=True, **options))
     with pytest.raises(UserError, match="level_rank"):  # weights depend on it
-        load_weights(folder, level_rank=3)
+        load_weights(folder, fields={"level_rank": 3})
 
 
 def test_a_session_begins_documents_as_its_tokenizer_does(folder):
-    model = load_weights(folder, slot_scope="stream")
+    model = load_weights(folder, fields={"slot_scope": "stream"})
     session = Session(model, byte_tokenizer())
     assert session.begins
     session.read_prompt(READ)

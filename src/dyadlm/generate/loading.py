@@ -25,7 +25,7 @@ def load_model(
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose auto or one of {', '.join(DTYPES)}.")
-    model = load_weights(path_or_name, DTYPES.get(dtype), **(fields or {}))
+    model = load_weights(path_or_name, DTYPES.get(dtype), fields)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:

@@ -17,7 +17,7 @@ from dyadlm.model.presets import PRESETS
 from dyadlm.ops import selection, slots
 from dyadlm.ops.contexts import tag_words
 from dyadlm.ops.pyramid import ALIGNMENTS, EARLY
-from dyadlm.values import coerce
+from dyadlm.values import coerce_fields
 
 LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
     "transport": ("transport",),
@@ -40,6 +40,10 @@ HYBRID_SLIDING_WIDTH = 8
 WIDEST_SLIDING_LEVEL = 16
 BYTE_VOCABULARY = 259
 BYTE_SPECIALS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+
+
+# Fields of every configuration of transformers that change what a dyadlm model returns; the others describe a file.
+BASE_FIELDS: dict[str, Any] = {"output_hidden_states": bool | None, "return_dict": bool | None}
 
 
 class DyadConfig(PreTrainedConfig):
@@ -328,6 +332,37 @@ class DyadConfig(PreTrainedConfig):
         return LEVEL_FEATURES[self.level_feature]
 
     @classmethod
+    def field_types(cls) -> dict[str, Any]:
+        """The fields that can be set, each with the type it takes."""
+        base = {entry.name for entry in fields(PreTrainedConfig)}
+        return {entry.name: entry.type for entry in fields(cls) if entry.name not in base} | BASE_FIELDS
+
+    @classmethod
+    def coerce_fields(cls, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Values as a person writes them (`1e-5` is a text in YAML), as the types of their fields.
+
+        prefix: of a field's name in messages.
+
+        Raises:
+            UserError: no such field, or a value of another type.
+        """
+        return coerce_fields(given, cls.field_types(), f"A {cls.model_type} model", prefix)
+
+    @classmethod
+    def require_fields(cls, names: Iterable[str]) -> None:
+        """Check that there are such fields.
+
+        Raises:
+            UserError: there is no such field; the nearest is named.
+        """
+        known = cls.field_types()
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else "see DyadConfig for the fields there are."
+                raise UserError(f"The model has no field '{name}'; {hint}")
+
+    @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DyadConfig":
         """The configuration of a preset, with fields overridden; sizes that derive from them follow.
 
@@ -338,27 +373,6 @@ class DyadConfig(PreTrainedConfig):
             raise UserError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.")
         cls.require_fields(overrides)
         return cls(**{**PRESETS[name], **overrides})
-
-    @classmethod
-    def require_fields(cls, given: Iterable[str]) -> None:
-        """Raise `UserError`, naming the nearest, for a name that is no field of the model."""
-        known = {field.name for field in fields(cls)}
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else "see DyadConfig for the fields there are."
-                raise UserError(f"The model has no field '{key}'; {hint}")
-
-    @classmethod
-    def coerce_fields(cls, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Each given field as the type it has, as it is written on a command line. prefix: of its name in messages.
-
-        Raises:
-            UserError: a field that there is not, or a value of another type.
-        """
-        cls.require_fields(given)
-        hints = get_type_hints(cls, localns={"torch": torch})  # transformers names its types in strings
-        return {name: coerce(value, hints[name], prefix + name) for name, value in given.items()}
 
 
 def _require_positive(name: str, value: object) -> None:

@@ -14,12 +14,22 @@ from dyadlm.errors import UserError
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.values import coerce_fields, type_of
 
+# Entries of config.json that describe the file; the weights decide them.
+DESCRIPTIVE = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
-def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **fields: Any) -> PreTrainedModel:
+
+def load_weights(
+    path_or_name: str | Path,
+    dtype: torch.dtype | None = None,
+    fields: Mapping[str, Any] | None = None,
+    prefix: str = "",
+) -> PreTrainedModel:
     """The model of a folder or of a Hugging Face name, on the CPU, in evaluation mode.
 
-    dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override.
-    Raises `UserError` if there is no such model, or some of its weights are missing or do not fit.
+    dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override, each coerced to
+        the type it has. prefix: of a field's name in messages.
+    Raises `UserError` if there is no such model or field, a value is of another type, or some of its weights are
+    missing or do not fit.
     """
     path = Path(path_or_name)
     if path.exists():
@@ -27,7 +37,7 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
     try:
         with without_bars_of_transformers():
             config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
-            fields = coerced(config, fields)
+            fields = _coerce_fields(config, fields or {}, prefix)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path_or_name,
                 dtype=dtype or "auto",
@@ -59,16 +69,12 @@ def load_weights(path_or_name: str | Path, dtype: torch.dtype | None = None, **f
     return cast(PreTrainedModel, model)
 
 
-def coerced(config: PreTrainedConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a configuration as the types that they have: ours as declared, others as their values are now.
-
-    Raises:
-        UserError: a field that there is not, naming the nearest, or a value of another type.
-    """
+def _coerce_fields(config: PreTrainedConfig, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """By the annotations of our own configuration; of any other, by the value that each field has now."""
     if isinstance(config, DyadConfig):
-        return DyadConfig.coerce_fields(fields)
-    types = {name: type_of(value) for name, value in config.to_dict().items()}
-    return coerce_fields(fields, types, f"A model of type {config.model_type}")
+        return config.coerce_fields(given, prefix)
+    types_of = {name: type_of(value) for name, value in config.to_dict().items() if name not in DESCRIPTIVE}
+    return coerce_fields(given, types_of, f"A {config.model_type} model", prefix)
 
 
 def require_model_folder(path: Path) -> None:

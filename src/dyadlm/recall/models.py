@@ -75,7 +75,7 @@ def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any
     Raises `UserError` if there is no such model or field, or the model cannot be what is asked.
     """
     if name not in PRESETS and Path(name).exists():
-        model = load_weights(name, torch.float32, **given)
+        model = load_weights(name, torch.float32, given)
         if model.config.vocab_size < vocabulary:
             raise UserError(
                 f"{name} has {model.config.vocab_size} tokens but the task {vocabulary}; lower the task's vocabulary."
@@ -102,6 +102,7 @@ def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any
     if name in PRESETS or name == DyadConfig.model_type:
         # The symbols of a task are no text: no words or sentences, and slots addressed by the last symbol.
         small = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "level_rank": None}
+        DyadConfig.require_fields(given)
         own = {"semantic_levels": [], "slot_contexts": [1], "slot_layers": [0]}
         return DyadConfig.from_preset(
             name if name in PRESETS else "tiny", **sizes | small | own | DyadConfig.coerce_fields(given)

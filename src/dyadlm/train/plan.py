@@ -198,7 +198,7 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         if tokenizer_identity(tokenizer) != tokenizer_identity(byte_tokenizer()):
             model.use_tokenizer(tokenizer)
     else:
-        model = load_weights(settings.model, torch.float32, **settings.model_fields)
+        model = load_weights(settings.model, torch.float32, settings.model_fields, prefix="model.")
     require_vocabulary(model, tokenizer)
     return model
 
