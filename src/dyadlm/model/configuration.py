@@ -6,9 +6,8 @@ Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_ran
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from dyadlm.errors import UserError
