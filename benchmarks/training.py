@@ -38,7 +38,7 @@ with torch.no_grad():
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 + (1.0 if "norm" in name else 0.0))
-if form == "compiled":
+if "compiled" in form:
     model.compile()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 text = torch.frombuffer(bytearray(open(sys.argv[5], "rb").read()), dtype=torch.uint8).long()
@@ -48,13 +48,13 @@ for line in sys.stdin:
     for _ in range(int(line)):
         at = torch.randint(0, len(text) - length, (rows,), generator=draw).tolist()
         ids = torch.stack([text[start:start + length] for start in at])
-        with torch.autocast("cpu", torch.bfloat16, enabled=form == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in form):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    print(1000 * (time.process_time() - begun) / int(line), float(loss), flush=True)
+    print(1000 * (time.process_time() - begun) / int(line), loss.item(), flush=True)
 """
 
 
@@ -125,7 +125,7 @@ def main() -> None:
             text.write_bytes(b"".join(path.read_bytes() for path in sorted((ROOT / "docs").glob("*.md"))))
             trees = {"before": (before, "float32"), "now": (ROOT, "float32"), "bfloat16": (ROOT, "bfloat16")}
             if options.compile:
-                trees["compiled"] = (ROOT, "compiled")
+                trees |= {"compiled": (ROOT, "compiled"), "compiled bfloat16": (ROOT, "compiled bfloat16")}
             for name in cells.missing(list(options.shapes)):
                 cells.store(name, {"against": options.against, **measure(trees, SHAPES[name], text, options.rounds)})
         finally:

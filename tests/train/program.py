@@ -48,7 +48,9 @@ def small(output: Path, *assignments: str, **options: Any) -> TrainSettings:
         assignments = (*SMALL, *assignments)
     else:
         assignments = (*[text for text in SMALL if not text.startswith("model.")], *assignments)
-    return TrainSettings.create(output, assignments=assignments, **{"data": ["words"], "device": "cpu"} | options)
+    return TrainSettings.create(
+        output, assignments=assignments, **{"data": ["words"], "device": "cpu", "dtype": "float32"} | options
+    )
 
 
 def main(console: Console, target: str, *rest: str) -> None:

@@ -192,5 +192,5 @@ def test_a_model_that_cannot_be_compiled_is_told(tmp_path, small, words, console
         raise InductorError(ValueError("no such instruction"), None)
 
     monkeypatch.setattr(LanguageModelTrainer, "train", fail)
-    with pytest.raises(RunFailed, match=r"no such instruction.*leave torch_compile out"):
-        train(small(tmp_path / "run", "torch_compile=true"), words(), console)
+    with pytest.raises(RunFailed, match=r"no such instruction.*leave train.compile out"):
+        train(small(tmp_path / "run", "train.compile=true"), words(), console)

@@ -1,13 +1,16 @@
 """What Hugging Face's Trainer is told, and which device and dtype it runs on, with the reasons."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from dyadlm.errors import UserError
-from dyadlm.train.settings import TrainSettings
+from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 
 
 def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingArguments, list[str]]:
@@ -20,7 +23,13 @@ def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingA
         name = former.replace("gradient", "activation")
         if former in values and name in known:
             values[name] = values.pop(former)
-    dtype, why_dtype = choose_dtype(settings.dtype, values.pop("bf16", None), device)
+    compiles = settings.train.compile or bool(values.get("torch_compile"))
+    if compiles and device == "cpu":
+        require_compiler()
+    before = None
+    if settings.resume and (output / RECORD_NAME).is_file():
+        before = bool(read_record(output).get("training_arguments", {}).get("bf16"))
+    dtype, why_dtype = choose_dtype(settings.dtype, values.pop("bf16", None), device, before)
     try:
         arguments = TrainingArguments(
             output_dir=str(output),
@@ -31,7 +40,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingA
             remove_unused_columns=False,
             # A loss that is not finite ends the run instead of vanishing from the average.
             logging_nan_inf_filter=False,
-            **{"max_steps": 1, "ddp_find_unused_parameters": False, **values},
+            **{"max_steps": 1, "ddp_find_unused_parameters": False, **values, "torch_compile": compiles},
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"These settings do not fit together: {error}") from error
@@ -54,16 +63,40 @@ def choose_device(asked: str) -> tuple[str, str]:
     return asked, "as asked"
 
 
-def choose_dtype(asked: str, bf16: bool | None, device: str) -> tuple[str, str]:
-    """What the model computes in (weights stay float32) and why. bf16: the key of that name, None if not given."""
+def choose_dtype(asked: str, bf16: bool | None, device: str, before: bool | None = None) -> tuple[str, str]:
+    """What the model computes in (weights stay float32) and why.
+
+    bf16: the key of that name, None if not given. before: whether the run that is resumed computed in bfloat16; None
+        for a new one.
+    """
     if asked == "auto" and bf16 is None:
         if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "the GPU computes in it; weights and optimizer stay float32"
-        return "float32", f"the most exact; on {device} bfloat16 is rarely faster"
+        if device == "cpu" and before is not None:
+            return "bfloat16" if before else "float32", "as the run began"
+        if device == "cpu" and has_bfloat16():
+            return "bfloat16", "this processor computes in it; weights and optimizer stay float32"
+        return "float32", f"the most exact; here bfloat16 is not faster on {device}"
     wanted = asked if asked != "auto" else "bfloat16" if bf16 else "float32"
     if bf16 is not None and (wanted == "bfloat16") != bf16:
         raise UserError(f"--dtype {asked} and bf16={str(bf16).lower()} contradict each other; give one of them.")
     return wanted, "as asked"
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16; without them it is slower than float32."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def require_compiler() -> None:
+    """Raise `UserError` where torch.compile would find no compiler of C++, which it needs on a CPU."""
+    named = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])):
+        raise UserError(
+            "train.compile needs a C++ compiler, and there is none here; install one (g++ or clang++), "
+            "or leave train.compile out."
+        )
 
 
 def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> None:

@@ -303,7 +303,7 @@ def _compiler_errors(arguments: TrainingArguments) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
-        raise RunFailed(f"torch.compile cannot take this model here ({reason}); leave torch_compile out.") from error
+        raise RunFailed(f"torch.compile cannot take this model here ({reason}); leave train.compile out.") from error
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ class TrainOptions:
         0: all count alike. The `loss` that is logged stays the mean over all tokens alike.
     goldfish: k: one target in k counts for nothing, by a hash of the tokens before it, so that the same text always
         loses the same ones (Hans et al. 2024, arXiv 2406.10209); 0: all count.
+    compile: compile the model with torch.compile, which takes a minute at first and needs a C++ compiler on a CPU.
     """
 
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -71,6 +72,7 @@ class TrainOptions:
     carry_state: bool = False
     history_weight: float = 0.0
     goldfish: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")

@@ -1,0 +1,50 @@
+"""Device, dtype and compiler are chosen with a reason, and a resumed run keeps what it began with."""
+
+import json
+
+import pytest
+import torch
+
+from dyadlm import UserError
+from dyadlm.train import arguments
+from dyadlm.train.arguments import choose_dtype, has_bfloat16, require_compiler, training_arguments
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_a_processor_that_computes_in_bfloat16_is_used(capable, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    assert has_bfloat16() == capable
+    assert choose_dtype("auto", None, "cpu")[0] == ("bfloat16" if capable else "float32")
+    assert choose_dtype("float32", None, "cpu") == ("float32", "as asked")
+    assert choose_dtype("auto", False, "cpu") == ("float32", "as asked")
+    assert choose_dtype("auto", None, "mps")[0] == "float32"
+
+
+def test_without_the_question_there_is_no_answer(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not has_bfloat16()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_resumed_run_computes_as_it_began(before, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(arguments, "has_bfloat16", lambda: not before)
+    started = {
+        "settings": {"preset": "tiny", "data": ["words"]},
+        "training_arguments": {"bf16": True} if before else {},
+    }
+    (tmp_path / "dyadlm.json").write_text(json.dumps(started))
+    found, choices = training_arguments(small(tmp_path, dtype="auto", resume=True), tmp_path)
+    assert found.bf16 == before
+    assert "as the run began" in choices[1]
+    found, _ = training_arguments(small(tmp_path / "new", dtype="auto"), tmp_path / "new")
+    assert found.bf16 != before
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(arguments.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"C\+\+ compiler.*leave train.compile out"):
+        training_arguments(small(tmp_path, "train.compile=true"), tmp_path)
+    monkeypatch.setattr(arguments.shutil, "which", lambda name: "/usr/bin/" + name)
+    require_compiler()
+    assert training_arguments(small(tmp_path, "train.compile=true"), tmp_path)[0].torch_compile
+    assert not training_arguments(small(tmp_path), tmp_path)[0].torch_compile
