@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dyadlm import DyadCache, UserError
 from dyadlm import engine as engine_package
 from dyadlm.engine import Engine, unsupported
+from dyadlm.engine.compiled_rows import CompiledLoops
 
 from .conftest import engine_of, make_model, text
 
@@ -45,8 +46,13 @@ def require_equal_states(found, expected):
 @pytest.fixture(params=["compiled", "numpy"])
 def form(request, monkeypatch):
     if request.param == "numpy":
-        monkeypatch.setattr(engine_package, "_compiled_step", lambda: None)
+        without_numba(monkeypatch)
     return request.param
+
+
+def without_numba(monkeypatch):
+    monkeypatch.setattr(engine_package, "_compiled_step", lambda: None)
+    monkeypatch.setattr(engine_package, "_loops", engine_package.numpy_step.Loops)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 300])
@@ -76,7 +82,8 @@ def test_a_state_crosses_inside_a_document_both_ways(model, form):
     assert cache.columns_seen == 157
 
 
-def test_rows_in_one_product_are_rows_alone(model):
+@pytest.mark.parametrize("loops", [engine_package.numpy_step.Loops, CompiledLoops])
+def test_rows_in_one_product_are_rows_alone(model, loops):
     """Of several lengths, so that nothing is due at the same token."""
     engine, rows = engine_of(model), 12
     assert rows * engine.weight_bytes < engine_package.MOST_BYTES  # so that each alone is compiled
@@ -87,7 +94,7 @@ def test_rows_in_one_product_are_rows_alone(model):
     for at in range(40):
         tokens = [int(text(1, 5 + 9 * row + row + at)[0]) for row in range(rows)]
         expected = np.stack([engine.step(state, token) for state, token in zip(alone, tokens, strict=True)])
-        logits = engine_package.numpy_step.step(engine.shape, engine.weights, together, np.array(tokens))
+        logits = engine_package.numpy_step.step(engine.shape, engine.weights, together, np.array(tokens), loops())
         require_equal(logits, expected)
     found = together.tensors()
     for row, state in enumerate(alone):
@@ -186,14 +193,15 @@ def test_both_forms_round_alike(monkeypatch):
     for weights in ("bfloat16", "int8"):
         monkeypatch.undo()
         compiled, _ = read_by_engine(engine_of(model, weights=weights), ids)
-        monkeypatch.setattr(engine_package, "_compiled_step", lambda: None)
+        without_numba(monkeypatch)
         plain, _ = read_by_engine(engine_of(model, weights=weights), ids)
         require_equal(compiled, plain)
 
 
 def test_without_numba_numpy_decodes_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "dyadlm.engine.numba_step", None)
-    engine_package._compiled_step.cache_clear()
+    for cached in (engine_package._compiled_step, engine_package._loops):
+        cached.cache_clear()
     try:
         model = make_model()
         with caplog.at_level(logging.WARNING, "dyadlm.engine"):
@@ -203,7 +211,8 @@ def test_without_numba_numpy_decodes_and_the_log_says_so(monkeypatch, caplog):
         logits, _ = read_by_engine(engine, text(20))
         require_equal(logits, expected)
     finally:
-        engine_package._compiled_step.cache_clear()
+        for cached in (engine_package._compiled_step, engine_package._loops):
+            cached.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Engine:
         self.fields, self.shape = fields, shape_of(fields)
         self.weights = Weights(self.shape, tensors, weights)
         self.vocab_size, self.weight_bytes = self.shape.vocabulary, self.weights.bytes_per_token
-        self._compiled = _compiled_step()
+        self._compiled, self._loops = _compiled_step(), _loops()
         self._constants = self._arguments()
         self._scratch = np.zeros(scratch_size(self.shape), np.float32)
         self._integers = np.zeros(104, np.int64)
@@ -113,7 +113,7 @@ class Engine:
             if begins.any():
                 state.tags[begins], state.values[begins] = -1, 0
         if self._compiled is None or (state.rows > 1 and state.rows * self.weight_bytes > MOST_BYTES):
-            logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64))
+            logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64), self._loops)
         else:
             logits = np.empty((state.rows, self.vocab_size), np.float32)
             for row, token in enumerate(tokens):
@@ -187,3 +187,13 @@ def _compiled_step() -> Callable[..., None] | None:
         log.warning("numba is not installed, so tokens are decoded by numpy, several times slower.")
         return None
     return step
+
+
+@cache
+def _loops() -> numpy_step.Loops:
+    """What runs between the matrix products of many rows: compiled, if numba is there."""
+    if _compiled_step() is None:
+        return numpy_step.Loops()
+    from dyadlm.engine.compiled_rows import CompiledLoops
+
+    return CompiledLoops()

@@ -192,6 +192,90 @@ def node_feature(blocks, level, read, read_scales, up, up_scales, mean, feature,
 
 
 @njit(**OPTIONS)
+def read_levels(
+    z, weights, dual, t, begins, counts, rings, running, complete, sliding, semantic, rank, sums, now, before, features
+):
+    """The features of the sliding and semantic levels of one row in one layer, from what the bottlenecks say (z)."""
+    channels = rank + 1
+    token_levels = sliding + semantic
+    for k in range(token_levels):
+        weight = weights[k] if k < sliding else weights[k + (dual > 0)]
+        for i in range(rank):
+            sums[k * channels + i] = z[k * rank + i] * weight
+        sums[k * channels + rank] = weight - np.float32(1) if k < sliding else weight
+
+    at_ring = 0
+    for j in range(sliding):
+        wide = (sliding - j) * channels
+        begin = at_ring + (t & ((1 << j) - 1)) * wide
+        slot, own = rings[begin : begin + wide], sums[j * channels : sliding * channels]
+        for i in range(channels):
+            now[j * channels + i] = own[i]
+            before[j * channels + i] = slot[i]
+            slot[i] = own[i]
+        for i in range(channels, wide):
+            value = own[i]
+            own[i] = value + slot[i]
+            slot[i] = value
+        at_ring += (1 << j) * wide
+    for j in range(sliding):
+        share = np.float32(1) / (now[j * channels + rank] + np.float32(1 << j))
+        share_before = np.float32(1) / (before[j * channels + rank] + np.float32(1 << j))
+        at_feature = 3 * j * rank
+        for i in range(rank):
+            current, previous = now[j * channels + i] * share, before[j * channels + i] * share_before
+            features[at_feature + i] = current * previous
+            features[at_feature + rank + i] = current
+            features[at_feature + 2 * rank + i] = previous
+    for s in range(semantic):
+        total, last, earlier = running[s], complete[0, s], complete[1, s]
+        own = sums[(sliding + s) * channels : (sliding + s + 1) * channels]
+        if begins[s]:
+            share = np.float32(1) / max(total[rank], np.float32(1e-6))
+            for i in range(rank):
+                earlier[i] = last[i] if counts[1, s] >= 2 else np.float32(0)
+                last[i] = total[i] * share if counts[1, s] >= 1 else np.float32(0)
+            for i in range(channels):
+                total[i] = own[i]
+        else:
+            for i in range(channels):
+                total[i] += own[i]
+        share = np.float32(1) / max(total[rank], np.float32(1e-6))
+        at_feature = 3 * (sliding + s) * rank
+        for i in range(rank):
+            current = total[i] * share
+            features[at_feature + i] = current * last[i]
+            features[at_feature + rank + i] = current
+            features[at_feature + 2 * rank + i] = last[i]
+
+
+@njit(**OPTIONS)
+def recall_slots(values, value, written, found, recalled):
+    """Write a value into the tables of one row in one layer and read what is found; whether anything is."""
+    tables, ways, slot_width = values.shape[0], values.shape[2], values.shape[3]
+    any_found = False
+    for n in range(tables):
+        if written[n] >= 0:
+            own_set = values[n, written[n]]
+            for way in range(ways - 1, 0, -1):
+                for i in range(slot_width):
+                    own_set[way, i] = own_set[way - 1, i]
+            for i in range(slot_width):
+                own_set[0, i] = value[i]
+        out = recalled[n * (slot_width + 1) : (n + 1) * (slot_width + 1)]
+        if found[n, 0] >= 0:
+            any_found = True
+            entry = values[n, found[n, 0], found[n, 1]]
+            for i in range(slot_width):
+                out[i] = entry[i]
+            out[slot_width] = np.float32(1)
+        else:
+            for i in range(slot_width + 1):
+                out[i] = np.float32(0)
+    return any_found
+
+
+@njit(**OPTIONS)
 def step(
     token,
     sizes,
@@ -242,7 +326,7 @@ def step(
 ):
     """Reads one token. Arrays of state are changed in place; logits (V,) are written."""
     sliding, semantic, rank, slot_width, word_rule, longest, fits, radix = sizes
-    width, layers, inner, ways = embedding.shape[1], read.shape[0], down.shape[2], tags.shape[2]
+    width, layers, inner = embedding.shape[1], read.shape[0], down.shape[2]
     tables, dual, depth = contexts.shape[0], nodes.shape[1], blocks.shape[1]
     token_levels, channels = sliding + semantic, rank + 1
     t = counter[0]
@@ -312,55 +396,24 @@ def step(
         product(read[layer, :rows], read_scales[layer], x, z)
         for i in range(bias.shape[1]):
             weights[i] = np.exp(np.float32(3) * np.tanh((z[end_read + i] + bias[layer, i]) / np.float32(3)))
-        for k in range(token_levels):
-            weight = weights[k] if k < sliding else weights[k + (dual > 0)]
-            for i in range(rank):
-                sums[k * channels + i] = z[k * rank + i] * weight
-            sums[k * channels + rank] = weight - np.float32(1) if k < sliding else weight
-
-        at_ring = 0
-        for j in range(sliding):
-            wide = (sliding - j) * channels
-            begin = at_ring + (t & ((1 << j) - 1)) * wide
-            slot, own = rings[layer, begin : begin + wide], sums[j * channels : sliding * channels]
-            for i in range(channels):
-                now[j * channels + i] = own[i]
-                before[j * channels + i] = slot[i]
-                slot[i] = own[i]
-            for i in range(channels, wide):
-                value = own[i]
-                own[i] = value + slot[i]
-                slot[i] = value
-            at_ring += (1 << j) * wide
-        for j in range(sliding):
-            share = np.float32(1) / (now[j * channels + rank] + np.float32(1 << j))
-            share_before = np.float32(1) / (before[j * channels + rank] + np.float32(1 << j))
-            at_feature = 3 * j * rank
-            for i in range(rank):
-                current, previous = now[j * channels + i] * share, before[j * channels + i] * share_before
-                features[at_feature + i] = current * previous
-                features[at_feature + rank + i] = current
-                features[at_feature + 2 * rank + i] = previous
-        for s in range(semantic):
-            total, last, earlier = running[layer, s], complete[0, layer, s], complete[1, layer, s]
-            own = sums[(sliding + s) * channels : (sliding + s + 1) * channels]
-            if begins[s]:
-                share = np.float32(1) / max(total[rank], np.float32(1e-6))
-                for i in range(rank):
-                    earlier[i] = last[i] if counts[1, s] >= 2 else np.float32(0)
-                    last[i] = total[i] * share if counts[1, s] >= 1 else np.float32(0)
-                for i in range(channels):
-                    total[i] = own[i]
-            else:
-                for i in range(channels):
-                    total[i] += own[i]
-            share = np.float32(1) / max(total[rank], np.float32(1e-6))
-            at_feature = 3 * (sliding + s) * rank
-            for i in range(rank):
-                current = total[i] * share
-                features[at_feature + i] = current * last[i]
-                features[at_feature + rank + i] = current
-                features[at_feature + 2 * rank + i] = last[i]
+        read_levels(
+            z,
+            weights,
+            dual,
+            t,
+            begins,
+            counts,
+            rings[layer],
+            running[layer],
+            complete[:, layer],
+            sliding,
+            semantic,
+            rank,
+            sums,
+            now,
+            before,
+            features,
+        )
         product(up[layer], up_scales[layer], features, mix)
         if dual:
             weight = weights[sliding]
@@ -414,25 +467,7 @@ def step(
             hidden[i] += mix[i] * silu(gate)
         if slots >= 0:
             value = z[end_gate : end_gate + slot_width]
-            any_found = False
-            for n in range(tables):
-                if written[n] >= 0:
-                    own_set = values[slots, n, written[n]]
-                    for way in range(ways - 1, 0, -1):
-                        for i in range(slot_width):
-                            own_set[way, i] = own_set[way - 1, i]
-                    for i in range(slot_width):
-                        own_set[0, i] = value[i]
-                out = recalled[n * (slot_width + 1) : (n + 1) * (slot_width + 1)]
-                if found[n, 0] >= 0:
-                    any_found = True
-                    entry = values[slots, n, found[n, 0], found[n, 1]]
-                    for i in range(slot_width):
-                        out[i] = entry[i]
-                    out[slot_width] = np.float32(1)
-                else:
-                    for i in range(slot_width + 1):
-                        out[i] = np.float32(0)
+            any_found = recall_slots(values[slots], value, written, found, recalled)
             if any_found:
                 product(recall[slots], recall_scales[slots], recalled, mix)
                 for i in range(width):
@@ -452,3 +487,44 @@ def step(
         x[i] = hidden[i] * scale * norm[i]
     product(head, head_scales, x, logits)
     counter[0] = t + 1
+
+
+# ---- Loops over many rows, between the matrix products of `dyadlm.engine.numpy_step`
+
+
+@njit(**OPTIONS)
+def text_of_rows(
+    tokens, vocabulary_marks, word_rule, longest, contexts, fits, radix, counter, marks, counts, history, word, pending,
+    tags, begins, written, found,
+):  # fmt: skip
+    """`read_text` and `address` for each row. begins: (B, S), written: (B, N), found: (B, N, 2)."""
+    for b in range(tokens.shape[0]):
+        token, t = tokens[b], counter[b]
+        word_begins = read_text(token, vocabulary_marks[token], word_rule, longest, t, marks[b], counts[b], begins[b])
+        if contexts.shape[0]:
+            address(
+                token, contexts, fits, radix, t, word_begins, history[b], word[b], pending[b], tags[b], written[b],
+                found[b],
+            )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def levels_of_rows(
+    z, weights, dual, counter, begins, counts, rings, running, complete, layer, sliding, semantic, features
+):
+    """`read_levels` for each row. z: (B, at least K R). weights: (B, weights). features: (B, 3 K R)."""
+    rank = running.shape[3] - 1 if semantic else features.shape[1] // (3 * sliding)
+    sums = np.empty((sliding + semantic) * (rank + 1), np.float32)
+    now, before = np.empty_like(sums), np.empty_like(sums)
+    for b in range(z.shape[0]):
+        read_levels(
+            z[b], weights[b], dual, counter[b], begins[b], counts[b], rings[b, layer], running[b, layer],
+            complete[b, :, layer], sliding, semantic, rank, sums, now, before, features[b],
+        )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def recall_of_rows(values, layer, value, written, found, recalled):
+    """`recall_slots` for each row. values: (B, layers with slots, N, sets, W, M). recalled: (B, N (M + 1))."""
+    for b in range(value.shape[0]):
+        recall_slots(values[b, layer], value[b], written[b], found[b], recalled[b])

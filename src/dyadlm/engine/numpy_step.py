@@ -30,19 +30,40 @@ from dyadlm.engine.state import EngineState
 Array = np.ndarray
 
 
-class Addresses(NamedTuple):
-    """Where the tables of slots are written and read; the same in all layers. -1 for nowhere."""
+class Text(NamedTuple):
+    """What is read off the tokens, once for all layers: where segments begin, where slots are written and read."""
 
-    written: Array  # (B, N) set
-    found: Array  # (B, N) set
-    way: Array  # (B, N)
+    begins: Array  # (B, S) bool
+    written: Array  # (B, N): the set of each table that is written; -1: none
+    found: Array  # (B, N, 2): the set and the way that are read; -1: none
 
 
-def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array) -> Array:
+class Loops:
+    """What is done row by row between the matrix products, here for all rows at once.
+
+    `dyadlm.engine.compiled_rows` has the same in compiled loops.
+    """
+
+    def read_text(self, s: Shape, w: Weights, tokens: Array, state: EngineState) -> Text:
+        """The rules of segments and the addresses of slots, for tokens (B,)."""
+        begins, word_begins = read_text(s, w.marks[tokens], state)
+        if not s.contexts:
+            return Text(begins, np.empty((len(tokens), 0), np.int64), np.empty((len(tokens), 0, 2), np.int64))
+        return Text(begins, *find_slots(s, tokens, word_begins, state))
+
+    def read_levels(self, s: Shape, layer: int, z: Array, importance: Array, text: Text, state: EngineState) -> Array:
+        """The features (B, 3 K R) of the levels that change at every token. z: (B, K R and more)."""
+        return read_levels(s, layer, z, importance, text.begins, state)
+
+    def recall(self, s: Shape, table: int, value: Array, text: Text, state: EngineState) -> Array:
+        """Write values (B, M) into the tables of a layer with slots; returns what is found, (B, N (M + 1))."""
+        return recall(state.values[:, table], value, text)
+
+
+def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loops: Loops | None = None) -> Array:
     """Read tokens (B,); the state moves on. Returns logits (B, V) float32."""
-    s, w, t = shape, weights, state.counter
-    begins, word_begins = read_text(s, w.marks[tokens], state)
-    addresses = find_slots(s, tokens, word_begins, state) if s.contexts else None
+    s, w, t, loops = shape, weights, state.counter, loops or Loops()
+    text = loops.read_text(s, w, tokens, state)
     ages = age_features(s, t, state.counts)
 
     hidden = w.embedding[tokens]
@@ -54,14 +75,13 @@ def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array) -> A
         x = hidden * scale_of(hidden, s.eps) * w.norms[layer, 0] + w.identities[layer, 0] * identity
         z = x @ w.wide("read")[layer].T
         importance = np.exp(3 * np.tanh((z[:, end_levels:end_weights] + w.bias[layer]) / 3))
-        levels = z[:, :end_levels].reshape(len(tokens), s.token_levels, s.rank)
-        mix = read_levels(s, layer, levels, importance, begins, state) @ w.wide("up")[layer].T
+        mix = loops.read_levels(s, layer, z, importance, text, state) @ w.wide("up")[layer].T
         if s.dual:
             mix += read_nodes(s, w, layer, x, importance[:, s.sliding, None], state)
         hidden += mix * silu(z[:, end_weights:end_gate] + ages @ w.age[layer].T)
-        if addresses is not None and layer in s.slot_layers:
+        if layer in s.slot_layers:
             q = s.slot_layers.index(layer)
-            hidden += recall(state.values[:, q], z[:, end_gate:], addresses) @ w.wide("recall")[q].T
+            hidden += loops.recall(s, q, z[:, end_gate:], text, state) @ w.wide("recall")[q].T
         x = hidden * scale_of(hidden, s.eps) * w.norms[layer, 1] + w.identities[layer, 1] * identity
         z = x @ w.wide("gates")[layer].T
         hidden += (silu(z[:, : s.inner]) * z[:, s.inner :]) @ w.wide("down")[layer].T
@@ -110,8 +130,8 @@ def read_text(s: Shape, mark: Array, state: EngineState) -> tuple[Array, Array]:
     return begins, word
 
 
-def find_slots(s: Shape, tokens: Array, word_begins: Array, state: EngineState) -> Addresses:
-    """Write the pending tags, make those of the contexts that end here, and look them up."""
+def find_slots(s: Shape, tokens: Array, word_begins: Array, state: EngineState) -> tuple[Array, Array]:
+    """Write the pending tags, make those of the contexts that end here, look them up: `Text.written`, `Text.found`."""
     word, goes_on, rows = state.word.view(np.uint64), state.counter > 0, np.arange(len(tokens))
     word[word_begins] = 0
     letter = (tokens.astype(np.uint64) << np.uint64(32)) + word[:, 2]
@@ -120,7 +140,7 @@ def find_slots(s: Shape, tokens: Array, word_begins: Array, state: EngineState) 
     word[:, 2] += np.uint64(1)
     recent = [tokens, *state.history.T[::-1]]  # the newest first
     shape = (len(tokens), len(s.contexts))
-    written, found, way = np.full(shape, -1), np.full(shape, -1), np.zeros(shape, np.int64)
+    written, found = np.full(shape, -1), np.full((*shape, 2), -1)
     for n, length in enumerate(s.contexts):
         tags, pending = state.tags[:, n], state.pending[:, n]
         some = rows[goes_on & (pending[:, 0] >= 0)]
@@ -141,10 +161,10 @@ def find_slots(s: Shape, tokens: Array, word_begins: Array, state: EngineState) 
         some = rows[goes_on & (pending[:, 0] >= 0)]
         place = set_of(pending[some], s.sets)
         same = (tags[some, place] == pending[some, None]).all(-1)
-        found[some, n] = np.where(same.any(1), place, -1)
-        way[some, n] = same.argmax(1)
+        found[some, n, 0] = np.where(same.any(1), place, -1)
+        found[some, n, 1] = same.argmax(1)
     state.history[:] = np.concatenate([state.history, tokens[:, None]], 1)[:, 1:]
-    return Addresses(written, found, way)
+    return written, found
 
 
 def mixed(x: Array) -> Array:
@@ -163,8 +183,9 @@ def set_of(tags: Array, sets: int) -> Array:
     return (code & np.uint64(sets - 1)).astype(np.int64)
 
 
-def read_levels(s: Shape, layer: int, values: Array, importance: Array, begins: Array, state: EngineState) -> Array:
-    """The features (B, 3 K R) of the sliding and semantic levels. values: (B, K, R). importance: (B, weights)."""
+def read_levels(s: Shape, layer: int, z: Array, importance: Array, begins: Array, state: EngineState) -> Array:
+    """The features (B, 3 K R) of the sliding and semantic levels. z: (B, K R and more). importance: (B, weights)."""
+    values = z[:, : s.token_levels * s.rank].reshape(len(z), s.token_levels, s.rank)
     rows, t = np.arange(len(values)), state.counter
     sums = np.empty((len(values), s.token_levels, s.rank + 1), np.float32)
     sums[:, : s.sliding, -1] = importance[:, : s.sliding]
@@ -217,14 +238,15 @@ def node_feature(blocks: Array, level: int, read: Array) -> Array:
     return np.concatenate([now * before, now, before], 1)
 
 
-def recall(tables: Array, value: Array, at: Addresses) -> Array:
+def recall(tables: Array, value: Array, text: Text) -> Array:
     """Write values (B, M) into the tables (B, N, sets, W, M) of a layer; returns what is found, (B, N (M + 1))."""
-    rows, columns = np.nonzero(at.written >= 0)
-    place = at.written[rows, columns]
+    rows, columns = np.nonzero(text.written >= 0)
+    place = text.written[rows, columns]
     tables[rows, columns, place, 1:] = tables[rows, columns, place, :-1]
     tables[rows, columns, place, 0] = value[rows]
-    entries = np.zeros((*at.found.shape, value.shape[1] + 1), np.float32)
-    rows, columns = np.nonzero(at.found >= 0)
-    entries[rows, columns, :-1] = tables[rows, columns, at.found[rows, columns], at.way[rows, columns]]
+    entries = np.zeros((*text.written.shape, value.shape[1] + 1), np.float32)
+    rows, columns = np.nonzero(text.found[..., 0] >= 0)
+    place, way = text.found[rows, columns].T
+    entries[rows, columns, :-1] = tables[rows, columns, place, way]
     entries[rows, columns, -1] = 1
     return entries.reshape(len(entries), -1)
