@@ -6,6 +6,7 @@ import pytest
 
 from dyadlm import UserError
 from dyadlm.train import NAMESPACES, TrainSettings
+from dyadlm.train.arguments import training_arguments
 
 
 def create(output, *assignments, **options):
@@ -33,6 +34,14 @@ def test_later_sources_win(tmp_path):
     assert settings.data.sequence_length == 1024
     assert settings.model_fields == {"hidden_size": 64}
     assert create(tmp_path / "run", config=config, preset="tiny").preset == "tiny"
+
+
+def test_the_optimizer_is_fused_unless_another_is_asked_for(tmp_path):
+    """The default of transformers with torch 2.8 and later, kept on a CPU as well."""
+    by_default, _ = training_arguments(create(tmp_path / "run", device="cpu"), tmp_path / "run")
+    assert by_default.optim == "adamw_torch_fused"
+    asked, _ = training_arguments(create(tmp_path / "run", "optim=adamw_torch", device="cpu"), tmp_path / "run")
+    assert asked.optim == "adamw_torch"
 
 
 def test_record_of_a_run_is_a_configuration(tmp_path):
