@@ -317,3 +317,18 @@ def test_bfloat16_keeps_a_float32_state_and_stays_near():
     logits, cache = read(half, ids[:, :80], range(1, 80))
     assert all(tensor.dtype == torch.float32 for name, tensor in cache.tensors().items() if name != "position")
     assert (logits.float().log_softmax(-1) - exact[:, :80]).abs().mean() < 0.1
+
+
+def test_gradients_of_chunks_are_those_of_the_whole(variant):
+    """Through the state, for every parameter: parallel and chunk form of every family and variant."""
+    model, ids = make_model(**variant), text_ids(2, 90)
+    targets = torch.randn(2, 90, model.config.vocab_size, generator=torch.Generator().manual_seed(2)).double()
+    (model(ids).logits * targets).sum().backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    logits, _ = read(model, ids, (1, 7, 40, 41))
+    (logits * targets).sum().backward()
+    parts = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert distance(gradient, parts[name]) < 1e-7 * max(1.0, gradient.abs().max().item()), name
