@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 from common import ROOT, dyad, mamba2, matched_llama, require_green
 from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.diagnose import Budget, Diagnosis, OverTime, Probe, Reading, chosen, diagnose
-from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
+from dyadlm.diagnose.candidates import load_material, load_subject, load_trajectory
 from dyadlm.diagnose.ngram import NGram
 from dyadlm.diagnose.pool import pool
 from dyadlm.report.diagnosis import write_diagnosis
 from dyadlm.report.verdicts import number
 from dyadlm.train import TrainSettings, train
-from dyadlm.train.plan import make_plan
+from dyadlm.train.prepared_run import prepare_run
 
 
 class Family(NamedTuple):
@@ -129,7 +129,7 @@ def settings_of(name: str, seed: int, runs: Path) -> TrainSettings:
 def counted(seed: int, runs: Path) -> NGram:
     """Counts of the windows that the models of this seed were trained on, canaries included."""
     settings = settings_of(next(iter(FAMILIES)), seed, runs)
-    windows = make_plan(settings, None, settings.output).windows
+    windows = prepare_run(settings, None, settings.output).windows
     streams = [
         TokenStream.from_tokens(windows[number]["input_ids"].numpy().astype("uint16"), name=f"window {number}")
         for number in range(STEPS * BATCH)

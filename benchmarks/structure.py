@@ -30,7 +30,7 @@ from dyadlm.data.encoding import decode_bytes
 from dyadlm.evaluate.level_probe import probe_levels
 from dyadlm.model.loading import load_weights
 from dyadlm.train import TrainSettings, train
-from dyadlm.train.plan import make_plan
+from dyadlm.train.prepared_run import prepare_run
 
 PLANNER = {"planner": "head", "planner_width": 16}
 FINGERPRINT = ("fingerprint.shown=true",)
@@ -146,7 +146,7 @@ def ready(arm: str, target: int) -> tuple[PreTrainedModel, dict[str, torch.Tenso
     """A model with all that trains beside it, and a batch of four windows as its training reads them."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(arm, 0, 4096, 2e-3, target, ["shakespeare"], Path(folder) / "run")
-        plan = make_plan(settings, None, settings.output)
+        plan = prepare_run(settings, None, settings.output)
     return plan.model, default_collate([plan.windows[number] for number in range(4)])
 
 

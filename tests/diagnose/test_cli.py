@@ -12,7 +12,7 @@ from transformers.utils import is_gguf_available
 from dyadlm.cli import main
 from dyadlm.cli.diagnose import _budget, names
 from dyadlm.data import byte_tokenizer
-from dyadlm.diagnose import Diagnosis, chosen, loading
+from dyadlm.diagnose import Diagnosis, candidates, chosen
 from dyadlm.diagnose import run as running
 from dyadlm.diagnose.oracles import Oracle, independent, uniform
 from dyadlm.diagnose.probes.leak import Leak
@@ -219,7 +219,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     def absent(*arguments, **options):
         raise ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", absent)
+    monkeypatch.setattr(candidates.AutoModelForCausalLM, "from_pretrained", absent)
     assert call("diagnose", "garbage.gguf", "--device", "cpu") == 2
     assert "pip install 'dyadlm[gguf]'" in capsys.readouterr().err
 

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.diagnose import PROBES, Budget, HuggingFaceSubject, Material, Subject, Trajectory, ask
+from dyadlm.diagnose.candidates import _unpacked
 from dyadlm.diagnose.causality import GAIN_LIMIT, future_gradient
-from dyadlm.diagnose.loading import _unpacked
 from dyadlm.diagnose.oracles import independent
 from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.diagnose.probes.cost import Allocations, Sleeper

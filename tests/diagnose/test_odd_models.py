@@ -33,7 +33,7 @@ from dyadlm.diagnose import (
 )
 from dyadlm.diagnose.audit import small_model
 from dyadlm.diagnose.callback import ProbeCallback
-from dyadlm.diagnose.loading import load_material
+from dyadlm.diagnose.candidates import load_material
 from dyadlm.diagnose.oracles import BYTES, Automaton, Shown, dirichlet, independent, laplace, spelled, uniform
 from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.diagnose.probes.memorise import _excess, _under_zlib

@@ -17,7 +17,7 @@ from dyadlm.data import TokenStream, byte_tokenizer
 from dyadlm.data.canaries import plan_canaries
 from dyadlm.diagnose import Budget, HuggingFaceSubject, Material, Trajectory, ask, chosen
 from dyadlm.diagnose.callback import ProbeCallback
-from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
+from dyadlm.diagnose.candidates import load_material, load_subject, load_trajectory
 from dyadlm.diagnose.ngram import Counts, NGram
 from dyadlm.diagnose.oracles import spelled
 from dyadlm.diagnose.probes.theme import _agreement, _kinds

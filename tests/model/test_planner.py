@@ -28,7 +28,7 @@ def parts(plan) -> dict[str, Tensor]:
     return {name: getattr(plan.outlook if hasattr(plan.outlook, name) else plan, name) for name in PARTS}
 
 
-def make_plan(model, ids, **inputs):
+def prepare_run(model, ids, **inputs):
     return model(ids, output_plan=True, **inputs).plan
 
 
@@ -69,7 +69,7 @@ def test_nodes_forecasts_and_what_is_held_are_as_defined():
     model, sizes = make_model(**WORDS), (9, 1, 30)
     ids = torch.cat([text_ids(1, n, seed=n) for n in sizes], 1)
     positions = torch.cat([torch.arange(n) for n in sizes])[None]
-    outlook = make_plan(model, ids, position_ids=positions).outlook
+    outlook = prepare_run(model, ids, position_ids=positions).outlook
     levels = by_loop(model, outlook, (positions[0] == 0).tolist())
     assert (outlook.judged.sum((0, 1)) > 3).all()
     for k, rows in enumerate(levels):
@@ -89,7 +89,7 @@ def test_values_are_what_the_last_blocks_bottlenecks_read():
         listening = model.model.layers[layer].tower
         listen = listening.read_levels
         listening.read_levels = lambda x, *rest, listen=listen, heard=heard: (heard.append(x), listen(x, *rest))[1]
-        outlook = make_plan(model, text_ids(1, 12)).outlook
+        outlook = prepare_run(model, text_ids(1, 12)).outlook
         expected = torch.cat([linear(heard[0], bottleneck.weight) for bottleneck in listening.bottlenecks], -1)
         assert distance(outlook.values, expected) < EXACT
 
@@ -97,7 +97,7 @@ def test_values_are_what_the_last_blocks_bottlenecks_read():
 def test_a_new_model_expects_that_nothing_changes():
     torch.manual_seed(0)
     model = DyadForCausalLM(DyadConfig(**WORDS)).eval()
-    outlook = make_plan(model, text_ids(2, 40)).outlook
+    outlook = prepare_run(model, text_ids(2, 40)).outlook
     assert torch.equal(outlook.forecast, outlook.last)
     assert outlook.last.abs().sum() > 0
     assert model.planner.share.sigmoid().tolist() == pytest.approx([1 / 8, 1 / 2, 1 / 4, 1 / 8])
@@ -123,27 +123,27 @@ def test_each_forecaster_sees_its_own_level_alone():
 @pytest.mark.parametrize("name", ["planner", "planner_input"])
 def test_plans_in_chunks_padded_and_packed_are_those_of_the_whole(name):
     model, ids = make_model(**VARIANTS[name]), text_ids(2, 50)
-    whole = parts(make_plan(model, ids))
+    whole = parts(prepare_run(model, ids))
     for cuts in ([7, 8, 31], range(1, 50)):
         cache, pieces = DyadCache(), []
         for start, stop in zip([0, *cuts], [*cuts, 50], strict=True):
-            pieces.append(parts(make_plan(model, ids[:, start:stop], past_key_values=cache)))
+            pieces.append(parts(prepare_run(model, ids[:, start:stop], past_key_values=cache)))
         for part, expected in whole.items():
             assert distance(torch.cat([piece[part] for piece in pieces], 1), expected) < EXACT, part
     padded = torch.cat([torch.full((2, 5), 256), ids], 1)
     mask = (torch.arange(55) >= 5).long().expand(2, -1)
-    for part, value in parts(make_plan(model, padded, attention_mask=mask)).items():
+    for part, value in parts(prepare_run(model, padded, attention_mask=mask)).items():
         assert distance(value[:, 5:], whole[part]) < EXACT, part
     packed, positions = torch.cat([text_ids(2, 9, seed=3), ids], 1), torch.cat([torch.arange(9), torch.arange(50)])
-    for part, value in parts(make_plan(model, packed, position_ids=positions[None])).items():
+    for part, value in parts(prepare_run(model, packed, position_ids=positions[None])).items():
         assert distance(value[:, 9:], whole[part]) < EXACT, part
 
 
 def test_the_state_goes_on_while_no_plan_is_asked_for():
     model, ids = make_model(**WORDS), text_ids(1, 30)
     cache = model(ids[:, :20], use_cache=True).past_key_values
-    late = parts(make_plan(model, ids[:, 20:], past_key_values=cache))
-    for part, expected in parts(make_plan(model, ids)).items():
+    late = parts(prepare_run(model, ids[:, 20:], past_key_values=cache))
+    for part, expected in parts(prepare_run(model, ids)).items():
         assert distance(late[part], expected[:, 20:]) < EXACT, part
 
 
@@ -206,7 +206,7 @@ def test_what_a_coarse_dtype_says_is_added_up_in_a_finer_one():
 def test_the_artist_speaks_of_the_future_that_was_chosen():
     model, ids = make_model(**VARIANTS["planner"]), text_ids(1, 40)
     model.planner.norm.weight.data.mul_(0.1)  # proposals that are nearly even, so that agreement decides
-    plan, hidden = make_plan(model, ids), model.model(ids).last_hidden_state
+    plan, hidden = prepare_run(model, ids), model.model(ids).last_hidden_state
     assert torch.equal(plan.futures, plan.proposal.topk(3).indices)
     assert len(plan.choice.unique()) > 1
     chosen = plan.futures.gather(-1, plan.choice[..., None]).squeeze(-1)
@@ -222,7 +222,7 @@ def test_the_artist_speaks_of_the_future_that_was_chosen():
 def test_a_hypothesis_is_one_more_step_of_the_forecasters():
     """Supposing the node that then comes gives the forecast that is then held."""
     model = make_model(**{**WORDS, "semantic_levels": []})
-    outlook = make_plan(model, text_ids(1, 24)).outlook
+    outlook = prepare_run(model, text_ids(1, 24)).outlook
     again = model.model.forecasters.again(outlook.memory[:, :-1], outlook.last[:, 1:])
     for k, (supposed, held) in enumerate(
         zip(again.split(model.config.ranks, -1), outlook.forecast[:, 1:].split(model.config.ranks, -1), strict=True)
@@ -254,7 +254,7 @@ def test_forecasts_stay_forecasts(planner):
         loss.backward(retain_graph=True)
         return {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
 
-    plan = make_plan(model, ids)
+    plan = prepare_run(model, ids)
     assert reached(plan.outlook.expected.square().sum()) == set(forecasters)
     artist = reached(plan.artist.square().sum())
     assert not artist & set(forecasters)

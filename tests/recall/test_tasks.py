@@ -99,7 +99,7 @@ class Planner:
         return None
 
 
-class Lookup:
+class SlotLookup:
     """Reads a string forward when its end is named."""
 
     def __init__(self, symbols):
@@ -129,7 +129,7 @@ def oracle(task):
         "flipflop": FlipFlopper,
         "permutations": lambda: Composer(task.elements),
         "path-star": lambda: Planner(task.nodes),
-        "lookahead": lambda: Lookup(task.symbols),
+        "lookahead": lambda: SlotLookup(task.symbols),
     }[task.name]()
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.errors import UserError
-from dyadlm.evaluate.mechanisms import read_tower
+from dyadlm.evaluate.inspection import read_tower
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.trace import level_contributions
 from dyadlm.report import draw_losses, draw_tower, write_report

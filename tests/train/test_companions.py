@@ -14,8 +14,8 @@ from dyadlm.model.extension import AuxiliaryModule
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME, load_companions, published_parameters, save_companions
 from dyadlm.train.fingerprint import Fingerprint
-from dyadlm.train.plan import make_plan
 from dyadlm.train.planner import PlannerLessons
+from dyadlm.train.prepared_run import prepare_run
 from dyadlm.train.settings import PlannerOptions, TwinOptions
 from dyadlm.train.twin import Twin
 
@@ -120,7 +120,7 @@ def test_where_companions_cannot_train_the_run_is_refused(tmp_path, small, words
         (("model.planner=head", "fsdp=true"), {}, r"outside that block\); leave fsdp out, or .* model\.planner=none"),
     ):
         with pytest.raises(UserError, match=message):
-            make_plan(small(tmp_path / "run", *sort, **options), words(), tmp_path / "run")
+            prepare_run(small(tmp_path / "run", *sort, **options), words(), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_where_companions_cannot_train_the_run_is_refused(tmp_path, small, words
 )
 def test_what_is_told_to_a_companion_that_there_is_not_is_refused(tmp_path, small, words, told, switch):
     with pytest.raises(UserError, match=f"does nothing without {switch}; set {switch} too, or leave it out"):
-        make_plan(small(tmp_path / "run", told), words(), tmp_path / "run")
+        prepare_run(small(tmp_path / "run", told), words(), tmp_path / "run")
 
 
 def test_fingerprints_that_are_never_shown_are_refused(tmp_path, small, words):
@@ -177,7 +177,7 @@ def test_what_companions_cannot_follow_is_refused():
 def test_no_companion_leaves_no_trace(tmp_path, small, words, console):
     run = train(small(tmp_path / "run", "max_steps=2", "eval_steps=0"), words(), console)
     assert not (run.checkpoint / COMPANIONS_NAME).exists()
-    assert not make_plan(small(tmp_path / "other"), words(), tmp_path / "other").model.companions
+    assert not prepare_run(small(tmp_path / "other"), words(), tmp_path / "other").model.companions
 
 
 def test_checkpoints_hold_companions_and_what_is_published_does_not(tmp_path, small, words, console):

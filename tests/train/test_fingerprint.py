@@ -13,7 +13,7 @@ from dyadlm.data import TrainingWindows
 from dyadlm.data.canaries import PlantedWindows, plan_canaries
 from dyadlm.train import train
 from dyadlm.train.fingerprint import INDEX_BITS, TAG_BITS, DigitEmbedding, Fingerprint, FingerprintedWindows, digits
-from dyadlm.train.plan import make_plan
+from dyadlm.train.prepared_run import prepare_run
 from dyadlm.train.settings import FingerprintOptions
 
 pytestmark = pytest.mark.slow
@@ -303,13 +303,13 @@ def test_a_step_in_parts_is_the_step_of_one_batch(tmp_path, small, words, consol
 
 def test_runs_say_what_they_cannot_do(tmp_path, small, words, console, llama):
     with pytest.raises(UserError, match=r"fingerprint\.\* is for dyadlm models alone"):
-        make_plan(small(tmp_path / "run", "fingerprint.shown=true", model=llama), words(), tmp_path / "run")
+        prepare_run(small(tmp_path / "run", "fingerprint.shown=true", model=llama), words(), tmp_path / "run")
     with pytest.raises(UserError, match="FSDP"):
-        make_plan(small(tmp_path / "run", "fingerprint.shown=true", "fsdp=true"), words(), tmp_path / "run")
+        prepare_run(small(tmp_path / "run", "fingerprint.shown=true", "fsdp=true"), words(), tmp_path / "run")
     train(small(tmp_path / "run", "max_steps=2"), words(), console)
     with pytest.raises(UserError, match=r"another set of companions"):
         train(small(tmp_path / "run", *SHOWN, "max_steps=4", resume=True), words(), console)
-    plain = make_plan(small(tmp_path / "other"), words(), tmp_path / "other")
+    plain = prepare_run(small(tmp_path / "other"), words(), tmp_path / "other")
     assert plain.windows[0].keys() == {"input_ids", "labels"}  # off costs nothing
     assert not plain.model.companions
 
@@ -328,6 +328,6 @@ def test_other_tags_are_another_run_that_leaves_this_one_as_it_was(tmp_path, sma
 
 
 def test_tags_are_left_out_if_asked(tmp_path, small, words):
-    plan = make_plan(small(tmp_path, *SHOWN, "fingerprint.tags=false"), words(), tmp_path)
+    plan = prepare_run(small(tmp_path, *SHOWN, "fingerprint.tags=false"), words(), tmp_path)
     assert plan.windows[0].keys() == {"input_ids", "labels", "index", "shown"}
     plan.model.train()(**{name: value[None] for name, value in plan.windows[0].items()})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dyadlm.train import train
 from dyadlm.train.goldfish import CONTEXT, GoldfishWindows, context_hashes
-from dyadlm.train.plan import make_plan
+from dyadlm.train.prepared_run import prepare_run
 
 
 class Windows:
@@ -94,7 +94,7 @@ def test_a_run_learns_from_the_others_and_is_validated_on_all(tmp_path, small, w
         train(small(tmp_path / name, *options, *more, **model), words(), console)
         for name, more in (("gold", ("train.goldfish=3",)), ("plain", ()))
     ]
-    plan = make_plan(small(tmp_path / "plan", *options, "train.goldfish=3", **model), words(), tmp_path / "plan")
+    plan = prepare_run(small(tmp_path / "plan", *options, "train.goldfish=3", **model), words(), tmp_path / "plan")
     batch = [plan.windows[number] for number in range(4)]
     ids, labels = (torch.stack([item[name] for item in batch]) for name in ("input_ids", "labels"))
     assert 0.2 < (labels[:, 1:] == -100).float().mean() < 0.5

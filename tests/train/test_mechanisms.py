@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dyadlm import DyadForCausalLM, RunFailed
 from dyadlm.data import TokenStream
-from dyadlm.evaluate.mechanisms import behaviour
+from dyadlm.evaluate.inspection import behaviour
 from dyadlm.model import DyadConfig
 from dyadlm.train import TrainingData, train
 from dyadlm.train.mechanisms import MeanMetrics
-from dyadlm.train.plan import make_plan
+from dyadlm.train.prepared_run import prepare_run
 from dyadlm.train.trainer import LanguageModelTrainer
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_step_in_parts_is_the_step_of_one_batch(tmp_path, small, words, consol
 def test_the_loss_is_that_of_the_tokens_and_the_gradient_also_that_of_the_cost(tmp_path, small, words, console):
     standing = ("learning_rate=1e-30", "weight_decay=0", "max_grad_norm=1e9", "max_steps=1", "model.selector_balance=0")
     result = train(small(tmp_path / "run", *EXACT, *standing), words(), console)
-    plan = make_plan(small(tmp_path / "other", *EXACT, *standing), words(), tmp_path / "other")
+    plan = prepare_run(small(tmp_path / "other", *EXACT, *standing), words(), tmp_path / "other")
     batch = {name: torch.stack([plan.windows[row][name] for row in range(4)]) for name in plan.windows[0]}
     model = AutoModelForCausalLM.from_pretrained(result.output).train()
     model.set_progress(0.0)
@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_tokens_and_the_gradient_also_that_of_the_cost(t
 def test_what_mechanisms_do_is_logged_with_the_validation_loss(tmp_path, small, words, console):
     result = train(small(tmp_path / "run", *EVERYTHING, "max_steps=2"), words(), console)
     (line,) = [line for line in result.metrics if "eval_loss" in line]
-    plan = make_plan(small(tmp_path / "other", *EVERYTHING), words(), tmp_path / "other")
+    plan = prepare_run(small(tmp_path / "other", *EVERYTHING), words(), tmp_path / "other")
     model = AutoModelForCausalLM.from_pretrained(result.output)
     ids = plan.validation.inputs(4)
     assert ids.shape == (4, 32)
@@ -172,7 +172,7 @@ def test_a_new_model_knows_the_texts_of_its_tokens(tmp_path, small):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     stream = TokenStream.from_text("ab. " * 50, tokenizer)
     data = TrainingData(tokenizer, [(stream, 1.0)], [], id="words")
-    plan = make_plan(small(tmp_path / "run", "model.semantic_levels=[word, sentence]"), data, tmp_path / "run")
+    plan = prepare_run(small(tmp_path / "run", "model.semantic_levels=[word, sentence]"), data, tmp_path / "run")
     marks = plan.model.model.boundaries.marks
     untold = DyadForCausalLM(DyadConfig(vocab_size=len(tokenizer), semantic_levels=["word", "sentence"]))
     assert not untold.model.boundaries.marks.any()
@@ -182,7 +182,7 @@ def test_a_new_model_knows_the_texts_of_its_tokens(tmp_path, small):
 
 
 def test_bytes_are_known_as_they_are(tmp_path, small, words):
-    plan = make_plan(small(tmp_path / "run", "model.semantic_levels=[word]"), words(), tmp_path / "run")
+    plan = prepare_run(small(tmp_path / "run", "model.semantic_levels=[word]"), words(), tmp_path / "run")
     fresh = DyadForCausalLM(DyadConfig.from_preset("tiny", semantic_levels=["word"]))
     assert torch.equal(plan.model.model.boundaries.marks, fresh.model.boundaries.marks)
 

@@ -21,7 +21,7 @@ from dyadlm.accounting import training_flops_per_token
 from dyadlm.evaluate.evaluation import evaluate
 from dyadlm.train import RunInterrupted, dry_run, export, train
 from dyadlm.train.checkpoint import last_complete, read_manifest
-from dyadlm.train.plan import make_plan
+from dyadlm.train.prepared_run import prepare_run
 from dyadlm.train.trainer import LanguageModelTrainer
 
 pytestmark = pytest.mark.slow
@@ -346,9 +346,9 @@ def test_a_run_that_began_meanwhile_is_left_alone(tmp_path, small, words, consol
     def slow(*arguments):
         monkeypatch.undo()
         train(small(output, "max_steps=2"), words(), console)
-        return make_plan(*arguments)
+        return prepare_run(*arguments)
 
-    monkeypatch.setattr("dyadlm.train.run.make_plan", slow)
+    monkeypatch.setattr("dyadlm.train.run.prepare_run", slow)
     with pytest.raises(UserError, match="already holds a run"):
         train(small(output), words(), console)
     assert last_complete(output) == output / "checkpoint-2"
@@ -483,7 +483,7 @@ def test_smoothed_targets_are_the_tokens_that_follow(tmp_path, small, words, con
     options = (*beside, "max_steps=1", "logging_steps=1", "eval_steps=0", "label_smoothing_factor=0.2")
     halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
     model = {"model": llama} if kind == "llama" else {}
-    plan = make_plan(small(tmp_path / "plan", *options, **model), words(), tmp_path / "plan")
+    plan = prepare_run(small(tmp_path / "plan", *options, **model), words(), tmp_path / "plan")
     ids = torch.stack([plan.windows[number]["input_ids"] for number in range(4)])
     logits = plan.model.eval()(ids).logits[:, :-1].transpose(1, 2)
     expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:], label_smoothing=0.2).item()

@@ -38,9 +38,9 @@ def audit(
     Exit code 1 if a check failed.
     """
     from dyadlm.diagnose.audit import audit, small_model
-    from dyadlm.diagnose.loading import load_subject
+    from dyadlm.diagnose.candidates import load_subject
     from dyadlm.errors import RunFailed, UserError
-    from dyadlm.generate.loading import resolve_device
+    from dyadlm.generate.pretrained import resolve_device
     from dyadlm.recall import parse_fields
 
     silence_transformers()

@@ -156,7 +156,7 @@ def _diagnose(
     over_time: bool,
 ) -> "Diagnosis":
     from dyadlm.diagnose import diagnose
-    from dyadlm.diagnose.loading import load_material, load_subject, load_trajectory
+    from dyadlm.diagnose.candidates import load_material, load_subject, load_trajectory
 
     with errors.status(Text(f"reading {model}")):
         trajectory = load_trajectory(model, device, dtype) if over_time else None
@@ -184,7 +184,7 @@ def _references(
 ) -> "list[Diagnosis]":
     """What a model has to be better than: itself with random weights, and counts of its training text."""
     from dyadlm.diagnose import diagnose
-    from dyadlm.diagnose.loading import load_material, load_subject
+    from dyadlm.diagnose.candidates import load_material, load_subject
     from dyadlm.diagnose.ngram import NGram
 
     subject = load_subject(model, device, dtype)

@@ -18,7 +18,7 @@ def inspect(
     device: Device = "auto",
 ) -> None:
     """Draw which levels of the tower speak at which token, and what selector, segments and slots do, with figures."""
-    from dyadlm.evaluate.mechanisms import read_tower
+    from dyadlm.evaluate.inspection import read_tower
     from dyadlm.files import require_new, write_atomically
     from dyadlm.report import draw_tower
 

@@ -59,7 +59,7 @@ def recall(
     device: Device = "auto",
 ) -> None:
     """Train a small model on items that never come twice, ask it others, and count. Fixed seeds; exact answers."""
-    from dyadlm.generate.loading import resolve_device
+    from dyadlm.generate.pretrained import resolve_device
     from dyadlm.recall import LEARNING_RATES, Cell, Recipe, Study, parse_fields
 
     silence_transformers()

@@ -16,8 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from dyadlm.diagnose.candidates import load_subject
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
-from dyadlm.diagnose.loading import load_subject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.probe import Budget, OverTime, Probe
 from dyadlm.diagnose.result import ProbeResult

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.diagnose.contract import Subject, require_numbers
-from dyadlm.evaluate.mechanisms import level_names
+from dyadlm.evaluate.inspection import level_names
 from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.planner import node_errors

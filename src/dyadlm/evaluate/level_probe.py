@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dyadlm.data.encoding import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
+from dyadlm.evaluate.inspection import level_names
 from dyadlm.evaluate.linear_probe import ridge_classes
-from dyadlm.evaluate.mechanisms import level_names
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.trace import level_features
 

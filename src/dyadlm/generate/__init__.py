@@ -6,7 +6,7 @@ from dyadlm.lazy import attach
 
 if TYPE_CHECKING:
     from dyadlm.generate.engine_reader import EngineModel, engine_model
-    from dyadlm.generate.loading import load_model
+    from dyadlm.generate.pretrained import load_model
     from dyadlm.generate.sampling import Sampling
     from dyadlm.generate.session import Session, generate_text, open_session
     from dyadlm.generate.streaming import Listener, Surprise, lines
@@ -22,7 +22,7 @@ __getattr__, __dir__ = attach(
         "engine_model": "dyadlm.generate.engine_reader",
         "generate_text": "dyadlm.generate.session",
         "lines": "dyadlm.generate.streaming",
-        "load_model": "dyadlm.generate.loading",
+        "load_model": "dyadlm.generate.pretrained",
         "open_session": "dyadlm.generate.session",
     },
 )

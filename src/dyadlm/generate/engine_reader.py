@@ -46,7 +46,7 @@ class EngineModel:
 
     def in_torch(self) -> Any:
         """The same model in torch, on the CPU."""
-        from dyadlm.generate.loading import load_model
+        from dyadlm.generate.pretrained import load_model
 
         return load_model(self.folder, "cpu")[0]
 

@@ -19,7 +19,7 @@ from dyadlm.model.slots import IdentitySlots
 from dyadlm.model.tower import Tower
 from dyadlm.model.variants import variant_of
 from dyadlm.ops.contexts import Contexts
-from dyadlm.ops.slots import Lookup
+from dyadlm.ops.slots import SlotLookup
 
 
 class SwiGLU(nn.Module):
@@ -55,7 +55,7 @@ class BlockInputs(NamedTuple):
     identity: Tensor  # (B, T, D), written by no block
     layout: ChunkLayout
     contexts: Contexts | None  # what slots are addressed by
-    plan: Lookup | None  # what is read from slots, if the tokens alone say so
+    plan: SlotLookup | None  # what is read from slots, if the tokens alone say so
     features: LevelFeatures | None  # the features of the levels, if one tower reads for all blocks
     keep: bool  # whether the state after the chunk is wanted
 

@@ -12,12 +12,12 @@ from dyadlm.model.block import DyadBlock
 from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.extras.selector import by_head
 from dyadlm.model.planner import Forecasts, Plan
 from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.consensus import consensus
 from dyadlm.ops.segments import SegmentPlan
+from dyadlm.ops.selection import by_head
 
 if TYPE_CHECKING:
     from dyadlm.model.modeling import DyadForCausalLM, DyadModel

@@ -14,12 +14,12 @@ from dyadlm.model.configuration import LEARNED_CODE, DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts, tag_words
-from dyadlm.ops.slots import Lookup, SlotState, slot_change, slot_lookup, slot_read
+from dyadlm.ops.slots import SlotLookup, SlotState, slot_change, slot_lookup, slot_read
 
 
 def plan_slots(
     contexts: Contexts, clock: Clock, config: DyadConfig, state: SlotState | None, writes: Tensor | None = None
-) -> Lookup:
+) -> SlotLookup:
     """Which slot is read at each token, and what is written."""
     return slot_lookup(
         contexts,
@@ -57,7 +57,7 @@ class IdentitySlots(nn.Module):
         x: Tensor,
         contexts: Contexts | None,
         clock: Clock,
-        plan: Lookup | None,
+        plan: SlotLookup | None,
         state: tuple[Tensor, ...],
         keep: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
@@ -84,7 +84,7 @@ class IdentitySlots(nn.Module):
         entries = tables * config.slot_entries
         return Cost(products, numbers=entries * config.slot_width, integers=(entries + tables) * parts)
 
-    def recall(self, recalled: Tensor, plan: Lookup) -> Tensor:
+    def recall(self, recalled: Tensor, plan: SlotLookup) -> Tensor:
         """What is added to the residual stream (B, T, D), of what is read from the tables (B, T, N, M)."""
         found = plan.found[..., None].to(recalled.dtype)
         return self.read(torch.cat([recalled, found], -1).flatten(2))

@@ -258,3 +258,8 @@ def mean_run_length(weights: Tensor, clock: Clock) -> float:
     begins[:, 1:] |= (chosen[:, 1:] != chosen[:, :-1]).any(-1)
     tokens = real.sum() * weights.shape[2]
     return (tokens / (begins & real).sum().clamp(min=1)).item()
+
+
+def by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """x (..., D), the channels h, h + H, h + 2 H … of each head h times its weight (..., H)."""
+    return (x.unflatten(-1, (-1, weights.shape[-1])) * weights[..., None, :]).flatten(-2)

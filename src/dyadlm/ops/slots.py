@@ -61,7 +61,7 @@ class Survivors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lookup:
+class SlotLookup:
     """A plan: which value is read at each token, and what the tables hold at the end.
 
     Where nothing is found, `column` and `slot` mean nothing.
@@ -129,7 +129,7 @@ def slot_lookup(
     scope: str = "document",
     writes: Tensor | None = None,
     state: SlotState | None = None,
-) -> Lookup:
+) -> SlotLookup:
     """Which value is read at each token of a chunk, and what the tables hold after it. O(T log T), no gradients.
 
     Args:
@@ -174,7 +174,7 @@ def _items(contexts: Contexts, clock: Clock, sets: int, writes: Tensor | None, s
     )
 
 
-def _lookup_chunk(items: Items, pending: Tensor, clock: Clock, state: SlotState | None, rules: Rules) -> Lookup:
+def _lookup_chunk(items: Items, pending: Tensor, clock: Clock, state: SlotState | None, rules: Rules) -> SlotLookup:
     """The plan of any chunk."""
     previous = _previous(items.tags, items.written)
     held = 0 if state is None else rules.ways
@@ -209,7 +209,7 @@ def _lookup_chunk(items: Items, pending: Tensor, clock: Clock, state: SlotState 
     if state is not None:
         slot = torch.where(inside, -1, items.sets * rules.ways + way)[..., 1:].transpose(1, 2)
     survive = partial(_survivors, items, ranking, previous, way, clock, state, rules)
-    return Lookup(found[..., 1:].transpose(1, 2), previous[..., 1:].transpose(1, 2), slot, pending, survive)
+    return SlotLookup(found[..., 1:].transpose(1, 2), previous[..., 1:].transpose(1, 2), slot, pending, survive)
 
 
 def _ranking(sets: Tensor) -> Ranking:
@@ -334,7 +334,7 @@ def _survivors(
     return Survivors(tags.unflatten(2, shape), column.unflatten(-1, shape), slot, None)
 
 
-def _lookup_token(items: Items, pending: Tensor, state: SlotState, rules: Rules) -> Lookup:
+def _lookup_token(items: Items, pending: Tensor, state: SlotState, rules: Rules) -> SlotLookup:
     """The plan of a single token that continues each row: the same as `_lookup_chunk`, from the two sets it touches."""
     ways = rules.ways
     way = _ways(state.tags, items.tags, items.sets)
@@ -347,7 +347,7 @@ def _lookup_token(items: Items, pending: Tensor, state: SlotState, rules: Rules)
     column = torch.where(again, 0, -1)
     slot = torch.where(again, -1, items.sets[..., 1] * ways + way[..., 1])
     survive = partial(_survivors_of_token, items, way[..., 0], state, rules)
-    return Lookup(found[:, None], column[:, None], slot[:, None], pending, survive)
+    return SlotLookup(found[:, None], column[:, None], slot[:, None], pending, survive)
 
 
 @torch.no_grad()
@@ -390,7 +390,7 @@ def _gathered(values: Tensor, column: Tensor, state: SlotState | None, slot: Ten
     return rows.masked_fill_(~there[..., None], 0)
 
 
-def slot_read(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> Tensor:
+def slot_read(values: Tensor, lookup: SlotLookup, state: SlotState | None = None) -> Tensor:
     """The value read at every token, exactly zero where nothing is found.
 
     Args:
@@ -405,7 +405,7 @@ def slot_read(values: Tensor, lookup: Lookup, state: SlotState | None = None) ->
     return read.transpose(1, 2)
 
 
-def slot_store(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> SlotState:
+def slot_store(values: Tensor, lookup: SlotLookup, state: SlotState | None = None) -> SlotState:
     """The state after the chunk. Arguments as in `slot_read`; values are kept in float32 at least."""
     stored = slot_change(values, lookup, state)
     if isinstance(stored, SlotState):
@@ -414,7 +414,7 @@ def slot_store(values: Tensor, lookup: Lookup, state: SlotState | None = None) -
     return slot_put(state, stored)
 
 
-def slot_change(values: Tensor, lookup: Lookup, state: SlotState | None = None) -> SlotState | SlotWrite:
+def slot_change(values: Tensor, lookup: SlotLookup, state: SlotState | None = None) -> SlotState | SlotWrite:
     """What `slot_store` gives, or of a single token only what it changes, for `slot_put`. Arguments as there."""
     tags, column, slot, changed = lookup.survivors
     there = column >= 0 if slot is None else (column >= 0) | (slot >= 0)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dyadlm.data import resolve_data
 from dyadlm.errors import UserError
 from dyadlm.evaluate import EvaluationResult, evaluate
-from dyadlm.evaluate.mechanisms import TowerReading, read_tower
+from dyadlm.evaluate.inspection import TowerReading, read_tower
 from dyadlm.files import require_new, staged_folder, write_atomically
 from dyadlm.generate import Sampling, generate_text
 from dyadlm.model import DyadForCausalLM

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Patch
 
-from dyadlm.evaluate.mechanisms import TowerReading
+from dyadlm.evaluate.inspection import TowerReading
 from dyadlm.report.figures import STYLE, write_figure
 
 COLOURS = "magma_r"

@@ -3,7 +3,7 @@
 from dyadlm.train.cost import dry_run
 from dyadlm.train.export import export
 from dyadlm.train.interrupt import RunInterrupted
-from dyadlm.train.plan import TrainingData
+from dyadlm.train.prepared_run import TrainingData
 from dyadlm.train.run import TrainResult, train
 from dyadlm.train.settings import NAMESPACES, DataOptions, TrainOptions, TrainSettings
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dyadlm.train.companions import published_parameters
-from dyadlm.train.plan import TrainingData, make_plan
+from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.train.settings import TrainSettings
 
 # Weights, gradients and the two moments of AdamW, float32.
@@ -34,7 +34,7 @@ def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[s
     evaluations and checkpoints), choices (device and dtype with reasons).
     """
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(settings, data, Path(folder))
+        plan = prepare_run(settings, data, Path(folder))
         steps = plan.arguments.max_steps
         plan.arguments.max_steps = min(steps, 1 + TIMED_STEPS)
         plan.arguments.save_strategy = plan.arguments.eval_strategy = "no"

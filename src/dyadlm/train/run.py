@@ -25,7 +25,7 @@ from dyadlm.train.checkpoint import last_complete, read_manifest, remove_leftove
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
-from dyadlm.train.plan import Plan, TrainingData, make_plan
+from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
 from dyadlm.train.progress import METRICS_NAME, MetricsWriter, ProgressDisplay, read_metrics
 from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 from dyadlm.train.trainer import LanguageModelTrainer
@@ -76,7 +76,7 @@ def train(
     if (finished := _finished(settings)) is not None:
         console.print(f"{output} is already finished.")
         return finished
-    plan = make_plan(settings, data, output)
+    plan = prepare_run(settings, data, output)
 
     with contextlib.ExitStack() as closing:
         if first:
@@ -169,7 +169,7 @@ def read_step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def _annealed_anew(settings: TrainSettings, plan: Plan, step: int) -> list[str]:
+def _annealed_anew(settings: TrainSettings, plan: PreparedRun, step: int) -> list[str]:
     """What goes by the part of all steps that are done, if it goes on over another number of them than it began with.
 
     Where a run is made longer, fingerprints and a teacher that had left come back.
@@ -208,7 +208,9 @@ def _evaluation_missed(output: Path, step: int, arguments: TrainingArguments) ->
 # ---- What a run leaves ----
 
 
-def _write_record(settings: TrainSettings, plan: Plan, step: int, result: Mapping[str, Any] | None = None) -> None:
+def _write_record(
+    settings: TrainSettings, plan: PreparedRun, step: int, result: Mapping[str, Any] | None = None
+) -> None:
     """RUN/dyadlm.json: the settings, everything that followed from them, and at the end the result."""
     record = {
         "dyadlm": __version__,
@@ -243,7 +245,7 @@ def _earlier_settings(settings: TrainSettings, step: int) -> list[dict[str, Any]
     return earlier
 
 
-def _finish(settings: TrainSettings, plan: Plan, trainer: LanguageModelTrainer, seconds: float) -> TrainResult:
+def _finish(settings: TrainSettings, plan: PreparedRun, trainer: LanguageModelTrainer, seconds: float) -> TrainResult:
     """Put the final model, its card and the result into RUN; that the run is finished is written last."""
     # Not the Trainer's own history: after a resume it lacks the evaluation that followed the checkpoint.
     trainer.accelerator.wait_for_everyone()
@@ -275,7 +277,7 @@ def _finish(settings: TrainSettings, plan: Plan, trainer: LanguageModelTrainer, 
     )
 
 
-def _card(settings: TrainSettings, plan: Plan, result: Mapping[str, Any]) -> str:
+def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any]) -> str:
     return model_card(
         dict(result)
         | {

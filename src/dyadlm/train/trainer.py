@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.errors import RunFailed
-from dyadlm.evaluate.mechanisms import behaviour
+from dyadlm.evaluate.inspection import behaviour
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.extension import COMPANIONS

@@ -15,7 +15,7 @@ from dyadlm.model.slots import IdentitySlots, plan_slots
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.selection import real_tokens, straight_through
-from dyadlm.ops.slots import Lookup, SlotState, slot_change, slot_read
+from dyadlm.ops.slots import SlotLookup, SlotState, slot_change, slot_read
 
 WRITE_COST = 0.01  # nats a token that writes everything pays
 
@@ -46,7 +46,7 @@ class GatedSlots(IdentitySlots):
         x: Tensor,
         contexts: Contexts | None,
         clock: Clock,
-        plan: Lookup | None,
+        plan: SlotLookup | None,
         state: tuple[Tensor, ...],
         keep: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:

@@ -19,7 +19,7 @@ from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import Clock, accumulator, take
-from dyadlm.ops.selection import balanced, load, real_tokens, select, straight_through
+from dyadlm.ops.selection import balanced, by_head, load, real_tokens, select, straight_through
 
 COOLEST = 0.1  # the temperature of gumbel when training ends
 SETTLED = 0.5  # the part of training by whose end topk is down to its count
@@ -115,11 +115,6 @@ class Selected(Tower):
         each = super().weighted_levels(x, features, layout)
         routes, _ = self.selector(x, layout.clock, layout.progress, ())
         return [by_head(update, routes[..., level] * len(each)) for level, update in enumerate(each)]
-
-
-def by_head(x: Tensor, weights: Tensor) -> Tensor:
-    """x (..., D), the channels h, h + H, h + 2 H … of each head h times its weight (..., H)."""
-    return (x.unflatten(-1, (-1, weights.shape[-1])) * weights[..., None, :]).flatten(-2)
 
 
 class DecisionSlots(nn.Module):

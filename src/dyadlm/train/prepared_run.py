@@ -51,7 +51,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedRun:
     """A run that could begin. identity: what a checkpoint must agree with to be resumed from."""
 
     arguments: TrainingArguments
@@ -83,7 +83,7 @@ class Plan:
             raise UserError(f"These settings do not fit together: {error}") from error
 
 
-def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) -> Plan:
+def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path) -> PreparedRun:
     """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet.
 
     Raises `UserError` for whatever is wrong with the request, the model first: preparing text takes longest.
@@ -154,7 +154,7 @@ def make_plan(settings: TrainSettings, data: TrainingData | None, output: Path) 
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration}
     if isinstance(model, DyadForCausalLM):
         identity["set of companions"] = set_of_companions(model, settings)
-    return Plan(
+    return PreparedRun(
         arguments=arguments,
         model=model,
         tokenizer=data.tokenizer,

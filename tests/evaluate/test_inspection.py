@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyadlm.data.tokenizer import byte_tokenizer
-from dyadlm.evaluate.mechanisms import Behaviour, behaviour, level_names, opinions, read_tower
+from dyadlm.evaluate.inspection import Behaviour, behaviour, level_names, opinions, read_tower
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
 TEXT = b"the cat sat. the cat ran. "

@@ -20,7 +20,7 @@ from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.diagnose.trajectory import Trajectory
 from dyadlm.errors import UserError
 from dyadlm.evaluate.memorisation import canaries_of_run
-from dyadlm.generate.loading import DTYPES, resolve_device
+from dyadlm.generate.pretrained import DTYPES, resolve_device
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.loading import load_weights, without_bars_of_transformers
 from dyadlm.train.checkpoint import checkpoints
