@@ -1,4 +1,4 @@
-"""`dyadlm audit`: is a causal language model causal, and does it keep its other promises? For a CI."""
+"""`dyadlm audit`: checks that a causal language model does not see the future. For use in CI."""
 
 import json as json_format
 from typing import TYPE_CHECKING, Annotated
@@ -19,16 +19,17 @@ def audit(
     ] = None,
     architecture: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="Instead, a small new model of this model type of transformers."),
+        typer.Option(metavar="TYPE", help="Audit a small new model of this transformers model type instead."),
     ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE ...", help="Fields of the configuration, with --architecture."),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Of the texts read; by default what the model's windows and blocks need.")
+        int | None,
+        typer.Option(help="Tokens of each test text. Default: as many as the model's windows and blocks need."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the texts, and of the weights of a new model.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the test texts, and of the weights of a new model.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as saved).")] = "float32",

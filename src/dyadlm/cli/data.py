@@ -1,4 +1,4 @@
-"""`dyadlm data`: what there is to train on, and making it ready."""
+"""`dyadlm data`: list, fetch and prepare training text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,10 +41,10 @@ def prepare(
         str, typer.Option(metavar="byte|NAME_OR_PATH", help="`byte`, a folder, or a Hugging Face name.")
     ] = "byte",
     validation: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Text to hold out instead of the last tenth.")
+        str | None, typer.Option(metavar="SOURCE", help="Text for validation. Default: the last tenth of SOURCE.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="The field with the text in JSONL and Parquet.")] = "text",
-    processes: Annotated[int, typer.Option(min=1, help="Workers that tokenise at once.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes that tokenise.")] = 1,
 ) -> None:
     """Tokenise text once, into a folder that training and evaluation read."""
     from dyadlm.data import prepare

@@ -39,28 +39,30 @@ def diagnose(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="MODEL...", help="Folders, runs, checkpoints, Hugging Face names or GGUF files, side by side."
+            metavar="MODEL...", help="Folders, runs, checkpoints, Hugging Face names or GGUF files to compare."
         ),
     ] = None,
     probe: Annotated[
-        list[str] | None, typer.Option(metavar="ID ...", help="Only these probes; all of --list by default.")
+        list[str] | None, typer.Option(metavar="ID ...", help="Run only these probes. Default: all that --list shows.")
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR|CORPUS|FILE ...", help="The text to read; a run of dyadlm has its own validation text."
+            metavar="DIR|CORPUS|FILE ...", help="The text to read. Default for a run of dyadlm: its validation text."
         ),
     ] = None,
     references: Annotated[
         bool,
         typer.Option(
             "--references",
-            help="Also ask the first model with random weights, and a 4-gram of its training text if that is known.",
+            help="Also measure the first model with random weights, and a 4-gram of its training text if known.",
         ),
     ] = False,
     over_time: Annotated[
         bool,
-        typer.Option("--over-time", help="Ask the checkpoints of runs, one at a time, what was learned when and lost."),
+        typer.Option(
+            "--over-time", help="Measure every checkpoint of a run, to show when a skill was learned or lost."
+        ),
     ] = False,
     pool_seeds: Annotated[
         bool,
@@ -69,30 +71,35 @@ def diagnose(
             help="Show NAME-seed0, NAME-seed1 ... as one model NAME: mean and interval over the seeds.",
         ),
     ] = False,
-    split: Annotated[str, typer.Option(help="Of the data: train, validation or test.")] = "validation",
+    split: Annotated[
+        str, typer.Option(help="Which part of the data to read: train, validation or test.")
+    ] = "validation",
     fast: Annotated[
         bool,
         typer.Option(
             "--fast",
-            help="A quarter of the text (a sixteenth, above 30M parameters), and what takes long is left out.",
+            help="Read a quarter of the text (a sixteenth above 30M parameters) and skip slow parts.",
         ),
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep a JSON file for each model and the report here; what is there is not asked again."
+            metavar="DIR", help="Write a JSON file for each model and the report here. Existing answers are reused."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Ask models whose right answers are known, instead.")
+        bool, typer.Option("--self-test", help="Run the probes on models whose right answers are known.")
     ] = False,
-    show: Annotated[bool, typer.Option("--list", help="Print the probes and what they ask.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="Print the probes and their questions.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask each probe of each model. What a model cannot answer is said so, and the others are still asked."""
+    """Run probes on one or more models and report how each model fails.
+
+    A probe that does not apply to a model is reported as not applicable. Other probes still run.
+    """
     from dyadlm.diagnose import chosen, pool
     from dyadlm.errors import UserError
 

@@ -11,9 +11,9 @@ from dyadlm.cli.shared import Device, Dtype, Fields, Model, load, token_progress
 def evaluate(
     model: Model,
     data: Annotated[
-        list[str], typer.Option(metavar="DIR|CORPUS|FILE ...", help="The text to score; several are joined.")
+        list[str], typer.Option(metavar="DIR|CORPUS|FILE ...", help="The text to score. Several sources are joined.")
     ],
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    split: Annotated[str, typer.Option(help="Which part of the data: train, validation or test.")] = "validation",
     window: Annotated[
         int | None,
         typer.Option(metavar="N", help="Roll windows of N tokens over each document, as lm-eval does."),
@@ -21,13 +21,16 @@ def evaluate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Carry the state through the whole text instead of cutting it.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows scored at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Score every token once. By default in disjoint windows of the trained length, each from a fresh state."""
+    """Measure the loss on text: nats per token and bits per byte. Every token is scored once.
+
+    Default: disjoint windows of the trained length, each from a fresh state.
+    """
     from dyadlm.data import resolve_data
     from dyadlm.errors import UserError
     from dyadlm.evaluate import evaluate

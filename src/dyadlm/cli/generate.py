@@ -24,12 +24,16 @@ from dyadlm.cli.shared import (
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="What to continue; `-` reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that sum to this.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End after this text; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens whose probabilities sum to this.")
+    ] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling. The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text. May be repeated.")] = None,
     state_in: StateIn = None,
     new_document: NewDocument = False,
     state_out: Annotated[
@@ -38,16 +42,17 @@ def generate(
     speculate: Annotated[
         bool,
         typer.Option(
-            "--speculate", help="With --temperature 0: read the token foreseen after next along with the next."
+            "--speculate",
+            help="With --temperature 0, for models with a planner: read two tokens at once where it proposed both.",
         ),
     ] = False,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Continue a prompt. A saved state stands for all the text that led to it, whatever its length.
+    """Continue a prompt. A saved state replaces all the text that was read before it, of any length.
 
-    A memory goes from document to document with --state-in FILE --new-document, in models with slots.
+    In models with slots, --state-in FILE --new-document carries their memory into a new document.
     """
     from dyadlm.errors import UserError
     from dyadlm.generate import Sampling, generate_text

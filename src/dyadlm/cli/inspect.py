@@ -17,7 +17,7 @@ def inspect(
     fields: Fields = None,
     device: Device = "auto",
 ) -> None:
-    """Draw which levels of the tower speak at which token, and what selector, segments and slots do, with figures."""
+    """Draw what each level contributes at each token, and what segments, slots and a selector do."""
     from dyadlm.evaluate.inspection import read_tower
     from dyadlm.files import require_new, write_atomically
     from dyadlm.report import draw_tower

@@ -28,11 +28,13 @@ def recall(
     ],
     part: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE,... ...", help="Parameters to train on, in turn (length=64,pairs=4)."),
+        typer.Option(
+            metavar="KEY=VALUE,... ...", help="Parameters of the training parts, in order (length=64,pairs=4)."
+        ),
     ] = None,
     test: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE,... ...", help="Parameters to ask the same weights, beside those trained on."),
+        typer.Option(metavar="KEY=VALUE,... ...", help="Parameters of further tests of the same weights."),
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -40,20 +42,20 @@ def recall(
     ] = None,
     learning_rates: Annotated[
         list[float] | None,
-        typer.Option(metavar="RATE ...", help="The sweep; the same four for every model by default."),
+        typer.Option(metavar="RATE ...", help="Learning rates to try. Default: the same four for every model."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 1,
-    minutes: Annotated[float, typer.Option(help="Training of one model at one rate, at most.")] = 10.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
+    minutes: Annotated[float, typer.Option(help="Maximum training time of one model at one rate.")] = 10.0,
     steps: Annotated[
-        int | None, typer.Option(help="Steps of the schedule; without it, as many as fit into --minutes.")
+        int | None, typer.Option(help="Steps of training. Default: as many as fit into --minutes.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step, as far as --batch-tokens allows.")] = 32,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step, at most.")] = 8192,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices that are no embedding.")] = 0.1,
-    questions: Annotated[int, typer.Option(help="To score each part with, at least.")] = 4000,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step, limited by --batch-tokens.")] = 32,
+    batch_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a step.")] = 8192,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices other than embeddings.")] = 0.1,
+    questions: Annotated[int, typer.Option(help="Minimum number of questions for each part.")] = 4000,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="JSON", help="Keep the results here; what is there is not measured again."),
+        typer.Option(metavar="JSON", help="Write the results here. Existing results are not measured again."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",

@@ -11,8 +11,8 @@ from dyadlm.cli.shared import Device, load, token_progress
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")],
-    prompt: Annotated[str, typer.Option(help="What the sample continues.")] = "The ",
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    prompt: Annotated[str, typer.Option(help="The prompt of the sample.")] = "The ",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Evaluate a run on its own validation text, and write a Markdown summary with pictures and a sample."""

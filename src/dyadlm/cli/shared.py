@@ -32,13 +32,15 @@ Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or 
 Fields = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="FIELD=VALUE ...", help="Fields of the model's configuration that its weights allow to change."
+        "--set",
+        metavar="FIELD=VALUE ...",
+        help="Change fields of the model's configuration, where the weights do not depend on them.",
     ),
 ]
-StateIn = Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from this saved state.")]
+StateIn = Annotated[Path | None, typer.Option(metavar="FILE", help="Continue from this saved state.")]
 NewDocument = Annotated[
     bool,
-    typer.Option("--new-document", help="Begin a new document; of the state only what the slots remember counts."),
+    typer.Option("--new-document", help="Begin a new document. Only the slots of the saved state are kept."),
 ]
 
 errors = Console(stderr=True, highlight=False)

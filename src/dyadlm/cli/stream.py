@@ -1,4 +1,4 @@
-"""`dyadlm stream`: read for ever at constant memory."""
+"""`dyadlm stream`: read standard input without end, at constant memory."""
 
 import json as json_format
 import sys
@@ -25,27 +25,31 @@ def stream(
             "--continue",
             metavar="N",
             min=0,
-            help="Instead of surprisals write N tokens at every marker line and at the end of the input. "
-            "They become part of what was read.",
+            help="Write N tokens at every marker line and at the end of the input, instead of surprisals. "
+            "The model reads what it writes.",
         ),
     ] = 0,
-    marker: Annotated[str, typer.Option(help="The line that asks for a continuation; it is not read.")] = MARKER,
-    json: Annotated[bool, typer.Option("--json", help="One line of JSON a token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of continuations; 0 takes the likeliest token.")] = 0.8,
-    seed: Annotated[int | None, typer.Option(help="Of continuations.")] = None,
+    marker: Annotated[
+        str, typer.Option(help="The line that asks for a continuation. The model does not read it.")
+    ] = MARKER,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each token.")] = False,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature of continuations; 0 takes the most likely token.")
+    ] = 0.8,
+    seed: Annotated[int | None, typer.Option(help="Seed of continuations.")] = None,
     state_in: StateIn = None,
     new_document: NewDocument = False,
     state_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the state after all that was read and written.")
+        Path | None, typer.Option(metavar="FILE", help="Save the state at the end of the input.")
     ] = None,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Read standard input, line by line, without end, and print the surprisal of every token.
+    """Read standard input without end and print the surprisal of every token.
 
-    Columns: position, surprisal in bits, mean bits per byte so far, token. The state has constant size (that of
-    a transformer grows). After a saved state the first token is read without a surprisal. Ctrl-C ends.
+    Columns: position, surprisal in bits, mean bits per byte so far, token. The state has constant size.
+    After --state-in the first token has no surprisal. Ctrl-C ends.
     """
     from dyadlm.data.encoding import prefix_token
     from dyadlm.generate import Listener, Sampling, open_session

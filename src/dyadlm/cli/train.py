@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 
 
 def train(
-    output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run; it becomes the model.")],
-    preset: Annotated[str | None, typer.Option(help="Begin a new model: tiny, small or base.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="DIR", help="Go on from the weights of a model.")] = None,
+    output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run. It becomes the model.")],
+    preset: Annotated[str | None, typer.Option(help="Train a new model: tiny, small or base.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Continue from the weights of a model (fine-tuning).")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR|CORPUS|FILE[:weight] ...", help="What to train on; several, with weights, are mixed."
+            metavar="DIR|CORPUS|FILE[:weight] ...",
+            help="The training text. Several sources are mixed, by their weights.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where RUN was stopped.")] = False,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys and values in YAML or JSON.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings in a YAML or JSON file.")] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,10 +45,10 @@ def train(
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     probe: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID ...", help="Ask these probes of `diagnose`, fast, at each checkpoint, into the log."),
+        typer.Option(metavar="ID ...", help="Run these probes of `diagnose` at each checkpoint and log their figures."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Time a few steps, print the cost, leave nothing.")
+        bool, typer.Option("--dry-run", help="Time a few steps and print the cost of the run. Writes nothing.")
     ] = False,
 ) -> None:
     """Train a model and leave it in RUN, which any Hugging Face program loads. Ctrl-C saves; --resume goes on."""

@@ -61,6 +61,11 @@ class CompiledLoops(Loops):
         )
         return features
 
+    def normed(self, hidden: Array, identity: Array, norm: Array, share: Array, eps: float) -> Array:
+        read = np.empty_like(hidden)
+        numba_step.normed_rows(hidden, identity, norm, share, np.float32(eps), read)
+        return read
+
     def recall(self, s: Shape, table: int, value: Array, text: Text, state: EngineState) -> Array:
         recalled = np.empty((len(value), len(s.contexts) * (s.slot_width + 1)), np.float32)
         numba_step.recall_of_rows(state.values, table, np.ascontiguousarray(value), text.written, text.found, recalled)

@@ -528,3 +528,13 @@ def recall_of_rows(values, layer, value, written, found, recalled):
     """`recall_slots` for each row. values: (B, layers with slots, N, sets, W, M). recalled: (B, N (M + 1))."""
     for b in range(value.shape[0]):
         recall_slots(values[b, layer], value[b], written[b], found[b], recalled[b])
+
+
+@njit(**OPTIONS)
+def normed_rows(hidden, identity, norm, share, eps, read):
+    """The normalised hidden state beside its share of the identity, for each row (D,)."""
+    for b in range(hidden.shape[0]):
+        row, own, out = hidden[b], identity[b], read[b]
+        scale = scale_of(row, eps)
+        for i in range(row.shape[0]):
+            out[i] = row[i] * scale * norm[i] + share[i] * own[i]

@@ -55,6 +55,10 @@ class Loops:
         """The features (B, 3 K R) of the levels that change at every token. z: (B, K R and more)."""
         return read_levels(s, layer, z, importance, text.begins, state)
 
+    def normed(self, hidden: Array, identity: Array, norm: Array, share: Array, eps: float) -> Array:
+        """What a part of a block reads (B, D): the normalised hidden state, and a share (D,) of the identity."""
+        return np.asarray(hidden * scale_of(hidden, eps) * norm + share * identity)
+
     def recall(self, s: Shape, table: int, value: Array, text: Text, state: EngineState) -> Array:
         """Write values (B, M) into the tables of a layer with slots; returns what is found, (B, N (M + 1))."""
         return recall(state.values[:, table], value, text)
@@ -72,7 +76,7 @@ def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loop
     end_weights = end_levels + w.bias.shape[1]
     end_gate = end_weights + s.width
     for layer in range(s.layers):
-        x = hidden * scale_of(hidden, s.eps) * w.norms[layer, 0] + w.identities[layer, 0] * identity
+        x = loops.normed(hidden, identity, w.norms[layer, 0], w.identities[layer, 0], s.eps)
         z = x @ w.wide("read")[layer].T
         importance = np.exp(3 * np.tanh((z[:, end_levels:end_weights] + w.bias[layer]) / 3))
         mix = loops.read_levels(s, layer, z, importance, text, state) @ w.wide("up")[layer].T
@@ -82,7 +86,7 @@ def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loop
         if layer in s.slot_layers:
             q = s.slot_layers.index(layer)
             hidden += loops.recall(s, q, z[:, end_gate:], text, state) @ w.wide("recall")[q].T
-        x = hidden * scale_of(hidden, s.eps) * w.norms[layer, 1] + w.identities[layer, 1] * identity
+        x = loops.normed(hidden, identity, w.norms[layer, 1], w.identities[layer, 1], s.eps)
         z = x @ w.wide("gates")[layer].T
         hidden += (silu(z[:, : s.inner]) * z[:, s.inner :]) @ w.wide("down")[layer].T
     state.counter += 1
