@@ -215,6 +215,21 @@ def test_without_numba_numpy_decodes_and_the_log_says_so(monkeypatch, caplog):
             cached.cache_clear()
 
 
+def test_without_a_folder_for_compiled_code_numpy_decodes(tmp_path):
+    """As in a container whose files cannot be written. A process of its own, since numba looks once."""
+    program = (
+        "import sys, logging\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from dyadlm import engine\n"
+        "assert engine._compiled_step() is None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "NUMBA_CACHE_DIR" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

@@ -186,6 +186,9 @@ def _compiled_step() -> Callable[..., None] | None:
     except ImportError:
         log.warning("numba is not installed, so tokens are decoded by numpy, several times slower.")
         return None
+    except RuntimeError as error:  # there is no folder in which numba may keep what it compiles
+        log.warning("Tokens are decoded by numpy, several times slower (%s); set NUMBA_CACHE_DIR to a folder.", error)
+        return None
     return step
 
 
