@@ -71,7 +71,7 @@ def train(
         _print_cost(measure(settings))
         return
     result = run(settings, console=errors, callbacks=[_probes(settings, probe)] if probe else ())
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one prints
         _print_result(result)
 
 

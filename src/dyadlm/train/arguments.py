@@ -1,4 +1,4 @@
-"""What Hugging Face's Trainer is told, and which device and dtype it runs on, with the reasons."""
+"""The arguments of Hugging Face's Trainer, and the choice of device and dtype, with the reasons."""
 
 import dataclasses
 import os

@@ -31,7 +31,7 @@ def add_companions(model: PreTrainedModel, settings: TrainSettings, arguments: T
     """Give a model the companions that the settings ask for.
 
     Raises `UserError` where they cannot train: beside a model of another kind, and in shards; and where something is
-    told to a companion that there is not.
+    given to a companion that is off.
     """
     companions: dict[str, Callable[[DyadForCausalLM], AuxiliaryModule]] = {}
     if settings.twin.conditioning != "off":

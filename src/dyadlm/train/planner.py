@@ -1,4 +1,4 @@
-"""What a planner learns from: its forecasts, its proposals and its artist are told what came.
+"""What a planner learns from: its forecasts, its proposals and its artist are compared with what came.
 
 The teacher's lesson is one more: the same artist sees the true nodes of the future in place of forecasts, to learn what
 comes before what. Fewer and fewer rows have that lesson, beside the artist's own, which all rows have. These nodes are

@@ -295,7 +295,7 @@ def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any])
 
 @contextlib.contextmanager
 def _compiler_errors(arguments: TrainingArguments) -> Iterator[None]:
-    """A model that the compiler of this machine cannot take is a failed run, told in a sentence."""
+    """A model that the compiler of this machine cannot take is a failed run, reported in one sentence."""
     if not arguments.torch_compile:
         yield
         return

@@ -1,4 +1,4 @@
-"""What a training run is told: one flat list of keys, from the command line, a file or an earlier run alike.
+"""The settings of a training run: one flat list of keys, from the command line, a file or an earlier run.
 
 Keys are the names of `transformers.TrainingArguments` (`max_steps`, `learning_rate`, …), `model.FIELD` for
 the configuration of the model, and one namespace for each part of ours (`data.FIELD`, `train.FIELD`, see
@@ -222,7 +222,7 @@ _TOP = ("preset", "model", "data", "device", "dtype")
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything a run is told; `to_dict` is written to RUN/dyadlm.json and reads back as a configuration.
+    """All settings of a run. `to_dict` is written to RUN/dyadlm.json and reads back as a configuration.
 
     output: the folder RUN. resume: go on with what RUN holds, or begin if it holds nothing.
     preset, model: the name of a preset, or the folder of a model to continue from; exactly one of them.

@@ -81,7 +81,7 @@ def smoothed_loss(
 
 
 class StepsAsTold(TrainerCallback):
-    """Trainer takes logging_steps, eval_steps and save_steps from the checkpoint; a resumed run was told others."""
+    """Trainer takes logging_steps, eval_steps and save_steps from the checkpoint; a resumed run may have others."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -399,7 +399,7 @@ class LanguageModelTrainer(Trainer):
         load_companions(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the moments and the position in the schedule, but keep the values that this run was told."""
+        """Load the moments and the position in the schedule, but keep the values of this run's settings."""
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
         told = [{name: group[name] for name in group if name != "params"} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
