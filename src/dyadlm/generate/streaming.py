@@ -13,8 +13,8 @@ from dyadlm.generate.session import Session
 
 # A line longer than this is read in several parts, so that input without line ends stays bounded too.
 LONGEST_LINE = 4096
-# Bytes that are taken at once from a source where so many are waiting.
-MOST_WAITING = 65536
+# Bytes that are taken at once from a source where so many are waiting: few at first, so that rows come soon.
+FIRST_WAITING, MOST_WAITING = 4096, 65536
 
 
 class Surprise(NamedTuple):
@@ -92,11 +92,12 @@ def waiting_lines(file: BinaryIO) -> Iterator[list[bytes]]:
     """The lines of a file, with their ends, in lists of what was there at once: one line of a slow source, many of a
     fast one. Nothing waits for more to come than the end of its line. Long lines come in parts that split no character.
     """
-    rest = b""
-    while block := file.read1(MOST_WAITING):  # type: ignore[attr-defined]  # of what is buffered; BinaryIO is older
+    rest, size = b"", FIRST_WAITING
+    while block := file.read1(size):  # type: ignore[attr-defined]  # of what is buffered; BinaryIO is older
         *complete, rest = (rest + block).split(b"\n")
         found = [part for line in complete for part in _parts(line + b"\n")]
         *long, rest = _parts(rest)
+        size = min(2 * size, MOST_WAITING)
         if found or long:
             yield [*found, *long]
     if rest:

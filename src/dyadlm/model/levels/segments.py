@@ -45,8 +45,13 @@ class SegmentLevels(LevelFamily):
         read = [accumulator(part) for part in self.tower.segment_inputs(x, self.levels)]
         widths = [part.shape[-1] for part in read]
         counted = [width + 1 for width in widths]  # the sum of weights beside each sum
-        pairs = zip(read, weights.sums.split(1, -1), strict=True)
-        weighed = torch.cat([piece for part, weight in pairs for piece in (part * weight, weight)], -1)
+        alike = len(set(widths)) == 1
+        if alike:  # all levels at once: few large operations are faster than many small ones
+            weight = weights.sums[..., None]
+            weighed = torch.cat([torch.stack(read, 2) * weight, weight], -1).flatten(2)
+        else:
+            pairs = zip(read, weights.sums.split(1, -1), strict=True)
+            weighed = torch.cat([piece for part, weight in pairs for piece in (part * weight, weight)], -1)
         if state:
             carried = SegmentState(*state)
         else:
@@ -55,6 +60,11 @@ class SegmentLevels(LevelFamily):
         sums = segment_sums(weighed, counted, plan, carried.running, self.log_keep(weights))
         means = segment_means(carried.running, counted)
         windows, carried = segment_windows(segment_means(sums, counted), sums, widths, plan, clock, carried, means)
+        if alike:
+            now, before, earliest = (window.unflatten(-1, (len(widths), -1)) for window in windows)
+            paired = (plan.complete >= 1)[..., None]
+            together = self.tower.segment_features_together(self.levels, now, before, earliest, paired, x.dtype)
+            return dict(zip(self.levels, together, strict=True)), tuple(carried)
         features = {}
         current, last, earlier = (window.split(widths, -1) for window in windows)
         for s, k in enumerate(self.levels):
@@ -78,5 +88,8 @@ class SegmentLevels(LevelFamily):
 
 def segment_means(sums: Tensor, counted: Sequence[int]) -> Tensor:
     """Weighted means from sums with their sums of weights (..., C + S) → (..., C)."""
+    if len(set(counted)) == 1:
+        together = sums.unflatten(-1, (len(counted), -1))
+        return (together[..., :-1] / together[..., -1:].clamp(min=1e-6)).flatten(-2)
     parts = [part[..., :-1] / part[..., -1:].clamp(min=1e-6) for part in sums.split(list(counted), -1)]
     return torch.cat(parts, -1)
