@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, UserError
-from dyadlm.model import planning
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.extension import TrainingPass
-from dyadlm.model.planning import level_meaning
+from dyadlm.model.extras import planning
+from dyadlm.model.extras.planning import level_meaning
 from dyadlm.ops import make_clock
 from dyadlm.ops.consensus import consensus, nucleus
 from dyadlm.train.planner import PlannerLessons, reading_order, true_future

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.model.extension import TrainingPass
-from dyadlm.model.planner import WORST, ForecastErrors, forecast_errors
+from dyadlm.model.extras.planner import WORST, ForecastErrors, forecast_errors
 from dyadlm.train import train
 from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.planner import TAUGHT, PlannerLessons, TaughtWindows, ahead, reading_order, true_future

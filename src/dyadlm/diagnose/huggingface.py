@@ -17,7 +17,7 @@ from dyadlm.diagnose.contract import Subject, require_numbers
 from dyadlm.evaluate.inspection import level_names
 from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
-from dyadlm.model.planner import node_errors
+from dyadlm.model.extras.planner import node_errors
 from dyadlm.model.trace import without_level
 from dyadlm.train.fingerprint import Fingerprint
 

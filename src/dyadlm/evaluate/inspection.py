@@ -14,7 +14,7 @@ from dyadlm.data.encoding import TextEncoder
 from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.boundaries import LEARNED
-from dyadlm.model.planner import LEAST, Forecasts, forecast_errors, node_errors
+from dyadlm.model.extras.planner import LEAST, Forecasts, forecast_errors, node_errors
 from dyadlm.model.trace import level_contributions, slot_hits
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, load, mean_run_length

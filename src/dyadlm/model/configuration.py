@@ -88,8 +88,8 @@ class DyadConfig(PreTrainedConfig):
         slot_gate: whether a learned gate decides what is written.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         planner: whether the model forecasts the next node of each level of its last block and plans by them
-            (`dyadlm.model.planner`), and how it proposes the token after next: none | head (from the hidden state and
-            the forecasts) | stack (the last block, run on what is expected).
+            (`dyadlm.model.extras.planner`), and how it proposes the token after next: none | head (from the hidden
+            state and the forecasts) | stack (the last block, run on what is expected).
         planner_width: numbers that the recurrence of each level keeps.
         planner_futures: m, tokens after next that are considered.
         artist_sees: `forecast`: the future as foreseen alone; `both`: the hidden state beside it.

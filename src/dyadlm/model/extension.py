@@ -4,12 +4,10 @@ Dimension letters: B batch, T time, D width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from dyadlm.model.planner import Plan
 
 COMPANIONS = "companions."  # how the names of their parameters begin in a model
 
@@ -23,7 +21,7 @@ class TrainingPass(NamedTuple):
     position_ids: Tensor | None  # (B or 1, T), 0 where a document starts
     hidden: Tensor  # (B, T, D), the model's last hidden state
     extra: dict[str, Tensor]  # what else the collator sent, by name
-    plan: Plan | None = None  # what the model planned, if a companion reads that
+    plan: Any = None  # `extras.planner.Plan`: what the model planned, if a module reads that
 
 
 class AuxiliaryModule(nn.Module):

@@ -24,11 +24,9 @@ from dyadlm.model.extension import COMPANIONS, AuxiliaryModule, TrainingPass, ad
 from dyadlm.model.layout import chunk_layout
 from dyadlm.model.outputs import DyadModelOutput, DyadOutput, as_asked
 from dyadlm.model.packing import arrange
-from dyadlm.model.planner import Forecasters, Planner
-from dyadlm.model.planning import forecast, semantic_begins, with_plan
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
-from dyadlm.model.variants import variant_of
+from dyadlm.model.variants import part_of, variant_of
 from dyadlm.ops.clock import Clock, next_position
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.segments import SegmentPlan
@@ -81,7 +79,7 @@ class DyadModel(DyadPreTrainedModel):
             variant_of(DyadBlock, config)(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.forecasters = Forecasters(config) if config.planner != "none" else None
+        self.forecasters = part_of("forecasters", config)
         self.post_init()
 
     def initialize(self) -> None:
@@ -132,9 +130,10 @@ class DyadModel(DyadPreTrainedModel):
         outputs, states, aux = self.stack(embedded, clock, segments, contexts, states, cache is not None)
         outlook = None
         if self.forecasters is not None and (use_cache or output_outlook):
-            begins = semantic_begins(self.config, segments, aux[-1].boundary)
             read = (embedded, outputs[-2])
-            outlook, planner = forecast(self, read, begins, clock, planner, aux[-1].routes, output_outlook)
+            outlook, planner = self.forecasters.after_chunk(
+                self, read, segments, aux[-1], clock, planner, output_outlook
+            )
         if cache is not None and use_cache:
             cache.update(states, text, planner, next_position(clock), embedded.shape[1])
 
@@ -202,7 +201,7 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         super().__init__(config)
         self.model = DyadModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.planner = Planner(config) if config.planner != "none" else None
+        self.planner = part_of("planner", config)
         self.companions = nn.ModuleDict()  # of training alone
         self.post_init()
 
@@ -303,7 +302,7 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         plan = None
         if planning:
-            logits, plan = with_plan(self, hidden[:, keep], logits, outputs.outlook, keep, mass)
+            logits, plan = self.planner.with_plan(self, hidden[:, keep], logits, outputs.outlook, keep, mass)
         loss, metrics = None, outputs.metrics
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from dyadlm.model.cache import DyadCache
-from dyadlm.model.planner import Forecasts, Plan
 
 
 @dataclass
@@ -27,7 +26,7 @@ class DyadOutput(ModelOutput):
             level as each block sees it.
         metrics: of the mechanisms that are on, by name: scalars, or fractions as (numerator, denominator); in training
             the scalar `cost` is part of the loss.
-        plan: what a model that plans foresees, proposes and prefers.
+        plan: what a model that plans foresees, proposes and prefers (`dyadlm.model.extras.planner.Plan`).
     """
 
     loss: Tensor | None = None
@@ -37,7 +36,7 @@ class DyadOutput(ModelOutput):
     routes: tuple[Tensor, ...] | None = None
     boundaries: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
-    plan: Plan | None = None
+    plan: Any = None
 
 
 @dataclass
@@ -50,7 +49,7 @@ class DyadModelOutput(ModelOutput):
     routes: tuple[Tensor, ...] | None = None
     boundaries: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
-    outlook: Forecasts | None = None
+    outlook: Any = None
 
 
 def as_asked(output: ModelOutput, return_dict: bool | None) -> Any:

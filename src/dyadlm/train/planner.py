@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from dyadlm.data.batches import IGNORED_LABEL, ChangedWindows
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.extension import AuxiliaryModule, TrainingPass
+from dyadlm.model.extras.planner import Forecasts, forecast_errors
 from dyadlm.model.packing import chunk_clock, left_packing
-from dyadlm.model.planner import Forecasts, forecast_errors
 from dyadlm.ops.pyramid import Clock, take
 from dyadlm.train.settings import PlannerOptions
 

@@ -11,12 +11,13 @@ from dyadlm.model.extras.forgetting import Forgetting
 from dyadlm.model.extras.gated_slots import GatedSlots
 from dyadlm.model.extras.learned_boundaries import LearnedBoundaries
 from dyadlm.model.extras.model_space import ModelSpace
+from dyadlm.model.extras.planning import ModelForecasters, ModelPlanner
 from dyadlm.model.extras.prefix import PrefixLevels
 from dyadlm.model.extras.selector import Deciding, Selected
 from dyadlm.model.extras.unweighted import Unweighted
 from dyadlm.model.slots import IdentitySlots, plans_alike
 from dyadlm.model.tower import Tower
-from dyadlm.model.variants import register
+from dyadlm.model.variants import register, register_part
 
 
 def _has_learned(config: DyadConfig) -> bool:
@@ -33,3 +34,5 @@ register(Tower, _has_learned, LearnedBoundaries)
 register(Tower, lambda config: config.selector != "none", Selected)
 register(DyadBlock, lambda config: config.decision_slots, Deciding)
 register(IdentitySlots, lambda config: not plans_alike(config), GatedSlots)
+register_part("forecasters", lambda config: config.planner != "none", ModelForecasters)
+register_part("planner", lambda config: config.planner != "none", ModelPlanner)

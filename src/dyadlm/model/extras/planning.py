@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from dyadlm.model.block import DyadBlock
+from dyadlm.model.block import BlockAux, DyadBlock
 from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
-from dyadlm.model.planner import Forecasts, Plan
+from dyadlm.model.extras.planner import Forecasters, Forecasts, Plan, Planner
 from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.consensus import consensus
@@ -70,24 +70,46 @@ def _imagined_levels(tower: Tower, x: Tensor, outlook: Forecasts) -> Tensor:
     return nn.functional.silu(tower.gate(x)) * written
 
 
-def forecast(
-    model: "DyadModel",
-    read: tuple[Tensor, Tensor],
-    begins: Tensor | None,
-    clock: Clock,
-    state: PlannerState,
-    routes: Tensor | None,
-    wanted: bool,
-) -> tuple[Forecasts | None, PlannerState]:
-    """The forecasts after a chunk, if they are wanted, and what the forecasters remember.
+class ModelForecasters(Forecasters):
+    """The forecasters of a model, which read its last block."""
 
-    read: the embedded tokens (B, T, D) and the input of the last block. begins: as of `semantic_begins`. routes: of the
-    last block.
-    """
-    assert model.forecasters is not None
-    values = level_values(model, *read)
-    found: tuple[Forecasts | None, PlannerState] = model.forecasters(values, begins, clock, state, wanted, routes)
-    return found
+    def after_chunk(
+        self,
+        model: "DyadModel",
+        read: tuple[Tensor, Tensor],
+        segments: SegmentPlan | None,
+        last: BlockAux,
+        clock: Clock,
+        state: PlannerState,
+        wanted: bool,
+    ) -> tuple[Forecasts | None, PlannerState]:
+        """The forecasts after a chunk, if they are wanted, and what the forecasters remember.
+
+        read: the embedded tokens (B, T, D) and the input of the last block. last: what this block gave besides.
+        """
+        values, begins = level_values(model, *read), semantic_begins(model.config, segments, last.boundary)
+        found: tuple[Forecasts | None, PlannerState] = self(values, begins, clock, state, wanted, last.routes)
+        return found
+
+
+class ModelPlanner(Planner):
+    """The planner of a model, which gives its logits a consensus and makes its plan."""
+
+    def with_plan(
+        self,
+        model: "DyadForCausalLM",
+        hidden: Tensor,
+        logits: Tensor,
+        outlook: Forecasts,
+        keep: slice | Tensor,
+        mass: float,
+    ) -> tuple[Tensor, Plan]:
+        """Logits (B, T, V) and the plan at the positions that are kept; with `mass`, the consensus of both.
+
+        hidden: (B, T, D), at those positions. outlook: at all positions.
+        """
+        plan = draw_plan(model, hidden, logits, outlook.each(lambda part: part[:, keep]))._replace(outlook=outlook)
+        return consensus(logits, plan.artist, mass) if mass else logits, plan
 
 
 def semantic_begins(config: DyadConfig, segments: SegmentPlan | None, learned: Tensor | None) -> Tensor | None:
@@ -99,17 +121,6 @@ def semantic_begins(config: DyadConfig, segments: SegmentPlan | None, learned: T
     names = config.semantic_levels or ()
     columns = [learned if name == LEARNED else next(by_rule) for name in names]
     return torch.stack(cast(list[Tensor], columns), -1) if columns else None
-
-
-def with_plan(
-    model: "DyadForCausalLM", hidden: Tensor, logits: Tensor, outlook: Forecasts, keep: slice | Tensor, mass: float
-) -> tuple[Tensor, Plan]:
-    """Logits (B, T, V) and the plan at the positions that are kept; with `mass`, the consensus of both.
-
-    hidden: (B, T, D), at those positions. outlook: at all positions.
-    """
-    plan = draw_plan(model, hidden, logits, outlook.each(lambda part: part[:, keep]))._replace(outlook=outlook)
-    return consensus(logits, plan.artist, mass) if mass else logits, plan
 
 
 def draw_plan(model: "DyadForCausalLM", hidden: Tensor, engineer: Tensor, outlook: Forecasts) -> Plan:
