@@ -27,7 +27,15 @@ from dyadlm.model.cache import BlockState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
-from dyadlm.model.levels import LevelFamily, LevelFeatures, NodeLevels, SegmentLevels, SlidingLevels, Weights
+from dyadlm.model.levels import (
+    SIDE_BY_SIDE,
+    LevelFamily,
+    LevelFeatures,
+    NodeLevels,
+    SegmentLevels,
+    SlidingLevels,
+    Weights,
+)
 from dyadlm.ops.blocks import broadcast, granularity, hand_down
 from dyadlm.ops.centroids import Shares
 from dyadlm.ops.clock import accumulator
@@ -149,7 +157,7 @@ class Tower(nn.Module):
 
     def weigh(self, parts: list[Tensor], weights: Tensor) -> Tensor:
         """Parts (B, T, C) side by side, each times its weight and followed by the weight less 1."""
-        if len({part.shape for part in parts}) == 1:
+        if len({part.shape for part in parts}) == 1 and parts[0].shape[:2].numel() <= SIDE_BY_SIDE:
             together, weights = accumulator(torch.stack(parts, 2)), weights[..., None]
             return torch.cat([together * weights, weights - 1], -1).flatten(2)
         pairs = zip(map(accumulator, parts), weights.split(1, -1), strict=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dyadlm.model.cache import BlockState
 from dyadlm.model.cost import Cost, tile_products
 from dyadlm.model.layout import ChunkLayout
-from dyadlm.model.levels.family import LevelFamily, LevelFeatures, Weights
+from dyadlm.model.levels.family import SIDE_BY_SIDE, LevelFamily, LevelFeatures, Weights
 from dyadlm.ops.clock import Clock, accumulator
 from dyadlm.ops.segments import SegmentPlan, SegmentState, segment_sums, segment_windows
 
@@ -45,8 +45,8 @@ class SegmentLevels(LevelFamily):
         read = [accumulator(part) for part in self.tower.segment_inputs(x, self.levels)]
         widths = [part.shape[-1] for part in read]
         counted = [width + 1 for width in widths]  # the sum of weights beside each sum
-        alike = len(set(widths)) == 1
-        if alike:  # all levels at once: few large operations are faster than many small ones
+        alike = len(set(widths)) == 1 and x.shape[:2].numel() <= SIDE_BY_SIDE
+        if alike:
             weight = weights.sums[..., None]
             weighed = torch.cat([torch.stack(read, 2) * weight, weight], -1).flatten(2)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dyadlm.model.cache import BlockState
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
-from dyadlm.model.levels.family import LevelFamily, LevelFeatures, Weights
+from dyadlm.model.levels.family import SIDE_BY_SIDE, LevelFamily, LevelFeatures, Weights
 from dyadlm.ops.centroids import Shares
 from dyadlm.ops.sliding import sliding_windows
 
@@ -34,13 +34,12 @@ class SlidingLevels(LevelFamily):
         summed, channels = self.summed(x, weights.sums)
         windows, rings = sliding_windows(summed, self.levels, channels, layout.clock, state.rings)
         shares = [layout.shares[k] for k in self.levels]
-        if len({window.current.shape for window in windows}) > 1:  # of several ranks
+        if len({window.current.shape for window in windows}) > 1 or x.shape[:2].numel() > SIDE_BY_SIDE:
             compared = (
                 tower.compare(k, now / 2**k, before / 2**k, share, x.dtype)
                 for k, (now, before), share in zip(self.levels, windows, shares, strict=True)
             )
             return LevelFeatures(dict(zip(self.levels, compared, strict=True))), state._replace(rings=rings)
-        # All levels at once: few large operations are faster than many small ones.
         width = summed.new_tensor([[2.0**k] for k in self.levels])
         now, before = (torch.stack(sums, 2) / width for sums in zip(*windows, strict=True))
         together = Shares(
