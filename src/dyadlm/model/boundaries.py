@@ -142,7 +142,7 @@ class Boundaries(nn.Module):
         backwards: the tokens are those of a text read from its end.
 
         Raises:
-            UserError: no tokenizer has told what the tokens stand for.
+            UserError: the text of the tokens was not given (`use_tokenizer`).
         """
         if not self.known:
             if not bool(self.marks.any()):

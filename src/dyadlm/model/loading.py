@@ -44,7 +44,7 @@ def load_weights(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, in a sentence
+                ignore_mismatched_sizes=True,  # reported below, in a sentence
                 **fields,
             )
     except UserError:

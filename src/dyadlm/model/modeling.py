@@ -1,8 +1,8 @@
-"""The dyadic phase-transport language model: embedding → blocks → head. No attention anywhere.
+"""The language model from top to bottom: embedding → blocks → logits. There is no attention.
 
-A block reads only what stands at t: its hidden state, its tower of level features, what its slots recall, the identity
-channel. Everything about the past comes through the block's state, which never grows; so the same code trains on whole
-sequences, reads a prompt in one pass, and decodes token by token.
+A block reads what stands at token t: its hidden state, the features of its levels, what its slots recall, and the
+identity channel. The past comes through the state of the blocks alone, which never grows. So the same code trains on
+whole sequences, reads a prompt in one pass, and decodes token by token.
 
 Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S semantic levels, H heads.
 """
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers import initialization as init
 
 from dyadlm.errors import UserError
@@ -24,6 +24,7 @@ from dyadlm.model.extension import COMPANIONS, AuxiliaryModule, TrainingPass, ad
 from dyadlm.model.layout import chunk_layout
 from dyadlm.model.outputs import DyadModelOutput, DyadOutput, as_asked
 from dyadlm.model.packing import arrange
+from dyadlm.model.pretrained import DyadPreTrainedModel
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
 from dyadlm.model.variants import part_of, variant_of
@@ -32,32 +33,6 @@ from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.segments import SegmentPlan
 from dyadlm.ops.slots import SlotState
 from dyadlm.registration import register_models
-
-
-class DyadPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by the models of this family."""
-
-    config: DyadConfig
-    config_class = DyadConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DyadBlock"]  # noqa: RUF012 - the name and form transformers reads
-    _is_stateful = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Linear maps keep the variance and the embedding is small.
-
-        What a part of ours needs beyond that is in its method `initialize`, called after its children.
-        """
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, nn.RMSNorm) and module.weight is not None:
-            init.ones_(module.weight)
-        elif callable(initialize := getattr(module, "initialize", None)):
-            initialize()
 
 
 class DyadModel(DyadPreTrainedModel):
@@ -70,7 +45,7 @@ class DyadModel(DyadPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.identity_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
-        # How far training is, from 0 to 1; what cools down with it reads it. Outside training it is 1.
+        # How far training is, from 0 to 1. Outside training, progress is 1.
         self.register_buffer("progress", torch.ones(()), persistent=False)
         self.boundaries = None
         if config.rules:
@@ -121,9 +96,8 @@ class DyadModel(DyadPreTrainedModel):
             )
         rows = arrange(embedded, attention_mask, position_ids, cache, kwargs)
         embedded, clock = rows.pack(embedded), rows.clock
-        if self.training:
-            for layer in self.layers:
-                cast(DyadBlock, layer).tower.before_pass()
+        for layer in self.layers if self.training else ():
+            cast(DyadBlock, layer).tower.before_pass()
 
         states, text, planner = carried_by(cache, len(self.layers))
         segments, contexts, text = read_text(self, input_ids, rows.order, clock, text)
@@ -142,12 +116,11 @@ class DyadModel(DyadPreTrainedModel):
         begun = [segments.begins] if segments is not None else []
         begun += [part.boundary[..., None] for part in aux if part.boundary is not None]
         costs = [part.cost for part in aux if part.cost is not None]
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        show_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = DyadModelOutput(
             last_hidden_state=outputs[-1],
             past_key_values=cache if use_cache else None,
-            hidden_states=tuple(outputs) if output_hidden_states else None,
+            hidden_states=tuple(outputs) if show_all else None,
             routes=routes or None if output_routes else None,
             boundaries=rows.unpack(torch.cat(begun, -1)) if begun and output_routes else None,
             metrics={"cost": torch.stack(costs).sum()} if costs else None,
@@ -173,26 +146,23 @@ class DyadModel(DyadPreTrainedModel):
             plan = plan_slots(contexts, clock, self.config, SlotState(*tables) if tables else None)
         if self.config.tower == "input":
             first = cast(DyadBlock, self.layers[0])
-            features, listened = first.tower.read_levels(identity, layout, states[0])
-            states = [listened, *states[1:]]
+            features, after_reading = first.tower.read_levels(identity, layout, states[0])
+            states = [after_reading, *states[1:]]
         around = BlockInputs(identity, layout, contexts, plan, features, keep)
         hidden = self.dropout(embedded)
-        outputs, carried, notes = [hidden], [], []
+        outputs, carried, aux = [hidden], [], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden, state, note = layer(hidden, around, state)
+            hidden, state, own = layer(hidden, around, state)
             outputs.append(hidden)
             carried.append(state)
-            notes.append(note)
+            aux.append(own)
         outputs[-1] = self.norm(hidden)
-        return outputs, carried, notes
+        return outputs, carried, aux
 
 
 class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
-    """A causal language model on a dyadic pyramid of centroids.
-
-    Works with `generate`, `Trainer`, `pipeline("text-generation")` and everything else that takes a Hugging Face causal
-    language model; `import dyadlm` registers it with the Auto classes.
-    """
+    """A causal language model for `generate`, `Trainer`, `pipeline("text-generation")` and all else that takes one of
+    Hugging Face; `import dyadlm` registers it with the Auto classes."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the form transformers reads
     companions: nn.ModuleDict
@@ -206,18 +176,18 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         self.post_init()
 
     def accompany(self, name: str, companion: AuxiliaryModule) -> None:
-        """Let a companion train beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
+        """Train an auxiliary module beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
         evaluation mode never calls it."""
         self.companions[name] = companion.to(device=self.device, dtype=self.dtype)
         self._keys_to_ignore_on_save = {key for key in self.state_dict() if key.startswith(COMPANIONS)}
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tell the semantic levels and word contexts what text each token stands for; bytes need no telling."""
+        """Give the semantic levels and word contexts the text of each token. Bytes do not need this."""
         if self.model.boundaries is not None:
             self.model.boundaries.read(tokenizer)
 
     def resize_token_embeddings(self, *sizes: Any, **options: Any) -> nn.Embedding:
-        """As transformers does; the rules of the levels follow. A new token has no text until it is told.
+        """As in transformers. The rules of the levels follow; call `use_tokenizer` to give new tokens their text.
 
         Raises:
             UserError: beside companions with weights, which know the old vocabulary.
@@ -231,7 +201,7 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         return embedding
 
     def set_progress(self, fraction: float) -> None:
-        """Say how far training is, from 0 to 1, for what cools down with it. `Trainer` of dyadlm does."""
+        """Set how far training is, from 0 to 1, for parts that follow it. The trainer of dyadlm calls this."""
         self.model.progress.fill_(fraction)
 
     def forward(
@@ -252,9 +222,7 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
     ) -> DyadOutput | tuple[Any, ...]:
         """Logits of a chunk, and the loss if labels are given.
 
-        In evaluation mode the logits of a model with `config.consensus` are the log-probabilities that its engineer and
-        artist agree on, and the loss is theirs. Without it a plan is made only if asked for; a state keeps what the
-        forecasters remember all the same, so that it may be asked for later.
+        In evaluation mode a model with `config.consensus` returns the log-probabilities of the consensus as logits.
 
         Args:
             input_ids: (B, T) int64.
@@ -312,8 +280,8 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
                         "What trains beside this model reads input_ids, not inputs_embeds; give those, "
                         "or empty model.companions."
                     )
-                lesson = TrainingPass(input_ids, labels, attention_mask, position_ids, hidden, extra, plan)
-                metrics = add_up([metrics or {}, *[companion.losses(lesson) for companion in companions]])
+                given = TrainingPass(input_ids, labels, attention_mask, position_ids, hidden, extra, plan)
+                metrics = add_up([metrics or {}, *[companion.losses(given) for companion in companions]])
             if self.training and metrics is not None and "cost" in metrics:
                 loss = loss + metrics["cost"]
         output = DyadOutput(

@@ -51,7 +51,7 @@ def arrange(
 def require_fitting(
     batch: int, time: int, attention_mask: Tensor | None, position_ids: Tensor | None, others: dict[str, Any]
 ) -> None:
-    """Raise `UserError` for an empty chunk, masks or positions of another shape, and packing told in another way."""
+    """Raise `UserError` for an empty chunk, masks or positions of another shape, and other ways of packing."""
     if time == 0:
         raise UserError("The input is empty; give at least one token.")
     for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
@@ -60,7 +60,7 @@ def require_fitting(
                 f"{name} has the shape {tuple(given.shape)}; it must be ({batch}, {time}) or longer in time."
             )
     if position_ids is None and any(others.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
-        raise UserError("Packed documents are told by position_ids that restart at 0; let the collator return them.")
+        raise UserError("Packed documents need position_ids that restart at 0; let the collator return them.")
 
 
 def left_packing(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 # What has been measured to help (docs/experiments.md): meaning beside geometry, tokens that count by their salience,
-# and slots that recall. A vocabulary other than bytes has to be told its texts (`use_tokenizer`); training does that.
+# and slots that recall. A vocabulary other than bytes needs the text of its tokens (`use_tokenizer`), which training
+# provides.
 COMPOSITION: dict[str, Any] = {
     "semantic_levels": ["syllable", "word", "sentence", "line"],
     "salience": True,
