@@ -29,6 +29,8 @@ __all__ = ["Engine", "EngineState", "unsupported"]
 # Bytes of weights that may be read again for each row; beyond, one matrix product for all rows is faster.
 MOST_BYTES = 2**25
 
+SCRATCH_INTEGERS = 104  # of the compiled step: segments that begin, sets that are written, entries that are found
+
 log = logging.getLogger("dyadlm.engine")
 
 
@@ -55,8 +57,7 @@ class Engine:
         self.vocab_size, self.weight_bytes = self.shape.vocabulary, self.weights.bytes_per_token
         self._compiled, self._loops = _compiled_step(), _loops()
         self._constants = self._arguments()
-        self._scratch = np.zeros(scratch_size(self.shape), np.float32)
-        self._integers = np.zeros(104, np.int64)
+        self._scratch_size = scratch_size(self.shape)
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, weights: str = "float32") -> "Engine":
@@ -116,9 +117,11 @@ class Engine:
             logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64), self._loops)
         else:
             logits = np.empty((state.rows, self.vocab_size), np.float32)
+            # Of this call alone, so that threads may share an engine.
+            scratch, integers = np.empty(self._scratch_size, np.float32), np.empty(SCRATCH_INTEGERS, np.int64)
             for row, token in enumerate(tokens):
                 parts = state.row(row)
-                self._compiled(token, *self._constants, *parts, self._scratch, self._integers, logits[row])
+                self._compiled(token, *self._constants, *parts, scratch, integers, logits[row])
         state.columns_seen += 1
         return logits
 
