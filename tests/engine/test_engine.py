@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dyadlm import DyadCache, UserError
 from dyadlm import engine as engine_package
@@ -296,6 +296,24 @@ def test_damaged_folders_are_refused(tmp_path, name, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(UserError):
         Engine.from_folder(tmp_path)
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # the file is about to change
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="no model folder"):
+        Engine.from_folder(tmp_path)
+    for name, changed in (
+        ("model.boundaries.marks", weights["model.boundaries.marks"].float()),
+        ("model.norm.weight", weights["model.norm.weight"].bfloat16()),
+        ("model.embed_tokens.weight", weights["model.embed_tokens.weight"][:-1].clone()),
+    ):
+        save_file({**weights, name: changed}, path)
+        with pytest.raises(UserError):
+            Engine.from_folder(tmp_path)
 
 
 def test_folders_without_a_model_are_refused(tmp_path):

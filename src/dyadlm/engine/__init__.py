@@ -66,6 +66,7 @@ class Engine:
         Raises:
             UserError: no such model, or one that the engine does not support.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         folder = Path(folder)
@@ -80,7 +81,7 @@ class Engine:
             tensors: dict[str, np.ndarray] = {}
             for name in names:
                 tensors |= load_file(folder / name)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} is no model folder ({error}); give one that `dyadlm train` wrote.") from error
         if not isinstance(fields, dict) or fields.get("model_type") != "dyadlm":
             raise UserError(f"{folder} holds no dyadlm model; give a folder that `dyadlm train` wrote.")

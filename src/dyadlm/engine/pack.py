@@ -124,6 +124,8 @@ class Weights:
         self.marks = np.zeros((s.vocabulary, 0), np.uint8)
         if s.rules:
             self.marks = np.ascontiguousarray(self._found("model.boundaries.marks", (s.vocabulary, len(s.rules))))
+            if self.marks.dtype != np.uint8:
+                raise UserError(f"The marks of tokens are {self.marks.dtype}, not uint8; the folder is damaged.")
             if not self.marks.any():
                 raise UserError(
                     f"The rules of {', '.join(s.rules)} need the text of each token; call "
