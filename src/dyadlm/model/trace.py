@@ -22,7 +22,9 @@ from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
 from dyadlm.model.tower import Tower
 from dyadlm.ops.blocks import broadcast
-from dyadlm.ops.clock import make_clock
+from dyadlm.ops.clock import Clock, make_clock
+from dyadlm.ops.contexts import Contexts
+from dyadlm.ops.segments import SegmentPlan
 
 
 class BlockTrace(NamedTuple):
@@ -34,12 +36,18 @@ class BlockTrace(NamedTuple):
     layout: ChunkLayout
 
 
+def _read_afresh(model: DyadForCausalLM, ids: Tensor) -> tuple[Clock, SegmentPlan | None, Contexts | None]:
+    """The clock of texts (B, T) that begin here, and what is read off their tokens."""
+    clock = make_clock(*ids.shape, device=ids.device)
+    segments, contexts, _ = read_text(model.model, ids, None, clock, TextState())
+    return clock, segments, contexts
+
+
 @torch.no_grad()
 def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
     """The trace of each block for texts (B, T) int64."""
     inner, config = model.model, model.config
-    embedded, clock = inner.embed_tokens(ids), make_clock(*ids.shape, device=ids.device)
-    segments, contexts, _ = read_text(inner, ids, None, clock, TextState())
+    embedded, (clock, segments, contexts) = inner.embed_tokens(ids), _read_afresh(model, ids)
     layout = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
     outputs, _, _ = inner.stack(embedded, clock, segments, contexts, [BlockState()] * len(inner.layers), keep=False)
     identity = inner.identity_norm(embedded)
@@ -102,8 +110,7 @@ def slot_hits(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     config = model.config
     if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
         return {}
-    clock = make_clock(*ids.shape, device=ids.device)
-    _, contexts, _ = read_text(model.model, ids, None, clock, TextState())
+    clock, _, contexts = _read_afresh(model, ids)
     assert contexts is not None
     found = plan_slots(contexts, clock, config, None).found
     return {str(context): hit for context, hit in zip(config.slot_contexts, found.unbind(-1), strict=True)}
