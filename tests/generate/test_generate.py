@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dyadlm.data.encoding import encode_bytes
 from dyadlm.data.streams import TokenStream
 from dyadlm.data.tokenizer import byte_tokenizer
+from dyadlm.engine import bridge
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate import evaluate
-from dyadlm.generate import Listener, Sampling, Session, generate_text, lines, load_model
+from dyadlm.generate import Listener, Sampling, Session, generate_text, lines, load_model, torch_reader
 from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
@@ -290,3 +291,31 @@ def test_what_is_no_model_is_told(dyad, tmp_path):
     torch.save(dyad.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
         load_model(folder)
+
+
+def test_weights_changed_between_two_continuations_are_seen(dyad, monkeypatch):
+    """The engine holds a copy of the weights; each continuation looks whether they are still the same."""
+    write_ascii(dyad)
+    assert bridge.decoder_of(dyad) is not None
+    decoders = []
+    found = bridge.decoder_of
+    monkeypatch.setattr(torch_reader, "decoder_of", lambda model: decoders.append(1) or found(model))
+    fast, slow = Session(dyad, byte_tokenizer()), Session(dyad, byte_tokenizer())
+    told = []
+    for changed in (False, True):
+        for session in (fast, slow):
+            if session is slow:
+                monkeypatch.setattr(bridge, "refusal", lambda model: "the test says so")
+            if not changed:  # the second continuation follows the first at once
+                session.read_prompt(PROMPT)
+            told.append(list(session._next_tokens(12, Sampling(temperature=0.0))))
+            monkeypatch.undo()
+            monkeypatch.setattr(torch_reader, "decoder_of", lambda model: decoders.append(1) or found(model))
+        if not changed:
+            with torch.no_grad():
+                dyad.model.norm.weight.copy_(dyad.model.norm.weight.flip(0) * 3)
+    assert min(map(len, told)) > 3
+    assert told[0] == told[1]
+    assert told[2] == told[3]
+    assert told[0] != told[2]
+    assert len(decoders) == 4  # once for each continuation

@@ -133,12 +133,12 @@ class Engine:
             UserError: names, shapes or numbers are not those of a state of this model.
         """
         state, shape = EngineState.from_named(self.shape, tensors, columns_seen), self.shape
+        reads, ups = self.weights.node_read.wide(), self.weights.node_up.wide()
         for layer in range(shape.layers):
             for n in range(shape.dual):
                 level = shape.sliding + n
-                read, up = self.weights.node_read.wide()[layer, n], self.weights.node_up.wide()[layer, n]
-                feature = numpy_step.node_feature(state.blocks[:, layer, level - 1], level, read)
-                state.nodes[:, layer, n] = feature @ up.T
+                feature = numpy_step.node_feature(state.blocks[:, layer, level - 1], level, reads[layer, n])
+                state.nodes[:, layer, n] = feature @ ups[layer, n].T
         state.summed[:] = state.nodes.sum(2)
         return state
 

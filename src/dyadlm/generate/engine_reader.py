@@ -92,10 +92,10 @@ class EngineReader:
             self._logits = logits
         return nats
 
-    def read_next(self, token: int) -> None:
+    def read_next(self, token: int, first: bool) -> None:
         """Read one token of a continuation."""
         if self._in_torch is not None:
-            self._in_torch.read_next(token)
+            self._in_torch.read_next(token, first)
         else:
             self._logits = self._engine.step(self._state, token)
 

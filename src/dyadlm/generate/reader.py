@@ -30,8 +30,8 @@ class Reader(Protocol):
         """Read ids int64 (T,); returns nats float32 (T,), NaN for a token that nothing predicted."""
         ...
 
-    def read_next(self, token: int) -> None:
-        """Read one token of a continuation, the fastest way there is."""
+    def read_next(self, token: int, first: bool) -> None:
+        """Read one token of a continuation, the fastest way there is. first: whether the continuation begins."""
         ...
 
     def speculation(self, sampling: Sampling, drafts: Any) -> Any:

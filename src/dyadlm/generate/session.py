@@ -1,4 +1,4 @@
-"""A model that has read some text: it reads on, tells its surprise, and continues, from one state."""
+"""A model and the state of all it has read: it reads on, gives the surprise of each token, and continues the text."""
 
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -122,11 +122,11 @@ class Session:
     def _next_tokens(self, most: int, sampling: Sampling) -> Generator[int]:
         """Tokens drawn one by one; each has been read when it is handed out."""
         sampler = Sampler(sampling)
-        for _ in range(most):
+        for number in range(most):
             token = sampler(require_numbers(self._reader.logits))
             if token in self._reader.end_tokens:
                 return
-            self._reader.read_next(token)
+            self._reader.read_next(token, first=number == 0)
             yield token
 
     def _foreseen_tokens(self, most: int, sampling: Sampling, drafts: "Drafts") -> Generator[int]:

@@ -32,18 +32,16 @@ class TorchReader:
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.end_tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
         self._decoder: Decoder | None = None
-        self._speculation: Speculation | None = None
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Read ids int64 (T,); returns nats float32 (T,)."""
         parts = [self._read(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)]
-        self._decoder = None  # whoever reads may have changed the weights since the last continuation
         return np.concatenate(parts or [np.empty(0, np.float32)])
 
-    def read_next(self, token: int) -> None:
-        """Read one token of a continuation, by the engine where it serves the model."""
-        if self._decoder is None and isinstance(self.model, DyadForCausalLM):
-            self._decoder = decoder_of(self.model)
+    def read_next(self, token: int, first: bool) -> None:
+        """Read one token of a continuation, by the engine where it serves the model as it is at the first token."""
+        if first:
+            self._decoder = decoder_of(self.model) if isinstance(self.model, DyadForCausalLM) else None
         if self._decoder is None:
             self._read(np.array([token]))
         else:
