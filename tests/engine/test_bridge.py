@@ -1,6 +1,7 @@
 """A torch model decodes through the engine with the same tokens, and its state moves both ways."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_changed_weights_are_seen(model):
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     assert torch.equal(before, model.generate(prompt, **options))
+
+
+def test_a_state_follows_changed_weights():
+    """What dual levels add is kept in the engine's state, by the weights that made it."""
+    model, tokens = make_model(num_levels=6), ids(80)
+    told = []
+    for fast in (True, False):
+        torch.manual_seed(3)
+        copy = make_model(num_levels=6)
+        with torch.no_grad():
+            cache = copy(tokens[:, :60], use_cache=True).past_key_values
+            with fast_decoding(copy) if fast else nullcontext():
+                copy(tokens[:, 60:61], past_key_values=cache)
+            for layer in copy.model.layers:
+                for up in layer.tower.up_nodes.values():
+                    up.weight.mul_(-1)
+            with fast_decoding(copy) if fast else nullcontext():
+                told.append(copy(tokens[:, 61:62], past_key_values=cache).logits)
+    assert len(model.model.layers[0].tower.up_nodes) > 0
+    assert ((told[0] - told[1]).abs().max() / told[1].std()) < 1e-5
 
 
 def test_what_asks_for_more_than_logits_is_read_by_torch(model):

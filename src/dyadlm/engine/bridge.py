@@ -22,10 +22,10 @@ log = logging.getLogger("dyadlm.engine")
 
 
 class EngineRows:
-    """The state of some rows, in the layout of the engine."""
+    """The state of some rows, in the layout of an engine. Part of it follows from the engine's weights."""
 
-    def __init__(self, state: EngineState):
-        self.state = state
+    def __init__(self, state: EngineState, engine: Engine | None = None):
+        self.state, self.engine = state, engine
 
     def __len__(self) -> int:
         return self.state.rows
@@ -59,9 +59,9 @@ class Decoder:
         Raises:
             IndexError: a token outside the vocabulary, as the embedding of torch raises it.
         """
-        if not isinstance(cache.rows, EngineRows):
+        if not isinstance(cache.rows, EngineRows) or cache.rows.engine is not self.engine:
             tensors = {name: tensor.numpy() for name, tensor in cache.tensors().items()}
-            cache.hand_over(EngineRows(self.engine.state_from(tensors, cache.columns_seen)))
+            cache.hand_over(EngineRows(self.engine.state_from(tensors, cache.columns_seen), self.engine))
         held = cache.rows
         assert isinstance(held, EngineRows)
         logits = self.engine.step_rows(held.state, tokens)
