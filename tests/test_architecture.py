@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "dyadlm"
 ROWS = (
     ("ops",),
     ("model",),
-    ("engine",),
+    ("engine", "causal_lm"),
     ("data",),
     ("generate", "evaluate", "train", "recall"),
     ("diagnose",),

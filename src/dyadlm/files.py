@@ -116,6 +116,13 @@ def require_new(path: Path, what: str) -> None:
         raise UserError(f"{path} already exists; choose another place for {what} or remove it first.")
 
 
+def printable(text: str) -> str:
+    """A name or text of any origin as a line that can be shown and stored: what is no UTF-8, and what would move the
+    cursor or change a terminal, is escaped."""
+    readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in readable)
+
+
 def sha256_of(path: Path) -> str:
     """The hexadecimal sha256 of a file, read in blocks."""
     with path.open("rb") as file:

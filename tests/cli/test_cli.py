@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     (place / "other.txt").write_text(words(500))
     (place / "empty.txt").write_text("")
     (place / "short.txt").write_text("short")
-    (place / "bytes.bin").write_bytes(bytes(range(256)) * 20)
+    (place / "bytes.dat").write_bytes(bytes(range(256)) * 20)
     (place / "no-model").mkdir()
     (place / "no-model" / "notes.md").write_text("nothing here")
     word_tokenizer().save_pretrained(place / "words")
@@ -128,7 +128,7 @@ REQUESTS = {
     "empty file to prepare": ("data prepare empty.txt --output new", "empty.txt"),
     "missing file to evaluate": ("evaluate run --data none.txt", "none.txt"),
     "shorter than one window": ("train --preset tiny --data short.txt --output new", "short"),
-    "no text for a text tokenizer": ("data prepare bytes.bin --output new --tokenizer words", "bytes.bin"),
+    "no text for a text tokenizer": ("data prepare bytes.dat --output new --tokenizer words", "bytes.dat"),
     "unknown tokenizer": ("data prepare text.txt --output new --tokenizer none/none", "none/none"),
     "no model": ("generate no-model --prompt a", "no-model"),
     "no model to evaluate": ("evaluate no-model --data text.txt", "no-model"),
@@ -293,7 +293,7 @@ def test_three_ways_to_evaluate(place, capsys):
         assert call("evaluate", "run", "--data", "text.txt", "--json", *options) == 0
         result = json.loads(capsys.readouterr().out)
         results[result["mode"]] = result
-        assert result["split"] == "validation"
+        assert result["parts"] == {"text.txt": "whole"}
         assert result["model"] == "run"
     assert {mode: result["window"] for mode, result in results.items()} == {
         "disjoint": 32,
@@ -305,6 +305,23 @@ def test_three_ways_to_evaluate(place, capsys):
     out = capsys.readouterr().out
     assert "bits per byte" in out
     assert "95% interval" in out
+    assert "Only a part was scored: text.txt (train alone)" in out
+
+
+def test_a_file_is_scored_whole_and_what_was_trained_on_is_said(place, capsys):
+    size = (place / "text.txt").stat().st_size
+    assert call("evaluate", "run", "--data", "text.txt", "--json") == 0
+    read = capsys.readouterr()
+    assert json.loads(read.out)["bytes"] == size
+    assert "run was trained on text.txt; --split validation scores the part that was held out" in read.err
+    assert call("evaluate", "run", "--data", "text.txt", "--split", "validation", "--json") == 0
+    read = capsys.readouterr()
+    assert json.loads(read.out)["bytes"] == size - size * 9 // 10
+    assert "trained on" not in read.err
+    assert call("evaluate", "run", "--data", "other.txt") == 0
+    read = capsys.readouterr()
+    assert "Only a part" not in read.out
+    assert "trained on" not in read.err
 
 
 def test_generation_prints_and_repeats(place, capsys):

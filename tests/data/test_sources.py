@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyadlm.data import Passage, Source, open_source
-from dyadlm.data import sources as sources_module
+from dyadlm.data import formats as formats_module
 from dyadlm.data.sources import with_validation
 from dyadlm.errors import UserError
 
@@ -32,7 +32,7 @@ def joined(passages: list[Passage]) -> bytes:
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".zst"])
 def test_text_files(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(formats_module, "BLOCK_BYTES", 1000)
     content = make_text(900).encode() + b"\xff\xfe no newline at the end"
     pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}[suffix]
     path = tmp_path / f"page.txt{suffix}"
@@ -48,7 +48,7 @@ def test_text_files(tmp_path, suffix, monkeypatch):
 
 
 def test_blocks_split_no_character(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(formats_module, "BLOCK_BYTES", 100)
     path = tmp_path / "page.txt"
     path.write_text("日本ü" * 500)
     passages = read(open_source(path))

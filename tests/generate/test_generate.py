@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dyadlm.data.encoding import encode_bytes
 from dyadlm.data.streams import TokenStream
@@ -18,7 +19,7 @@ from dyadlm.engine import bridge
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate import evaluate
 from dyadlm.generate import Listener, Sampling, Session, generate_text, lines, load_model, torch_reader
-from dyadlm.generate.decoding import IncrementalDecoder
+from dyadlm.generate.decoding import MOST_HELD, IncrementalDecoder
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
 PROMPT = "To be, or not to be"
@@ -195,9 +196,34 @@ def test_decoder_replaces_what_is_no_text_as_a_whole_decoding_does(content):
     assert text == byte_tokenizer().decode(list(content)) == content.decode(errors="replace")
 
 
+def with_byte_fallback() -> PreTrainedTokenizerFast:
+    """As the tokenizers of Llama 2, Mistral and Gemma: what is not in the vocabulary becomes bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "b": 258, "▁a": 259}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("text", ["a é b", "a 日 b", "a 🙂 b", "日本🙂🙂é", "a", "👩‍🚀 a a b"])
+def test_decoder_of_a_tokenizer_that_falls_back_to_bytes(text):
+    tokenizer = with_byte_fallback()
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.push(token) for token in tokenizer(text).input_ids]
+    assert "".join(pieces) + decoder.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
 def test_decoder_remembers_little_of_endless_noise():
     decoder = IncrementalDecoder(byte_tokenizer())
-    assert "".join(decoder.push(255) for _ in range(1000)) + decoder.finish() == "\ufffd" * 1000
+    shown, held = "", []
+    for _ in range(1000):
+        shown += decoder.push(255)
+        held.append(len(decoder._tokens))
+    assert shown + decoder.finish() == "\ufffd" * 1000
+    assert max(held) == MOST_HELD
     assert len(decoder._tokens) == 0
 
 

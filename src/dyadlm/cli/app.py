@@ -1,5 +1,6 @@
 """The verbs put together, and what every one of them promises: exit codes, and errors in one sentence."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 ran and failed, 2 the request was wrong."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _show_warnings()
     try:
         app(args=spread_lists(sys.argv[1:] if arguments is None else arguments), prog_name="dyadlm")
     except UserError as error:
@@ -77,6 +79,15 @@ def spread_lists(arguments: Sequence[str]) -> list[str]:
             spread.append(option)
         spread.append(argument)
     return spread
+
+
+def _show_warnings() -> None:
+    """What the library logs, as the command line says things."""
+    logger = logging.getLogger("dyadlm")
+    if not logger.handlers:
+        shown = logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("dyadlm: %(message)s"))
+        logger.addHandler(shown)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -43,13 +43,16 @@ def prepare(
     validation: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Text for validation. Default: the last tenth of SOURCE.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="The field with the text in JSONL and Parquet.")] = "text",
+    text_field: Annotated[str, typer.Option(help="The field with the text in JSON and Parquet.")] = "text",
+    most_decompressed: Annotated[
+        float, typer.Option(metavar="N", help="Refuse a compressed file that grows to more than N times its size.")
+    ] = 250,
     processes: Annotated[int, typer.Option(min=1, help="Number of processes that tokenise.")] = 1,
 ) -> None:
     """Tokenise text once, into a folder that training and evaluation read."""
     from dyadlm.data import prepare
 
-    manifest = prepare(sources, output, tokenizer, validation, text_field=text_field, num_proc=processes)
+    manifest = prepare(sources, output, tokenizer, validation, text_field, processes, most_decompressed)
     for name, split in manifest.splits.items():
         typer.echo(
             f"{name}: {split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), documents: {split.documents:,}"

@@ -1,11 +1,12 @@
 """`dyadlm evaluate`: nats per token and bits per byte on real text."""
 
 import json as json_format
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, load, token_progress
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, errors, load, token_progress
 
 
 def evaluate(
@@ -13,7 +14,13 @@ def evaluate(
     data: Annotated[
         list[str], typer.Option(metavar="DIR|CORPUS|FILE ...", help="The text to score. Several sources are joined.")
     ],
-    split: Annotated[str, typer.Option(help="Which part of the data: train, validation or test.")] = "validation",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Which part of the data: train, validation or test. Default: validation where the data has it by "
+            "name (corpora, prepared folders), else all."
+        ),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option(metavar="N", help="Roll windows of N tokens over each document, as lm-eval does."),
@@ -26,24 +33,31 @@ def evaluate(
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    text_field: Annotated[str, typer.Option(help="The field with the text in JSON and Parquet.")] = "text",
 ) -> None:
     """Measure the loss on text: nats per token and bits per byte. Every token is scored once.
 
     Default: disjoint windows of the trained length, each from a fresh state.
     """
-    from dyadlm.data import resolve_data
+    from dyadlm.causal_lm import require_causal
+    from dyadlm.data import resolve_data, resolve_text
     from dyadlm.errors import UserError
     from dyadlm.evaluate import evaluate
 
     if stream and window is not None:
         raise UserError("A stream has no windows; give --window or --stream, not both.")
     loaded, tokenizer = load(model, device, dtype, fields)
-    streams = resolve_data(data, tokenizer).split(split)
+    require_causal(loaded, model)
+    if split is None:
+        streams, parts = resolve_text(data, tokenizer, text_field)
+        _say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
+    else:
+        streams, parts = resolve_data(data, tokenizer, text_field).split(split), dict.fromkeys(data, split)
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:
         result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress)
     if json:
-        typer.echo(json_format.dumps({"model": model, "data": data, "split": split} | result.to_dict(), indent=2))
+        typer.echo(json_format.dumps({"model": model, "data": data, "parts": parts} | result.to_dict(), indent=2))
         return
     how = {
         "disjoint": f"disjoint windows of {result.window} tokens, each from a fresh state",
@@ -57,3 +71,22 @@ def evaluate(
     typer.echo(f"{result.bits_per_byte:.4f} bits per byte{interval}")
     typer.echo(f"{result.nats_per_token:.4f} nats per token")
     typer.echo(f"{result.tokens:,} tokens, {result.bytes:,} bytes, documents: {result.documents:,}; {how}")
+    left_out = [f"{source} ({part} alone)" for source, part in parts.items() if part != "whole"]
+    if left_out:
+        typer.echo(f"Only a part was scored: {', '.join(left_out)}; --split names another.")
+
+
+def _say_what_was_trained_on(model: str, sources: list[str]) -> None:
+    """A loss on the text of the training says little of other text."""
+    from dyadlm.data.resolve import parse_weight
+    from dyadlm.train.settings import RECORD_NAME, read_record
+
+    if not Path(model, RECORD_NAME).is_file():
+        return
+    trained = read_record(Path(model))["settings"].get("data", ())
+    known = {Path(parse_weight(source)[0]).resolve() for source in trained}
+    for source in sources:
+        if Path(parse_weight(source)[0]).resolve() in known:
+            errors.print(
+                f"{model} was trained on {source}; --split validation scores the part that was held out.", markup=False
+            )

@@ -52,11 +52,15 @@ def stream(
     After --state-in the first token has no surprisal. Ctrl-C ends.
     """
     from dyadlm.data.encoding import prefix_token
-    from dyadlm.generate import Listener, Sampling, open_session
+    from dyadlm.generate import EngineModel, Listener, Sampling, open_session
     from dyadlm.generate.streaming import waiting_lines
 
     sampling = Sampling(temperature, seed=seed)
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
+    if not isinstance(loaded, EngineModel):
+        from dyadlm.causal_lm import require_causal
+
+        require_causal(loaded, model)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with reader_may_leave():

@@ -82,11 +82,12 @@ def _probes(settings: "TrainSettings", names: list[str]) -> "Callable[[LanguageM
     from dyadlm.diagnose import Material, chosen
     from dyadlm.diagnose.callback import ProbeCallback
     from dyadlm.evaluate.memorisation import canaries_of_run
+    from dyadlm.train.settings import reading_options
 
     probes = chosen(list(dict.fromkeys(names)))
 
     def make(trainer: "LanguageModelTrainer") -> "TrainerCallback":
-        resolved = resolve_data(settings.sources, trainer.tokenizer)
+        resolved = resolve_data(settings.sources, trainer.tokenizer, **reading_options(settings.to_dict()))
         planted = (settings.output / CANARIES_NAME).is_file()
         material = Material(
             resolved.split("validation"),

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from dyadlm.data.corpora import cache_folder, fetch_corpus, list_corpora
     from dyadlm.data.dataset import Manifest, PreparedDataset, open_dataset
     from dyadlm.data.encoding import decode_bytes, encode_bytes, tokenizer_identity
+    from dyadlm.data.formats import Passage
     from dyadlm.data.preparation import prepare
-    from dyadlm.data.resolve import ResolvedData, resolve_data
-    from dyadlm.data.sources import Passage, Source, open_source
+    from dyadlm.data.resolve import ResolvedData, resolve_data, resolve_text
+    from dyadlm.data.sources import Source, open_source
     from dyadlm.data.streams import Document, Segment, TokenStream
     from dyadlm.data.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -20,7 +21,7 @@ __getattr__, __dir__ = attach(
     {
         "Document": "dyadlm.data.streams",
         "Manifest": "dyadlm.data.dataset",
-        "Passage": "dyadlm.data.sources",
+        "Passage": "dyadlm.data.formats",
         "PreparedDataset": "dyadlm.data.dataset",
         "ResolvedData": "dyadlm.data.resolve",
         "Segment": "dyadlm.data.streams",
@@ -38,6 +39,7 @@ __getattr__, __dir__ = attach(
         "open_source": "dyadlm.data.sources",
         "prepare": "dyadlm.data.preparation",
         "resolve_data": "dyadlm.data.resolve",
+        "resolve_text": "dyadlm.data.resolve",
         "tokenizer_identity": "dyadlm.data.encoding",
     },
 )
@@ -63,5 +65,6 @@ __all__ = [
     "open_source",
     "prepare",
     "resolve_data",
+    "resolve_text",
     "tokenizer_identity",
 ]

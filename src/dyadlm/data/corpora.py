@@ -15,7 +15,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from dyadlm.data.sources import TEST, TRAIN, VALIDATION, Passage, Source
+from dyadlm.data.formats import Passage
+from dyadlm.data.sources import TEST, TRAIN, VALIDATION, Source
 from dyadlm.errors import UserError
 from dyadlm.files import STAGING_PREFIX, make_folder, sha256_of
 

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from dyadlm.data.corpora import CORPORA, open_corpus
 from dyadlm.data.dataset import ROW_TOKENS, Manifest, Shard, Split
 from dyadlm.data.encoding import TextEncoder
+from dyadlm.data.formats import MOST_DECOMPRESSED, Passage
 from dyadlm.data.sources import (
     MANIFEST_NAME,
     TEST,
     TRAIN,
     VALIDATION,
-    Passage,
     Source,
     open_source,
     with_validation,
@@ -44,11 +44,14 @@ def prepare(
     validation: str | Path | Source | None = None,
     text_field: str = "text",
     num_proc: int = 1,
+    most_decompressed: float = MOST_DECOMPRESSED,
+    whole: bool = False,
 ) -> Manifest:
     """Tokenise sources (corpora, files, folders, `-`, hub datasets) into the new folder `output`.
 
     A source's own validation and test splits are kept; of a source without, the last tenth of bytes becomes
-    validation, unless `validation` names a source for it. Memory is bounded; `num_proc` workers tokenise at
+    validation, unless `validation` names a source for it; with `whole`, for data that is scored and not trained on,
+    all of it does, and there is no train split. Memory is bounded; `num_proc` workers tokenise at
     once and change nothing in the result. The folder appears when it is complete, or not at all.
     Raises `UserError`, for text that the tokenizer cannot read with the place of the first bad byte.
     """
@@ -56,8 +59,8 @@ def prepare(
     require_new(output, "the prepared data")
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     encoder = TextEncoder(loaded)
-    opened = [find_source(source, text_field) for source in sources]
-    held_out = None if validation is None else find_source(validation, text_field)
+    opened = [find_source(source, text_field, most_decompressed) for source in sources]
+    held_out = None if validation is None else find_source(validation, text_field, most_decompressed)
     if not opened:
         raise UserError("There is nothing to prepare; name at least one source.")
 
@@ -67,7 +70,8 @@ def prepare(
     with staged_folder(output) as staging:
         splits: dict[str, Split] = {}
         index = 0
-        for split, passages in _splits(opened, held_out).items():
+        splits_of = _one_split(opened) if whole else _splits(opened, held_out)
+        for split, passages in splits_of.items():
             written = _write_split(staging, split, passages, encoder, index, num_proc)
             if written.tokens:
                 splits[split] = written
@@ -94,11 +98,15 @@ def prepare(
     return manifest
 
 
-def find_source(source: str | Path | Source, text_field: str = "text") -> Source:
+def find_source(
+    source: str | Path | Source, text_field: str = "text", most_decompressed: float = MOST_DECOMPRESSED
+) -> Source:
     """The corpus of that name, or what `open_source` makes of it."""
     if isinstance(source, Source):
         return source
-    return open_corpus(str(source)) if str(source) in CORPORA else open_source(source, text_field)
+    if str(source) in CORPORA:
+        return open_corpus(str(source))
+    return open_source(source, text_field, most_decompressed)
 
 
 def _splits(sources: Sequence[Source], held_out: Source | None) -> dict[str, Iterator[Passage]]:
@@ -113,6 +121,11 @@ def _splits(sources: Sequence[Source], held_out: Source | None) -> dict[str, Ite
         TEST: [source.splits[TEST] for source in sources if TEST in source.splits],
     }
     return {split: (passage for read in all_ for passage in read()) for split, all_ in readers.items()}
+
+
+def _one_split(sources: Sequence[Source]) -> dict[str, Iterator[Passage]]:
+    """All text of sources that come without splits."""
+    return {VALIDATION: (passage for source in sources for passage in source.splits[TRAIN]())}
 
 
 # ---- writing

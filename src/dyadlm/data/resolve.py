@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dyadlm.data.corpora import cache_folder
 from dyadlm.data.dataset import FORMAT, PreparedDataset, open_dataset
 from dyadlm.data.encoding import tokenizer_identity
+from dyadlm.data.formats import MOST_DECOMPRESSED
 from dyadlm.data.preparation import find_source, prepare
 from dyadlm.data.sources import MANIFEST_NAME, TEST, TRAIN, VALIDATION, Source
 from dyadlm.data.streams import TokenStream
@@ -45,6 +47,7 @@ def resolve_data(
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     text_field: str = "text",
     num_proc: int = 1,
+    most_decompressed: float = MOST_DECOMPRESSED,
 ) -> ResolvedData:
     """Open prepared folders; fetch, and prepare into the cache, what is not prepared.
 
@@ -55,26 +58,23 @@ def resolve_data(
     if not arguments:
         raise UserError("There is no data; name a corpus, a file or a folder.")
     parsed = [parse_weight(argument) for argument in arguments]
-    opened = [
-        open_dataset(name) if (Path(name) / MANIFEST_NAME).exists() else find_source(name, text_field)
-        for name, _ in parsed
-    ]
+    find = partial(find_source, text_field=text_field, most_decompressed=most_decompressed)
+    opened = [open_dataset(name) if (Path(name) / MANIFEST_NAME).exists() else find(name) for name, _ in parsed]
     if tokenizer is None:
         tokenizer = next((data.tokenizer for data in opened if isinstance(data, PreparedDataset)), byte_tokenizer())
     elif isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
-    identity = tokenizer_identity(tokenizer)
     prepared = [
         data if isinstance(data, PreparedDataset) else _prepare_once(data, tokenizer, text_field, num_proc)
         for data in opened
     ]
+    identity = tokenizer_identity(tokenizer)
     for data in prepared:
         if data.manifest.tokenizer["identity"] != identity:
             raise UserError(
                 f"{data.path} was prepared with another tokenizer ({data.manifest.tokenizer['name']}) than this "
                 "model or the other data; prepare it again with the same one."
             )
-
     resolved = ResolvedData(tokenizer, [], [], [], prepared)
     offset = 0
     for data, (_, weight) in zip(prepared, parsed, strict=True):
@@ -85,6 +85,30 @@ def resolve_data(
             resolved.test.append(streams[TEST])
         offset += sum(split.tokens for split in data.manifest.splits.values())
     return resolved
+
+
+def resolve_text(
+    arguments: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str = "text",
+    most_decompressed: float = MOST_DECOMPRESSED,
+) -> tuple[list[TokenStream], dict[str, str]]:
+    """The text that a model is to be scored on: whole, unless its source names a split for validation.
+
+    Returns the streams, and by argument what they hold of it: "whole" or "validation". Raises `UserError`.
+    """
+    streams, parts = [], {}
+    for argument in arguments:
+        name, _ = parse_weight(argument)
+        prepared = (Path(name) / MANIFEST_NAME).exists()
+        source = None if prepared else find_source(name, text_field, most_decompressed)
+        if source is None or VALIDATION in source.splits:
+            streams += resolve_data([name], tokenizer, text_field, 1, most_decompressed).validation
+            parts[argument] = VALIDATION
+        else:
+            streams.append(_prepare_once(source, tokenizer, text_field, 1, whole=True).split(VALIDATION))
+            parts[argument] = "whole"
+    return streams, parts
 
 
 def parse_weight(argument: str) -> tuple[str, float]:
@@ -102,15 +126,15 @@ def parse_weight(argument: str) -> tuple[str, float]:
 
 
 def _prepare_once(
-    source: Source, tokenizer: PreTrainedTokenizerBase, text_field: str, num_proc: int
+    source: Source, tokenizer: PreTrainedTokenizerBase, text_field: str, num_proc: int, whole: bool = False
 ) -> PreparedDataset:
     """The source, prepared in the cache under a name that changes with its content and the tokenizer."""
-    parts = [str(FORMAT), source.name, source.key, text_field, tokenizer_identity(tokenizer)]
+    parts = [str(FORMAT), source.name, source.key, text_field, tokenizer_identity(tokenizer), *["whole"] * whole]
     digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
     folder = cache_folder() / "prepared" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{digest[:16]}"
     if not (folder / MANIFEST_NAME).exists():
         try:
-            prepare([source], folder, tokenizer, text_field=text_field, num_proc=num_proc)
+            prepare([source], folder, tokenizer, text_field=text_field, num_proc=num_proc, whole=whole)
         except (OSError, UserError):
             if not (folder / MANIFEST_NAME).exists():  # else another process was first
                 raise

@@ -1,52 +1,39 @@
 """Where text comes from: every source yields passages, a few at a time, whatever it is stored in."""
 
-import bz2
-import gzip
 import hashlib
-import io
-import json
+import logging
+import os
 import re
 import shutil
 import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet
-import zstandard
 
+from dyadlm.data.formats import (
+    FILE_SUFFIXES,
+    MOST_DECOMPRESSED,
+    NotText,
+    Passage,
+    read_file,
+    read_record,
+    require_text_name,
+    split_text,
+)
 from dyadlm.errors import UserError
-from dyadlm.files import sha256_of
+from dyadlm.files import printable, sha256_of
 
-BLOCK_BYTES = 1 << 20
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 MANIFEST_NAME = "manifest.json"  # of a prepared folder
-_COMPRESSED = (".gz", ".bz2", ".zst")
-_FILE_SUFFIXES = (*_COMPRESSED, ".txt", ".md", ".json", ".jsonl", ".parquet")
+# It is part of every key: what was prepared by older rules of reading is prepared anew.
+RULES = 2
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?")
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Some bytes of a document, with the tags that its tokens carry.
-
-    offset: where content begins in the document, in bytes of (decompressed) text; starts: the document begins
-    here. A document is all passages from one that starts to the next one that starts.
-    """
-
-    document: str
-    content: bytes
-    section: str = ""
-    kind: str = "text"
-    offset: int = 0
-    starts: bool = True
+log = logging.getLogger("dyadlm.data")
 
 
 @dataclass(frozen=True)
@@ -62,21 +49,30 @@ class Source:
     splits: Mapping[str, Callable[[], Iterator[Passage]]]
 
 
-def open_source(argument: str | Path, text_field: str = "text") -> Source:
+def open_source(argument: str | Path, text_field: str = "text", most_decompressed: float = MOST_DECOMPRESSED) -> Source:
     """The source a user names: a file, a folder (all files in it), `-` or a dataset on the Hugging Face hub.
 
-    Files may be text, JSONL or Parquet (`text_field` names the field with the text), plain or compressed
-    (.gz, .bz2, .zst). Hub datasets are called `owner/name` or `owner/name:configuration`. Raises `UserError`.
+    Files may be text, JSON lines, arrays of JSON objects or Parquet (`text_field` names the field with the text),
+    plain, compressed (gzip, bzip2, xz, zstd) or in a zip archive; see `dyadlm.data.formats`. Links in a folder are
+    followed; its hidden files are not read, and those that are no text are left out with a warning. Standard input
+    is read as text, whatever it holds. Hub datasets are called `owner/name` or `owner/name:configuration`.
+
+    most_decompressed: how many bytes one compressed byte may stand for. Raises `UserError`.
     """
     path = Path(argument)
+    read = partial(read_file, text_field=text_field, ratio=most_decompressed)
     if str(argument) == "-":
         return _standard_input()
     if path.is_dir():
-        return _folder(path, text_field)
+        return _folder(path, read)
+    if path.is_file():
+        require_text_name(path.name)
+        return _file(path, read)
     if path.exists():
-        return _file(path, text_field)
+        raise UserError(f"{path} is a pipe or a device, not a file; send it to standard input and give `-`.")
     hub_name = _HUB_NAME.fullmatch(str(argument))
-    if hub_name and not str(argument).endswith(_FILE_SUFFIXES):
+    is_path = path.suffix.lower() in FILE_SUFFIXES or path.parts[:1] in [(".",), ("..",), ("~",)]
+    if hub_name and not is_path and not path.parent.exists():
         return _hub_dataset(hub_name["name"], hub_name["configuration"], text_field)
     raise UserError(f"There is no file, folder or corpus {str(argument)!r}; `dyadlm data list` shows the corpora.")
 
@@ -138,163 +134,64 @@ def _character_edge(content: bytes, cut: int) -> int:
 # ---- files and folders
 
 
-def _file(path: Path, text_field: str) -> Source:
-    return Source(
-        path.name, "unknown", _key({path.name: path}), {TRAIN: partial(read_file, path, path.name, text_field)}
-    )
+Read = Callable[[Path, str], Iterator[Passage]]
 
 
-def _folder(path: Path, text_field: str) -> Source:
+def _file(path: Path, read: Read) -> Source:
+    name = printable(path.name)
+    return Source(name, "unknown", _key({name: path}), {TRAIN: partial(read, path, name)})
+
+
+def _folder(path: Path, read: Read) -> Source:
     if (path / MANIFEST_NAME).exists():
         raise UserError(f"{path} is prepared already; give the folder itself as --data.")
-    files = {
-        file.relative_to(path).as_posix(): file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    }
+    files = _files_below(path)
+    left_out: set[str] = set()
     if not files:
         raise UserError(f"The folder {path} holds no files; put text files into it.")
 
     def passages() -> Iterator[Passage]:
         for name, file in files.items():
-            yield from read_file(file, name, text_field)
+            try:
+                yield from read(file, name)
+            except NotText as error:
+                if name not in left_out:
+                    log.warning("Left out of %s: %s", printable(str(path)), error)
+                    left_out.add(name)
+        if len(left_out) == len(files):
+            raise UserError(f"The folder {path} holds no text; put text files into it.")
 
-    return Source(path.resolve().name, "unknown", _key(files), {TRAIN: passages})
-
-
-def read_file(path: Path, name: str, text_field: str) -> Iterator[Passage]:
-    """The passages of one file; its documents are called `name`, or `name:number` where it holds records.
-
-    Raises `UserError` if it cannot be read, or holds no text.
-    """
-    kind = Path(path.name.removesuffix(path.suffix)) if path.suffix in _COMPRESSED else path
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path, name, text_field)
-        else:
-            with _decompressed(path) as file:
-                if kind.suffix == ".jsonl":
-                    yield from _json_lines(file, name, text_field)
-                else:
-                    yield from _text(file, name)
-    except (OSError, EOFError, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+    return Source(printable(path.resolve().name), "unknown", _key(files), {TRAIN: passages})
 
 
-@contextmanager
-def _decompressed(path: Path) -> Iterator[BinaryIO]:
-    with path.open("rb") as raw:
-        match path.suffix:
-            case ".gz":
-                with gzip.open(raw) as file:
-                    yield file  # type: ignore[misc]
-            case ".bz2":
-                with bz2.open(raw) as file:
-                    yield file  # type: ignore[misc]
-            case ".zst":
-                yield io.BufferedReader(_ZstdFile(raw))
-            case _:
-                yield raw
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed zstd, frame after frame. The library's own reader takes a file cut short for a whole one."""
-
-    def __init__(self, raw: BinaryIO):
-        self._raw = raw
-        self._frame: Any = None
-        self._compressed = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._compressed = self._compressed or self._raw.read(1 << 14)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("it ends before its compressed data does")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(self._compressed)
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-
-def _text(file: BinaryIO, name: str) -> Iterator[Passage]:
-    """One document in blocks that end with a line where possible, else with a character."""
-    offset = 0
-    rest = b""
-    while block := file.read(BLOCK_BYTES):
-        content = rest + block
-        edge = content.rfind(b"\n") + 1 or _whole_characters(content)
-        content, rest = content[:edge], content[edge:]
-        if content:
-            yield Passage(name, content, offset=offset, starts=offset == 0)
-        offset += len(content)
-    if rest:
-        yield Passage(name, rest, offset=offset, starts=offset == 0)
-
-
-def _whole_characters(content: bytes) -> int:
-    """Where a character of UTF-8 that ends beyond `content` begins; else the end."""
-    for back in range(1, min(4, len(content)) + 1):
-        byte = content[-back]
-        if byte & 0xC0 != 0x80:
-            size = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(content) - back if size > back else len(content)
-    return len(content)
-
-
-def _json_lines(file: BinaryIO, name: str, text_field: str) -> Iterator[Passage]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
+def _files_below(folder: Path) -> dict[str, Path]:
+    """By their path from the folder, in order; through links, but into no folder a second time."""
+    files: dict[str, Path] = {}
+    entered: set[tuple[int, int]] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        place = os.stat(at)
+        if (place.st_dev, place.st_ino) in entered:
+            log.warning("Left out: %s is a link to a folder that is read already.", printable(at))
+            folders.clear()
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}, line {number} is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{name}, line {number} is no JSON object; each line must be one.")
-        yield from _record(record, f"{name}:{number}", text_field)
-
-
-def _parquet(path: Path, name: str, text_field: str) -> Iterator[Passage]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = file.schema_arrow.names
-        if text_field not in columns:
-            raise UserError(f"{name} has no field {text_field!r}; its fields are {', '.join(columns)}.")
-        number = 0
-        wanted = [column for column in (text_field, "section", "kind") if column in columns]
-        for batch in file.iter_batches(batch_size=256, columns=wanted):
-            for record in batch.to_pylist():
-                number += 1
-                yield from _record(record, f"{name}:{number}", text_field)
-
-
-def _record(record: Mapping[str, Any], document: str, text_field: str) -> Iterator[Passage]:
-    """A record is a document; its fields `section` and `kind`, if they are strings, tag it."""
-    if text_field not in record:
-        fields = ", ".join(map(str, record)) or "none"
-        raise UserError(f"{document} has no field {text_field!r} (its fields: {fields}); name the text's field.")
-    text = record[text_field]
-    if not isinstance(text, str | bytes):
-        raise UserError(f"{document}: the field {text_field!r} is no text but {type(text).__name__}.")
-    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    tags = {tag: record[tag] for tag in ("section", "kind") if isinstance(record.get(tag), str)}
-    if content:
-        yield Passage(document, content, **tags)
+        entered.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            file = Path(at, name)
+            if name.startswith("."):
+                continue
+            if file.is_file():
+                files[printable(file.relative_to(folder).as_posix())] = file
+            else:
+                log.warning("Left out: %s is no file, or a link to nothing.", printable(str(file)))
+    return dict(sorted(files.items(), key=lambda entry: Path(entry[0])))
 
 
 def _key(files: Mapping[str, Path]) -> str:
     """A digest of names and contents."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(RULES).encode())
     for name, file in files.items():
-        digest.update(f"{name}\0{sha256_of(file)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{name}\0{sha256_of(file)}\0".encode())
     return digest.hexdigest()
 
 
@@ -308,7 +205,7 @@ def _standard_input() -> Source:
 
     def passages() -> Iterator[Passage]:
         spool.seek(0)
-        yield from _text(spool, "standard input")
+        yield from split_text(spool, Passage("standard input", b""))
 
     weakref.finalize(passages, spool.close)
     spool.seek(0)
@@ -333,7 +230,7 @@ def _hub_dataset(name: str, configuration: str | None, text_field: str) -> Sourc
 
     def passages(split: str) -> Iterator[Passage]:
         for number, record in enumerate(stored[split], start=1):
-            yield from _record(record, f"{title}/{split}:{number}", text_field)
+            yield from read_record(record, f"{title}/{split}:{number}", text_field)
 
     splits = {split: partial(passages, split) for split in (TRAIN, VALIDATION, TEST) if split in stored}
     key = hashlib.sha256(f"{title}\0{text_field}\0{builder.hash}".encode()).hexdigest()

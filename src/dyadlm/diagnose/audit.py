@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from dyadlm.causal_lm import FAULTS, STATE_NAMES, vocabulary_size
 from dyadlm.diagnose.causality import (
     SPARSE_FIELDS,
     chosen_length,
@@ -39,10 +40,6 @@ STEPS = 12  # tokens read one by one from a state
 # In standard deviations of the logits, float32. What is masked is masked exactly but for rounding; another order of
 # additions (a state, a larger batch) may round each layer differently, and coarser in a coarser dtype.
 EXACT, ROUNDED = 1e-5, 1e-3
-# What models of others raise where they cannot go on.
-FAULTS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
-# What transformers calls a state, by family.
-STATES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
 # New models: what is special about these architectures is on within a few dozen tokens.
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "big_bird": {"block_size": 8, "num_random_blocks": 1},
@@ -53,7 +50,6 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "attention_head_size": 32,
         "feed_forward_size": 64,
         "is_decoder": True,
-        "pad_token_id": 0,  # it pads by itself
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "xlstm": {"num_heads": 2, "num_blocks": 2, "qk_dim_factor": 1.0},
@@ -101,7 +97,9 @@ def small_model(architecture: str, fields: Mapping[str, Any], seed: int = 0) -> 
     """
     known = dataclass_fields(CONFIG_MAPPING[architecture]) if architecture in CONFIG_MAPPING else ()
     windows = {entry.name: WINDOW for entry in known if entry.name in SPARSE_FIELDS and isinstance(entry.default, int)}
-    given = {**windows, **SMALL.get(architecture, {}), **fields}
+    # RoBERTa and its like count positions from the padding on, Reformer pads by itself, and BERT asks to be a decoder.
+    needed = {"pad_token_id": 0} | ({"is_decoder": True} if any(entry.name == "is_decoder" for entry in known) else {})
+    given = {**needed, **windows, **SMALL.get(architecture, {}), **fields}
     return build_model(architecture, VOCABULARY, CONTEXT, given, seed)
 
 
@@ -194,7 +192,7 @@ class Auditor:
         """Reading on from a state gives what reading all at once gives: early, and late in the text."""
         beginning = self._beginning()
         output = self.run(self.ids[:1], use_cache=True, **beginning)
-        name = next((name for name in STATES if getattr(output, name, None) is not None), None)
+        name = next((name for name in STATE_NAMES if getattr(output, name, None) is not None), None)
         parameters = inspect.signature(self.model.forward).parameters
         if name is None or name not in parameters:
             return AuditCheck("cache", "not applicable", "it keeps no state between calls")
@@ -224,19 +222,25 @@ class Auditor:
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         if "attention_mask" not in parameters and not takes_any:
             return AuditCheck("left padding", "not applicable", "it takes no attention mask")
-        pads = self.symbols[:1].expand(1, PADS)
+        own = getattr(self.model.config, "pad_token_id", None)
+        if not isinstance(own, int) or not 0 <= own < vocabulary_size(self.model):
+            own = int(self.symbols[0])
+        pads = torch.full((1, PADS), own)
         padded = torch.cat([pads, self.ids[:1]], 1)
         mask = torch.ones_like(padded)
         mask[:, :PADS] = 0
         options = {"attention_mask": mask, "use_cache": False}
+        # As `generate` of transformers hands them over, to a text with pads and to one without.
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if "position_ids" in parameters else {}
+        plain = {name: value[:, PADS:] for name, value in positions.items()}
         try:
             found = self.run(padded, **options, **positions).logits[:, PADS:]
+            expected = (
+                self.run(self.ids[:1], use_cache=False, **plain).logits.float().cpu() if plain else self.whole[:1]
+            )
         except FAULTS:  # some take positions that they cannot use
-            found = self.run(padded, **options).logits[:, PADS:]
-        check = self.compare(
-            "left padding", found, self.whole[:1], self.rounded, "logits after masked pads and without"
-        )
+            found, expected = self.run(padded, **options).logits[:, PADS:], self.whole[:1]
+        check = self.compare("left padding", found, expected, self.rounded, "logits after masked pads and without")
         if check.status == "failed" and "attention_mask" not in parameters:
             return AuditCheck(
                 check.name,

@@ -26,7 +26,7 @@ from dyadlm.model.loading import load_weights, without_bars_of_transformers
 from dyadlm.train.checkpoint import checkpoints
 from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.fingerprint import Fingerprint
-from dyadlm.train.settings import RECORD_NAME, read_record
+from dyadlm.train.settings import RECORD_NAME, read_record, reading_options
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,11 @@ def load_material(model: str, subject: Subject, data: Sequence[str], split: str 
         return Material(resolve_data(data, subject.tokenizer).split(split), None, " ".join(data), canaries, split)
     if run is None:
         raise UserError(f"{model} is no run of dyadlm, so its text is not known; give some with --data.")
-    sources = read_record(run)["settings"]["data"]
+    settings = read_record(run)["settings"]
+    sources = settings["data"]
     sources = [sources] if isinstance(sources, str) else list(sources)
     try:
-        resolved = resolve_data(sources, subject.tokenizer)
+        resolved = resolve_data(sources, subject.tokenizer, **reading_options(settings))
     except UserError as error:
         raise UserError(f"The text of {model} cannot be read again ({error}); give some with --data.") from error
     train = [stream for stream, _ in resolved.train]

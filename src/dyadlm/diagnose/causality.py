@@ -184,7 +184,7 @@ def future_gradient(module: nn.Module, ids: Tensor, positions: Sequence[int]) ->
 
     def leaf(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
-        return seen[-1]
+        return seen[-1].clone()  # some change it in place, which a leaf does not allow
 
     worst = 0.0
     handle = embedding.register_forward_hook(leaf)

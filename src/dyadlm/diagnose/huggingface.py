@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.causal_lm import context_of, vocabulary_size
 from dyadlm.diagnose.contract import Subject, require_numbers
 from dyadlm.evaluate.inspection import level_names
-from dyadlm.evaluate.scoring import vocabulary_size
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.extras.planner import node_errors
 from dyadlm.model.trace import without_level
@@ -47,7 +47,7 @@ class HuggingFaceSubject(Subject):
         self.tokenizer = tokenizer
         self.name = name
         self.vocabulary = vocabulary_size(model)
-        self.context = None if isinstance(model, DyadForCausalLM) else _context(model)
+        self.context = context_of(model)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -239,17 +239,6 @@ class HuggingFaceSubject(Subject):
 
     def _numbers(self, output: Tensor) -> Tensor:
         return require_numbers(output, self.name, self.vocabulary).float().cpu()
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    """The most tokens it has positions for. RoBERTa and its like count from behind the padding on."""
-    learned = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(learned, int):
-        return None
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return min(learned, module.num_embeddings - module.padding_idx - 1)
-    return learned
 
 
 def _experts(scores: Tensor, count: int) -> Tensor:

@@ -12,13 +12,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.causal_lm import context_of, vocabulary_size
 from dyadlm.data.encoding import prefix_token, tokenizer_identity
 from dyadlm.data.streams import TokenStream
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
-from dyadlm.evaluate.scoring import score, vocabulary_size
+from dyadlm.evaluate.scoring import score
 from dyadlm.evaluate.streams import Stream
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window, rolling_windows
+from dyadlm.model import DyadConfig
 from dyadlm.version import __version__
 
 Mode = Literal["disjoint", "rolling", "stream"]
@@ -141,7 +143,12 @@ def evaluate(
 
 def window_length(model: PreTrainedModel, window: int | None) -> int:
     """`window`, or the length the model was trained at. Raises `UserError` if neither is positive."""
-    length = getattr(model.config, "max_position_embeddings", None) if window is None else window
+    if window is not None:
+        length: int | None = window
+    elif isinstance(model.config, DyadConfig):  # no limit, but the length it was trained at
+        length = model.config.max_position_embeddings
+    else:
+        length = context_of(model)
     if length is None:
         raise UserError("The model does not say which length it was trained at; give the window yourself.")
     if length < 1:

@@ -20,12 +20,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dyadlm.causal_lm import vocabulary_size
 from dyadlm.data.canaries import CANARIES_NAME, Canary, CanaryPlan, draw_references
 from dyadlm.data.encoding import NUM_BYTES, prefix_token
 from dyadlm.data.tokenizer import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.evaluate.bootstrap import RESAMPLES, ratio_interval
-from dyadlm.evaluate.scoring import LOGITS_AT_ONCE, vocabulary_size
+from dyadlm.evaluate.scoring import LOGITS_AT_ONCE
 from dyadlm.evaluate.streams import Stream
 from dyadlm.model.loading import load_weights
 

@@ -4,13 +4,13 @@ Dimensions: B windows in a batch, C inputs in a chunk, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from dyadlm.causal_lm import Continuation, continues, vocabulary_size
 from dyadlm.errors import UserError
 from dyadlm.evaluate.streams import Stream
 from dyadlm.evaluate.windows import Window
@@ -19,11 +19,10 @@ from dyadlm.evaluate.windows import Window
 LOGITS_AT_ONCE = 2**25
 # No chunk is longer than this, however small the vocabulary: activations count too.
 LONGEST_CHUNK = 4096
+# Of models that hand on no state, so that all must be read at once.
+LONGEST_FORGETFUL = 16_384
 
 NO_TARGET = -100
-
-# What transformers calls a state, by family: most models, Mamba.
-STATE_NAMES = ("past_key_values", "cache_params")
 
 
 def score(
@@ -33,14 +32,21 @@ def score(
 
     Windows are batched (at most `batch_size`, fewer where the logits would not fit) and padded on the right,
     which a causal model cannot see. A window too long for the memory goes through in chunks, its state passed
-    on. Raises `UserError` on a token that the model has no embedding for.
+    on. Raises `UserError` on a token that the model has no embedding for, and for a window longer than its positions.
     """
     vocabulary = vocabulary_size(model)
     at_once = LOGITS_AT_ONCE // (vocabulary * _tensors_of_logits(model))
     for batch in _batches(windows, batch_size, at_once):
         longest = max(len(window) for window in batch)
-        chunk = max(1, min(longest, LONGEST_CHUNK, at_once // len(batch)))
-        state: dict[str, Any] = {"use_cache": chunk < longest}
+        forgets = longest > LONGEST_CHUNK and continues(model) == "from the beginning"
+        chunk = max(1, min(longest, LONGEST_FORGETFUL if forgets else LONGEST_CHUNK, at_once // len(batch)))
+        reader = Continuation(model)
+        reader.require_room(longest)
+        if chunk < longest and forgets:
+            raise UserError(
+                f"A {model.config.model_type} model hands on no state, and {longest} tokens are too many to be read at "
+                f"once (the most are {chunk}); score them in shorter windows."
+            )
         for offset in range(0, longest, chunk):
             ids, targets = _chunk(stream, batch, offset, min(offset + chunk, longest), prefix_token)
             if (largest := int(max(ids.max(), targets.max()))) >= vocabulary:
@@ -49,16 +55,14 @@ def score(
                     "prepare the data with the model's own tokenizer."
                 )
             with torch.no_grad():
-                output = model(input_ids=torch.from_numpy(ids).to(model.device), **state)
+                tokens = torch.from_numpy(ids).to(model.device)
+                logits = reader.read(tokens) if chunk < longest else reader.read_all(tokens)
                 nats = cross_entropy(
-                    output.logits.float().flatten(0, 1),
+                    logits.float().flatten(0, 1),
                     torch.from_numpy(targets).to(model.device).flatten(),
                     ignore_index=NO_TARGET,
                     reduction="none",
                 ).view(targets.shape)
-            for name in STATE_NAMES:
-                if (after := getattr(output, name, None)) is not None:
-                    state[name] = after
             for window, row, scored in zip(batch, nats.cpu().numpy(), targets != NO_TARGET, strict=True):
                 if scored.any():
                     yield window.start + 1 + offset + int(scored.argmax()), row[scored]
@@ -67,11 +71,6 @@ def score(
 def _tensors_of_logits(model: PreTrainedModel) -> int:
     """How many tensors of logits a pass holds: with consensus those of engineer, proposal and each future's artist."""
     return 2 + int(model.config.planner_futures) if getattr(model.config, "consensus", 0) else 1
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of tokens the model has embeddings for (the logits may not have more)."""
-    return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])
 
 
 def _batches(windows: Iterable[Window], most: int, inputs_at_once: int) -> Iterator[list[Window]]:

@@ -66,6 +66,11 @@ class EngineReader:
         self._long = 0  # tokens that were read in long pieces
 
     @property
+    def room(self) -> None:
+        """There is no limit."""
+        return None
+
+    @property
     def logits(self) -> np.ndarray | None:
         """Of the next token, float32 (V,)."""
         return self._logits if self._in_torch is None else self._in_torch.logits

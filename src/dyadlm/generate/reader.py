@@ -26,6 +26,11 @@ class Reader(Protocol):
         """`past_key_values` in torch, an `EngineState` in the engine; None or empty at the beginning."""
         ...
 
+    @property
+    def room(self) -> int | None:
+        """How many more tokens can be read; None where there is no limit."""
+        ...
+
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Read ids int64 (T,); returns nats float32 (T,), NaN for a token that nothing predicted."""
         ...

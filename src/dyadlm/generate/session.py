@@ -1,5 +1,6 @@
 """A model and the state of all it has read: it reads on, gives the surprise of each token, and continues the text."""
 
+import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dyadlm.generate.speculation import Drafts
+
+log = logging.getLogger("dyadlm")
 
 Model: TypeAlias = "PreTrainedModel | EngineModel"
 
@@ -123,6 +126,9 @@ class Session:
         """Tokens drawn one by one; each has been read when it is handed out."""
         sampler = Sampler(sampling)
         for number in range(most):
+            if self._reader.room == 0:
+                log.warning("The text ends here: the model has no positions for more tokens.")
+                return
             token = sampler(require_numbers(self._reader.logits))
             if token in self._reader.end_tokens:
                 return

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from dyadlm.causal_lm import Continuation
 from dyadlm.engine.bridge import Decoder, decoder_of
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
@@ -24,17 +25,25 @@ CHUNK = 2048
 class TorchReader:
     """A model and its state. See `dyadlm.generate.reader.Reader`.
 
-    state: what the model returned as `past_key_values`; a growing cache for models other than ours.
+    state: the `past_key_values` of our models. Others have a state of their own, which grows.
     """
 
     def __init__(self, model: PreTrainedModel, state: Any = None, logits: np.ndarray | None = None):
         self.model, self.state, self.logits = model, state, logits
+        self._other = None if isinstance(model, DyadForCausalLM) else Continuation(model)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.end_tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
         self._decoder: Decoder | None = None
 
+    @property
+    def room(self) -> int | None:
+        """How many more tokens can be read; None where there is no limit."""
+        return None if self._other is None else self._other.room
+
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Read ids int64 (T,); returns nats float32 (T,)."""
+        """Read ids int64 (T,); returns nats float32 (T,). Raises `UserError` for more tokens than there is room."""
+        if self._other is not None:
+            self._other.require_room(len(ids))
         parts = [self._read(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)]
         return np.concatenate(parts or [np.empty(0, np.float32)])
 
@@ -76,11 +85,14 @@ class TorchReader:
     def _read(self, ids: np.ndarray) -> np.ndarray:
         """One forward pass over ids (T,); returns nats float32 (T,)."""
         tokens = torch.as_tensor(ids, dtype=torch.long, device=self.model.device)
-        output = self.model(input_ids=tokens[None], past_key_values=self.state, use_cache=True)
-        logits = output.logits[0].float()
+        if self._other is None:
+            output = self.model(input_ids=tokens[None], past_key_values=self.state, use_cache=True)
+            self.state, logits = output.past_key_values, output.logits[0].float()
+        else:
+            logits = self._other.read(tokens[None])[0].float()
         first = logits.new_full((1, logits.shape[-1]), torch.nan)
         if self.logits is not None:
             first = torch.as_tensor(self.logits, device=logits.device)[None]
         nats = cross_entropy(torch.cat([first, logits[:-1]]), tokens, reduction="none")
-        self.state, self.logits = output.past_key_values, logits[-1].cpu().numpy().copy()
+        self.logits = logits[-1].cpu().numpy().copy()
         return np.asarray(nats.cpu().numpy())

@@ -33,6 +33,8 @@ def small_fields(name: str, width: int = WIDTH, layers: int = LAYERS) -> dict[st
     small: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": layers,
+        "encoder_layers": layers,
+        "decoder_layers": layers,  # of models whose layers are counted for both halves
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "head_dim": width,

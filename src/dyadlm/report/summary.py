@@ -17,7 +17,7 @@ from dyadlm.model import DyadForCausalLM
 from dyadlm.report.figures import draw_losses
 from dyadlm.report.tower import draw_tower
 from dyadlm.train.progress import METRICS_NAME, read_metrics
-from dyadlm.train.settings import read_record
+from dyadlm.train.settings import read_record, reading_options
 
 SUMMARY_NAME = "README.md"
 LOSSES_NAME, TOWER_NAME, EVALUATION_NAME = "loss.png", "tower.png", "evaluation.json"
@@ -45,7 +45,8 @@ def write_report(
     record = read_record(run)
     if "result" not in record:
         raise UserError(f"The run in {run} is not finished; go on with `dyadlm train --output {run} --resume`.")
-    data = resolve_data(record["settings"]["data"], tokenizer)
+    settings = record["settings"]
+    data = resolve_data(settings["data"], tokenizer, **reading_options(settings))
     figures = evaluate(model, data.split("validation"), tokenizer, progress=progress)
     sample = "".join(
         generate_text(

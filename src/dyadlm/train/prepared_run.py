@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from dyadlm.causal_lm import Continuation, context_of, require_causal
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data, tokenizer_identity
 from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.data.encoding import prefix_token
@@ -26,9 +28,11 @@ from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
 from dyadlm.train.planner import TaughtWindows
-from dyadlm.train.settings import TrainSettings
+from dyadlm.train.settings import TrainSettings, reading_options
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.validation import ValidationSample
+
+log = logging.getLogger("dyadlm")
 
 # Bytes per token is taken from the beginning of each stream.
 SAMPLED_TOKENS = 2**20
@@ -175,7 +179,7 @@ def _resolve(settings: TrainSettings) -> TrainingData:
         if tokenizer is not None:
             raise UserError("A model to continue from has its own tokenizer; leave data.tokenizer out.")
         tokenizer = settings.model
-    resolved = resolve_data(settings.sources, tokenizer)
+    resolved = resolve_data(settings.sources, tokenizer, **reading_options(settings.to_dict()))
     datasets = [dataset.manifest for dataset in resolved.datasets]
     weights = [weight for _, weight in resolved.train]
     mixture = [[data.dataset_id, weight] for data, weight in zip(datasets, weights, strict=True)]
@@ -199,8 +203,24 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
             model.use_tokenizer(tokenizer)
     else:
         model = load_weights(settings.model, torch.float32, settings.model_fields, prefix="model.")
+        require_causal(model, settings.model)
+        _require_positions(model, settings.data.sequence_length)
     require_vocabulary(model, tokenizer)
     return model
+
+
+def _require_positions(model: PreTrainedModel, length: int) -> None:
+    """Raise `UserError` if windows of so many tokens are longer than the model's positions."""
+    context = context_of(model)
+    if context is not None and length > context:
+        try:
+            Continuation(model).read_all(torch.zeros(1, length, dtype=torch.long))
+        except UserError as error:
+            raise UserError(
+                f"A {model.config.model_type} model of this size reads at most {context} tokens, fewer than a window; "
+                f"add --set data.sequence_length={context}, or less."
+            ) from error
+        log.warning("Windows of %d tokens are longer than the %d the model was made for.", length, context)
 
 
 def _configuration(settings: TrainSettings, **fields: Any) -> DyadConfig:

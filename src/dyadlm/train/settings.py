@@ -31,6 +31,8 @@ class DataOptions:
     tokenizer: for a new model: "byte", a Hugging Face name or a folder; none takes what the data says.
     canaries: random strings planted for each number of repetitions (`dyadlm.data.canaries`); 0 is none.
     validation_tokens: tokens of the validation split scored during training, spread evenly over it.
+    text_field: the field with the text in JSON and Parquet.
+    most_decompressed: how many bytes of text one byte of a compressed file may stand for.
     """
 
     sequence_length: int = 256
@@ -38,11 +40,14 @@ class DataOptions:
     tokenizer: str | None = None
     canaries: int = 0
     validation_tokens: int = 65_536
+    text_field: str = "text"
+    most_decompressed: float = 250.0
 
     def __post_init__(self) -> None:
         _require(self.sequence_length >= 2, "data.sequence_length must be at least 2")
         _require(self.canaries >= 0, "data.canaries must be 0 or more")
         _require(self.validation_tokens >= 1, "data.validation_tokens must be at least 1")
+        _require(self.most_decompressed > 0, "data.most_decompressed must be above 0")
 
 
 @dataclass(frozen=True)
@@ -368,6 +373,12 @@ def read_record(run: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise UserError(f"{run / RECORD_NAME} is not the record of a run.")
     return record
+
+
+def reading_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How the files of a run are read, of its flat keys (`TrainSettings.to_dict`), as `resolve_data` takes it."""
+    names = ("text_field", "most_decompressed")
+    return {name: settings[f"data.{name}"] for name in names if f"data.{name}" in settings}
 
 
 def _argument(key: str, value: Any) -> Any:

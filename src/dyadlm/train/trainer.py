@@ -125,7 +125,7 @@ class LanguageModelTrainer(Trainer):
         self.bytes_per_token = bytes_per_token
         self.identity = dict(identity or {})
         # Trainer switches the cache off in the configuration, which would end up in what is published.
-        self._published_use_cache = model.config.use_cache
+        self._published_use_cache = getattr(model.config, "use_cache", None)
         self._lowest_loss: float | None = None
         self._clock_step: int | None = None
         self._paused = 0.0
@@ -382,7 +382,8 @@ class LanguageModelTrainer(Trainer):
             # Gathered from shards, tied weights no longer share memory, by which they are told and saved once.
             tied = self._tied_names()
             state_dict = {name: value for name, value in state_dict.items() if name not in tied}
-        switched_off, model.config.use_cache = model.config.use_cache, self._published_use_cache
+        switched_off = getattr(model.config, "use_cache", None)
+        model.config.use_cache = self._published_use_cache
         try:
             with without_bars_of_transformers():
                 model.save_pretrained(output_dir, state_dict=state_dict)
