@@ -64,7 +64,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# The audit over the causal model types of transformers",
         "",
-        f"transformers {results['transformers']}, torch {results['torch']}; small new models, `benchmarks/audit_all.py`.",
+        f"transformers {results['transformers']}, torch {results['torch']}; small new models; "
+        "made by `benchmarks/audit_all.py`.",
         f"{counts['passed']} pass, {counts['failed']} fail, {counts['not built']} cannot be built small.",
         "",
     ]

@@ -1,15 +1,25 @@
-"""The file of a saved state: safetensors with the shape of the model it belongs to. The engine and torch share it."""
+"""The file of a saved state: safetensors whose head names the model it belongs to. The engine and torch share it.
 
+Nothing in a file is believed: its checksum, the shape of its model, the weights that made it and its numbers are
+checked before use. The checksum shows damage; it proves no origin.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dyadlm.errors import UserError
+from dyadlm.files import write_atomically
 
 FORMAT = "dyadlm-state"
+VERSION = "2"  # 1 has neither a checksum nor the identity of the weights
+# Numbers of each weight by which a model is told from others.
+SAMPLED = 64
 
 
 def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: list[int]) -> str:
@@ -37,30 +47,112 @@ def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: lis
     return json.dumps(shared, sort_keys=True)
 
 
-def metadata_of(signature: str, columns_seen: int) -> dict[str, str]:
-    """What stands in the head of the file. columns_seen: tokens read, padding included."""
-    return {"format": FORMAT, "model": signature, "columns_seen": str(columns_seen)}
+def weights_identity(shapes: Mapping[str, tuple[int, ...]], sample: Callable[[str, np.ndarray], np.ndarray]) -> str:
+    """By what the weights of a model are told from those of others, hexadecimal: some numbers of each, rounded to
+    bfloat16, so that a model keeps its identity where it is loaded in another dtype.
+
+    shapes: of all tensors by name. sample: float32 numbers of a tensor at the given places of the flattened tensor.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        size = int(np.prod(shapes[name], dtype=np.int64))
+        if size and (name.startswith("model.layers.") or name in ("model.embed_tokens.weight", "model.norm.weight")):
+            places = np.linspace(0, size - 1, min(SAMPLED, size)).astype(np.int64)
+            bits = np.ascontiguousarray(sample(name, places), np.float32).view(np.uint32).astype(np.uint64)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+            digest.update(f"{name}{tuple(shapes[name])}".encode() + rounded.tobytes())
+    return digest.hexdigest()[:32]
 
 
-def read_state(path: str | Path, signature: str, framework: str, device: str = "cpu") -> tuple[dict[str, Any], int]:
-    """The tensors by name, and the columns seen. framework: `pt` for torch, `np` for numpy.
+def write_state(
+    path: Path, tensors: Mapping[str, np.ndarray], signature: str, columns_seen: int, weights: str | None = None
+) -> None:
+    """Write a state, atomically. columns_seen: tokens read, padding included. weights: `weights_identity`."""
+    from safetensors.numpy import save
+
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": signature,
+        "columns_seen": str(columns_seen),
+        "checksum": _checksum(tensors),
+    }
+    write_atomically(path, save(dict(tensors), head | ({} if weights is None else {"weights": weights})))
+
+
+def read_state(path: str | Path, signature: str, weights: str | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors by name, and the columns seen. weights: the identity of the model's; None: not looked at.
+
+    Names, shapes and dtypes are for the caller to check.
 
     Raises:
-        UserError: no such file, no state file, or the state of a model with another signature.
+        UserError: no such file, no state file, a damaged one, or the state of another model.
     """
     try:
-        with safe_open(str(path), framework=framework, device=device) as file:
-            metadata = file.metadata() or {}
+        with safe_open(str(path), framework="np") as file:
+            head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise UserError(f"There is no state file {path}; write one with --state-out first.") from None
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, TypeError, ValueError):  # TypeError: numbers that numpy does not have
         raise UserError(f"{path} is not a readable state file; write a new one with --state-out.") from None
-    if metadata.get("format") != FORMAT:
+    if head.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out.")
-    if metadata.get("model") != signature:
+    if head.get("model") != signature:
         raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
-    seen = metadata.get("columns_seen", "")
-    if not seen.isdecimal():
+    if None not in (weights, head.get("weights")) and head["weights"] != weights:
+        raise UserError(
+            f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
+        )
+    seen = head.get("columns_seen", "")
+    if not seen.isdecimal() or len(seen) > 18:
         raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
+    if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors):
+        raise UserError(f"{path} is damaged (its checksum differs); write a new state with --state-out.")
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise UserError(f"{path} holds values that are not numbers ({name}); write a new state with --state-out.")
     return tensors, int(seen)
+
+
+def require_fitting(tensors: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Check a state against an empty one of the model; only the number of rows may differ.
+
+    Raises:
+        UserError: other names, shapes or kinds of numbers, or a count below zero.
+    """
+    if not tensors:
+        return
+    remedy = "use it with the model that wrote it"
+    slots = {"position"} | {name for name in expected if ".slots." in name}
+    if tensors.keys() != expected.keys() and tensors.keys() != slots:
+        raise UserError(f"The state does not fit this model ({_first_other(tensors, expected)}); {remedy}.")
+    position = tensors["position"]
+    rows = len(position) if position.ndim == 1 else -1
+    for name, found in tensors.items():
+        wanted = expected[name]
+        if found.shape != (rows, *wanted.shape[1:]) or found.dtype.kind != wanted.dtype.kind:
+            raise UserError(f"The state does not fit this model ({name}); {remedy}.")
+        if found.dtype.kind != "f" and found.dtype != wanted.dtype:
+            raise UserError(f"The state does not fit this model ({name} is {found.dtype}); {remedy}.")
+        if found.dtype.kind == "f" and found.dtype.itemsize < 4:
+            raise UserError(f"The state does not fit this model ({name} is {found.dtype}); {remedy}.")
+    if tensors.keys() != expected.keys() and position.any():
+        raise UserError("The state lacks what was read of its document; it is damaged, write a new one.")
+    for name in ("position", "text.counts.0", "text.counts.1"):
+        if name in tensors and (tensors[name] < 0).any():
+            raise UserError("The state counts tokens below zero; it is damaged, write a new one with --state-out.")
+
+
+def _first_other(one: Iterable[str], other: Iterable[str]) -> str:
+    return min(set(one) ^ set(other))
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
+    """Of names, dtypes, shapes and numbers, hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()

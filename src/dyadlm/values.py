@@ -48,6 +48,10 @@ def coerce(value: Any, annotation: Any, key: str) -> Any:
             raise UserError(f"{key} cannot be {value!r}{nearest(value, choices)}.")
         if origin is bool and isinstance(value, bool):
             return value
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin is int and isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return int(value)
         if origin is int and _number(value) is not None and float(value) == int(float(value)):
             return int(float(value))
         if origin is float and _number(value) is not None:

@@ -6,6 +6,7 @@ import torch
 from dyadlm import DyadCache, UserError
 from dyadlm.accounting import state_bytes
 from dyadlm.model import tower
+from dyadlm.model.empty_state import empty_state, identity_of
 from dyadlm.model.levels import segments, sliding
 
 from .conftest import SLOTS, SMALL, VARIANTS, make_model, random_ids, text_ids
@@ -352,3 +353,16 @@ def test_levels_one_by_one_equal_levels_side_by_side(variant, monkeypatch):
     for name, gradient in gradients.items():
         found = dict(model.named_parameters())[name].grad
         assert distance(found, gradient) < 1e-9 * max(1.0, gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_has_the_state_that_is_expected_of_it(name, tmp_path):
+    model = make_model(torch.float32, **VARIANTS[name])
+    with torch.no_grad():
+        cache = model(text_ids(1, 40), use_cache=True).past_key_values
+    assert {key: tensor.shape[1:] for key, tensor in cache.tensors().items()} == {
+        key: array.shape[1:] for key, array in empty_state(model.config).items()
+    }
+    cache.save(tmp_path / "state", model.config, identity_of(model))
+    again = DyadCache.load(tmp_path / "state", model.config, weights=identity_of(model))
+    assert all(torch.equal(tensor, again.tensors()[key]) for key, tensor in cache.tensors().items())

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, errors, load, token_progress
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, load, token_progress
 
 
 def evaluate(
@@ -50,12 +50,12 @@ def evaluate(
     require_causal(loaded, model)
     if split is None:
         streams, parts = resolve_text(data, tokenizer, text_field)
-        _say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
     else:
         streams, parts = resolve_data(data, tokenizer, text_field).split(split), dict.fromkeys(data, split)
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:
         result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress)
+    _say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
     if json:
         typer.echo(json_format.dumps({"model": model, "data": data, "parts": parts} | result.to_dict(), indent=2))
         return
@@ -87,6 +87,6 @@ def _say_what_was_trained_on(model: str, sources: list[str]) -> None:
     known = {Path(parse_weight(source)[0]).resolve() for source in trained}
     for source in sources:
         if Path(parse_weight(source)[0]).resolve() in known:
-            errors.print(
-                f"{model} was trained on {source}; --split validation scores the part that was held out.", markup=False
+            typer.echo(
+                f"{model} was trained on {source}; --split validation scores the part that was held out.", err=True
             )

@@ -20,8 +20,7 @@ from dyadlm.engine.layout import Shape, log2_longest, shape_of, unsupported
 from dyadlm.engine.pack import FORMATS, Weights
 from dyadlm.engine.state import EngineState
 from dyadlm.errors import UserError
-from dyadlm.files import write_atomically
-from dyadlm.state_file import metadata_of, read_state, state_signature
+from dyadlm.state_file import read_state, state_signature, weights_identity, write_state
 
 __all__ = ["Engine", "EngineState", "unsupported"]
 
@@ -31,13 +30,16 @@ MOST_BYTES = 2**25
 
 SCRATCH_INTEGERS = 104  # of the compiled step: segments that begin, sets that are written, entries that are found
 
+NUMPY_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+
 log = logging.getLogger("dyadlm.engine")
 
 
 class Engine:
     """The weights of one model, packed, and the step that reads a token.
 
-    fields: of the configuration. vocab_size: V. weight_bytes: bytes of weights that a token reads.
+    fields: of the configuration. signature, identity: of the model's shape and of its weights, for the files of
+    states. vocab_size: V. weight_bytes: bytes of weights that a token reads.
     """
 
     def __init__(self, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, weights: str = "float32"):
@@ -46,6 +48,7 @@ class Engine:
 
         Raises:
             UserError: the engine does not support the model, or weights are missing or of another shape.
+            RunFailed: weights are not numbers.
         """
         if weights not in FORMATS:
             raise UserError(f"There is no format {weights!r} of weights; choose one of {', '.join(FORMATS)}.")
@@ -53,7 +56,13 @@ class Engine:
         if reason is not None:
             raise UserError(f"The engine cannot run this model, since {reason}; use the model in torch.")
         self.fields, self.shape = fields, shape_of(fields)
+        try:
+            self.signature = self._signature()
+        except KeyError as error:
+            raise UserError(f"The configuration of the model is damaged: it lacks {error}.") from error
         self.weights = Weights(self.shape, tensors, weights)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.identity = weights_identity(shapes, lambda name, places: tensors[name].reshape(-1)[places])
         self.vocab_size, self.weight_bytes = self.shape.vocabulary, self.weights.bytes_per_token
         self._compiled, self._loops = _compiled_step(), _loops()
         self._constants = self._arguments()
@@ -67,20 +76,19 @@ class Engine:
             UserError: no such model, or one that the engine does not support.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load_file
 
         folder = Path(folder)
         try:
             fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             index = folder / "model.safetensors.index.json"
             names = ["model.safetensors"]
-            if index.is_file():
+            if not (folder / names[0]).is_file() and index.is_file():  # in the order of transformers
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise UserError(f"{index} names files outside the folder; the folder is damaged.")
             tensors: dict[str, np.ndarray] = {}
             for name in names:
-                tensors |= load_file(folder / name)
+                tensors |= read_tensors(folder / name)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} is no model folder ({error}); give one that `dyadlm train` wrote.") from error
         if not isinstance(fields, dict) or fields.get("model_type") != "dyadlm":
@@ -89,7 +97,9 @@ class Engine:
 
     def start(self, rows: int = 1) -> EngineState:
         """An empty state of B rows."""
-        return EngineState(self.shape, rows)
+        state = EngineState(self.shape, rows)
+        state.owner = self
+        return state
 
     def step(self, state: EngineState, token: int) -> np.ndarray:
         """Read one token, 0 <= token < V, into a state of one row, which moves on. Returns logits (V,) float32.
@@ -104,7 +114,13 @@ class Engine:
 
         Raises:
             IndexError: a token outside the vocabulary.
+            UserError: the state of another engine.
         """
+        if state.owner is not self:
+            raise UserError(
+                "The state belongs to another engine; take it over with `engine.state_from(state.tensors(), "
+                "state.columns_seen)`."
+            )
         for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise IndexError(f"The vocabulary has {self.vocab_size} tokens; this is token {token}.")
@@ -133,6 +149,7 @@ class Engine:
             UserError: names, shapes or numbers are not those of a state of this model.
         """
         state, shape = EngineState.from_named(self.shape, tensors, columns_seen), self.shape
+        state.owner = self
         reads, ups = self.weights.node_read.wide(), self.weights.node_up.wide()
         for layer in range(shape.layers):
             for n in range(shape.dual):
@@ -144,17 +161,15 @@ class Engine:
 
     def save_state(self, state: EngineState, path: str | Path) -> None:
         """Write a state as `DyadCache.save` writes it, atomically."""
-        from safetensors.numpy import save
-
-        write_atomically(Path(path), save(state.tensors(), metadata_of(self._signature(), state.columns_seen)))
+        write_state(Path(path), state.tensors(), self.signature, state.columns_seen, self.identity)
 
     def load_state(self, path: str | Path) -> EngineState:
         """Read a state that `save_state` or `DyadCache.save` wrote.
 
         Raises:
-            UserError: no such file, no state file, or the state of a model of another shape.
+            UserError: no such file, no state file, a damaged one, or the state of another model.
         """
-        return self.state_from(*read_state(path, self._signature(), "np"))
+        return self.state_from(*read_state(path, self.signature, self.identity))
 
     def _signature(self) -> str:
         s = self.shape
@@ -173,6 +188,27 @@ class Engine:
         return (sizes, np.float32(s.eps), np.float32(log2_longest(s)), contexts, slots, *first, *rest)
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file; float16 and bfloat16, which numpy does not have, as float32.
+
+    Raises:
+        SafetensorError: the file is damaged.
+    """
+    from safetensors import deserialize
+
+    tensors = {}
+    for name, stored in deserialize(path.read_bytes()):
+        shape, kind, data = stored["shape"], stored["dtype"], stored["data"]
+        if kind == "BF16":
+            array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif kind in NUMPY_KINDS:
+            array = np.frombuffer(data, NUMPY_KINDS[kind])
+        else:
+            raise ValueError(f"{name} is {kind}")
+        tensors[name] = (array.astype(np.float32) if kind == "F16" else array).reshape(shape)
+    return tensors
+
+
 def scratch_size(shape: Shape) -> int:
     """Numbers that a step needs to work with."""
     s = shape
@@ -187,8 +223,11 @@ def _compiled_step() -> Callable[..., None] | None:
     """The step that numba compiles, if numba is there."""
     try:
         from dyadlm.engine.numba_step import step
-    except ImportError:
-        log.warning("numba is not installed, so tokens are decoded by numpy, several times slower.")
+    except ModuleNotFoundError as error:
+        log.warning("Tokens are decoded by numpy, several times slower, since %s is not installed.", error.name)
+        return None
+    except ImportError as error:  # numba refuses versions of numpy that it does not know
+        log.warning("Tokens are decoded by numpy, several times slower, since numba cannot be imported: %s", error)
         return None
     except RuntimeError as error:  # there is no folder in which numba may keep what it compiles
         log.warning("Tokens are decoded by numpy, several times slower (%s); set NUMBA_CACHE_DIR to a folder.", error)

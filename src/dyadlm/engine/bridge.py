@@ -6,16 +6,20 @@ the same result. The state moves between `DyadCache` and the engine when needed.
 Dimension letters: B rows, V vocabulary.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dyadlm.engine import Engine, EngineState, unsupported
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.model.cache import DyadCache
+from dyadlm.model.decoding import FAST_DECODER
 from dyadlm.model.modeling import DyadForCausalLM
 
 log = logging.getLogger("dyadlm.engine")
@@ -45,10 +49,10 @@ def cache_of(state: EngineState) -> DyadCache:
 
 
 class Decoder:
-    """The engine of one torch model, with a copy of its weights."""
+    """The engine of one torch model, with a copy of its weights. version: of what the copy was made of."""
 
-    def __init__(self, model: DyadForCausalLM):
-        self.version = weights_version(model)
+    def __init__(self, model: DyadForCausalLM, version: object = None):
+        self.version = version_of(model) if version is None else version
         named = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         named = {name: array for name, array in named.items() if not name.startswith("companions.")}
         self.engine = Engine(model.config.to_dict(), named)
@@ -60,7 +64,7 @@ class Decoder:
             IndexError: a token outside the vocabulary, as the embedding of torch raises it.
         """
         if not isinstance(cache.rows, EngineRows) or cache.rows.engine is not self.engine:
-            tensors = {name: tensor.numpy() for name, tensor in cache.tensors().items()}
+            tensors = {name: tensor.detach().numpy() for name, tensor in cache.tensors().items()}
             cache.hand_over(EngineRows(self.engine.state_from(tensors, cache.columns_seen), self.engine))
         held = cache.rows
         assert isinstance(held, EngineRows)
@@ -69,42 +73,75 @@ class Decoder:
         return torch.from_numpy(logits)[:, None]
 
 
-def weights_version(model: DyadForCausalLM) -> tuple[tuple[int, int], ...]:
-    """What changes whenever a weight or buffer is written to or replaced."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in model.state_dict(keep_vars=True).values())
+def version_of(model: DyadForCausalLM) -> tuple[Any, ...]:
+    """What changes with a weight, a buffer or the configuration, in whatever way it was written to.
+
+    Reading all weights once takes about as long as decoding a token.
+    """
+    sums = tuple(_checksum(tensor) for tensor in model.state_dict().values())
+    return (sums, json.dumps(model.config.to_dict(), sort_keys=True, default=str))
+
+
+def _checksum(tensor: Tensor) -> tuple[Any, ...]:
+    """Of shape, dtype and bits; eight bytes are added at once."""
+    bits = tensor.detach().contiguous().reshape(-1).numpy().view(np.uint8)
+    whole = len(bits) // 8 * 8
+    return (*tensor.shape, tensor.dtype, int(bits[:whole].view(np.int64).sum()), bits[whole:].tobytes())
+
+
+# Modules of these packages compute what the engine does in their place; all others are asked themselves.
+KNOWN_MODULES = ("dyadlm.model.", "torch.nn.modules.")
+EXPECTED_FAULTS = (UserError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
 def refusal(model: DyadForCausalLM) -> str | None:
     """Why the engine cannot decode for a model, as the end of a sentence; None if it can."""
-    if model.training:
-        return "it is in training mode"
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        return f"its weights are {model.dtype} on {model.device.type}, not float32 on the CPU"
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return f"its weights are on {model.device}"
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
+        return "its weights are not in float32"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    if hooked or torch.nn.modules.module._global_forward_hooks:
-        return "hooks watch its modules"
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        return "adapters are attached to it"
-    if (
-        model.model.boundaries is not None
-        and not model.model.boundaries.known
-        and not model.model.boundaries.marks.any()
-    ):
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return "hooks watch all modules"
+    beside = set(model.companions.modules())
+    for module in model.modules():
+        if module in beside:
+            continue
+        kind = type(module)
+        if kind.__module__.startswith("peft."):
+            return "adapters are attached to it"
+        if module.training:
+            return "it is in training mode"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "hooks watch its modules"
+        if "forward" in vars(module) or not f"{kind.__module__}.".startswith(KNOWN_MODULES):
+            return f"a module of it is not of its own kind ({kind.__module__}.{kind.__name__})"
+    boundaries = model.model.boundaries
+    if boundaries is not None and not boundaries.known and not boundaries.marks.any():
         return "its rules have not been given the text of the tokens"
     return unsupported(model.config.to_dict())
 
 
 def decoder_of(model: DyadForCausalLM) -> Decoder | None:
     """What decodes for a model as its weights are now; None, with the reason in the log, where the engine cannot."""
-    reason = refusal(model)
-    if reason is not None:
+    kept: Decoder | None = None
+    try:
+        reason = refusal(model)
+        if reason is None:
+            version = version_of(model)
+            kept = model.__dict__.get("_kept_decoder")
+            if kept is None or kept.version != version:
+                kept = Decoder(model, version)
+    except (*EXPECTED_FAULTS, RunFailed) as error:
+        reason, kept = f"it cannot be copied ({error})", None
+    if kept is None:
         log.info("Tokens are decoded by torch, since %s.", reason)
-        return None
-    kept: Decoder | None = model.__dict__.get("_kept_decoder")
-    if kept is None or kept.version != weights_version(model):
-        kept = model.__dict__["_kept_decoder"] = Decoder(model)
+        model.__dict__.pop("_kept_decoder", None)  # its weights need not be kept for nothing
+    else:
+        model.__dict__["_kept_decoder"] = kept
     return kept
 
 
@@ -112,13 +149,14 @@ def decoder_of(model: DyadForCausalLM) -> Decoder | None:
 def fast_decoding(model: Any) -> Iterator[None]:
     """While this is open, single tokens of a dyadlm model are read by the engine, where it supports the model.
 
-    The log `dyadlm.engine` says why not, if it does not. Any other model is left as it is.
+    It holds for this thread (or task) alone, and where gradients are off. The log `dyadlm.engine` says why the engine
+    does not serve, if it does not. Any other model is left as it is.
     """
-    if not isinstance(model, DyadForCausalLM) or model._fast_decoder is not None:
+    if not isinstance(model, DyadForCausalLM):
         yield
         return
-    model._fast_decoder = decoder_of(model)
+    token = FAST_DECODER.set((model, decoder_of(model)))
     try:
         yield
     finally:
-        model._fast_decoder = None
+        FAST_DECODER.reset(token)

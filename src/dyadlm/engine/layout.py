@@ -25,20 +25,20 @@ SEED_0, SEED_1 = np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344)
 MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 SLIDING_WIDTH = 8  # `hybrid` is sliding up to here, dual beyond
 
-# What has to stand in the configuration, and how it is called where it does not.
-REQUIRED: tuple[tuple[str, Any, str], ...] = (
-    ("level_feature", "product+pair", "its level_feature is not product+pair"),
-    ("transport_space", "level", "its transport_space is not level"),
-    ("tower", "layer", "its levels are read once from the input"),
-    ("semantic_memory", 1, "its semantic levels show two segments"),
-    ("salience", True, "its tokens all count alike (salience)"),
-    ("forgetting", False, "its segments forget"),
-    ("selector", "none", "it has a selector"),
-    ("decision_slots", False, "it has decision slots"),
-    ("planner", "none", "it has a planner"),
-    ("early", "zero", "its early windows are not zero"),
-    ("slot_gate", False, "its slots have a gate"),
-    ("slot_evict", "ring", "its slots evict by use"),
+# What has to stand in the configuration, what it is where nothing is said, and what it is called if it is another.
+REQUIRED: tuple[tuple[str, Any, Any, str], ...] = (
+    ("level_feature", "product+pair", "product+pair", "its level_feature is not product+pair"),
+    ("transport_space", "level", "level", "its transport_space is not level"),
+    ("tower", "layer", "layer", "its levels are read once from the input"),
+    ("semantic_memory", 1, 1, "its semantic levels show two segments"),
+    ("salience", True, False, "its tokens all count alike (salience)"),
+    ("forgetting", False, False, "its segments forget"),
+    ("selector", "none", "none", "it has a selector"),
+    ("decision_slots", False, False, "it has decision slots"),
+    ("planner", "none", "none", "it has a planner"),
+    ("early", "zero", "zero", "its early windows are not zero"),
+    ("slot_gate", False, False, "its slots have a gate"),
+    ("slot_evict", "ring", "ring", "its slots evict by use"),
 )
 
 
@@ -109,8 +109,15 @@ def unsupported(fields: Mapping[str, Any]) -> str | None:
     Raises:
         UserError: fields that no model can have, as in a damaged config.json.
     """
-    for name, wanted, reason in REQUIRED:
-        if fields.get(name, wanted) != wanted:
+    try:
+        return _unsupported(fields)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"The configuration of the model is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _unsupported(fields: Mapping[str, Any]) -> str | None:
+    for name, wanted, default, reason in REQUIRED:
+        if fields.get(name, default) != wanted:
             return reason
     alignments = _alignments(fields)
     sliding = sum(alignment == "sliding" for alignment in alignments)
@@ -162,7 +169,8 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
         and len(set(shape.slot_layers)) == len(shape.slot_layers),
         "slot_contexts": all(0 <= context < 2**16 for context in shape.contexts),
         "semantic_levels": all(isinstance(rule, str) for rule in shape.rules),
-        "rms_norm_eps": isinstance(shape.eps, float | int),
+        "rms_norm_eps": isinstance(shape.eps, float | int) and math.isfinite(shape.eps) and shape.eps >= 0,
+        "tie_word_embeddings": isinstance(fields.get("tie_word_embeddings", True), bool),
     }.items():
         if not holds:
             raise UserError(f"The configuration of the model is damaged: {name} is {fields.get(name)!r}.")

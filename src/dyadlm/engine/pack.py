@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dyadlm.engine.layout import Shape
-from dyadlm.errors import UserError
+from dyadlm.errors import RunFailed, UserError
 
 Array = np.ndarray
 
@@ -54,7 +54,7 @@ def stored(matrix: Array, form: str) -> Matrix:
 
 
 class Weights:
-    """Float32 arrays and matrices in one of `FORMATS`, each with the layers first.
+    """Float32 arrays and matrices in one of `FORMATS`, each with the layers first; copies of what they are made of.
 
     read: (L, rows, D); a layer without slots has zeros in the rows of the slot value. up: (L, D, token features).
     age: (L, D, ages). gates: (L, 2 F, D). down: (L, D, F). recall: (slot layers, D, N (M + 1)).
@@ -71,7 +71,8 @@ class Weights:
     node_up: Any
 
     def __init__(self, shape: Shape, tensors: Mapping[str, Array], form: str = "float32"):
-        s, self._tensors, self._sliding = shape, tensors, shape.sliding
+        s, self._sliding = shape, shape.sliding
+        self._tensors: Mapping[str, Array] = tensors  # let go at the end, so that nothing is held twice
         self._wide: dict[str, Array] = {}
         sliding, dual = range(s.sliding), range(s.sliding, s.levels)
         token_levels = [*sliding, *range(s.levels, s.levels + s.semantic)]
@@ -79,10 +80,10 @@ class Weights:
         aged = 2 * s.dual + s.semantic
         layer = [f"model.layers.{index}." for index in range(s.layers)]
 
-        self.embedding = self._take("model.embed_tokens.weight", s.vocabulary, s.width)
+        self.embedding = self._take("model.embed_tokens.weight", s.vocabulary, s.width).copy()
         name = "lm_head.weight"
-        self.head = self.embedding if s.tied and name not in tensors else self._take(name, s.vocabulary, s.width)
-        self.norm = self._take("model.norm.weight", s.width)
+        self.head = self.embedding if s.tied and name not in tensors else self._take(name, s.vocabulary, s.width).copy()
+        self.norm = self._take("model.norm.weight", s.width).copy()
         self.norms = np.stack(
             [np.stack([self._take(at + f"{part}_norm.weight", s.width) for part in ("tower", "mlp")]) for at in layer]
         )
@@ -123,7 +124,7 @@ class Weights:
             setattr(self, name, stored(getattr(self, name), form))
         self.marks = np.zeros((s.vocabulary, 0), np.uint8)
         if s.rules:
-            self.marks = np.ascontiguousarray(self._found("model.boundaries.marks", (s.vocabulary, len(s.rules))))
+            self.marks = self._found("model.boundaries.marks", (s.vocabulary, len(s.rules))).copy()
             if self.marks.dtype != np.uint8:
                 raise UserError(f"The marks of tokens are {self.marks.dtype}, not uint8; the folder is damaged.")
             if not self.marks.any():
@@ -131,6 +132,7 @@ class Weights:
                     f"The rules of {', '.join(s.rules)} need the text of each token; call "
                     "model.use_tokenizer(tokenizer) once and save the model again."
                 )
+        del self._tensors
 
     @property
     def bytes_per_token(self) -> int:
@@ -162,7 +164,13 @@ class Weights:
         return tensor
 
     def _take(self, name: str, *shape: int) -> Array:
-        return np.ascontiguousarray(self._found(name, shape), dtype=np.float32)
+        tensor = self._found(name, shape)
+        if tensor.dtype.kind != "f":
+            raise UserError(f"The weight {name} is {tensor.dtype}, no floating-point numbers; the folder is damaged.")
+        taken = np.ascontiguousarray(tensor, dtype=np.float32)
+        if not np.isfinite(taken).all():
+            raise RunFailed(f"The weight {name} holds values that are not numbers; it is damaged or diverged.")
+        return taken
 
     def _stack(self, names: Sequence[str], *shape: int) -> Array:
         if not names:

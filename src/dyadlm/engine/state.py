@@ -10,6 +10,7 @@ import numpy as np
 
 from dyadlm.engine.layout import Shape
 from dyadlm.errors import UserError
+from dyadlm.state_file import require_fitting
 
 Array = np.ndarray
 
@@ -23,6 +24,7 @@ class EngineState:
     def __init__(self, shape: Shape, rows: int = 1):
         s, tables = shape, len(shape.contexts)
         self.shape, self.rows, self.columns_seen = shape, rows, 0
+        self.owner: object = None  # the engine whose weights `nodes` and `summed` follow from
         self._views: dict[int, tuple[Array, ...]] = {}
         self.tags = np.full((rows, tables, s.sets, s.ways, s.tag_parts), -1, np.int64)
         self.values = np.zeros((rows, len(s.slot_layers), tables, s.sets, s.ways, s.slot_width), np.float32)
@@ -41,6 +43,10 @@ class EngineState:
         # What each dual level adds since its last node, and all of them together.
         self.nodes = np.zeros((rows, s.layers, s.dual, s.width), np.float32)
         self.summed = np.zeros((rows, s.layers, s.width), np.float32)
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles, which have views of their own and belong to no engine yet."""
+        return {**vars(self), "_views": {}, "owner": None}
 
     def arrays(self) -> dict[str, Array]:
         """All arrays by name."""
@@ -73,6 +79,7 @@ class EngineState:
         """A state of the given rows in that order; rows may repeat."""
         chosen = object.__new__(EngineState)
         chosen.shape, chosen.rows, chosen.columns_seen = self.shape, len(rows), self.columns_seen
+        chosen.owner = self.owner
         chosen._views, index = {}, list(rows)
         for name, array in self.arrays().items():
             setattr(chosen, name, array[index])
@@ -132,22 +139,13 @@ class EngineState:
         if not tensors:
             return state
         template = state.tensors()
-        if set(tensors) == {"position"} | {name for name in template if ".slots." in name}:
-            tensors = {**template, **tensors}  # between two documents, slots alone are kept
-        if template.keys() != tensors.keys():
-            other = min(template.keys() ^ tensors.keys())
-            raise UserError(f"The state does not fit this model ({other}); use it with the model that wrote it.")
-        for name, array in template.items():
-            found = tensors[name]
-            if found.shape != array.shape or (found.dtype.kind == "f") != (array.dtype.kind == "f"):
-                raise UserError(f"The state does not fit this model ({name}); use it with the model that wrote it.")
+        require_fitting(tensors, template)
+        tensors = {**template, **tensors}  # between two documents, slots alone are kept
         state.counter[:] = tensors["position"]
         if s.rules:
             state.marks[:] = np.stack([tensors["text.marks.0"], tensors["text.marks.1"]], 1)
         if s.semantic:
             state.counts[:] = np.stack([tensors["text.counts.0"], tensors["text.counts.1"]], 1)
-        if state.counter.min() < 0 or state.counts.min(initial=0) < 0:
-            raise UserError("The state counts tokens below zero; it is damaged, write a new one with --state-out.")
         if s.contexts:
             state.history[:] = tensors["text.contexts.0"]
             if 0 in s.contexts:
@@ -165,6 +163,11 @@ class EngineState:
                     own = tensors[at + f"segments.{part + 1}"].reshape(rows, s.semantic, -1)
                     state.complete[:, part, index] = own
             if index in s.slot_layers:
+                first = f"layers.{s.slot_layers[0]}."
+                if any(np.any(tensors[at + part] != tensors[first + part]) for part in ("slots.0", "slots.2")):
+                    raise UserError(
+                        "The slots of the state differ from block to block; it is damaged, write a new one."
+                    )
                 state.tags[:] = tensors[at + "slots.0"]
                 state.values[:, s.slot_layers.index(index)] = tensors[at + "slots.1"]
                 state.pending[:] = tensors[at + "slots.2"]

@@ -39,6 +39,7 @@ class EngineModel:
         self.folder, self.engine = folder, Engine.from_folder(folder)
         self.fields = self.engine.fields
         self.end_tokens = _end_tokens(folder, self.fields)
+        self._torch: Any = None
 
     def reader(self) -> "EngineReader":
         """A reader at its beginning."""
@@ -48,7 +49,9 @@ class EngineModel:
         """The same model in torch, on the CPU."""
         from dyadlm.generate.pretrained import load_model
 
-        return load_model(self.folder, "cpu")[0]
+        if self._torch is None:
+            self._torch = load_model(self.folder, "cpu", "float32")[0]
+        return self._torch
 
 
 class EngineReader:
@@ -121,14 +124,18 @@ class EngineReader:
 
     def load(self, path: Path) -> None:
         """Take up a saved state."""
-        self._state, self._logits, self._in_torch = self._engine.load_state(path), None, None
+        state = self._engine.load_state(path)
+        if state.rows > 1:
+            raise UserError(f"{path} holds {state.rows} rows, but a session reads one text.")
+        self._state, self._logits, self._in_torch, self._long = state, None, None, 0
 
     def start_document(self) -> None:
         """Keep the tables of slots alone."""
         require_lasting_slots(self._model.fields)
         if self._in_torch is not None:
             self._in_torch.start_document()
-        self._state.start_document()
+        else:
+            self._state.start_document()
         self._logits = None
 
     def _turn_to_torch(self) -> None:
@@ -137,6 +144,7 @@ class EngineReader:
 
         log.info("There is much to read, so torch reads on from here.")
         self._in_torch = TorchReader(self._model.in_torch(), cache_of(self._state), self._logits)
+        self._state = self._engine.start()
 
 
 def engine_model(path_or_name: str | Path, device: str, dtype: str) -> EngineModel | None:

@@ -13,6 +13,9 @@ import numpy as np
 
 from dyadlm.errors import UserError
 
+# Below it logits are no finite numbers after the division, and all but the likeliest tokens have no chance long before.
+COLDEST = 1e-30
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,8 +30,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0.0:
-            raise UserError(f"The temperature is at least 0 (0 is greedy), not {self.temperature}.")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UserError(f"The temperature is a number of at least 0 (0 is greedy), not {self.temperature}.")
         if self.top_k < 0:
             raise UserError(f"top-k is a number of tokens (0 keeps all), not {self.top_k}.")
         if not 0.0 < self.top_p <= 1.0:
@@ -53,7 +56,7 @@ class Sampler:
     def keep(self, logits: np.ndarray) -> np.ndarray:
         """Logits (V,) float32 by temperature, -inf where top-k or top-p leaves a token out."""
         options = self._sampling
-        scores = logits / np.float32(options.temperature)
+        scores = logits / np.float32(max(options.temperature, COLDEST))
         if options.top_k > 0:
             least = np.partition(scores, -min(options.top_k, len(scores)))[-min(options.top_k, len(scores))]
             scores = np.where(scores < least, np.float32(-np.inf), scores)

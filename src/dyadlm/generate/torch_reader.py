@@ -4,7 +4,7 @@ Dimension letters: T tokens, V vocabulary.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from dyadlm.causal_lm import Continuation
 from dyadlm.engine.bridge import Decoder, decoder_of
+from dyadlm.errors import UserError
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
 from dyadlm.generate.states import require_lasting_slots, require_saveable_state
 from dyadlm.model import DyadCache, DyadForCausalLM
+from dyadlm.model.empty_state import identity_of
 
 # Tokens read in one forward pass; longer texts go through in pieces, at constant memory.
 CHUNK = 2048
@@ -67,12 +69,17 @@ class TorchReader:
 
     def save(self, path: Path) -> None:
         """Write the state as safetensors, replacing the file."""
-        self.state.save(path, require_saveable_state(self.model))
+        config = require_saveable_state(self.model)
+        state = DyadCache() if self.state is None else self.state
+        state.save(path, config, identity_of(cast(DyadForCausalLM, self.model)))
 
     def load(self, path: Path) -> None:
         """Take up a saved state."""
         config = require_saveable_state(self.model)
-        self.state, self.logits = DyadCache.load(path, config, device=self.model.device), None
+        state = DyadCache.load(path, config, self.model.device, identity_of(cast(DyadForCausalLM, self.model)))
+        if state.batch_size > 1:
+            raise UserError(f"{path} holds {state.batch_size} rows, but a session reads one text.")
+        self.state, self.logits = state, None
 
     def start_document(self) -> None:
         """Keep the tables of slots alone."""

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from dyadlm.files import write_atomically
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.ops.slots import SlotState, SlotWrite, slot_put
-from dyadlm.state_file import metadata_of, read_state, state_signature
+from dyadlm.state_file import read_state, require_fitting, state_signature, write_state
 
 
 class BlockState(NamedTuple):
@@ -96,6 +94,15 @@ class DyadCache:
         self.text = _read(TextState, tensors, "text")
         self.planner = _read(PlannerState, tensors, "planner")
         self.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(layers)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the state as tensors, whoever holds it."""
+        if self.rows is None:
+            return vars(self)
+        twin = DyadCache()
+        twin._set(self.rows.tensors(), self._depth)
+        twin.columns_seen = self.columns_seen
+        return vars(twin)
 
     def hand_over(self, rows: Rows) -> None:
         """Keep the state in `rows` from now on. Whoever asks for a tensor gets all of it back as tensors."""
@@ -217,19 +224,32 @@ class DyadCache:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    def save(self, path: str | Path, config: DyadConfig) -> None:
-        """Write the state as safetensors, atomically. The file names the shape of the model it belongs to."""
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
-        write_atomically(Path(path), save(tensors, metadata_of(signature_of(config), self.columns_seen)))
+    def save(self, path: str | Path, config: DyadConfig, weights: str | None = None) -> None:
+        """Write the state as safetensors, atomically. The file names the shape of the model it belongs to.
+
+        weights: what tells the model's weights from others (`identity_of`), for `load` to compare.
+        """
+        tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self.tensors().items()}
+        write_state(Path(path), tensors, signature_of(config), self.columns_seen, weights)
 
     @classmethod
-    def load(cls, path: str | Path, config: DyadConfig, device: torch.device | str = "cpu") -> "DyadCache":
-        """Read a state written by `save`.
+    def load(
+        cls,
+        path: str | Path,
+        config: DyadConfig,
+        device: torch.device | str = "cpu",
+        weights: str | None = None,
+    ) -> "DyadCache":
+        """Read a state written by `save`. weights: of the model (`identity_of`); None: they are not compared.
 
         Raises:
-            UserError: no such file, no state file, or the state of a model of another shape.
+            UserError: no such file, no state file, a damaged one, or the state of another model.
         """
-        tensors, columns_seen = read_state(path, signature_of(config), "pt", str(device))
+        from dyadlm.model.empty_state import empty_state  # which runs a model, and so imports this module
+
+        arrays, columns_seen = read_state(path, signature_of(config), weights)
+        require_fitting(arrays, empty_state(config))
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         cache = cls()
         cache.columns_seen = columns_seen
         cache._set(tensors, config.num_hidden_layers if "position" in tensors else 0)

@@ -209,6 +209,8 @@ class DyadConfig(PreTrainedConfig):
         if self.forgetting and not self.semantic_levels:
             raise UserError("forgetting is of the open segments of semantic levels; set semantic_levels too.")
         _require_between("dropout", self.dropout, 0.0, 1.0)
+        _require_between("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        _require_between("initializer_range", self.initializer_range, 0.0, float("inf"))
         _require_between("boundary_rate", self.boundary_rate, 0.01, 1.0)
         self._settle_selector()
         self._settle_slots()
@@ -252,10 +254,12 @@ class DyadConfig(PreTrainedConfig):
         if self.slot_layers is None:
             self.slot_layers = list(range(self.num_hidden_layers // 2, self.num_hidden_layers))
         for layer in self.slot_layers:
-            if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < self.num_hidden_layers:
                 raise UserError(
                     f"slot_layers names block {layer!r}; give numbers from 0 to {self.num_hidden_layers - 1}."
                 )
+        if len(set(self.slot_layers)) < len(self.slot_layers):
+            raise UserError(f"slot_layers names a block twice ({self.slot_layers}); name each once.")
 
     def _settle_planner(self) -> None:
         _require_choice("planner", self.planner, PLANNERS)

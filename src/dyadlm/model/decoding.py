@@ -3,8 +3,10 @@
 Dimension letters: B rows, T time, V vocabulary.
 """
 
+from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
@@ -21,11 +23,24 @@ class TokenReader(Protocol):
         ...
 
 
+# The model for which single tokens are read faster in this thread or task, and what reads them
+# (`dyadlm.engine.bridge.fast_decoding` sets it).
+FAST_DECODER: ContextVar[tuple[Any, TokenReader | None]] = ContextVar("fast_decoder", default=(None, None))
+
+
 def continues_rows(ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: DyadCache) -> bool:
     """Whether a chunk is one real token for each of some rows that goes on with the row's document."""
-    if ids.shape[1] != 1 or ids.shape[0] > MOST_ROWS or cache.is_empty or cache.batch_size != ids.shape[0]:
+    if (
+        ids.dim() != 2
+        or ids.shape[1] != 1
+        or ids.shape[0] > MOST_ROWS
+        or cache.is_empty
+        or cache.batch_size != ids.shape[0]
+    ):
         return False
-    if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or len(attention_mask) != len(ids) or bool((attention_mask[:, -1] == 0).any())
+    ):
         return False
     return position_ids is None or not bool((position_ids[..., -1] == 0).any())
 
@@ -34,7 +49,6 @@ class DyadGenerationMixin(GenerationMixin):
     """`generate` as in transformers, with the same tokens; where the engine is faster, it decodes them."""
 
     _is_stateful = True
-    _fast_decoder: TokenReader | None = None  # set by `dyadlm.engine.bridge.fast_decoding`
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -45,7 +59,8 @@ class DyadGenerationMixin(GenerationMixin):
         from dyadlm.engine.bridge import fast_decoding  # the engine is above the model
 
         # Beams are reordered after each token, which would move the state back and forth.
-        config = kwargs.get("generation_config") or cast(Any, self).generation_config
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = given or cast(Any, self).generation_config
         beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
         if beams > 1:
             return cast(Any, super()).generate(*args, **kwargs)
@@ -60,11 +75,14 @@ class DyadGenerationMixin(GenerationMixin):
         cache: DyadCache | None,
     ) -> Tensor | None:
         """Logits (B, 1, V) by the fast decoder, if there is one and the chunk is a token of each row; else None."""
-        if self._fast_decoder is None or ids is None or cache is None:
+        model, decoder = FAST_DECODER.get()
+        if model is not self or decoder is None or ids is None or torch.is_grad_enabled():
+            return None
+        if not isinstance(cache, DyadCache):
             return None
         if not continues_rows(ids, attention_mask, position_ids, cache):
             return None
-        return self._fast_decoder.step(ids[:, 0].tolist(), cache)
+        return decoder.step(ids[:, 0].tolist(), cache)
 
     def _reorder_cache(self, past_key_values: DyadCache, beam_idx: Tensor) -> DyadCache:
         past_key_values.reorder_cache(beam_idx)

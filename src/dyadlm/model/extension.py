@@ -42,7 +42,11 @@ class AuxiliaryModule(nn.Module):
 
 
 def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All named metrics; the costs become one. Names other than `cost` are unique."""
+    """All named metrics; the costs become one. Raises ValueError if another name than `cost` comes twice."""
+    names = [name for part in metrics for name in part if name != "cost"]
+    if len(set(names)) < len(names):
+        twice = sorted(name for name in set(names) if names.count(name) > 1)
+        raise ValueError(f"Two parts report the same metrics: {', '.join(twice)}.")
     named = {name: value for part in metrics for name, value in part.items()}
     if costs := [part["cost"] for part in metrics if "cost" in part]:
         named["cost"] = torch.stack(costs).sum()

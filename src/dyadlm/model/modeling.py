@@ -175,9 +175,15 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         self.companions = nn.ModuleDict()  # of training alone
         self.post_init()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the engine's copy of the weights is made again when it is needed."""
+        return {name: value for name, value in vars(self).items() if name != "_kept_decoder"}
+
     def accompany(self, name: str, companion: AuxiliaryModule) -> None:
         """Train an auxiliary module beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
-        evaluation mode never calls it."""
+        evaluation mode never calls it. Raises `UserError` for a name that there is already."""
+        if name in self.companions:
+            raise UserError(f"There is a companion {name!r} already; remove it from model.companions first.")
         self.companions[name] = companion.to(device=self.device, dtype=self.dtype)
         self._keys_to_ignore_on_save = {key for key in self.state_dict() if key.startswith(COMPANIONS)}
 
@@ -202,6 +208,8 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
 
     def set_progress(self, fraction: float) -> None:
         """Set how far training is, from 0 to 1, for parts that follow it. The trainer of dyadlm calls this."""
+        if not 0.0 <= fraction <= 1.0:
+            raise UserError(f"The progress of training lies between 0 and 1, not at {fraction}.")
         self.model.progress.fill_(fraction)
 
     def forward(
@@ -241,7 +249,14 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
             UserError: a cache of another kind or batch size, or an attention mask that is not (B, T); embeddings in
                 place of tokens while companions train, which read the tokens.
         """
-        if not (output_hidden_states or output_routes or output_plan or labels is not None or return_dict is False):
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
+        show_all = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if (
+            return_dict
+            and use_cache is not False
+            and not (show_all or output_routes or output_plan or labels is not None)
+        ):
             fast = self.decoded(input_ids, attention_mask, position_ids, past_key_values)
             if fast is not None:
                 return DyadOutput(logits=fast, past_key_values=past_key_values)
@@ -294,7 +309,7 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
             metrics=metrics,
             plan=plan if output_plan else None,
         )
-        return as_asked(output, self.config.return_dict if return_dict is None else return_dict)
+        return as_asked(output, return_dict)
 
 
 register_models()

@@ -92,7 +92,12 @@ def level_contributions(model: DyadForCausalLM, ids: Tensor) -> Tensor:
 
     Returns:
         (L, K, T) float.
+
+    Raises:
+        ValueError: several texts.
     """
+    if ids.dim() > 2 or (ids.dim() == 2 and len(ids) > 1):
+        raise ValueError(f"Levels are told of one text at a time, not of {tuple(ids.shape)}.")
     lengths = []
     for trace in trace_blocks(model, ids.view(1, -1)):
         tower, layout = trace.block.tower, trace.layout
@@ -118,7 +123,13 @@ def slot_hits(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def without_level(model: DyadForCausalLM, level: int) -> DyadForCausalLM:
-    """A copy of the model in which one level adds nothing: its up-projections are zero in every block."""
+    """A copy of the model in which one level adds nothing: its up-projections are zero in every block.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    if not 0 <= level < len(model.config.ranks):
+        raise ValueError(f"There is no level {level}; the model has {len(model.config.ranks)}.")
     copied = deepcopy(model)
     for module in copied.modules():
         if isinstance(module, Tower):
