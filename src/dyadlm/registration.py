@@ -1,10 +1,12 @@
 """The model among transformers' Auto classes, in whatever order dyadlm and transformers are imported.
 
 Where an Auto class is loaded already, the model is registered at once. Otherwise an import hook waits for the modules
-of the Auto classes, and registers the model when they have loaded.
+of the Auto classes, and registers the model when they have loaded. The same goes for peft, which is told what LoRA
+adapts.
 """
 
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -24,12 +26,15 @@ def register_configuration() -> None:
 def register_models() -> None:
     """Make `AutoModel` and `AutoModelForCausalLM` know the model. `dyadlm.model.modeling` calls this at its end."""
     from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from dyadlm.model.configuration import DyadConfig
     from dyadlm.model.modeling import DyadForCausalLM, DyadModel
 
     AutoModel.register(DyadConfig, DyadModel, exist_ok=True)
     AutoModelForCausalLM.register(DyadConfig, DyadForCausalLM, exist_ok=True)
+    # By these names Trainer tells whether the targets of label smoothing are to be shifted.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[DyadConfig.model_type] = DyadForCausalLM.__name__
 
 
 def register_models_unless_loading() -> None:
@@ -38,11 +43,22 @@ def register_models_unless_loading() -> None:
         register_models()
 
 
+def register_adapters() -> None:
+    """Let peft know which linear maps LoRA adapts where nobody names any."""
+    from peft.utils import constants
+
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["dyadlm"] = list(LORA_TARGETS)
+
+
+LORA_TARGETS = ("gate", "up", "down", "up_tokens")
+
 # What is registered once a module has loaded. The second module imports the first.
 REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": register_configuration,
     "transformers.models.auto.modeling_auto": register_models_unless_loading,
+    "peft.utils.constants": register_adapters,
 }
+_search = threading.local()
 
 
 def when_auto_classes_load() -> None:
@@ -66,13 +82,14 @@ class _AutoFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in REGISTRATIONS:
+        # The search below comes here again, and is then for the other finders.
+        if fullname not in REGISTRATIONS or getattr(_search, "goes_on", False):
             return None
-        sys.meta_path.remove(self)  # the search below must not find this finder again
+        _search.goes_on = True
         try:
             spec = find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)
+            _search.goes_on = False
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec

@@ -1,15 +1,19 @@
 """What a Hugging Face user expects of a causal language model."""
 
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -492,3 +496,123 @@ def test_what_is_not_told_follows_from_what_is():
     assert DyadConfig.from_preset("tiny", hidden_size=64, intermediate_size=100).intermediate_size == 100
     sizes = {parameters(DyadConfig(level_feature=feature)) for feature in LEVEL_FEATURES}
     assert len(sizes) == 1  # features compare at equal parameters
+
+
+# ---- What trainers and loaders of other libraries rely on
+
+
+def test_ids_of_any_integer_type_are_the_same_tokens():
+    """The hash of a context takes more than 32 bits."""
+    model, ids = make_model(torch.float32, preset="tiny", hidden_size=32), text_ids(2, 60)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for dtype in (torch.int32, torch.int16):
+            assert torch.equal(model(ids.to(dtype)).logits, expected)
+        assert torch.equal(model.generate(ids.int(), max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+
+
+def test_layers_that_would_be_offloaded_are_refused(tmp_path):
+    make_model(torch.float32, preset="tiny").save_pretrained(tmp_path / "model")
+    model = make_model(torch.float32, preset="tiny")
+    places = {name: "cpu" for name, _ in model.named_children() if name != "model"}
+    places |= {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    places |= {f"model.layers.{layer}": "cpu" if layer else "disk" for layer in range(3)}
+    with pytest.raises(UserError, match="offloaded, which dyadlm models do not support"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "away")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={"": "cpu"})
+    assert kept.device.type == "cpu"
+
+
+def test_label_smoothing_of_the_trainer_shifts_the_targets(tmp_path):
+    torch.manual_seed(0)
+    model = make_model(torch.float32).train()
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    trainer = Trainer(model=model, args=arguments)
+    ids = text_ids(2, 30)
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    logs = model(ids).logits[:, :-1].log_softmax(-1)
+    likelihood = -logs.gather(-1, ids[:, 1:, None]).mean()
+    expected = 0.9 * likelihood - 0.1 * logs.mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"semantic_levels": ["word", "learned"]}, {"slot_gate": True}])
+def test_predictions_of_the_trainer_are_logits(tmp_path, fields):
+    model = make_model(torch.float32, preset="tiny", hidden_size=32, num_hidden_layers=2, level_rank=8, **fields)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", disable_tqdm=True)
+    data = [{"input_ids": row, "labels": row} for row in text_ids(3, 20)]
+    shapes = []
+
+    def seen(told):
+        shapes.append(told.predictions.shape)
+        return {}
+
+    Trainer(model=model, args=arguments, eval_dataset=data, compute_metrics=seen).evaluate()
+    assert shapes == [(3, 20, 259)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls what is to go in transformers 6
+@pytest.mark.parametrize("name", ["topk", "input", "planner", "slots"])
+def test_adapters_on_every_linear_map_are_trained_and_merged(name):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    options = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2, init_lora_weights=False)
+    model = peft.get_peft_model(make_model(torch.float32, **VARIANTS[name]), options).train()
+    ids = text_ids(2, 40)
+    plan = {"output_plan": True} if "planner" in name else {}
+    output = model(input_ids=ids, labels=ids, **plan)
+    loss = output.loss if output.plan is None else output.loss + output.plan.proposal.square().mean()
+    loss.backward()
+    idle = [key for key, part in model.named_parameters() if part.requires_grad and part.grad is None]
+    assert not [key for key in idle if "tower" in key or "slots" in key or "mlp" in key]
+    model.eval()
+    with torch.no_grad():
+        before = model(ids).logits
+        after = deepcopy(model).merge_and_unload()(ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_lora_needs_no_names_of_modules():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(torch.float32, preset="tiny"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    adapted = {key.split(".")[-4] for key, _ in model.named_parameters() if "lora_A" in key}
+    assert {"gate", "up", "down", "up_tokens"} <= adapted
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the name that recipes use is to go in transformers 6
+def test_reentrant_checkpoints_are_made_without_reentering():
+    model, ids = make_model(torch.float32).train(), text_ids(2, 30)
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {key: part.grad.clone() for key, part in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model(input_ids=ids, labels=ids).loss.backward()
+    for key, part in model.named_parameters():
+        torch.testing.assert_close(part.grad, expected[key])
+
+
+def test_fields_that_do_not_fit_together_are_refused_when_a_model_is_loaded(tmp_path):
+    make_model(torch.float32, preset="tiny").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="slot_layers names block 2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    shorter = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, slot_layers=[])
+    assert shorter(text_ids(1, 10)).logits.shape == (1, 10, 259)
+
+
+def test_as_an_assistant_a_model_says_why_it_cannot_help():
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).eval()
+    with pytest.raises(UserError, match="cannot be cut back"):
+        llama.generate(text_ids(1, 10), max_new_tokens=8, do_sample=False, assistant_model=make_model(torch.float32))
+
+
+def test_lengths_past_the_training_are_generated_without_a_warning(caplog):
+    model = make_model(torch.float32, max_position_embeddings=16)
+    transformers.logging.enable_propagation()
+    try:
+        model.generate(text_ids(1, 10), max_new_tokens=20, eos_token_id=None)
+    finally:
+        transformers.logging.disable_propagation()
+    assert "maximum length" not in caplog.text

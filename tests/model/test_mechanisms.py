@@ -1,6 +1,8 @@
 """Facts about the mechanisms inside a model, each of which would be false of another mechanism."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -205,3 +207,13 @@ def test_rows_of_a_batch_do_not_meet():
     together = model(ids).logits
     for row in range(3):
         assert torch.allclose(model(ids[row : row + 1]).logits[0], together[row], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_can_be_pickled_and_copied(name):
+    """As `torch.save(model)` and processes that are spawned do."""
+    model, ids = make_model(torch.float32, **VARIANTS[name]), text_ids(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301 - our own
+            assert torch.equal(twin(ids).logits, expected)

@@ -70,13 +70,12 @@ def load_to_read(
     model: str, device: str, dtype: str, fields: Iterable[str] | None = None
 ) -> "tuple[PreTrainedModel | EngineModel, AnyTokenizer]":
     """As `load`, but by the engine where it serves, which starts without torch."""
-    from dyadlm.data.encoding import ByteTokenizer
     from dyadlm.generate import engine_model
 
     if not fields:
         light = engine_model(model, device, dtype)
         if light is not None:
-            return light, ByteTokenizer()
+            return light, light.tokenizer
     return load(model, device, dtype, fields)
 
 

@@ -1,15 +1,17 @@
 """How data is encoded, for any fast tokenizer, and the byte tokenizer by hand.
 
-Policy, the same for every tokenizer: encoding text adds no special tokens, and no text ever becomes one (a file
-that contains "<|end|>" yields its seven characters); a prepared stream ends every document with the
+Policy, the same for every tokenizer: encoding data adds no special tokens, and no text of data ever becomes one (a
+file that contains "<|end|>" yields its seven characters); a prepared stream ends every document with the
 end-of-document token; the beginning token is the context of the first token when a text is scored or generated
-from nothing.
+from nothing. Prompts are what the tokenizer itself makes of them, as in transformers: "<|end|>" is the token there,
+which chat templates and trainers of other libraries rely on.
 
 Nothing here imports transformers or torch.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 PAD_TOKEN, BEGIN_TOKEN, END_TOKEN = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, BEGIN_TOKEN, END_TOKEN)
 NUM_BYTES = 256
+_SPELLED = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | ByteTokenizer"
 PAD_ID, BEGIN_ID, END_ID = NUM_BYTES, NUM_BYTES + 1, NUM_BYTES + 2
 
@@ -40,11 +43,17 @@ def byte_backend() -> Tokenizer:
 
 
 class ByteTokenizer:
-    """The byte tokenizer as a session uses it, without transformers. Tokens are those of `byte_tokenizer`."""
+    """The byte tokenizer as a session uses it, without transformers. Tokens are those of `byte_tokenizer`.
+
+    split_special_tokens: whether a text that spells a special token stays text, as in models of version 0.1.
+    """
 
     is_fast = True
     name_or_path = "byte"
     pad_token_id, bos_token_id, eos_token_id = PAD_ID, BEGIN_ID, END_ID
+
+    def __init__(self, split_special_tokens: bool = False):
+        self.split_special_tokens = split_special_tokens
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
@@ -55,8 +64,15 @@ class ByteTokenizer:
         return NUM_BYTES + len(SPECIAL_TOKENS)
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """`input_ids`: the bytes of the text. No special token is ever added."""
-        return {"input_ids": list(text.encode(errors="surrogateescape"))}
+        """`input_ids`: the bytes of the text, and the special tokens that it spells. None is added."""
+        pieces = [text] if self.split_special_tokens else _SPELLED.split(text)
+        ids: list[int] = []
+        for piece in pieces:
+            if piece in SPECIAL_TOKENS and not self.split_special_tokens:
+                ids.append(NUM_BYTES + SPECIAL_TOKENS.index(piece))
+            else:
+                ids += piece.encode(errors="surrogateescape")
+        return {"input_ids": ids}
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False, **_: Any) -> str:
         """The text of some tokens; what is no UTF-8 becomes U+FFFD."""

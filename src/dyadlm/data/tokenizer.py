@@ -9,16 +9,16 @@ from dyadlm.errors import UserError
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The byte tokenizer: ids 0..255 are the bytes; 256 `<|pad|>`, 257 `<|begin|>` (bos), 258 `<|end|>` (eos).
 
-    Lossless on every text. It adds no special tokens, and a text that spells one stays text
-    (`split_special_tokens`), so the specials enter by their ids only. For bytes that are no UTF-8 see
-    `encode_bytes` and `decode_bytes`.
+    Lossless on every text, and it adds no special tokens. Where a text spells one, it becomes that token, as with
+    other tokenizers of Hugging Face; data, scores and streams are encoded by `TextEncoder`, under which text stays
+    text. For bytes that are no UTF-8 see `encode_bytes` and `decode_bytes`.
     """
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=byte_backend(),
         pad_token=PAD_TOKEN,
         bos_token=BEGIN_TOKEN,
         eos_token=END_TOKEN,
-        split_special_tokens=True,
+        padding_side="left",  # what is generated follows the text
         clean_up_tokenization_spaces=False,
     )
 

@@ -31,7 +31,8 @@ log = logging.getLogger("dyadlm.engine")
 class EngineModel:
     """A model folder and its engine.
 
-    folder: as `dyadlm train` wrote it. fields: of its configuration. end_tokens: the ids that end a text.
+    folder: as `dyadlm train` wrote it. tokenizer: of bytes. fields: of its configuration. end_tokens: the ids that end
+    a text.
     """
 
     def __init__(self, folder: Path):
@@ -39,6 +40,7 @@ class EngineModel:
         self.folder, self.engine = folder, Engine.from_folder(folder)
         self.fields = self.engine.fields
         self.end_tokens = _end_tokens(folder, self.fields)
+        self.tokenizer = ByteTokenizer(_splits_special_tokens(folder))
         self._torch: Any = None
 
     def reader(self) -> "EngineReader":
@@ -179,12 +181,21 @@ def _refusal(folder: Path, device: str, dtype: str) -> str | None:
         alike = backend_identity(tokenizer, ByteTokenizer.eos_token_id) == byte_identity()
     except (KeyError, TypeError):
         alike = False
-    if not alike or names != list(SPECIAL_TOKENS) or not options.get("split_special_tokens"):
+    if not alike or names != list(SPECIAL_TOKENS):
         return "its tokens are not bytes"
     try:
         return unsupported(fields)
     except (KeyError, TypeError, ValueError):
         return "its configuration is incomplete"
+
+
+def _splits_special_tokens(folder: Path) -> bool:
+    """Whether a text that spells a special token stays text, by the saved tokenizer."""
+    try:
+        options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(options.get("split_special_tokens")) if isinstance(options, dict) else False
 
 
 def _end_tokens(folder: Path, fields: Any) -> frozenset[int]:

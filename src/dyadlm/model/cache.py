@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dyadlm.errors import UserError
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.ops.slots import SlotState, SlotWrite, slot_put
@@ -162,6 +163,10 @@ class DyadCache:
             chosen.position = self.position.index_select(0, rows.to(self.position.device))
         chosen.columns_seen = self.columns_seen
         return chosen
+
+    def crop(self, max_length: int) -> None:
+        """Raises `UserError`: sums over the past cannot be taken back. Assisted generation asks for this."""
+        raise UserError("The state of a dyadlm model cannot be cut back; generate without assistant_model.")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows in place, as beam search asks."""

@@ -6,7 +6,7 @@ Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_ran
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -104,6 +104,10 @@ class DyadConfig(PreTrainedConfig):
     """
 
     model_type = "dyadlm"
+    # Of the outputs Trainer gathers as predictions all but the logits are left out.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "hidden_states", "routes", "boundaries", "metrics", "plan",
+    ]  # fmt: skip
 
     vocab_size: int = 259
     hidden_size: int = 128
@@ -151,6 +155,14 @@ class DyadConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, byte_id in BYTE_SPECIALS.items():
+            if getattr(self, name) is None and self.vocab_size == BYTE_VOCABULARY:
+                setattr(self, name, byte_id)
+        self.settle()
+        super().__post_init__(**kwargs)
+
+    def settle(self) -> None:
+        """Derive what is not given, and check all fields together. Raises `UserError` if they do not fit."""
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
             _require_positive(name, getattr(self, name))
         if self.num_levels is None:
@@ -216,7 +228,6 @@ class DyadConfig(PreTrainedConfig):
         self._settle_slots()
         self._settle_planner()
         self._settle_specials()
-        super().__post_init__(**kwargs)
 
     def _settle_selector(self) -> None:
         _require_choice("selector", self.selector, SELECTORS)
@@ -278,10 +289,8 @@ class DyadConfig(PreTrainedConfig):
             raise UserError("planner=stack reads forecasts of levels, not of the model; set transport_space=level.")
 
     def _settle_specials(self) -> None:
-        for name, byte_id in BYTE_SPECIALS.items():
+        for name in BYTE_SPECIALS:
             given = getattr(self, name)
-            if given is None and self.vocab_size == BYTE_VOCABULARY:
-                setattr(self, name, byte_id)
             for number in given if isinstance(given, list) else [given]:
                 if number is not None and not 0 <= number < self.vocab_size:
                     raise UserError(f"{name} is {number} but vocab_size is {self.vocab_size}; give an id below that.")

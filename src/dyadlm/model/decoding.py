@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, MaxLengthCriteria
 
 from dyadlm.model.cache import DyadCache
 
@@ -66,6 +66,14 @@ class DyadGenerationMixin(GenerationMixin):
             return cast(Any, super()).generate(*args, **kwargs)
         with fast_decoding(self):
             return cast(Any, super()).generate(*args, **kwargs)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, without its warning of lengths past `max_position_embeddings`: there is no limit."""
+        criteria = cast(Any, super())._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
 
     def decoded(
         self,

@@ -17,6 +17,23 @@ from dyadlm.values import coerce_fields, type_of
 # Entries of config.json that describe the file; the weights decide them.
 DESCRIPTIVE = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
+# Fields of ours that change what trained weights mean, though not always how many there are.
+TRAINED = {
+    "artist_sees",
+    "early",
+    "level_alignment",
+    "level_feature",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "salience",
+    "semantic_levels",
+    "semantic_memory",
+    "slot_contexts",
+    "tower",
+    "transport_space",
+}
+
 
 def load_weights(
     path_or_name: str | Path,
@@ -72,7 +89,13 @@ def load_weights(
 def _coerce_fields(config: PreTrainedConfig, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """By the annotations of our own configuration; of any other, by the value that each field has now."""
     if isinstance(config, DyadConfig):
-        return config.coerce_fields(given, prefix)
+        fields = config.coerce_fields(given, prefix)
+        for name, value in fields.items():
+            if name in TRAINED and value != getattr(config, name):
+                raise UserError(
+                    f"{prefix}{name} cannot be changed in a trained model: its weights mean something by it."
+                )
+        return fields
     types_of = {name: type_of(value) for name, value in config.to_dict().items() if name not in DESCRIPTIVE}
     return coerce_fields(given, types_of, f"A {config.model_type} model", prefix)
 

@@ -41,6 +41,7 @@ class DyadModel(DyadPreTrainedModel):
     progress: Tensor
 
     def __init__(self, config: DyadConfig):
+        config.settle()  # once more: transformers changes fields after a configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.identity_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
@@ -84,6 +85,8 @@ class DyadModel(DyadPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
+        if input_ids is not None:
+            input_ids = input_ids.long()  # slots compute with the ids themselves, beyond 32 bits
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if added_embeds is not None:
             embedded = embedded + added_embeds

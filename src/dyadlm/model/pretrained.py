@@ -1,10 +1,15 @@
 """Loading, saving and initialisation, as transformers asks for them."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from dyadlm.errors import UserError
 from dyadlm.model.configuration import DyadConfig
 
 
@@ -17,6 +22,32 @@ class DyadPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DyadBlock"]  # noqa: RUF012 - the name and form transformers reads
     _is_stateful = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            UserError: a `device_map` that offloads layers to the CPU's memory or the disk. Such layers get their
+                weights when their modules are called, and blocks compute with some weights without that.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        away = next((name for name, part in model.named_parameters() if part.device.type == "meta"), None)
+        if away is not None and torch.get_default_device().type != "meta":
+            raise UserError(
+                f"{away} would be offloaded, which dyadlm models do not support; give a device_map without `disk`, and "
+                "without `cpu` beside a GPU, or load a narrower dtype."
+            )
+        return loaded
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *given: Any, **options: Any
+    ) -> Any:
+        """As in transformers, but never reentrant: all blocks read the identity channel, whose graph a reentrant
+        checkpoint would free with the first of them."""
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        return super()._set_gradient_checkpointing(enable, function, *given, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -36,6 +36,7 @@ from dyadlm.model.levels import (
     SlidingLevels,
     Weights,
 )
+from dyadlm.model.linear import effective_weight
 from dyadlm.ops.blocks import broadcast, granularity, hand_down
 from dyadlm.ops.centroids import Shares
 from dyadlm.ops.clock import accumulator
@@ -302,7 +303,7 @@ class Tower(nn.Module):
         """By token level, the weight (D, F R) through which it writes back."""
         if self.up_tokens is None:
             return {}
-        return dict(zip(self.token_levels, self.up_tokens.weight.split(self.token_widths, 1), strict=True))
+        return dict(zip(self.token_levels, effective_weight(self.up_tokens).split(self.token_widths, 1), strict=True))
 
     def weighted_levels(self, x: Tensor, features: dict[int, Tensor], layout: ChunkLayout) -> list[Tensor]:
         """What each level writes back at each token, as it counts in the sum: (B, T, D) each."""

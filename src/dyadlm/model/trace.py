@@ -136,5 +136,7 @@ def without_level(model: DyadForCausalLM, level: int) -> DyadForCausalLM:
             if level in module.node_levels:
                 cast(nn.Linear, module.up_nodes[str(level)]).weight.zero_()
             else:
-                module.token_weights()[level].zero_()
+                assert module.up_tokens is not None
+                at = module.token_levels.index(level)
+                module.up_tokens.weight.split(module.token_widths, 1)[at].zero_()
     return copied

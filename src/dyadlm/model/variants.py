@@ -47,6 +47,20 @@ def variant_of(base: type[Part], config: DyadConfig) -> type[Part]:
     kinds = tuple(kind for part, applies, kind in reversed(_registered) if part is base and applies(config))
     if len(kinds) < 2:
         return kinds[0] if kinds else base
+    return _combination(base, kinds)
+
+
+def _combination(base: type, kinds: tuple[type, ...]) -> Any:
+    """A class with all of these variants. There is one for each, and pickles find it by what it combines."""
     if kinds not in _combined:
-        _combined[kinds] = type(base.__name__, kinds, {"__module__": base.__module__})
+
+        def reduce(self: Any) -> tuple[Any, ...]:
+            return _blank, (base, kinds), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+
+        _combined[kinds] = type(base.__name__, kinds, {"__module__": base.__module__, "__reduce__": reduce})
     return _combined[kinds]
+
+
+def _blank(base: type, kinds: tuple[type, ...]) -> Any:
+    kind = _combination(base, kinds)
+    return kind.__new__(kind)

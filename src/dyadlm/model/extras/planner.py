@@ -27,6 +27,7 @@ from transformers import initialization as init
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.cost import Cost, tile_products
+from dyadlm.model.linear import effective_weight
 from dyadlm.ops.consensus import nucleus
 from dyadlm.ops.pyramid import Clock, accumulator
 from dyadlm.ops.recurrence import linear_scan
@@ -242,7 +243,7 @@ class Forecasters(nn.Module):
 
 
 def _weights(linears: nn.ModuleList, frozen: bool) -> list[Tensor]:
-    weights = [cast(nn.Linear, linear).weight for linear in linears]
+    weights = [effective_weight(linear) for linear in linears]
     return [weight.detach() for weight in weights] if frozen else weights
 
 

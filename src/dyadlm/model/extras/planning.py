@@ -13,6 +13,7 @@ from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.cache import PlannerState
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.extras.planner import Forecasters, Forecasts, Plan, Planner
+from dyadlm.model.linear import effective_weight
 from dyadlm.model.tower import Tower
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.consensus import consensus
@@ -55,7 +56,7 @@ def _imagined_levels(tower: Tower, x: Tensor, outlook: Forecasts) -> Tensor:
 
     All that belongs to one position is as it is; the gate knows no ages here.
     """
-    weights = tower.token_weights() | {k: cast(nn.Linear, tower.up_nodes[str(k)]).weight for k in tower.node_levels}
+    weights = tower.token_weights() | {k: effective_weight(tower.up_nodes[str(k)]) for k in tower.node_levels}
     known = torch.ones_like(x[..., :1], dtype=torch.bool)
     written = torch.zeros_like(x)
     nodes = (part.split(tower.ranks, -1) for part in (outlook.forecast.detach(), outlook.last, outlook.previous))
