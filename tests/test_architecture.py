@@ -19,7 +19,7 @@ ROWS = (
 )
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Modules that anything may import: they import next to nothing.
-FREE = {"errors", "files", "lazy", "values", "version", "registration", "state_file", "accounting"}
+FREE = {"errors", "files", "lazy", "values", "version", "registration", "state_file", "accounting", "console"}
 
 
 def imports(path: Path, top_alone: bool) -> set[str]:

@@ -111,9 +111,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def require_new(path: Path, what: str) -> None:
-    """Raise `UserError` if `path` already holds something, so that no output is overwritten silently."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    """Raise `UserError` if `path` already holds something, so that no output is overwritten silently.
+
+    Devices, pipes and links to nothing are held by something, too.
+    """
+    if (path.exists() or path.is_symlink()) and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another place for {what} or remove it first.")
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file for {what}.")
+    make_folder(path.parent)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
 
 
 def printable(text: str) -> str:

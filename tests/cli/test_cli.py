@@ -1,8 +1,10 @@
 """The verbs from end to end, on text made here and a model that trains in a second."""
 
+import contextlib
 import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +15,12 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dyadlm import DyadCache, DyadConfig
 from dyadlm.cli import main
 from dyadlm.cli.app import spread_lists
+from dyadlm.cli.shared import as_shown
 from dyadlm.cli.train import _print_cost, duration
+from dyadlm.files import printable
 from dyadlm.train.settings import NAMESPACES
 from dyadlm.version import __version__
 
@@ -401,6 +406,117 @@ def test_an_interrupted_generation_ends_without_a_traceback(place):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream"])
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", None), ("SIGTERM", 143), ("SIGHUP", 129), ("leave", 0)])
+def test_states_are_never_lost(place, tmp_path, verb, how, code):
+    """However a command ends, what it has read is in the file, and the file can be taken up again."""
+    state = tmp_path / "state"
+    endless = ["--prompt", "a", "--max-new-tokens", "100000", "--temperature", "0"] if verb == "generate" else []
+    with start(place, verb, "run", *endless, "--state-out", str(state)) as process:
+        if verb == "stream":
+            process.stdin.write("the king\n" * 3)
+            process.stdin.flush()
+        process.stdout.read(20)
+        if how == "leave":
+            process.stdout.close()
+            if verb == "stream":
+                with contextlib.suppress(BrokenPipeError):  # it may have ended by then
+                    process.stdin.write("the queen\n" * 10_000)
+                    process.stdin.close()
+            err = process.stderr.read()
+            process.wait(timeout=60)
+        else:
+            process.send_signal(getattr(signal, how))
+            _, err = process.communicate(timeout=60)
+    if code is None:
+        code = 130 if verb == "generate" else 0
+    assert process.returncode == code, err
+    assert f"the state so far is in {state}" in err
+    assert "Traceback" not in err
+    read = int(DyadCache.load(state, DyadConfig.from_pretrained(place / "run")).position)
+    assert read >= 20 if verb == "generate" else read >= 27
+    assert call("generate", "run", "--prompt", "a", "--max-new-tokens", "2", "--state-in", state) == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "file/state", "pipe", "link", "/proc/none/state"])
+def test_places_that_cannot_hold_a_state_are_refused_before_anything_is_read(place, tmp_path, capsys, kind):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    state = kind if kind.startswith("/") else tmp_path / kind
+    for arguments in (("generate", "run", "--prompt", "a"), ("stream", "run")):
+        assert call(*arguments, "--state-out", state) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.splitlines()) == 1
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_the_end_of_a_long_line_is_no_marker(place, capsys, monkeypatch):
+    give_input(monkeypatch, b"a" * 4096 + b"go\nthe\n")
+    assert call("stream", "run", "--continue", "3", "--marker", "go", "--temperature", "0") == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("4,103 tokens read")
+    assert out.count("\n") <= 4  # what was written once, at the end
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_terminals_of_other_encodings(place, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "DYADLM_CACHE": str(place)}
+    command = [sys.executable, "-m", "dyadlm", "generate", "run", "--prompt", "caf\xe9 日本", "--max-new-tokens", "2"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"caf\\xe9 " if encoding == "ascii" else b"caf\xe9 ")
+    assert b"\\u65e5" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout"])
+@pytest.mark.parametrize("request_", ["stream run", "generate run --prompt -"])
+def test_closed_standard_input_and_output(place, closed, request_):
+    shell = f"{sys.executable} -m dyadlm {request_} {'<&-' if closed == 'stdin' else '>&- <text.txt'}"
+    done = subprocess.run(shell, shell=True, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_that_is_no_text(place, capsys):
+    prompt = os.fsdecode(b"caf\xe9")
+    assert call("generate", "run", "--prompt", prompt) == 2
+    assert "The prompt is not UTF-8 text" in capsys.readouterr().err
+    assert call("inspect", "run", "--text", prompt, "--output", "new.png") == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_what_a_model_writes_does_not_steer_a_terminal(place, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert as_shown("a\x1b[2J\r\tb\n\x9b é", raw=False) == "a\\x1b[2J\\r\tb\n\\x9b é"
+    assert as_shown("a\x1b[2J", raw=True) == "a\x1b[2J"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert as_shown("a\x1b[2J", raw=False) == "a\x1b[2J"
+
+
+def test_names_with_brackets_and_escapes(place, tmp_path, capsys):
+    for name in ("a[/x] b", "[red]run", "run \x1b[2J"):
+        run = tmp_path / "folder[" / name
+        assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", run, *SMALL, "max_steps=1") == 0
+        capsys.readouterr()
+        assert call("train", "--output", run, "--resume") == 0
+        out, err = capsys.readouterr()
+        assert f"{printable(str(run))} is already finished." in err
+        assert "\x1b" not in out + err
+
+
+def test_progress_that_cannot_be_written_ends_nothing(place, tmp_path):
+    command = [sys.executable, "-m", "dyadlm", "train", "--preset", "tiny", "--data", "text.txt"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--output", str(tmp_path / "run"), *SMALL], cwd=place, stderr=full)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_inspecting_draws_a_picture(place):

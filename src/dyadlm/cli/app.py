@@ -1,5 +1,6 @@
 """The verbs put together, and what every one of them promises: exit codes, and errors in one sentence."""
 
+import io
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ import typer
 
 from dyadlm.cli import audit, data, diagnose, evaluate, export, generate, inspect, recall, report, stream, train
 from dyadlm.errors import RunFailed, UserError
+from dyadlm.files import printable
 from dyadlm.version import __version__
 
 app = typer.Typer(
@@ -55,7 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 ran and failed, 2 the request was wrong."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.stdout is None:
+        _fail(UserError("Standard output is closed; give it a file or a pipe."), 2)
     _show_warnings()
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # whatever a terminal cannot show is escaped
+            output.reconfigure(errors="backslashreplace")
     try:
         app(args=spread_lists(sys.argv[1:] if arguments is None else arguments), prog_name="dyadlm")
     except UserError as error:
@@ -91,5 +98,5 @@ def _show_warnings() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    print(f"dyadlm: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"dyadlm: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     raise SystemExit(code)

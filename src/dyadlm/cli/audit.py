@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dyadlm.cli.shared import Device, errors, silence_transformers
@@ -76,13 +77,14 @@ def _show(found: "Audit") -> None:
     for check in found.checks:
         figure = "" if check.figure is None else f"{check.figure:.1e}"
         tolerance = "" if check.tolerance is None else f"{check.tolerance:.0e}"
-        table.add_row(check.name, marks[check.status], figure, tolerance, check.sentence)
+        table.add_row(check.name, marks[check.status], figure, tolerance, escape(check.sentence))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
     console.print(table)
     console.print(
-        f"{found.model}, texts of {found.length} random tokens; figures in standard deviations of the logits."
+        f"{found.model}, texts of {found.length} random tokens; figures in standard deviations of the logits.",
+        markup=False,
     )
     if found.left_out:
-        console.print(f"Not seen: {found.left_out}.")
+        console.print(f"Not seen: {found.left_out}.", markup=False)

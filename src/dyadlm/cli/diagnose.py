@@ -240,7 +240,7 @@ def _report(found: "list[Diagnosis]", references: "list[Diagnosis]", seeds: "lis
     if folder.is_dir() and {file.name for file in folder.iterdir()} == {FIGURES_NAME, JSON_NAME, PAGE_NAME}:
         shutil.rmtree(folder)
     page = write_diagnosis(found, folder, references, seeds)
-    errors.print(f"Wrote {page}.", soft_wrap=True, markup=False)
+    errors.print(f"Wrote {page}.")
 
 
 def _list(probes: "Sequence[Probe]", json: bool) -> None:

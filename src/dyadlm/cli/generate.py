@@ -1,6 +1,7 @@
 """`dyadlm generate`: continue a prompt, printing as it goes."""
 
 import sys
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +14,14 @@ from dyadlm.cli.shared import (
     Fields,
     Model,
     NewDocument,
+    Raw,
     StateIn,
+    as_shown,
     errors,
     load_to_read,
     read_prompt,
-    reader_may_leave,
 )
+from dyadlm.cli.stopping import ending_well
 
 
 def generate(
@@ -46,6 +49,7 @@ def generate(
             help="With --temperature 0, for models with a planner: read two tokens at once where it proposed both.",
         ),
     ] = False,
+    raw: Raw = False,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -55,7 +59,8 @@ def generate(
     In models with slots, --state-in FILE --new-document carries their memory into a new document.
     """
     from dyadlm.errors import UserError
-    from dyadlm.generate import Sampling, generate_text
+    from dyadlm.generate import Sampling, open_session
+    from dyadlm.generate.session import require_speculation
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt)
@@ -67,22 +72,14 @@ def generate(
         from dyadlm.generate.speculation import Drafts
 
         drafts = Drafts()
-    pieces = generate_text(
-        loaded,
-        tokenizer,
-        text,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop or (),
-        state_in=state_in,
-        new_document=new_document,
-        state_out=state_out,
-        drafts=drafts,
-    )
-    with reader_may_leave():
+        require_speculation(loaded, sampling)
+    session = open_session(loaded, tokenizer, state_in, new_document, state_out)
+    session.read_prompt(text)
+    pieces = session.write(max_new_tokens, sampling, stop or (), drafts)
+    with ending_well(session.saving(state_out), state_out) as stops, closing(pieces):
         # The first piece before the prompt's echo: a request that turns out wrong prints nothing.
-        for piece in chain([text + next(pieces, "")], pieces):
-            sys.stdout.write(piece)
+        for piece in stops.after_each(chain([text + next(pieces, "")], pieces)):
+            sys.stdout.write(as_shown(piece, raw))
             sys.stdout.flush()
         sys.stdout.write("\n")
     if drafts is not None:

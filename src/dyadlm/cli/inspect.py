@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dyadlm.cli.shared import Device, Fields, Model, load, require_png
+from dyadlm.cli.shared import Device, Fields, Model, load, read_prompt, require_png
 
 
 def inspect(
     model: Model,
-    text: Annotated[str, typer.Option(help="The text that the model reads.")],
+    text: Annotated[str, typer.Option(metavar="TEXT|-", help="The text that the model reads; `-`: standard input.")],
     output: Annotated[Path, typer.Option(metavar="PNG", help="The picture.")],
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
     fields: Fields = None,
@@ -26,6 +26,7 @@ def inspect(
     require_new(output, "the picture")
     if json is not None:
         require_new(json, "the figures")
+    text = read_prompt(text)
     loaded, tokenizer = load(model, device, "float32", fields)
     reading = read_tower(loaded, tokenizer, text)
     draw_tower(reading, output)

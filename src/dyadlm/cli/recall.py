@@ -85,9 +85,7 @@ def recall(
         with _bar(f"[{number + 1}/{len(cells)}] {cell.name}") as progress:
             results[cell.name] = study.run(cell, place, progress)
         if not errors.is_terminal:
-            errors.print(
-                f"[{number + 1}/{len(cells)}] {cell.name}: {_summary(results[cell.name])}", soft_wrap=True, markup=False
-            )
+            errors.print(f"[{number + 1}/{len(cells)}] {cell.name}: {_summary(results[cell.name])}")
     if json:
         typer.echo(json_format.dumps(results, indent=2))
         return
@@ -99,7 +97,7 @@ def recall(
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[float, str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda done, text: bar.update(task, completed=done, description=f"{title}: {text}")

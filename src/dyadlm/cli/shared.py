@@ -1,14 +1,12 @@
 """What several verbs share: options, loading a model quietly, progress, and ending in good order."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from dyadlm.console import standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,11 @@ NewDocument = Annotated[
     typer.Option("--new-document", help="Begin a new document. Only the slots of the saved state are kept."),
 ]
 
-errors = Console(stderr=True, highlight=False)
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Write control characters to a terminal as they are. Default: escaped.")
+]
+
+errors = standard_error()
 
 
 def silence_transformers() -> None:
@@ -95,28 +99,31 @@ def token_progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """End without a word when whoever reads standard output stops reading (`| head`)."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still buffered would raise again when Python closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-
-
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for `-`. Raises `UserError` if it is no text."""
     from dyadlm.errors import UserError
 
-    if prompt != "-":
-        return prompt
     try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError("The prompt on standard input is not UTF-8 text; convert it first.") from error
+        return standard_input().read().decode() if prompt == "-" else prompt.encode().decode()
+    except UnicodeError as error:
+        place = " on standard input" if prompt == "-" else ""
+        raise UserError(f"The prompt{place} is not UTF-8 text; convert it first.") from error
+
+
+def standard_input() -> BinaryIO:
+    """The bytes of standard input. Raises `UserError` if it is closed."""
+    from dyadlm.errors import UserError
+
+    if sys.stdin is None:
+        raise UserError("Standard input is closed; give it a file or a pipe.")
+    return sys.stdin.buffer
+
+
+def as_shown(text: str, raw: bool) -> str:
+    """Text that a model wrote, for standard output: on a terminal, what would steer it is escaped, unless raw."""
+    if raw or not sys.stdout.isatty():
+        return text
+    return "".join(letter if letter in "\n\t" or letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def require_png(path: Path) -> None:

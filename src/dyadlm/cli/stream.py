@@ -2,14 +2,28 @@
 
 import json as json_format
 import sys
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, NewDocument, StateIn, errors, load_to_read, reader_may_leave
+from dyadlm.cli.shared import (
+    Device,
+    Dtype,
+    Fields,
+    Model,
+    NewDocument,
+    Raw,
+    StateIn,
+    as_shown,
+    errors,
+    load_to_read,
+    standard_input,
+)
+from dyadlm.cli.stopping import Stops, ending_well
 
 if TYPE_CHECKING:
     from dyadlm.generate import Listener, Sampling, Session, Surprise
@@ -42,6 +56,7 @@ def stream(
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state at the end of the input.")
     ] = None,
+    raw: Raw = False,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -63,20 +78,17 @@ def stream(
         require_causal(loaded, model)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
-    with reader_may_leave():
-        try:
-            if continuation:
-                _continue(session, listener, waiting_lines(sys.stdin.buffer), continuation, marker, sampling)
-            else:
-                for found in waiting_lines(sys.stdin.buffer):
-                    for surprise in listener.hear(*found):
-                        row = json_format.dumps(surprise._asdict()) if json else _row(surprise)
-                        sys.stdout.write(row + "\n")
-                    sys.stdout.flush()
-        except KeyboardInterrupt:
-            errors.print()
-        if state_out is not None:
-            session.save(state_out)
+    source = waiting_lines(standard_input())
+    with ending_well(session.saving(state_out), state_out, interrupt_code=0) as stops:
+        if continuation:
+            write = partial(_write, session, stops, continuation, sampling, raw)
+            _continue(session, listener, stops, source, write, marker)
+        else:
+            for found in stops.while_waiting(source):
+                for surprise in listener.hear(*found):
+                    row = json_format.dumps(surprise._asdict()) if json else _row(surprise)
+                    sys.stdout.write(row + "\n")
+                sys.stdout.flush()
     if listener.tokens and not json:
         errors.print(
             f"{listener.tokens:,} tokens read: {listener.mean_nats:.4f} nats per token, "
@@ -92,31 +104,38 @@ def _row(surprise: "Surprise") -> str:
 def _continue(
     session: "Session",
     listener: "Listener",
+    stops: Stops,
     waiting: Iterable[list[bytes]],
-    tokens: int,
+    write: Callable[[], None],
     marker: str,
-    sampling: "Sampling",
 ) -> None:
-    unanswered = False
-    for found in waiting:
-        ends = [number for number, line in enumerate(found) if _is_marker(line, marker)]
-        for begin, end in pairwise([-1, *ends, len(found)]):
-            for _ in listener.hear(*found[begin + 1 : end]):
-                unanswered = True
-            if end < len(found):
-                _write(session, tokens, sampling)
-                unanswered = False
+    """Read the input, and write at every marker line, and at the end where something was read since."""
+    unanswered, line_begins = False, True
+    for found in stops.while_waiting(waiting):
+        read: list[bytes] = []
+        for part in found:
+            asks = line_begins and part.rstrip(b"\r\n").decode(errors="replace") == marker
+            line_begins = part.endswith(b"\n")  # long lines come in parts
+            if not asks:
+                read.append(part)
+                continue
+            _hear(listener, read)
+            write()
+            read, unanswered = [], False
+        unanswered = _hear(listener, read) or unanswered
     if unanswered:
-        _write(session, tokens, sampling)
+        write()
 
 
-def _is_marker(line: bytes, marker: str) -> bool:
-    return line.rstrip(b"\r\n").decode(errors="replace") == marker
+def _hear(listener: "Listener", lines: list[bytes]) -> bool:
+    """Read lines; whether there was anything to read."""
+    return sum(1 for _ in listener.hear(*lines)) > 0
 
 
-def _write(session: "Session", tokens: int, sampling: "Sampling") -> None:
-    for piece in session.write(tokens, sampling):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+def _write(session: "Session", stops: Stops, tokens: int, sampling: "Sampling", raw: bool) -> None:
+    with closing(session.write(tokens, sampling)) as pieces:
+        for piece in stops.after_each(pieces):
+            sys.stdout.write(as_shown(piece, raw))
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dyadlm.cli.shared import errors
+from dyadlm.files import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,7 +126,7 @@ def _print_result(result: "TrainResult") -> None:
         if loss is not None
     ]
     typer.echo("; ".join([f"{result.steps:,} steps, {result.tokens:,} tokens", *figures]))
-    typer.echo(f"The model is in {result.output}.")
+    typer.echo(f"The model is in {printable(str(result.output))}.")
 
 
 def _mebibytes(size: int) -> str:

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from dyadlm.data.encoding import AnyTokenizer
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.files import require_new
+from dyadlm.files import require_new, require_writable
 from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.generate.engine_reader import EngineModel
 from dyadlm.generate.reader import Reader
@@ -71,7 +72,7 @@ class Session:
 
     def write(
         self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), drafts: "Drafts | None" = None
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Continue, yielding text as it comes. What is written has been read, too: the state includes it.
 
         Ends after `max_new_tokens`, at an end of text (which is not read), or with the token that completes
@@ -105,6 +106,10 @@ class Session:
     def save(self, path: Path) -> None:
         """Write the state as safetensors, replacing the file. Raises `UserError` if the model has none."""
         self._reader.save(path)
+
+    def saving(self, path: Path | None) -> Callable[[], None] | None:
+        """What saves the state to a path, as it is then; None without one."""
+        return None if path is None else partial(self.save, path)
 
     def load(self, path: Path) -> None:
         """Take up a saved state: reading on then equals having read the whole text.
@@ -197,6 +202,7 @@ def open_session(
             require_saveable_state(model)
         if state_out != state_in:
             require_new(state_out, "the state")
+        require_writable(state_out, "the state")
     session = Session(model, tokenizer)
     if state_in is not None:
         session.load(state_in)
@@ -221,8 +227,8 @@ def generate_text(
     """Continue a prompt, yielding text as it comes: what Hugging Face `generate` writes with these options.
 
     state_in: a saved state that the prompt continues. new_document: the prompt begins a new document instead, which
-    recalls what the slots of the saved state hold. state_out: where the state after prompt and
-    continuation goes when the text has ended; a new file, or `state_in` again. drafts: speculate, greedily, and count.
+    recalls what the slots of the saved state hold. state_out: where the state after prompt and continuation goes when
+    the text has ended, or is read no further; a new file, or `state_in` again. drafts: speculate, greedily, and count.
     Raises `UserError` for an empty prompt, an option out of range, and a state that does not fit.
     """
     if not prompt:
@@ -231,6 +237,11 @@ def generate_text(
         require_speculation(model, sampling or Sampling())
     session = open_session(model, tokenizer, state_in, new_document, state_out)
     session.read_prompt(prompt)
-    yield from session.write(max_new_tokens, sampling or Sampling(), stop, drafts)
+    try:
+        yield from session.write(max_new_tokens, sampling or Sampling(), stop, drafts)
+    except GeneratorExit:  # whoever reads has had enough; what was read until then is not lost
+        if state_out is not None:
+            session.save(state_out)
+        raise
     if state_out is not None:
         session.save(state_out)

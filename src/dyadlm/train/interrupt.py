@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGTERM and Ctrl-C finish the step, save a checkpoint and end the run."""
+"""Stopping in good order: SIGTERM, SIGHUP and Ctrl-C finish the step, save a checkpoint and end the run."""
 
 import signal
 import threading
@@ -10,11 +10,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dyadlm.errors import RunFailed
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class RunInterrupted(RunFailed):
-    """The run was stopped by a signal and has saved. exit_code: 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """The run was stopped by a signal and has saved. exit_code: 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP)."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -34,7 +34,8 @@ class InterruptHandler(TrainerCallback):
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
+            self._previous = {number: signal.signal(number, self._remember) for number in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:

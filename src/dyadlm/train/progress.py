@@ -137,7 +137,7 @@ class ProgressDisplay(TrainerCallback):
         return True
 
     def _print(self, step: int, text: str) -> None:
-        self._console.print(f"step {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+        self._console.print(f"step {step}/{self._total}  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -17,9 +17,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
+from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.files import STAGING_PREFIX, locked, require_new, write_atomically
+from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, write_atomically
 from dyadlm.model.configuration import CHOOSING
 from dyadlm.train.checkpoint import last_complete, read_manifest, remove_leftovers, require_same
 from dyadlm.train.companions import published_parameters
@@ -69,12 +70,12 @@ def train(
         RunInterrupted: SIGTERM or Ctrl-C, after saving; carries the exit code.
     """
     output, first = settings.output, _rank() == 0
-    console = console or Console(stderr=True)
+    console = console or standard_error()
     console.quiet = console.quiet or not first
     if first:
         _require_own_output(settings)
     if (finished := _finished(settings)) is not None:
-        console.print(f"{output} is already finished.")
+        console.print(f"{printable(str(output))} is already finished.")
         return finished
     plan = prepare_run(settings, data, output)
 
@@ -86,7 +87,7 @@ def train(
         step = read_step(resumed)
         plan.choices.extend(_annealed_anew(settings, plan, step))
         for choice in plan.choices:
-            console.print(choice, highlight=False)
+            console.print(choice)
         missed = _evaluation_missed(output, step, plan.arguments)
         plan.arguments.eval_on_start = plan.arguments.eval_on_start or missed
         handler = InterruptHandler()
@@ -107,7 +108,7 @@ def train(
         for make in callbacks:
             trainer.add_callback(make(trainer))
         if resumed is not None:
-            console.print(f"Going on from {resumed}.", highlight=False)
+            console.print(f"Going on from {printable(str(resumed))}.")
         begin = time.perf_counter()
         with handler, _compiler_errors(plan.arguments):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))

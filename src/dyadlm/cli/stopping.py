@@ -1,0 +1,111 @@
+"""Ending in good order: a signal or a reader that leaves stops a command between two tokens, and its state is saved."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import typer
+
+from dyadlm.cli.shared import errors
+from dyadlm.files import printable
+
+Item = TypeVar("Item")
+# A second signal of the same kind ends at once.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Stopped(Exception):
+    """A signal has come. number: of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+class Stops:
+    """Remembers a signal until it is safe to stop. Signals that the caller ignores (`nohup`) stay ignored."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._waiting = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stops":
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        if self._waiting:
+            raise Stopped(number)
+
+    def after_each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; stops after one, never while the next is made."""
+        for item in items:
+            yield item
+            if self.received:
+                raise Stopped(self.received)
+
+    def while_waiting(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items of a source that may have nothing for a long time; stops while it waits for one, or after one."""
+        iterator = iter(items)
+        while True:
+            self._waiting = True
+            try:
+                if self.received:
+                    raise Stopped(self.received)
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting = False
+            yield item
+
+
+@contextmanager
+def ending_well(
+    save: Callable[[], None] | None = None, place: Path | None = None, interrupt_code: int = 130
+) -> Iterator[Stops]:
+    """Run a command that writes to standard output. However it is stopped, `save` is called, and `place` is named.
+
+    The exit code is 0 where the reader of the output has left (`| head`), `interrupt_code` after Ctrl-C, and 128 and
+    the number after another signal.
+    """
+    stops, code, cause = Stops(), 0, ""
+    with stops:
+        try:
+            yield stops
+            sys.stdout.flush()
+        except BrokenPipeError:
+            cause = "The output is read no more"
+            # What is still buffered would raise again when Python closes standard output.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Stopped as stopped:
+            interrupted = stopped.number == signal.SIGINT
+            code = interrupt_code if interrupted else 128 + stopped.number
+            cause = "Interrupted" if interrupted else f"Stopped by {signal.Signals(stopped.number).name}"
+        except OSError:  # the disk is full, say
+            if save is not None:
+                save()
+            raise
+        if save is not None:
+            save()
+    if cause and place is not None:
+        errors.print(f"{cause}; the state so far is in {printable(str(place))}.")
+    if cause:
+        raise typer.Exit(code)
