@@ -48,6 +48,8 @@ def audited(architecture: str, minutes: float, gigabytes: float) -> dict[str, An
         if told.returncode < 0 or "memory" in reason.lower():
             reason = f"more than {gigabytes:g} GiB"
         return {"verdict": "not built", "reason": reason}
+    if "mmap" in told.stdout:
+        return {"verdict": "not built", "reason": f"more than {gigabytes:g} GiB"}
     failed = {check["name"]: check["sentence"] for check in found["checks"] if check["status"] == "failed"}
     return {
         "verdict": "failed" if failed else "passed",

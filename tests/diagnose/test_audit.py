@@ -26,13 +26,37 @@ def call(*arguments) -> int:
     return ended.value.code or 0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "mamba2", "gpt2", "tiny"])
+PASS = ["llama", "mistral", "mamba2", "gpt2", "tiny", "ctrl", "roberta", "opt", "bert", "lfm3", "recurrent_gemma"]
+
+
+@pytest.mark.parametrize("architecture", PASS)
 def test_causal_models_pass(architecture):
     found = audit(small_model(architecture, {}))
-    assert found.passed
-    assert set(statuses(found).values()) == {"passed"}
+    assert found.passed, [(check.name, check.sentence) for check in found.checks]
     assert not found.left_out
-    assert all(check.figure <= check.tolerance for check in found.checks)
+    assert all(check.figure <= check.tolerance for check in found.checks if check.status == "passed")
+
+
+# What these really get wrong; `generate` of transformers shows it too.
+FAIL = {
+    "bart": {"left padding"},
+    "marian": {"left padding"},
+    "rwkv": {"left padding"},
+    "moshi": {"cache"},
+    "xlnet": {"perturbation", "cache"},
+    "xlstm": {"left padding"},
+}
+
+
+@pytest.mark.parametrize("architecture", FAIL)
+def test_known_faults_are_found_and_no_others(architecture):
+    found = audit(small_model(architecture, {}))
+    assert {name for name, status in statuses(found).items() if status == "failed"} == FAIL[architecture]
+
+
+def test_rounding_of_routed_tokens_is_no_leak():
+    found = audit(small_model("qwen3_5_moe_text", {}))
+    assert statuses(found)["perturbation"] == "passed"
 
 
 def test_reformer_is_caught():
@@ -43,11 +67,10 @@ def test_reformer_is_caught():
 
 
 def test_block_sparse_bigbird_is_caught_on_texts_long_enough_for_its_blocks():
-    model = small_model("big_bird", {})
+    model = small_model("big_bird", {"is_decoder": False})
     found = audit(model)
     assert model.bert.attention_type == "block_sparse"  # a short text would have switched it for good
     assert statuses(found)["perturbation"] == statuses(found)["gradient"] == "failed"
-    assert statuses(found)["cache"] == "not applicable"
 
 
 def test_xlstm_is_causal_but_ignores_the_mask():

@@ -34,6 +34,8 @@ def small_fields(name: str, width: int = WIDTH, layers: int = LAYERS) -> dict[st
         "hidden_size": width,
         "num_hidden_layers": layers,
         "encoder_layers": layers,
+        "encoder_attention_heads": 1,
+        "decoder_attention_heads": 1,
         "decoder_layers": layers,  # of models whose layers are counted for both halves
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
@@ -129,9 +131,20 @@ def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any
     try:
         defaults = small_fields(name, checked.get(width, WIDTH), checked.get(layers, LAYERS)) | sizes
         small = {standard.get(key, key): value for key, value in defaults.items()}
+        small |= {
+            key: 0 for key, value in small.items() if value is None and key in hints and not _may_be_none(hints[key])
+        }
         return AutoConfig.for_model(name, **{key: value for key, value in small.items() if key in hints} | checked)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"There can be no {name} with these fields ({_first_line(error)}); set others.") from error
+
+
+def _may_be_none(hint: Any) -> bool:
+    try:
+        coerce(None, hint, "")
+    except UserError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
