@@ -1,17 +1,20 @@
 """Prepared folders: what is in them, that workers and shards change nothing, and that damage is named."""
 
 import json
+import struct
 import sys
 from itertools import pairwise
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dyadlm.data import Passage, Source, TrainingWindows, byte_tokenizer, open_dataset, prepare
 from dyadlm.data.dataset import ROW_TOKENS
 from dyadlm.data.encoding import decode_bytes
 from dyadlm.errors import UserError
+from dyadlm.files import sha256_of
 
 from .conftest import make_text
 
@@ -203,6 +206,108 @@ def test_damage_is_named(tmp_path):
     assert open_dataset(folder, verify=False).manifest == manifest
     shard.unlink()
     with pytest.raises(UserError, match=r"validation/shard-00000.arrow is missing"):
+        open_dataset(folder)
+
+
+def resigned(folder, change):
+    """The first shard of validation, changed by somebody who knows the format and writes a checksum that fits."""
+    content = json.loads((folder / "manifest.json").read_text())
+    shard = content["splits"]["validation"]["shards"][0]
+    path = folder / shard["file"]
+    table = datasets.Dataset.from_file(str(path)).data.table.combine_chunks()
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    fresh = pa.table(change(dict(columns)))
+    path.unlink()  # it is mapped into memory
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, fresh.schema) as writer:
+        writer.write_table(fresh)
+    shard["sha256"] = sha256_of(path)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def with_ids(change):
+    def changed(columns):
+        ids = columns["input_ids"]
+        values = change(ids.values.to_numpy().copy())
+        columns["input_ids"] = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
+        return columns
+
+    return changed
+
+
+DAMAGES = {
+    "fewer tokens": with_ids(lambda ids: ids[:-1]),
+    "a token below zero": with_ids(lambda ids: np.where(ids == ids[0], -1, ids).astype(np.int32)),
+    "a token beyond the vocabulary": with_ids(lambda ids: np.where(ids == ids[0], 259, ids).astype(np.int32)),
+    "tokens of another type": with_ids(lambda ids: ids.astype(np.int64)),
+    "no segments": lambda columns: {name: column for name, column in columns.items() if name != "segments"},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_shards_that_somebody_else_wrote_are_not_believed(tmp_path, damage):
+    folder = tmp_path / "out"
+    prepare([made_up(documents=2, words=100)], folder)
+    resigned(folder, lambda columns: columns)
+    open_dataset(folder).split("validation")
+    resigned(folder, DAMAGES[damage])
+    with pytest.raises(UserError, match="is damaged"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("offsets", [(-4, 20), (0, 2**30), (20, 0)])
+def test_offsets_that_lead_out_of_a_list_are_not_believed(tmp_path, offsets):
+    """Compiled code would read what lies there in memory; pyarrow writes no such file, so its bytes are changed."""
+    folder = tmp_path / "out"
+    prepare([made_up(documents=2, words=100)], folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    shard = content["splits"]["validation"]["shards"][0]
+    path = folder / shard["file"]
+    stored, own = path.read_bytes(), struct.pack("<ii", 0, shard["tokens"])
+    assert stored.count(own) == 1
+    path.write_bytes(stored.replace(own, struct.pack("<ii", *offsets)))
+    shard["sha256"] = sha256_of(path)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is damaged"):
+        open_dataset(folder)
+
+
+def test_segments_out_of_order_are_refused(tmp_path):
+    folder = tmp_path / "out"
+    prepare([made_up(documents=2, words=100)], folder)
+
+    def backwards(columns):
+        rows = columns["segments"].to_pylist()
+        kind = columns["segments"].type
+        columns["segments"] = pa.array([list(reversed(row)) for row in rows], kind)
+        return columns
+
+    resigned(folder, backwards)
+    with pytest.raises(UserError, match="out of order"):
+        len(open_dataset(folder).split("validation").segments)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.arrow", "/etc/passwd", "linked/shard.arrow"])
+def test_shards_outside_of_the_folder_are_refused(tmp_path, name):
+    folder = tmp_path / "out"
+    prepare([made_up(documents=2)], folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "shard.arrow").write_bytes(b"")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["splits"]["validation"]["shards"][0]["file"] = name
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="lies outside the folder"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "many", None, True])
+def test_counts_of_a_manifest_are_whole_numbers(tmp_path, value):
+    folder = tmp_path / "out"
+    prepare([made_up(documents=2)], folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["splits"]["validation"]["shards"][0]["tokens"] = value
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="damaged"):
         open_dataset(folder)
 
 

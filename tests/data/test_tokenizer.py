@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dyadlm.data import TokenStream, byte_tokenizer, decode_bytes, encode_bytes, load_tokenizer, tokenizer_identity
-from dyadlm.data.encoding import TextEncoder
+from dyadlm.data.encoding import SPECIAL_TOKENS, ByteTokenizer, TextEncoder
 from dyadlm.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -26,10 +26,23 @@ def test_ids_are_the_bytes_and_specials_lie_above():
 
 @given(TEXTS)
 def test_text_survives(text):
+    """What spells a special token becomes that token in a prompt, and stays text in data (`TextEncoder`)."""
     ids = TOKENIZER(text)["input_ids"]
-    assert bytes(ids) == text.encode()
+    assert ids == ByteTokenizer()(text)["input_ids"]
     assert TOKENIZER.decode(ids) == text
-    assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
+    plain = ByteTokenizer(split_special_tokens=True)(text)["input_ids"]
+    assert bytes(plain) == text.encode()
+    assert plain == TOKENIZER(text, split_special_tokens=True)["input_ids"]
+    assert TextEncoder(TOKENIZER).encode(text.encode())[0].tolist() == plain
+    if not any(token in text for token in SPECIAL_TOKENS):
+        assert bytes(ids) == text.encode()
+        assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
+
+
+def test_an_end_that_a_template_or_a_trainer_spells_is_the_end():
+    """TRL's SFTTrainer appends `eos_token` to each text; chat templates spell the specials."""
+    assert TOKENIZER("hi" + TOKENIZER.eos_token)["input_ids"] == [*b"hi", 258]
+    assert TOKENIZER.padding_side == "left"
 
 
 @given(st.binary())
@@ -42,8 +55,9 @@ def test_any_bytes_survive(content):
 def test_save_and_load(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
-        text = "naïve <|end|>\n\n  'm 日本"
-        assert loaded(text)["input_ids"] == list(text.encode())
+        text = "naïve\n\n  'm 日本"
+        assert loaded(text + "<|end|>")["input_ids"] == [*text.encode(), 258]
+        assert loaded.padding_side == "left"
         assert loaded.decode(loaded(text)["input_ids"]) == text
         assert loaded.eos_token_id == 258
         assert tokenizer_identity(loaded) == tokenizer_identity(TOKENIZER)

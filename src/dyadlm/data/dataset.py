@@ -83,7 +83,9 @@ class Manifest:
                 name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
                 for name, split in content.pop("splits").items()
             }
-            return cls(splits=splits, **content)
+            manifest = cls(splits=splits, **content)
+            manifest._require_types(folder)
+            return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -91,6 +93,21 @@ class Manifest:
                 f"{path} is damaged or no manifest of prepared data ({type(error).__name__}: {error}); "
                 "prepare the data again, or move the file away if the folder is one of texts."
             ) from error
+
+    def _require_types(self, folder: Path) -> None:
+        """Raise ValueError where something is not what this package writes, or a file lies outside the folder."""
+        counts = {"vocabulary_size": self.tokenizer["vocabulary_size"], "end_id": self.tokenizer["end_id"]}
+        for name, split in self.splits.items():
+            counts |= {f"{name}.{key}": getattr(split, key) for key in ("tokens", "bytes", "documents", "index_start")}
+            counts |= {f"tokens of {shard.file}": shard.tokens for shard in split.shards}
+            if not split.shards:
+                raise ValueError(f"{name} has no shards")
+            for shard in split.shards:
+                if not (folder / shard.file).resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{shard.file} lies outside the folder")
+        for name, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"{name} is {count!r}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -143,7 +160,37 @@ def open_dataset(path: str | Path, verify: bool = True) -> PreparedDataset:
                 raise UserError(
                     f"{file} is damaged (its checksum is not the manifest's); remove {path} and prepare the data again."
                 )
+            if verify:
+                _require_sound(file, shard.tokens, manifest.tokenizer["vocabulary_size"])
     return PreparedDataset(path, manifest)
+
+
+def _require_sound(file: Path, tokens: int, vocabulary: int) -> None:
+    """Raise `UserError` unless a shard is what this package writes: arrays are read past their ends if offsets are
+    believed. A checksum that stands beside its file shows damage, not who wrote it."""
+    try:
+        table = datasets.Dataset.from_file(str(file)).data.table
+        table.validate(full=True)
+        kinds = {name: table.schema.field(name).type for name in table.column_names}
+        wanted = {"input_ids": pa.list_(pa.int32()), "index_start": pa.int64()}
+        if "byte_lengths" in kinds:
+            wanted["byte_lengths"] = pa.list_(pa.int32())
+        if any(kinds.get(name) != kind for name, kind in wanted.items()) or "segments" not in kinds:
+            raise ValueError(f"its columns are {', '.join(f'{name}: {kind}' for name, kind in kinds.items())}")
+        if any(table.column(name).null_count for name in (*wanted, "segments")):
+            raise ValueError("values are missing")
+        ids = [chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks]
+        found = sum(map(len, ids))
+        if found != tokens:
+            raise ValueError(f"it holds {found} tokens, not {tokens}")
+        if any(len(part) and (part.min() < 0 or part.max() >= vocabulary) for part in ids):
+            raise ValueError("it holds tokens that the tokenizer does not have")
+        if "byte_lengths" in wanted:
+            lengths = [chunk.flatten().to_numpy() for chunk in table.column("byte_lengths").chunks]
+            if sum(map(len, lengths)) != tokens or any(len(part) and part.min() < 0 for part in lengths):
+                raise ValueError("its byte lengths are not those of its tokens")
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove the folder and prepare the data again.") from error
 
 
 def _values(tables: Sequence[Any], column: str) -> list[np.ndarray]:
@@ -162,6 +209,7 @@ def _read_segments(tables: Sequence[Any]) -> SegmentTable:
     rows = np.repeat(index_start.to_numpy() - index_start[0].as_py(), lists.value_lengths().to_numpy())
     begins = in_row >= 0
     tags = segments.filter(pa.array(begins))
-    return SegmentTable.from_arrow(
-        (rows + in_row)[begins], tags.field("document"), tags.field("section"), tags.field("kind")
-    )
+    starts = (rows + in_row)[begins]
+    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any():
+        raise UserError("The segments of the prepared data are out of order; it is damaged, prepare it again.")
+    return SegmentTable.from_arrow(starts, tags.field("document"), tags.field("section"), tags.field("kind"))

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from dyadlm.data.batches import IGNORED_LABEL
-from dyadlm.errors import RunFailed
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.inspection import behaviour
 from dyadlm.files import STAGING_PREFIX, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
@@ -406,6 +406,7 @@ class LanguageModelTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._require_fitting_moments(checkpoint)
         # Loading replaced the optimizer's groups.
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
         scheduler = cast(LambdaLR, self.lr_scheduler)
@@ -413,6 +414,18 @@ class LanguageModelTrainer(Trainer):
         for group, values, factor in zip(groups, told, scheduler.lr_lambdas, strict=True):
             group.update(values)
             group["lr"] = values["initial_lr"] * factor(scheduler.last_epoch)
+
+    def _require_fitting_moments(self, checkpoint: str) -> None:
+        """Compiled code of the optimizer does not look where a tensor ends."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            for name, value in optimizer.state.get(weight, {}).items():
+                moment = isinstance(value, torch.Tensor) and value.dim() > 0
+                if moment and (value.shape != weight.shape or not value.is_floating_point()):
+                    raise UserError(
+                        f"The optimizer's {name} in {checkpoint} is {tuple(value.shape)} where the weight is "
+                        f"{tuple(weight.shape)}; the checkpoint is damaged, remove it to go on from an earlier one."
+                    )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once and so are missing; anything else means another model."""
