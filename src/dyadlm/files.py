@@ -15,6 +15,7 @@ from dyadlm.errors import UserError
 STAGING_PREFIX = ".staging-"
 # Workers of a process that was killed hold its lock until they notice, some seconds later.
 LOCK_PATIENCE_SECONDS = 10.0
+LEFTOVER_SECONDS = 60.0
 
 
 def sync(path: Path) -> None:
@@ -30,10 +31,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it there: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
+    collect_leftovers(path.parent)
     descriptor, name = tempfile.mkstemp(prefix=STAGING_PREFIX, dir=path.parent)
     staged = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            _lock(descriptor)  # until it is closed, so that nobody takes it for a leftover
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -53,11 +56,14 @@ def staged_folder(path: Path) -> Iterator[Path]:
     Raises `UserError` if there can be no folder there.
     """
     make_folder(path.parent)
+    collect_leftovers(path.parent)
     try:
         staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
     except OSError as error:
         raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
     staging.chmod(0o777 & ~_umask())
+    descriptor = os.open(staging, os.O_RDONLY)
+    _lock(descriptor)
     try:
         yield staging
         for file in staging.rglob("*"):
@@ -67,7 +73,40 @@ def staged_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        os.close(descriptor)
     sync(path.parent)
+
+
+def collect_leftovers(folder: Path) -> None:
+    """Remove what killed commands left in a folder under staging names. A command that lives holds a lock on its own;
+    whatever is younger than `LEFTOVER_SECONDS` may be about to be locked."""
+    for path in folder.glob(f"{STAGING_PREFIX}*"):
+        try:
+            if path.is_symlink() or time.time() - path.stat().st_mtime < LEFTOVER_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            if _lock(descriptor):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file or folder, unless another process has; whether it is locked now. Some file systems cannot."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def make_folder(path: Path) -> None:

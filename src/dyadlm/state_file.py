@@ -83,11 +83,28 @@ def write_state(
 def read_state(path: str | Path, signature: str, weights: str | None = None) -> tuple[dict[str, np.ndarray], int]:
     """The tensors by name, and the columns seen. weights: the identity of the model's; None: not looked at.
 
-    Names, shapes and dtypes are for the caller to check.
+    Names, shapes and dtypes are for the caller to check (`require_fitting`).
 
     Raises:
         UserError: no such file, no state file, a damaged one, or the state of another model.
     """
+    tensors, head, seen = _read(path)
+    if head.get("model") != signature:
+        raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
+    if None not in (weights, head.get("weights")) and head["weights"] != weights:
+        raise UserError(
+            f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
+        )
+    return tensors, seen
+
+
+def require_whole(path: str | Path) -> int:
+    """The columns that a state file of any model has seen. Raises `UserError` if it is damaged."""
+    return _read(path)[2]
+
+
+def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]:
+    """The tensors, the head and the columns seen of a file that agrees with its checksum."""
     try:
         with safe_open(str(path), framework="np") as file:
             head = file.metadata() or {}
@@ -98,12 +115,6 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
         raise UserError(f"{path} is not a readable state file; write a new one with --state-out.") from None
     if head.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out.")
-    if head.get("model") != signature:
-        raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
-    if None not in (weights, head.get("weights")) and head["weights"] != weights:
-        raise UserError(
-            f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
-        )
     seen = head.get("columns_seen", "")
     if not seen.isdecimal() or len(seen) > 18:
         raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
@@ -112,7 +123,7 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise UserError(f"{path} holds values that are not numbers ({name}); write a new state with --state-out.")
-    return tensors, int(seen)
+    return tensors, head, int(seen)
 
 
 def require_fitting(tensors: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

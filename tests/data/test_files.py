@@ -1,12 +1,14 @@
 """Writing: all or nothing, never over what is there, one process at a time."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from dyadlm import files
 from dyadlm.errors import UserError
-from dyadlm.files import locked, require_new, staged_folder, write_atomically
+from dyadlm.files import locked, printable, require_new, staged_folder, write_atomically
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -88,3 +90,42 @@ def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path, monkeypatch):
         (folder / "file").write_text("kept")
     with locked(folder):
         assert [file.name for file in folder.iterdir()] == ["file"]
+
+
+def test_leftovers_of_dead_commands_are_removed_and_those_of_living_ones_kept(tmp_path):
+    """A process that is killed leaves its staging folder; the lock on it ends with the process."""
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from dyadlm.files import staged_folder\n"
+        "with staged_folder(pathlib.Path(sys.argv[1]) / sys.argv[2]) as staging:\n"
+        "    (staging / 'half').write_text('half')\n"
+        "    print('there', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == 'dead' else sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    living = subprocess.Popen([*command, "alive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert living.stdout.readline() == "there\n"
+    subprocess.run([*command, "dead"], stdout=subprocess.DEVNULL)
+    assert len(list(tmp_path.glob(".staging-*"))) == 2
+    write_atomically(tmp_path / "file", "young ones may be about to be locked")
+    assert len(list(tmp_path.glob(".staging-*"))) == 2
+    for path in tmp_path.glob(".staging-*"):
+        os.utime(path, (0, 0))
+    write_atomically(tmp_path / "file", "content")
+    assert len(list(tmp_path.glob(".staging-*"))) == 1
+    living.communicate("")
+    assert (tmp_path / "alive" / "half").read_text() == "half"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive", "file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 日本", "plain é 日本"),
+        ("a\x1b[2Jb\n", "a\\x1b[2Jb\\n"),
+        ("caf\udce9", "caf\\xe9"),
+        ("\u202egnp", "\\u202egnp"),
+    ],
+)
+def test_names_are_shown_as_one_line_that_steers_nothing(text, shown):
+    assert printable(text) == shown

@@ -263,8 +263,8 @@ def test_offsets_that_lead_out_of_a_list_are_not_believed(tmp_path, offsets):
     shard = content["splits"]["validation"]["shards"][0]
     path = folder / shard["file"]
     stored, own = path.read_bytes(), struct.pack("<ii", 0, shard["tokens"])
-    assert stored.count(own) == 1
-    path.write_bytes(stored.replace(own, struct.pack("<ii", *offsets)))
+    assert stored.count(own) == 2  # of the tokens, then of how many bytes each is
+    path.write_bytes(stored.replace(own, struct.pack("<ii", *offsets), 1))
     shard["sha256"] = sha256_of(path)
     (folder / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="is damaged"):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dyadlm.cli import audit, data, diagnose, evaluate, export, generate, inspect, recall, report, stream, train
+from dyadlm.cli import audit, data, diagnose, evaluate, export, generate, inspect, recall, report, stream, train, verify
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import printable
 from dyadlm.version import __version__
@@ -18,7 +18,6 @@ app = typer.Typer(
     name="dyadlm",
     help="Train, evaluate and stream language models without attention.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -33,6 +32,7 @@ app.command()(diagnose.diagnose)
 app.command()(audit.audit)
 app.command()(export.export)
 app.command()(report.report)
+app.command()(verify.verify)
 
 # Options that take all the values that follow: `--data a b` means `--data a --data b`.
 LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates", "--probe")

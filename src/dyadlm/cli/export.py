@@ -5,12 +5,22 @@ from typing import Annotated
 
 import typer
 
+from dyadlm.files import printable
+
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or one of its checkpoints.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")],
+    auto_map: Annotated[
+        bool,
+        typer.Option(
+            "--auto-map",
+            help="For programs that do not import dyadlm: they load the folder with trust_remote_code=True. dyadlm has "
+            "to be installed there.",
+        ),
+    ] = False,
 ) -> None:
     """Copy weights, configuration, tokenizer and model card. Files that only training needs are left out."""
     from dyadlm.train import export
 
-    typer.echo(f"Wrote {export(run, output)}.")
+    typer.echo(f"Wrote {printable(str(export(run, output, auto_map)))}.")

@@ -60,11 +60,16 @@ class Session:
     def read(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read token ids (T,); returns the surprise at each, nats float32 (T,).
 
-        It is NaN for a first token that nothing predicted (nothing was read before, or the state was loaded).
+        It is NaN for a first token that nothing predicted (nothing was read before, or the state was loaded). Raises
+        `RunFailed` if the model's logits are not numbers.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         self.begins = self.begins and not len(ids)
-        return self._reader.read(ids)
+        unpredicted = int(self._reader.logits is None)
+        nats = self._reader.read(ids)
+        if np.isnan(nats[unpredicted:]).any():
+            raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
+        return nats
 
     def read_prompt(self, text: str) -> None:
         """Read a text as `generate` is given it: where a document begins with the specials its tokenizer adds."""

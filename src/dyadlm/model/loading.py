@@ -1,11 +1,14 @@
 """Any causal language model of transformers from a folder: safetensors only, none of the folder's code is run."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import is_offline_mode
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -17,6 +20,7 @@ from dyadlm.values import coerce_fields, type_of
 # Entries of config.json that describe the file; the weights decide them.
 DESCRIPTIVE = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Fields of ours that change what trained weights mean, though not always how many there are.
 TRAINED = {
     "artist_sees",
@@ -48,9 +52,7 @@ def load_weights(
     Raises `UserError` if there is no such model or field, a value is of another type, or some of its weights are
     missing or do not fit.
     """
-    path = Path(path_or_name)
-    if path.exists():
-        require_model_folder(path)
+    require_found(path_or_name)
     try:
         with without_bars_of_transformers():
             config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
@@ -98,6 +100,34 @@ def _coerce_fields(config: PreTrainedConfig, given: Mapping[str, Any], prefix: s
         return fields
     types_of = {name: type_of(value) for name, value in config.to_dict().items() if name not in DESCRIPTIVE}
     return coerce_fields(given, types_of, f"A {config.model_type} model", prefix)
+
+
+# Seconds that the hub has to answer in.
+HUB_PATIENCE = 5.0
+
+
+def require_found(path_or_name: str | Path) -> None:
+    """Raise `UserError` unless there is a model folder, or a model of that name on the hub or in its cache.
+
+    What looks like a path, or lies in a folder that exists, never goes to the hub; the hub is asked once.
+    """
+    path, name = Path(path_or_name), str(path_or_name)
+    if path.exists():
+        require_model_folder(path)
+        return
+    in_folder = len(path.parts) > 1 and path.parent.exists()
+    if path.is_absolute() or name.startswith((".", "~")) or in_folder or not _HUB_NAME.fullmatch(name):
+        raise UserError(f"There is no model {name}; give a folder that `dyadlm train` wrote, or a Hugging Face name.")
+    if is_offline_mode() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=HUB_PATIENCE)
+    except Exception as error:  # the hub and the network raise errors of many kinds
+        reason = str(error).strip().splitlines()[:1]
+        raise UserError(
+            f"There is no folder {name}, and no such model on the hub can be reached "
+            f"({reason[0] if reason else type(error).__name__})."
+        ) from error
 
 
 def require_model_folder(path: Path) -> None:

@@ -1,13 +1,17 @@
 """The trained model as a folder that any Hugging Face program loads, free of what only training needs."""
 
+import html
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from dyadlm.data.canaries import CANARIES_NAME
-from dyadlm.errors import UserError
-from dyadlm.files import require_new, staged_folder
+from dyadlm.errors import RunFailed, UserError
+from dyadlm.files import printable, require_new, staged_folder, write_atomically
 from dyadlm.train.checkpoint import MANIFEST_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
@@ -37,21 +41,69 @@ def model_files(folder: Path) -> list[Path]:
     )
 
 
-def export(run: str | Path, output: str | Path) -> Path:
-    """Copy the model of a run or a checkpoint (weights, configuration, tokenizer, card) to a new folder."""
+# Modules that stand beside the weights for programs that never import dyadlm (`trust_remote_code=True`).
+SHIMS = {
+    "configuration_dyadlm.py": "from dyadlm import DyadConfig  # noqa: F401\n",
+    "modeling_dyadlm.py": "from dyadlm import DyadForCausalLM, DyadModel  # noqa: F401\n",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_dyadlm.DyadConfig",
+    "AutoModel": "modeling_dyadlm.DyadModel",
+    "AutoModelForCausalLM": "modeling_dyadlm.DyadForCausalLM",
+}
+
+
+def export(run: str | Path, output: str | Path, auto_map: bool = False) -> Path:
+    """Copy the model of a run or a checkpoint (weights, configuration, tokenizer, card) to a new folder.
+
+    auto_map: for programs that never import dyadlm: with `trust_remote_code=True` they find it by itself. It has to be
+        installed there.
+    Raises `UserError` if there is no model, a file is a link out of the folder, or `output` holds something, and
+    `RunFailed` if weights are not numbers.
+    """
     run, output = Path(run), Path(output)
     files = model_files(run)
     require_new(output, "the exported model")
+    fields = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    if auto_map and fields.get("model_type") != "dyadlm":
+        raise UserError(f"A {fields.get('model_type')} model needs no auto_map; transformers knows it.")
+    for file in files:
+        if not file.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"{file} is a link out of the folder; put the file itself there.")
+        if file.match(WEIGHTS):
+            require_finite(file)
     with staged_folder(output) as staging:
         for file in files:
             shutil.copyfile(file, staging / file.name)
+        if auto_map:
+            for name, code in SHIMS.items():
+                write_atomically(staging / name, code)
+            write_atomically(staging / "config.json", json.dumps(fields | {"auto_map": AUTO_MAP}, indent=2) + "\n")
     return output
+
+
+def require_finite(weights: Path) -> None:
+    """Raise `RunFailed` if a file of weights holds values that are not numbers, `UserError` if it cannot be read."""
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise RunFailed(f"The weight {name} holds values that are not numbers; it is damaged or diverged.")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is damaged ({error}); take another checkpoint.") from error
+
+
+def as_markdown(text: str) -> str:
+    """A name or a text of anybody's, as a line of Markdown that holds no markup of its own."""
+    escaped = html.escape(printable(str(text)), quote=False)
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]|#" else letter for letter in escaped)
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """README.md of a trained model.
 
-    facts: name, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
+    facts: name, prompt, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
     validation_loss, validation_bits_per_byte; None where unknown. consensus: of a planner, with which validation was
     scored; 0 for none.
     """
@@ -75,14 +127,14 @@ def model_card(facts: Mapping[str, Any]) -> str:
     scorer = ""
     if facts["consensus"] and facts["validation_loss"] is not None:
         scorer = f" They are scored with consensus {facts['consensus']:g}; the training loss is the engineer's alone."
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {as_markdown(value)} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [dyadlm]
 ---
 
-# {facts["name"]}
+# {as_markdown(facts["name"])}
 
 A causal language model of type `{facts["model_type"]}`, trained with dyadlm.
 
@@ -99,9 +151,9 @@ The validation figures are those of the last evaluation during training, on a sa
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
-inputs = tokenizer("Once", return_tensors="pt")
+inputs = tokenizer("{facts["prompt"]}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 
-or `dyadlm generate . --prompt Once`.
+or `dyadlm generate . --prompt "{facts["prompt"]}"`.
 """

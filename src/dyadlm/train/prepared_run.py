@@ -28,12 +28,16 @@ from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
 from dyadlm.train.planner import TaughtWindows
-from dyadlm.train.settings import TrainSettings, reading_options
+from dyadlm.train.settings import PRESET_DEFAULTS, TrainSettings, reading_options
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.validation import ValidationSample
 
 log = logging.getLogger("dyadlm")
 
+# How `generate` of transformers is to draw from a trained model: as `dyadlm generate` does.
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+# A text that is read so often is remarked upon.
+MANY_EPOCHS = 10
 # Bytes per token is taken from the beginning of each stream.
 SAMPLED_TOKENS = 2**20
 # Fields of a configuration that say nothing of what is computed.
@@ -68,6 +72,7 @@ class PreparedRun:
     licences: Sequence[str]
     identity: dict[str, Any]
     choices: list[str]
+    prompt: str  # a few words of the text, for examples
 
     def trainer(self, settings: TrainSettings, callback: TrainerCallback) -> LanguageModelTrainer:
         """Raises `UserError` if Trainer finds that the settings contradict each other."""
@@ -107,6 +112,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         tokens = sum(len(stream) for stream, _ in data.train) * arguments.num_train_epochs
         arguments.max_steps = max(1, math.ceil(tokens / (batch * options.sequence_length)))
 
+    choices += _remarks(settings, data, arguments.max_steps * batch * options.sequence_length)
     set_seed(arguments.seed)
     model = _model(settings, data.tokenizer)
     if settings.train.carry_state:
@@ -169,6 +175,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         licences=data.licences,
         identity=json.loads(json.dumps(identity)),  # as it will be read back
         choices=choices,
+        prompt=_first_words(data),
     )
 
 
@@ -199,6 +206,7 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(tokenizer, name) for name in special}
         model = DyadForCausalLM(_configuration(settings, vocab_size=len(tokenizer), **ids))
+        model.generation_config.update(**SAMPLING)  # type: ignore[no-untyped-call]
         if tokenizer_identity(tokenizer) != tokenizer_identity(byte_tokenizer()):
             model.use_tokenizer(tokenizer)
     else:
@@ -207,6 +215,32 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         _require_positions(model, settings.data.sequence_length)
     require_vocabulary(model, tokenizer)
     return model
+
+
+def _first_words(data: TrainingData) -> str:
+    """The first few words of the text; of another text than words some characters, or "Once"."""
+    stream = data.train[0][0]
+    text = data.tokenizer.decode(stream.tokens(0, min(64, len(stream))).tolist(), skip_special_tokens=True)
+    words = "".join(letter if letter.isprintable() else " " for letter in text).split()
+    while len(words) > 1 and len(" ".join(words)) > 24:
+        words.pop()
+    return " ".join(words)[:24].replace('"', "").replace("\\", "") or "Once"
+
+
+def _remarks(settings: TrainSettings, data: TrainingData, tokens: int) -> list[str]:
+    """What a reader of the plan may not expect. tokens: that the run will read."""
+    remarks = []
+    if settings.model is not None:
+        taken = {**PRESET_DEFAULTS[None], "data.sequence_length": settings.data.sequence_length}
+        told = ", ".join(f"{name}={settings.to_dict()[name]}" for name in taken if name in settings.to_dict())
+        remarks.append(f"going on from {settings.model}: {told}; --set changes these")
+    epochs = tokens / max(1, sum(len(stream) for stream, _ in data.train))
+    if epochs >= MANY_EPOCHS:
+        remarks.append(
+            f"the text is read {epochs:,.0f} times, so that the model will know it by heart; give more text, or fewer "
+            "steps (--set max_steps=N)"
+        )
+    return remarks
 
 
 def _require_positions(model: PreTrainedModel, length: int) -> None:

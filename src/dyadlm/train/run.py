@@ -19,10 +19,11 @@ from transformers import TrainerCallback, TrainingArguments
 
 from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
+from dyadlm.data.resolve import parse_weight
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, write_atomically
 from dyadlm.model.configuration import CHOOSING
-from dyadlm.train.checkpoint import last_complete, read_manifest, remove_leftovers, require_same
+from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, remove_leftovers, require_same
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
@@ -107,6 +108,8 @@ def train(
                 trainer.add_callback(callback)
         for make in callbacks:
             trainer.add_callback(make(trainer))
+        for damaged in _damaged_after(settings, resumed):
+            console.print(f"{printable(str(damaged))} is damaged and left out; `dyadlm verify` says how.")
         if resumed is not None:
             console.print(f"Going on from {printable(str(resumed))}.")
         begin = time.perf_counter()
@@ -163,6 +166,12 @@ def _checkpoint_to_resume(settings: TrainSettings, identity: Mapping[str, Any]) 
     if path is not None and (manifest := read_manifest(path)) is not None:
         require_same(manifest["identity"], identity, path)
     return path
+
+
+def _damaged_after(settings: TrainSettings, resumed: Path | None) -> list[Path]:
+    """Newer checkpoints than the one to resume from, which were passed over."""
+    step = read_step(resumed)
+    return [path for number, path in checkpoints(settings.output).items() if number > step] if settings.resume else []
 
 
 def read_step(checkpoint: Path | None) -> int:
@@ -278,11 +287,19 @@ def _finish(settings: TrainSettings, plan: PreparedRun, trainer: LanguageModelTr
     )
 
 
+def _title(settings: TrainSettings) -> str:
+    """What the model is, in words: folders are called `run`."""
+    kind = settings.preset or Path(settings.model or "").name
+    sources = [Path(parse_weight(source)[0]).name for source in settings.sources]
+    return f"{kind}, trained on {', '.join(sources[:3])}{' and more' if len(sources) > 3 else ''}"
+
+
 def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any]) -> str:
     return model_card(
         dict(result)
         | {
-            "name": settings.output.resolve().name,
+            "name": _title(settings),
+            "prompt": plan.prompt,
             "model_type": plan.model.config.model_type,
             "parameters": published_parameters(plan.model),
             "sources": settings.sources,

@@ -1,0 +1,119 @@
+"""`dyadlm verify` names what is damaged, in everything that this package writes; so does a run that goes on."""
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from dyadlm import RunFailed, UserError
+from dyadlm.data import prepare
+from dyadlm.generate import generate_text, load_model
+from dyadlm.train import export, train
+from dyadlm.train.checkpoint import write_manifest
+from dyadlm.train.verification import verify
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def run(finished, small, words, tmp_path):
+    """A copy of a finished run, to be damaged."""
+    if not finished.exists():
+        train(small(finished), words(), Console(quiet=True))
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def damaged(path) -> dict[str, str]:
+    return {entry.place.name: entry.what for entry in verify(path) if not entry.whole}
+
+
+def flip(path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_whole_is_found_whole(run, tmp_path):
+    assert not damaged(run)
+    assert len(verify(run)) >= 6
+    export(run, tmp_path / "exported")
+    assert not damaged(tmp_path / "exported")
+    assert not damaged(run / "checkpoint-6")
+    model, tokenizer = load_model(run, "cpu")
+    list(generate_text(model, tokenizer, "the", max_new_tokens=3, state_out=tmp_path / "state"))
+    assert verify(tmp_path / "state")[0].what.endswith("after 6 tokens")
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 50)
+    prepare([tmp_path / "text.txt"], tmp_path / "data")
+    assert not damaged(tmp_path / "data")
+
+
+def test_damage_is_named(run, tmp_path):
+    flip(run / "checkpoint-6" / "optimizer.pt")
+    (run / "checkpoint-4" / "model.safetensors").unlink()
+    (run / ".staging-rest").mkdir()
+    found = damaged(run)
+    assert found == {
+        "checkpoint-4": "model.safetensors is missing",
+        "checkpoint-6": "optimizer.pt is damaged (its checksum is not the manifest's)",
+        ".staging-rest": "left by a command that was killed; the next one removes it",
+    }
+    (run / "checkpoint-6" / "checkpoint.json").unlink()
+    assert damaged(run / "checkpoint-4") == {"checkpoint-4": "model.safetensors is missing"}
+    assert damaged(run)["checkpoint-6"] == "no checkpoint.json: half of a checkpoint"
+    weights = load_file(run / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    save_file(weights, run / "model.safetensors", {"format": "pt"})
+    assert "model.norm.weight holds values that are not numbers" in damaged(run)["model.safetensors"]
+    with pytest.raises(RunFailed, match=r"model.norm.weight holds values that are not numbers"):
+        export(run, tmp_path / "exported")
+    (run / "config.json").write_text("{")
+    assert damaged(run)["config.json"] == "not JSON"
+    with pytest.raises(UserError, match="no run, checkpoint, prepared data, model folder or state"):
+        verify(tmp_path)
+    (tmp_path / "file").write_text("text")
+    assert damaged(tmp_path / "file")["file"].startswith("no readable state")
+
+
+def test_a_resumed_run_says_which_checkpoints_it_passes_over(run, small, words):
+    record = json.loads((run / "dyadlm.json").read_text())
+    del record["result"]
+    (run / "dyadlm.json").write_text(json.dumps(record))
+    flip(run / "checkpoint-6" / "model.safetensors", 0.9)
+    told = io.StringIO()
+    train(small(run, resume=True), words(), Console(file=told, width=500))
+    assert f"{run / 'checkpoint-6'} is damaged and left out" in told.getvalue()
+    assert f"Going on from {run / 'checkpoint-4'}" in told.getvalue()
+
+
+def test_moments_that_do_not_fit_are_refused_though_their_checksum_fits(run, small, words):
+    """Compiled code of the optimizer would write past their ends."""
+    record = json.loads((run / "dyadlm.json").read_text())
+    del record["result"]
+    (run / "dyadlm.json").write_text(json.dumps(record))
+    shutil.rmtree(run / "checkpoint-6")
+    folder = run / "checkpoint-4"
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    moments = next(entry for entry in state["state"].values() if entry["exp_avg"].dim())
+    moments["exp_avg"] = moments["exp_avg"][..., :-1].clone()
+    torch.save(state, folder / "optimizer.pt")
+    (folder / "checkpoint.json").unlink()
+    write_manifest(folder, manifest["step"], manifest["identity"])
+    with pytest.raises(UserError, match="the checkpoint is damaged, remove it"):
+        train(small(run, resume=True), words(), Console(quiet=True))
+
+
+def test_links_out_of_a_run_are_not_published(run, tmp_path):
+    (tmp_path / "secret.json").write_text("{}")
+    (run / "notes.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(UserError, match="is a link out of the folder"):
+        export(run, tmp_path / "exported")
