@@ -92,13 +92,16 @@ def test_hugging_face_generates_from_an_exported_model(place):
     texts = [TEXT[:11], TEXT[:30], TEXT[:5]]
     tokenizer.padding_side = "left"
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    for options in ({"num_beams": 3}, {"do_sample": False}, {"num_beams": 2, "num_return_sequences": 2}):
+    for options in ({"num_beams": 3}, {}, {"num_beams": 2, "num_return_sequences": 2}):
+        options = {**options, "do_sample": False}  # drawn by default, as `dyadlm generate` does
         together = model.generate(**batch, max_new_tokens=8, **options)[:, -8:]
         each = options.get("num_return_sequences", 1)
         for row, text in enumerate(texts):
             alone = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, **options)[:, -8:]
             assert torch.equal(together[row * each : (row + 1) * each], alone)
-    sampled = model.generate(**batch, max_new_tokens=8, do_sample=True)
+    own = model.generation_config
+    assert (own.do_sample, own.temperature, own.top_p) == (True, 0.8, 0.95)
+    sampled = model.generate(**batch, max_new_tokens=8)
     assert sampled.shape == (3, batch["input_ids"].shape[1] + 8)
 
 

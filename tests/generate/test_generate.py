@@ -301,7 +301,7 @@ def test_what_is_no_model_is_told(dyad, tmp_path):
         load_model(folder, dtype="int8")
     with pytest.raises(UserError, match="is no model folder"):
         load_model(tmp_path)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="There is no model"):
         load_model(tmp_path / "missing")
     (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
     with pytest.raises(UserError, match=r"not finished.*--resume.*checkpoint-20"):

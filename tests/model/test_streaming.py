@@ -5,9 +5,7 @@ import torch
 
 from dyadlm import DyadCache, UserError
 from dyadlm.accounting import state_bytes
-from dyadlm.model import tower
 from dyadlm.model.empty_state import empty_state, identity_of
-from dyadlm.model.levels import segments, sliding
 
 from .conftest import SLOTS, SMALL, VARIANTS, make_model, random_ids, text_ids
 
@@ -335,24 +333,6 @@ def test_gradients_of_chunks_are_those_of_the_whole(variant):
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
         assert distance(gradient, parts[name]) < 1e-7 * max(1.0, gradient.abs().max().item()), name
-
-
-def test_levels_one_by_one_equal_levels_side_by_side(variant, monkeypatch):
-    """The form for long chunks and the form for short ones: logits, states and gradients."""
-    model, ids = make_model(**variant), text_ids(2, 60)
-    together = model(ids, use_cache=True)
-    together.logits.square().sum().backward()
-    gradients = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
-    model.zero_grad()
-    for module in (tower, sliding, segments):
-        monkeypatch.setattr(module, "SIDE_BY_SIDE", 0)
-    alone = model(ids, use_cache=True)
-    alone.logits.square().sum().backward()
-    assert distance(alone.logits, together.logits) < 1e-12
-    assert state_distance(alone.past_key_values, together.past_key_values) < 1e-12
-    for name, gradient in gradients.items():
-        found = dict(model.named_parameters())[name].grad
-        assert distance(found, gradient) < 1e-9 * max(1.0, gradient.abs().max().item()), name
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dyadlm.errors import UserError
+
 COMPANIONS = "companions."  # how the names of their parameters begin in a model
 
 
@@ -39,6 +41,31 @@ class AuxiliaryModule(nn.Module):
         or fractions (2,), numerator and denominator, which are summed over passes before they are divided. What is to
         be minimised besides the model's own loss is the scalar `cost`, if there is one."""
         return {}
+
+
+class CompanionsMixin:
+    """A model beside which auxiliary modules train."""
+
+    companions: nn.ModuleDict
+
+    def accompany(self, name: str, companion: AuxiliaryModule) -> None:
+        """Train an auxiliary module beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
+        evaluation mode never calls it. Raises `UserError` for a name that there is already."""
+        if name in self.companions:
+            raise UserError(f"There is a companion {name!r} already; remove it from model.companions first.")
+        model: Any = self
+        self.companions[name] = companion.to(device=model.device, dtype=model.dtype)
+        model._keys_to_ignore_on_save = {key for key in model.state_dict() if key.startswith(COMPANIONS)}
+
+    def set_progress(self, fraction: float) -> None:
+        """Set how far training is, from 0 to 1, for parts that follow it. The trainer of dyadlm calls this.
+
+        Raises `UserError` for another number.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise UserError(f"The progress of training lies between 0 and 1, not at {fraction}.")
+        model: Any = self
+        model.model.progress.fill_(fraction)
 
 
 def add_up(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

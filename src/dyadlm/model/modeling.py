@@ -20,7 +20,7 @@ from dyadlm.model.boundaries import Boundaries
 from dyadlm.model.cache import BlockState, DyadCache, carried_by
 from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
 from dyadlm.model.decoding import DyadGenerationMixin
-from dyadlm.model.extension import COMPANIONS, AuxiliaryModule, TrainingPass, add_up
+from dyadlm.model.extension import AuxiliaryModule, CompanionsMixin, TrainingPass, add_up
 from dyadlm.model.layout import chunk_layout
 from dyadlm.model.outputs import DyadModelOutput, DyadOutput, as_asked
 from dyadlm.model.packing import arrange
@@ -163,12 +163,11 @@ class DyadModel(DyadPreTrainedModel):
         return outputs, carried, aux
 
 
-class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
+class DyadForCausalLM(CompanionsMixin, DyadPreTrainedModel, DyadGenerationMixin):
     """A causal language model for `generate`, `Trainer`, `pipeline("text-generation")` and all else that takes one of
     Hugging Face; `import dyadlm` registers it with the Auto classes."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the form transformers reads
-    companions: nn.ModuleDict
 
     def __init__(self, config: DyadConfig):
         super().__init__(config)
@@ -177,18 +176,6 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         self.planner = part_of("planner", config)
         self.companions = nn.ModuleDict()  # of training alone
         self.post_init()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the engine's copy of the weights is made again when it is needed."""
-        return {name: value for name, value in vars(self).items() if name != "_kept_decoder"}
-
-    def accompany(self, name: str, companion: AuxiliaryModule) -> None:
-        """Train an auxiliary module beside the model, on its device and in its dtype. `save_pretrained` leaves it out;
-        evaluation mode never calls it. Raises `UserError` for a name that there is already."""
-        if name in self.companions:
-            raise UserError(f"There is a companion {name!r} already; remove it from model.companions first.")
-        self.companions[name] = companion.to(device=self.device, dtype=self.dtype)
-        self._keys_to_ignore_on_save = {key for key in self.state_dict() if key.startswith(COMPANIONS)}
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the semantic levels and word contexts the text of each token. Bytes do not need this."""
@@ -208,12 +195,6 @@ class DyadForCausalLM(DyadPreTrainedModel, DyadGenerationMixin):
         if self.model.boundaries is not None:
             self.model.boundaries.resize(embedding.num_embeddings)
         return embedding
-
-    def set_progress(self, fraction: float) -> None:
-        """Set how far training is, from 0 to 1, for parts that follow it. The trainer of dyadlm calls this."""
-        if not 0.0 <= fraction <= 1.0:
-            raise UserError(f"The progress of training lies between 0 and 1, not at {fraction}.")
-        self.model.progress.fill_(fraction)
 
     def forward(
         self,

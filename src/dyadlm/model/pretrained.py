@@ -49,6 +49,10 @@ class DyadPreTrainedModel(PreTrainedModel):
         function = partial(gradient_checkpointing_func, use_reentrant=False)
         return super()._set_gradient_checkpointing(enable, function, *given, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the engine's copy of the weights is made again when it is needed."""
+        return {name: value for name, value in vars(self).items() if name != "_kept_decoder"}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Linear maps keep the variance and the embedding is small.

@@ -28,7 +28,6 @@ from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
 from dyadlm.model.levels import (
-    SIDE_BY_SIDE,
     LevelFamily,
     LevelFeatures,
     NodeLevels,
@@ -158,9 +157,6 @@ class Tower(nn.Module):
 
     def weigh(self, parts: list[Tensor], weights: Tensor) -> Tensor:
         """Parts (B, T, C) side by side, each times its weight and followed by the weight less 1."""
-        if len({part.shape for part in parts}) == 1 and parts[0].shape[:2].numel() <= SIDE_BY_SIDE:
-            together, weights = accumulator(torch.stack(parts, 2)), weights[..., None]
-            return torch.cat([together * weights, weights - 1], -1).flatten(2)
         pairs = zip(map(accumulator, parts), weights.split(1, -1), strict=True)
         return torch.cat([piece for part, weight in pairs for piece in (part * weight, weight - 1)], -1)
 
@@ -209,17 +205,6 @@ class Tower(nn.Module):
         current, previous = self.centroid(current, shares.current), self.centroid(previous, shares.previous)
         return self.feature(level, current, previous, shares.paired, dtype)
 
-    def compare_together(
-        self, levels: Sequence[int], current: Tensor, previous: Tensor, shares: Shares, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """As `compare`, of several levels of one rank side by side (B, T, levels, R + 1) → (B, T, F R) each."""
-        current, previous = self.centroid(current, shares.current), self.centroid(previous, shares.previous)
-        return self.joined_together(levels, self.parts(current, previous, shares.paired), dtype)
-
-    def joined_together(self, levels: Sequence[int], parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """As `joined`, of several levels side by side (B, T, levels, R)."""
-        return list(torch.cat(parts, -1).to(dtype).unbind(2))
-
     def centroid(self, mean: Tensor, share: Tensor | None) -> Tensor:
         """A window's centroid from the mean over its width, whose last column is the mean of (s - 1)."""
         mean, excess = mean[..., :-1], mean[..., -1:]
@@ -245,12 +230,6 @@ class Tower(nn.Module):
     ) -> Tensor:
         """The feature of a semantic level from the open segment and the two complete ones before it."""
         return self.feature(level, current, last, paired, dtype)
-
-    def segment_features_together(
-        self, levels: Sequence[int], current: Tensor, last: Tensor, earlier: Tensor, paired: Tensor, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """As `segment_feature`, of several levels of one rank side by side (B, T, levels, R)."""
-        return self.joined_together(levels, self.parts(current, last, paired), dtype)
 
     def joined(self, level: int, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The parts of a feature side by side."""

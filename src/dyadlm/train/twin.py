@@ -111,5 +111,6 @@ def _levels_alone(config: DyadConfig) -> DyadConfig:
     """The same stack without what recalls, selects and plans."""
     config = copy.deepcopy(config)
     config.slot_contexts, config.decision_slots = [], False
-    config.selector = config.planner = "none"
+    config.selector, config.selector_margin = "none", 0.0
+    config.planner, config.consensus = "none", 0.0
     return config

@@ -6,8 +6,6 @@ by 0.017 nats, and phase transport, the operator of the paper, adds nothing to t
 Dimension letters: R rank, F parts of a feature.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -47,8 +45,3 @@ class LongerMemory(Tower):
         self, level: int, current: Tensor, last: Tensor, earlier: Tensor, paired: Tensor, dtype: torch.dtype
     ) -> Tensor:
         return self.joined(level, [*self.parts(current, last, paired), earlier], dtype)
-
-    def segment_features_together(
-        self, levels: Sequence[int], current: Tensor, last: Tensor, earlier: Tensor, paired: Tensor, dtype: torch.dtype
-    ) -> list[Tensor]:
-        return self.joined_together(levels, [*self.parts(current, last, paired), earlier], dtype)

@@ -51,6 +51,3 @@ class ModelSpace(Tower):
 
     def joined(self, level: int, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         return self.through_bottleneck(torch.stack(parts, -2).to(dtype), level).flatten(-2)
-
-    def joined_together(self, levels: Sequence[int], parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        return [self.joined(k, [part[:, :, s] for part in parts], dtype) for s, k in enumerate(levels)]

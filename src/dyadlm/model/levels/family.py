@@ -22,10 +22,6 @@ from dyadlm.model.layout import ChunkLayout
 if TYPE_CHECKING:
     from dyadlm.model.tower import Tower
 
-# Tokens of a chunk up to which levels of one rank are computed side by side: few large operations are faster than many
-# small ones, until they no longer fit into the cache of the processor.
-SIDE_BY_SIDE = 2048
-
 
 class LevelFeatures(NamedTuple):
     """The features of levels at a chunk, and how segments were chosen."""

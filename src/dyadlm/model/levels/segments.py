@@ -17,7 +17,7 @@ from torch import Tensor
 from dyadlm.model.cache import BlockState
 from dyadlm.model.cost import Cost, tile_products
 from dyadlm.model.layout import ChunkLayout
-from dyadlm.model.levels.family import SIDE_BY_SIDE, LevelFamily, LevelFeatures, Weights
+from dyadlm.model.levels.family import LevelFamily, LevelFeatures, Weights
 from dyadlm.ops.clock import Clock, accumulator
 from dyadlm.ops.segments import SegmentPlan, SegmentState, segment_sums, segment_windows
 
@@ -45,13 +45,8 @@ class SegmentLevels(LevelFamily):
         read = [accumulator(part) for part in self.tower.segment_inputs(x, self.levels)]
         widths = [part.shape[-1] for part in read]
         counted = [width + 1 for width in widths]  # the sum of weights beside each sum
-        alike = len(set(widths)) == 1 and x.shape[:2].numel() <= SIDE_BY_SIDE
-        if alike:
-            weight = weights.sums[..., None]
-            weighed = torch.cat([torch.stack(read, 2) * weight, weight], -1).flatten(2)
-        else:
-            pairs = zip(read, weights.sums.split(1, -1), strict=True)
-            weighed = torch.cat([piece for part, weight in pairs for piece in (part * weight, weight)], -1)
+        pairs = zip(read, weights.sums.split(1, -1), strict=True)
+        weighed = torch.cat([piece for part, weight in pairs for piece in (part * weight, weight)], -1)
         if state:
             carried = SegmentState(*state)
         else:
@@ -60,11 +55,6 @@ class SegmentLevels(LevelFamily):
         sums = segment_sums(weighed, counted, plan, carried.running, self.log_keep(weights))
         means = segment_means(carried.running, counted)
         windows, carried = segment_windows(segment_means(sums, counted), sums, widths, plan, clock, carried, means)
-        if alike:
-            now, before, earliest = (window.unflatten(-1, (len(widths), -1)) for window in windows)
-            paired = (plan.complete >= 1)[..., None]
-            together = self.tower.segment_features_together(self.levels, now, before, earliest, paired, x.dtype)
-            return dict(zip(self.levels, together, strict=True)), tuple(carried)
         features = {}
         current, last, earlier = (window.split(widths, -1) for window in windows)
         for s, k in enumerate(self.levels):
