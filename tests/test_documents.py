@@ -1,7 +1,10 @@
 """What README and the guide show is true: Python blocks run, commands and their options exist, links lead somewhere."""
 
+import json
+import os
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import typer
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.cli.app import app, spread_lists
 from dyadlm.data import byte_tokenizer
+from dyadlm.train.settings import NAMESPACES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
@@ -81,3 +85,50 @@ def test_links_lead_to_files_and_headings(page):
             titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in slugs, target
+
+
+def settings_page() -> str:
+    """docs/settings.md, made of the docstrings of the records."""
+    lines = [
+        "# Settings of a training run",
+        "",
+        "`dyadlm train --set key=value ...` takes these keys, the fields of `transformers.TrainingArguments` by their",
+        "names (`max_steps`, `learning_rate`, `per_device_train_batch_size`, ...), and the fields of the model as",
+        "`model.FIELD`. A YAML or JSON file of the same keys: `--config FILE`. This page is made from the code;",
+        "`tests/test_documents.py` says when it is out of date.",
+        "",
+    ]
+    for space, kind in NAMESPACES.items():
+        lines += [f"## {space}", "", "| key | default | meaning |", "| --- | --- | --- |"]
+        meanings = meanings_of(kind.__doc__, {entry.name for entry in fields(kind)})
+        for entry in fields(kind):
+            default = json.dumps(entry.default)
+            lines.append(f"| `{space}.{entry.name}` | `{default}` | {meanings[entry.name]} |")
+        lines.append("")
+    lines += ["## model", "", "| key | default | meaning |", "| --- | --- | --- |"]
+    text = DyadConfig.__doc__.partition("Args:")[2].partition("Raises:")[0]
+    meanings = meanings_of(text, set(DyadConfig.field_types()))
+    for name in meanings:
+        default = json.dumps(getattr(DyadConfig, name, None))
+        lines.append(f"| `model.{name}` | `{default}` | {meanings[name]} |")
+    return "\n".join([*lines, ""])
+
+
+def meanings_of(docstring: str, known: set[str]) -> dict[str, str]:
+    """`name: meaning` and `name, name: meaning` entries of a docstring, of these names; several may share a line."""
+    text = " ".join(line.strip() for line in docstring.splitlines())
+    name = "|".join(sorted(known, key=len, reverse=True))
+    found = re.split(rf"(?:^|(?<=\s))((?:{name})(?:, (?:{name}))*): ", text)
+    meanings = {}
+    for names, meaning in zip(found[1::2], found[2::2], strict=True):
+        for each in names.split(", "):
+            meanings[each] = meaning.strip().rstrip(".").replace("|", "\\|")
+    return meanings
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    page = ROOT / "docs" / "settings.md"
+    made = settings_page()
+    if os.environ.get("DYADLM_WRITE_SETTINGS"):
+        page.write_text(made)
+    assert page.read_text() == made, "run the tests once with DYADLM_WRITE_SETTINGS=1"

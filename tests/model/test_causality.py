@@ -1,4 +1,4 @@
-"""What must never break: nothing at or before t depends on what comes after (design, section 10)."""
+"""What must never break: nothing at or before t depends on what comes after."""
 
 import dataclasses
 import math

@@ -616,3 +616,20 @@ def test_lengths_past_the_training_are_generated_without_a_warning(caplog):
     finally:
         transformers.logging.disable_propagation()
     assert "maximum length" not in caplog.text
+
+
+def test_misspelt_fields_are_remarked_upon(caplog):
+    DyadConfig(hidden_sizes=64)
+    assert "no field hidden_sizes, so it changes nothing; the nearest is hidden_size" in caplog.text
+    caplog.clear()
+    DyadConfig.from_dict(DyadConfig.from_preset("tiny").to_dict())
+    assert not caplog.text
+
+
+def test_states_are_shown_and_copied_where_gradients_are_on():
+    model = make_model(torch.float32)
+    cache = model(text_ids(2, 10), use_cache=True).past_key_values
+    assert repr(cache) == "DyadCache(rows=2, columns_seen=10)"
+    twin = deepcopy(cache)
+    expected = model(text_ids(2, 5), past_key_values=cache).logits
+    torch.testing.assert_close(model(text_ids(2, 5), past_key_values=twin).logits, expected)

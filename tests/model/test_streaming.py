@@ -1,4 +1,4 @@
-"""One state contract: full ≡ chunked ≡ token by token ≡ padded ≡ packed ≡ saved and restored (design, section 9)."""
+"""One state contract: full ≡ chunked ≡ token by token ≡ padded ≡ packed ≡ saved and restored."""
 
 import pytest
 import torch

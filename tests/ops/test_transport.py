@@ -1,4 +1,4 @@
-"""The laws of phase transport (design, section 1), as properties."""
+"""The laws of phase transport, as properties."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Training-time structure together and in pairs: beside all of it, no logit knows what comes after it (design 10).
+"""Training-time structure together and in pairs: beside all of it, no logit knows what comes after it.
 
 What each mechanism is by itself is asserted beside it: test_twin.py, test_fingerprint.py, tests/model/test_planner.py.
 """

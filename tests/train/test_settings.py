@@ -1,6 +1,7 @@
 """Keys and values: where they come from, which win, and what is said of wrong ones."""
 
 import json
+import re
 
 import pytest
 
@@ -122,3 +123,16 @@ def test_a_mechanism_adds_a_namespace(tmp_path, monkeypatch):
     settings = create(tmp_path, "twin.weight=1")
     assert settings.options["twin"] == TwinOptions(1)
     assert settings.to_dict()["twin.weight"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "learning_rate"), ("hidden_size", "model.hidden_size"), ("sequence_length", "data.sequence_length"),
+        ("data.schedule", "train.schedule"), ("epochs", "num_train_epochs"),
+        ("bogus", "docs/settings.md"), ("modell.dropout", "model.dropout"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_none_leads_to_the_one_that_was_meant(tmp_path, key, meant):
+    with pytest.raises(UserError, match=re.escape(meant)):
+        TrainSettings.create(tmp_path, preset="tiny", data=["x"], assignments=[f"{key}=3"])

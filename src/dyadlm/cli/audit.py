@@ -35,7 +35,9 @@ def audit(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as saved).")] = "float32",
 ) -> None:
-    """Check that no later token changes an earlier logit, and that a cache, padding, a batch and a file change nothing.
+    """Check that no later token changes an earlier logit.
+
+    Also: logits are the same with and without a cache, left padding, other rows in the batch, and a saved file.
 
     Exit code 1 if a check failed.
     """

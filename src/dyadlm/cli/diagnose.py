@@ -87,7 +87,7 @@ def diagnose(
             metavar="DIR", help="Write a JSON file for each model and the report here. Existing answers are reused."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing the text.")] = 0,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Run the probes on models whose right answers are known.")
     ] = False,

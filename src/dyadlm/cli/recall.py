@@ -60,7 +60,10 @@ def recall(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Train a small model on items that never come twice, ask it others, and count. Fixed seeds; exact answers."""
+    """Train a small model on a synthetic task, and measure how many answers on new items are right.
+
+    Items never repeat; seeds are fixed; answers are exact.
+    """
     from dyadlm.generate.pretrained import resolve_device
     from dyadlm.recall import LEARNING_RATES, Cell, Recipe, Study, parse_fields
 

@@ -52,7 +52,10 @@ def train(
         bool, typer.Option("--dry-run", help="Time a few steps and print the cost of the run. Writes nothing.")
     ] = False,
 ) -> None:
-    """Train a model and leave it in RUN, which any Hugging Face program loads. Ctrl-C saves; --resume goes on."""
+    """Train a model and leave it in RUN, a Hugging Face model folder. Ctrl-C saves; --resume goes on.
+
+    The keys of --set are listed in docs/settings.md.
+    """
     from dyadlm.train import TrainSettings
     from dyadlm.train import dry_run as measure
     from dyadlm.train import train as run

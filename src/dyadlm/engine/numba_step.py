@@ -2,8 +2,8 @@
 
 Rows of matrices are taken as slices before the inner loops: only then is the loop over them vectorised.
 
-Letters of the arguments: D width, F inner, R rank, K sliding levels, S semantic levels, N tables, W ways, P parts of a
-tag, M numbers that a slot keeps. Marks are those of `dyadlm.model.boundaries`.
+Letters of the arguments: D width, I inner width of the SwiGLU, R rank, J sliding levels, S semantic levels, N tables,
+W ways, P parts of a tag, M numbers that a slot keeps. Marks are those of `dyadlm.model.boundaries`.
 """
 
 from typing import Any

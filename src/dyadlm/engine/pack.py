@@ -3,7 +3,7 @@
 What is multiplied with the same vector stands in one matrix: bottlenecks, salience, gate and slot value; gate and up of
 the SwiGLU.
 
-Dimension letters: D width, L layers, V vocabulary, F inner width of the SwiGLU, R rank.
+Dimension letters: D width, L layers, V vocabulary, I inner width of the SwiGLU, R rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ class Weights:
     """Float32 arrays and matrices in one of `FORMATS`, each with the layers first; copies of what they are made of.
 
     read: (L, rows, D); a layer without slots has zeros in the rows of the slot value. up: (L, D, token features).
-    age: (L, D, ages). gates: (L, 2 F, D). down: (L, D, F). recall: (slot layers, D, N (M + 1)).
+    age: (L, D, ages). gates: (L, 2 I, D). down: (L, D, I). recall: (slot layers, D, N (M + 1)).
     node_read: (L, dual, R, D). node_up: (L, dual, D, 3 R). norms, identities: (L, 2, D).
     """
 

@@ -52,7 +52,7 @@ class Reader(Protocol):
         ...
 
     def load(self, path: Path) -> None:
-        """Take up a saved state; raises `UserError` if it does not fit the model."""
+        """Load a saved state; raises `UserError` if it does not fit the model."""
         ...
 
     def start_document(self) -> None:

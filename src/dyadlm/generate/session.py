@@ -117,7 +117,7 @@ class Session:
         return None if path is None else partial(self.save, path)
 
     def load(self, path: Path) -> None:
-        """Take up a saved state: reading on then equals having read the whole text.
+        """Load a saved state: reading on then equals having read the whole text.
 
         Raises `UserError` if the file is no state of a model of this shape.
         """

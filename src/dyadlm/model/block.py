@@ -80,8 +80,8 @@ class DyadBlock(GradientCheckpointingLayer):
         self.slots = variant_of(IdentitySlots, config)(config) if has_slots else None
 
     def initialize(self) -> None:
-        """A tenth of the identity channel is read at first. Parts without parameters of their own, which transformers
-        passes over, are initialised here too."""
+        """Both gains of the identity channel start at 0.1. Parts without parameters of their own, which transformers
+        does not initialise, are initialised here too."""
         for part in self.modules():
             own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
             initialize: Any = getattr(part, "initialize", None)
@@ -95,27 +95,29 @@ class DyadBlock(GradientCheckpointingLayer):
         cost = self.tower.cost(time).plus(Cost(3 * time * self.mlp.down.in_features * self.mlp.down.out_features))
         return cost if self.slots is None else cost.plus(self.slots.cost(time))
 
-    def forward(self, hidden: Tensor, around: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
-        """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and notes."""
-        read = self.tower_norm(hidden) + self.tower_identity * around.identity
-        past, state, notes = self.relate(read, around, state)
+    def forward(self, hidden: Tensor, inputs: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
+        """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and auxiliary outputs."""
+        read = self.tower_norm(hidden) + self.tower_identity * inputs.identity
+        past, state, aux = self.levels_and_slots(read, inputs, state)
         hidden = hidden + self.dropout(past)
-        read = self.mlp_norm(hidden) + self.mlp_identity * around.identity
-        return hidden + self.dropout(self.mlp(read)), state, notes
+        read = self.mlp_norm(hidden) + self.mlp_identity * inputs.identity
+        return hidden + self.dropout(self.mlp(read)), state, aux
 
-    def relate(self, read: Tensor, around: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
+    def levels_and_slots(
+        self, read: Tensor, inputs: BlockInputs, state: BlockState
+    ) -> tuple[Tensor, BlockState, BlockAux]:
         """The sum of levels and slots: read (B, T, D) → (B, T, D).
 
         What slots recall is exact, so the output gate does not scale it.
         """
-        found = around.features
+        found = inputs.features
         if found is None:
-            found, state = self.tower.read_levels(read, around.layout, state)
-        mixed, routes, state = self.mix_levels(read, found.features, around.layout, state)
-        past, costs = self.tower.output_gate(read, around.layout) * mixed, [found.cost]
+            found, state = self.tower.read_levels(read, inputs.layout, state)
+        mixed, routes, state = self.mix_levels(read, found.features, inputs.layout, state)
+        past, costs = self.tower.output_gate(read, inputs.layout) * mixed, [found.cost]
         if self.slots is not None:
             recalled, slots, cost = self.slots(
-                read, around.contexts, around.layout.clock, around.plan, state.slots, around.keep
+                read, inputs.contexts, inputs.layout.clock, inputs.plan, state.slots, inputs.keep
             )
             past, state = past + recalled, state._replace(slots=slots)
             costs.append(cost)

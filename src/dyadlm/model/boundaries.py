@@ -120,7 +120,7 @@ class Boundaries(nn.Module):
         self.rules = list(rules)
         texts = byte_texts(vocab_size) if is_bytes else [""] * vocab_size
         self.register_buffer("marks", marks_of(texts, self.rules))
-        self.known = is_bytes  # whether the marks were seen to be of some text
+        self.known = is_bytes  # whether the marks were made from the texts of tokens
 
     @torch.no_grad()
     def read(self, tokenizer: "PreTrainedTokenizerBase") -> None:

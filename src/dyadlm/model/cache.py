@@ -26,8 +26,9 @@ class BlockState(NamedTuple):
     Every part is a tuple of tensors (B, ...), empty at the start and for what a model does not have.
     """
 
-    rings: tuple[Tensor, ...] = ()  # ring j: (B, 2^j, ranks of the sliding levels >= j)
-    blocks: tuple[Tensor, ...] = ()  # level j of the tree: (B, 4, D)
+    # Each sum has its sum of weights beside it.
+    rings: tuple[Tensor, ...] = ()  # ring j: (B, 2^j, sum of R + 1 of the sliding levels >= j)
+    blocks: tuple[Tensor, ...] = ()  # level j of the tree: (B, 4, D + 1)
     segments: tuple[Tensor, ...] = ()  # SegmentState of the semantic levels that follow rules
     learned: tuple[Tensor, ...] = ()  # of the learned boundary: its key, SegmentCount, SegmentState
     held: tuple[Tensor, ...] = ()  # the selector's last choice (B, heads, K), where choices persist
@@ -105,8 +106,15 @@ class DyadCache:
         twin.columns_seen = self.columns_seen
         return vars(twin)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DyadCache":
+        """As `copy`, also where tensors belong to a graph of gradients, which Python's own copy refuses."""
+        return self.copy()
+
+    def __repr__(self) -> str:
+        return f"DyadCache(rows={self.batch_size}, columns_seen={self.columns_seen})"
+
     def hand_over(self, rows: Rows) -> None:
-        """Keep the state in `rows` from now on. Whoever asks for a tensor gets all of it back as tensors."""
+        """Keep the state in `rows` from now on. Reading any tensor of the cache converts all of it back."""
         self._depth = len(self.layers)
         for name in ("layers", "text", "planner", "position"):
             delattr(self, name)

@@ -4,6 +4,7 @@ Dimension letters: D hidden_size, L num_hidden_layers, K num_levels, R level_ran
 """
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -41,12 +42,17 @@ BYTE_VOCABULARY = 259
 BYTE_SPECIALS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
 
 
+log = logging.getLogger("dyadlm")
+
 # Fields of every configuration of transformers that change what a dyadlm model returns; the others describe a file.
 BASE_FIELDS: dict[str, Any] = {"output_hidden_states": bool | None, "return_dict": bool | None}
 
 
 class DyadConfig(PreTrainedConfig):
-    """Configuration of a dyadic phase-transport language model.
+    """Configuration of a dyadlm model.
+
+    The defaults are the plain composition: geometric levels alone, without semantic levels, slots or salience. The
+    presets have these; start from one with `DyadConfig.from_preset("tiny", hidden_size=...)`.
 
     Args:
         vocab_size: number of tokens.
@@ -81,7 +87,7 @@ class DyadConfig(PreTrainedConfig):
         slot_contexts: what identity slots are addressed by: numbers of tokens, `word` (the open word), `code` (a
             learned code of the state). One table each. None: no slots.
         slot_layers: blocks that have slots, if there are contexts; None: the later half.
-        slot_entries: S, of each table. slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
+        slot_entries: entries of each table. slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
         slot_evict: ring | lru.
         slot_scope: `document`: tables are empty where a document starts; `stream`: they live on. Weights do not depend
             on it: it may be changed after loading.
@@ -159,6 +165,9 @@ class DyadConfig(PreTrainedConfig):
             if getattr(self, name) is None and self.vocab_size == BYTE_VOCABULARY:
                 setattr(self, name, byte_id)
         self.settle()
+        for name in kwargs:
+            if near := difflib.get_close_matches(name, self.field_types(), n=1, cutoff=0.8):
+                log.warning("DyadConfig has no field %s, so it changes nothing; the nearest is %s.", name, near[0])
         super().__post_init__(**kwargs)
 
     def settle(self) -> None:

@@ -1,4 +1,4 @@
-"""Where everything stands in a chunk: worked out once, the same for every block.
+"""The places of windows, nodes and segments in a chunk, computed once for all blocks.
 
 Dimension letters: B batch, T time.
 """
@@ -17,7 +17,7 @@ from dyadlm.ops.segments import SegmentPlan
 
 
 class ChunkLayout(NamedTuple):
-    """Where everything stands in a chunk: worked out once, the same for every block."""
+    """The places of windows, nodes and segments in a chunk."""
 
     clock: Clock
     nodes: list[Nodes]  # of each level of the block tree

@@ -1,7 +1,7 @@
 """The language model from top to bottom: embedding → blocks → logits. There is no attention.
 
-A block reads what stands at token t: its hidden state, the features of its levels, what its slots recall, and the
-identity channel. The past comes through the state of the blocks alone, which never grows. So the same code trains on
+At token t a block reads the hidden state of the token, the features of its levels, what its slots recall, and the
+identity channel. The past comes only from the state of the blocks, which has constant size. So the same code trains on
 whole sequences, reads a prompt in one pass, and decodes token by token.
 
 Dimension letters: B batch, T time, V vocabulary, D width, L layers, K levels, S semantic levels, H heads.
@@ -151,11 +151,11 @@ class DyadModel(DyadPreTrainedModel):
             first = cast(DyadBlock, self.layers[0])
             features, after_reading = first.tower.read_levels(identity, layout, states[0])
             states = [after_reading, *states[1:]]
-        around = BlockInputs(identity, layout, contexts, plan, features, keep)
+        inputs = BlockInputs(identity, layout, contexts, plan, features, keep)
         hidden = self.dropout(embedded)
         outputs, carried, aux = [hidden], [], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden, state, own = layer(hidden, around, state)
+            hidden, state, own = layer(hidden, inputs, state)
             outputs.append(hidden)
             carried.append(state)
             aux.append(own)
@@ -164,8 +164,8 @@ class DyadModel(DyadPreTrainedModel):
 
 
 class DyadForCausalLM(CompanionsMixin, DyadPreTrainedModel, DyadGenerationMixin):
-    """A causal language model for `generate`, `Trainer`, `pipeline("text-generation")` and all else that takes one of
-    Hugging Face; `import dyadlm` registers it with the Auto classes."""
+    """A causal language model for `generate`, `Trainer` and `pipeline("text-generation")` of Hugging Face.
+    `import dyadlm` registers it with the Auto classes."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the form transformers reads
 

@@ -1,7 +1,7 @@
 """The identity slots of one block: what followed the last time the same context stood here.
 
 A slot keeps a narrow projection of the hidden state at the position that followed; the tag decides hit or miss, so what
-is read is exact (design, section 5; operators in `dyadlm.ops.slots`).
+is read is exact (docs/architecture.md, Slots; operators in `dyadlm.ops.slots`).
 
 Dimension letters: B batch, T time, D width, N tables, M slot width, P parts of a tag.
 """

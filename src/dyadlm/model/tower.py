@@ -134,7 +134,7 @@ class Tower(nn.Module):
     def read_levels(self, x: Tensor, layout: ChunkLayout, state: BlockState) -> tuple[LevelFeatures, BlockState]:
         """The feature of each level for x (B, T, D), normalised, where it changes; and the state after the chunk.
 
-        Of a node level the first row is for the last node before the chunk.
+        The first row of a node level belongs to the last node before the chunk.
         """
         if self.credit == "detached":
             x = x.detach()

@@ -16,7 +16,8 @@ EARLY = ("zero", "partial", "mask")
 
 
 class Shares(NamedTuple):
-    """What makes a sum over a window of w tokens, divided by w, the level's centroid; and where both are complete."""
+    """Factors that turn the sum over a window of w tokens, divided by w, into a centroid, and where both windows are
+    complete."""
 
     current: Tensor | None  # (B or 1, T or nodes, 1): w over the tokens counted, 0 where absent; None: 1 everywhere
     previous: Tensor | None

@@ -1,4 +1,4 @@
-"""Which context stands at each token, as an exact tag: the addresses of the identity slots (design, section 5).
+"""Which context stands at each token, as an exact tag: the addresses of the identity slots.
 
 A number c is the context of the last c tokens; its tag holds the tokens themselves, so that two tags are equal exactly
 if the contexts are. "word" is what has been read of the current word, of any length; its tag is a hash.

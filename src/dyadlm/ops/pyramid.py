@@ -84,7 +84,7 @@ def pyramid(
     state: PyramidState | None = None,
     clock: Clock | None = None,
 ) -> tuple[Pyramid, PyramidState]:
-    """Centroids over dyadic windows, in parallel over a chunk, continuing from a state (design, section 2).
+    """Centroids over dyadic windows, in parallel over a chunk, continuing from a state (docs/architecture.md, Levels).
 
     Args:
         x: (B, T, D), T >= 1; a whole sequence, any part of one, or one token.

@@ -1,4 +1,4 @@
-"""The selector: per token and per head, the few levels that count; the rest weigh exactly zero (design, section 4).
+"""The selector: per token and per head, the few levels that count; the rest weigh exactly zero.
 
 A choice is made by evidence: the scores, plus noise and a bias that balances the load, plus a bonus for the levels held
 since the token before. Only the scores shape the weights and the gradients.

@@ -1,9 +1,9 @@
 """Identity slots: small exact memories of what followed a context, set-associative, N tables side by side.
 
 At token t (not the first of its document) the context that ended at t - 1 is written with the value of position t; then
-the context that ends at t is read: the newest entry with exactly its tag (design, section 5). The tag picks one of S
-sets; a set is a list of its last entries, newest first, cut at W. `evict`: a write is put in front even if its tag is
-in the list (ring), or removes it first (lru). The tag decides, so a collision is a miss, never a wrong value.
+the context that ends at t is read: the newest entry with exactly its tag (docs/architecture.md, Slots). The tag picks
+one of A sets; a set is a list of its last entries, newest first, cut at W. `evict`: a write is put in front even if its
+tag is in the list (ring), or removes it first (lru). The tag decides, so a collision is a miss, never a wrong value.
 
 `slot_lookup` plans which value is read where, from the contexts alone; `slot_read` and `slot_store` move values by such
 a plan, as many layers as share it. Nothing is simulated: an entry is read if fewer than W entries were put in front of
@@ -12,7 +12,7 @@ it in the meantime, which is a difference of ranks in a stable sort by set. For 
 A chunk has T + 1 items per table: item i is the context that ended at column i - 1, is read there, and is written at
 column i. Item 0 ended before the chunk.
 
-Dimension letters: B batch, T time, I = T + 1 items, N tables, S sets, W ways, P parts of a tag, M width of a value.
+Dimension letters: B batch, T time, I = T + 1 items, N tables, A sets, W ways, P parts of a tag, M width of a value.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ GUARD = 1e-2
 
 
 def phase_transport(current: Tensor, previous: Tensor, eps: float = GUARD) -> Tensor:
-    """The difference `current - previous`, turned into the frame of `previous` (design, section 1).
+    """The difference `current - previous`, turned into the frame of `previous` (docs/extras.md).
 
     With q = current, p = previous and R the minimal rotation that carries q/|q| to p/|p|, this is R (q - p). It is
     computed without cancellation as

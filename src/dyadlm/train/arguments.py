@@ -75,7 +75,10 @@ def choose_dtype(asked: str, bf16: bool | None, device: str, before: bool | None
         if device == "cpu" and before is not None:
             return "bfloat16" if before else "float32", "as the run began"
         if device == "cpu" and has_bfloat16():
-            return "bfloat16", "this processor computes in it; weights and optimizer stay float32"
+            return (
+                "bfloat16",
+                "weights and optimizer stay float32; --dtype float32 turns it off",
+            )
         return "float32", f"the most exact; here bfloat16 is not faster on {device}"
     wanted = asked if asked != "auto" else "bfloat16" if bf16 else "float32"
     if bf16 is not None and (wanted == "bfloat16") != bf16:

@@ -5,6 +5,7 @@ the configuration of the model, and one namespace for each part of ours (`data.F
 `NAMESPACES`).
 """
 
+import difflib
 import json
 import typing
 from collections.abc import Iterable, Mapping
@@ -331,10 +332,10 @@ class TrainSettings:
                 hints = typing.get_type_hints(NAMESPACES[namespace])
                 known = [f"{namespace}.{entry.name}" for entry in fields(NAMESPACES[namespace])]
                 if key not in known:
-                    raise UserError(f"There is no key {key}{nearest(key, known)}.")
+                    raise UserError(f"There is no key {key}{nearest_key(key, known)}.")
                 options[namespace][name] = coerce(value, hints[name], key)
             else:
-                raise UserError(f"There is no key {key}{nearest(namespace, ['model', *NAMESPACES])}.")
+                raise UserError(f"There is no key {key}{nearest_key(key, ())}.")
         if model is None:  # the fields of a folder's model are known when it is loaded
             model_fields = DyadConfig.coerce_fields(model_fields, prefix="model.")
         _check_arguments(arguments)
@@ -381,6 +382,40 @@ def reading_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[f"data.{name}"] for name in names if f"data.{name}" in settings}
 
 
+# What other programs call some keys.
+ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "bs": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "iters": "max_steps",
+    "warmup": "warmup_steps",
+    "wd": "weight_decay",
+    "block_size": "data.sequence_length",
+    "seq_len": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "context_length": "data.sequence_length",
+    "n_layer": "model.num_hidden_layers",
+    "n_embd": "model.hidden_size",
+    "d_model": "model.hidden_size",
+}
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a key: what was meant, in any namespace, or where all keys are listed."""
+    ours = [f"{space}.{entry.name}" for space, kind in NAMESPACES.items() for entry in fields(kind)]
+    everywhere = [*known, *ours, *(f"model.{name}" for name in DyadConfig.field_types())]
+    space, _, own = key.rpartition(".")
+    meant = ALIASES.get(own.lower())
+    same = [name for name in everywhere if name.rpartition(".")[2] == own]
+    if meant is None and same:
+        meant = max(same, key=lambda name: difflib.SequenceMatcher(None, space, name.rpartition(".")[0]).ratio())
+    if meant is not None:
+        return f"; the nearest is {meant}"
+    return nearest(key, everywhere) or "; docs/settings.md lists all keys"
+
+
 def _argument(key: str, value: Any) -> Any:
     # FSDP is switched on with true, although its annotation still says text.
     hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str | None}
@@ -389,8 +424,7 @@ def _argument(key: str, value: Any) -> Any:
         reason = DECIDED_ELSEWHERE.get(key, "nothing is uploaded")
         raise UserError(f"The key {key} is not for --set: {reason}.")
     if key not in known:
-        ours = [f"{name}.{entry.name}" for name, kind in NAMESPACES.items() for entry in fields(kind)]
-        raise UserError(f"There is no key {key}{nearest(key, [*known, *ours])}.")
+        raise UserError(f"There is no key {key}{nearest_key(key, known)}.")
     return coerce(value, hints[key], key)
 
 
