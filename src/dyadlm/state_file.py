@@ -139,7 +139,7 @@ def require_fitting(tensors: Mapping[str, np.ndarray], expected: Mapping[str, np
     if tensors.keys() != expected.keys() and tensors.keys() != slots:
         raise UserError(f"The state does not fit this model ({_first_other(tensors, expected)}); {remedy}.")
     position = tensors["position"]
-    rows = len(position) if position.ndim == 1 else -1
+    rows = len(position) if position.ndim == 1 and len(position) else -1
     for name, found in tensors.items():
         wanted = expected[name]
         if found.shape != (rows, *wanted.shape[1:]) or found.dtype.kind != wanted.dtype.kind:

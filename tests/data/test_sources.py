@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import itertools
 import json
 import sys
 
@@ -221,3 +222,15 @@ def test_the_last_tenth_needs_text(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"empty.txt holds 0 bytes"):
         with_validation(open_source(tmp_path / "empty.txt"))
+
+
+def test_the_last_tenth_begins_with_a_whole_character_wherever_it_would_begin():
+    """The cut moves on over up to three bytes of a character of four."""
+    for lead, count in itertools.product(range(8), range(3, 20)):
+        content = b"a" * lead + "\U0001f642".encode() * count
+        source = Source("x", "none", "key", {"train": lambda content=content: iter([Passage("x", content)])})
+        parts = with_validation(source)
+        head, tail = (joined(read(parts, split)) for split in ("train", "validation"))
+        assert head + tail == content
+        head.decode()
+        tail.decode()

@@ -135,3 +135,15 @@ def test_states_cross_between_torch_and_the_engine_with_equal_files(model, path,
     again = DyadCache.load(tmp_path / "engine", model.config, weights=identity_of(model))
     for name, tensor in state_of(model).tensors().items():
         torch.testing.assert_close(again.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_the_state_of_a_model_with_other_contexts_of_the_same_number_is_refused(model, path):
+    """The tables have the same shape, but other contexts are looked up in them."""
+    other = make_model(slot_contexts=[2, 3, 4, 6, 7, "word"])
+    assert {name: part.shape for name, part in state_of(other).tensors().items() if "slots" in name} == {
+        name: part.shape for name, part in state_of(model).tensors().items() if "slots" in name
+    }
+    with pytest.raises(UserError, match="another shape"):
+        DyadCache.load(path, other.config)
+    with pytest.raises(UserError, match="another shape"):
+        engine_of(other).load_state(path)

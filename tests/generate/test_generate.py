@@ -19,7 +19,7 @@ from dyadlm.engine import bridge
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate import evaluate
 from dyadlm.generate import Listener, Sampling, Session, generate_text, lines, load_model, torch_reader
-from dyadlm.generate.decoding import MOST_HELD, IncrementalDecoder
+from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.model import DyadConfig, DyadForCausalLM
 
 PROMPT = "To be, or not to be"
@@ -223,7 +223,7 @@ def test_decoder_remembers_little_of_endless_noise():
         shown += decoder.push(255)
         held.append(len(decoder._tokens))
     assert shown + decoder.finish() == "\ufffd" * 1000
-    assert max(held) == MOST_HELD
+    assert max(held) == 64
     assert len(decoder._tokens) == 0
 
 
@@ -345,3 +345,12 @@ def test_weights_changed_between_two_continuations_are_seen(dyad, monkeypatch):
     assert told[2] == told[3]
     assert told[0] != told[2]
     assert len(decoders) == 4  # once for each continuation
+
+
+def test_an_end_of_text_is_not_read_into_the_state(dyad):
+    """What ends a text is no part of it: the next prompt continues the text itself."""
+    session = Session(dyad, byte_tokenizer())
+    session.read_prompt("To be")
+    session._reader.end_tokens = frozenset(range(259))
+    assert list(session.write(5, Sampling(0.0))) == []
+    assert session.state.position.tolist() == [5]

@@ -46,6 +46,10 @@ def test_shapes_of_schedules():
     assert wsd[10:81] == [1.0] * 71
     assert wsd[90] == pytest.approx(0.5)
     assert factors("cosine", steps=5, warmup=0)[0] == 1.0
+    # Of 25 steps a decay of 0.1 takes 2.5, so 3: the rate has begun to fall after step 22.
+    short = factors("wsd", steps=25, warmup=0, decay_fraction=0.1, final_learning_rate=0.0)
+    assert short[:23] == [1.0] * 23
+    assert short[23] == pytest.approx(2 / 3)
 
 
 def test_only_matrices_decay():

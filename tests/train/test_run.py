@@ -251,6 +251,24 @@ def test_changed_learning_rate_holds_after_resume(tmp_path, small, words, consol
     assert (earlier["until_step"], earlier["settings"]["learning_rate"]) == (2, 1e-2)
 
 
+def test_changed_values_of_the_optimizer_hold_after_resume(tmp_path, small, words, console, monkeypatch):
+    """Loading a checkpoint brings back the groups of the optimizer with the values they had."""
+    output, seen = tmp_path / "run", []
+    train(small(output, "max_steps=2"), words(), console)
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append([(group["weight_decay"], group["betas"], group["eps"]) for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    options = ("weight_decay=0.3", "adam_beta1=0.8", "adam_beta2=0.9", "adam_epsilon=1e-6", "max_steps=3")
+    train(small(output, *options, resume=True), words(), console)
+    decayed, plain = seen[0]
+    assert decayed == (0.3, (0.8, 0.9), 1e-6)
+    assert plain == (0.0, (0.8, 0.9), 1e-6)
+
+
 def test_changed_steps_hold_after_resume(tmp_path, small, words, console):
     output = tmp_path / "run"
     train(small(output, "max_steps=2"), words(), console)

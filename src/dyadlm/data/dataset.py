@@ -97,10 +97,15 @@ class Manifest:
     def _require_types(self, folder: Path) -> None:
         """Raise ValueError where something is not what this package writes, or a file lies outside the folder."""
         counts = {"vocabulary_size": self.tokenizer["vocabulary_size"], "end_id": self.tokenizer["end_id"]}
+        for source in self.sources:
+            if not isinstance(source["name"], str) or not isinstance(source["licence"], str):
+                raise ValueError(f"a source is {source!r}")
+        if not isinstance(self.dataset_id, str) or not isinstance(self.tokenizer["identity"], str):
+            raise ValueError("an identity is missing")
         for name, split in self.splits.items():
             counts |= {f"{name}.{key}": getattr(split, key) for key in ("tokens", "bytes", "documents", "index_start")}
             counts |= {f"tokens of {shard.file}": shard.tokens for shard in split.shards}
-            if not split.shards:
+            if not isinstance(split.shards, list) or not split.shards:
                 raise ValueError(f"{name} has no shards")
             for shard in split.shards:
                 if not (folder / shard.file).resolve().is_relative_to(folder.resolve()):

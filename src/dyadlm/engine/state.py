@@ -133,7 +133,7 @@ class EngineState:
         Raises:
             UserError: names, shapes or numbers are not those of a state of this model.
         """
-        rows = len(tensors["position"]) if "position" in tensors and tensors["position"].ndim == 1 else 1
+        rows = max(1, len(tensors["position"])) if "position" in tensors and tensors["position"].ndim == 1 else 1
         state, s = cls(shape, rows), shape
         state.columns_seen = columns_seen
         if not tensors:

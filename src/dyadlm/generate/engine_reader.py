@@ -209,4 +209,7 @@ def _end_tokens(folder: Path, fields: Any) -> frozenset[int]:
         raise UserError(
             f"generation_config.json in {folder} cannot be read ({error}); save the model again."
         ) from error
-    return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
+    ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise UserError(f"eos_token_id in {folder} is {ends!r}, no id or list of ids; save the model again.")
+    return frozenset(ids)

@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             file = folder / name
             if file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest
 

@@ -312,7 +312,7 @@ class TrainSettings:
             raise UserError("Choose either --preset NAME (a new model) or --model DIR (continue from weights).")
         if not given.get("data"):
             raise UserError("There is nothing to train on; name a corpus, a file or a folder with --data.")
-        if preset is not None and preset not in PRESET_DEFAULTS:
+        if preset is not None and (not isinstance(preset, str) or preset not in PRESET_DEFAULTS):
             known = [name for name in PRESET_DEFAULTS if name]
             raise UserError(f"There is no preset {preset!r}{nearest(preset, known)}.")
         values = COMMON_DEFAULTS | PRESET_DEFAULTS[preset] | dict(given)
