@@ -62,20 +62,37 @@ def staged_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
     staging.chmod(0o777 & ~_umask())
-    descriptor = os.open(staging, os.O_RDONLY)
-    _lock(descriptor)
     try:
-        yield staging
-        for file in staging.rglob("*"):
-            sync(file)
-        require_new(path, "what was written meanwhile")
-        staging.rename(path)
+        with in_use(staging):
+            yield staging
+            follow_umask(staging)
+            for file in staging.rglob("*"):
+                sync(file)
+            require_new(path, "what was written meanwhile")
+            staging.rename(path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    sync(path.parent)
+
+
+@contextmanager
+def in_use(staging: Path) -> Iterator[None]:
+    """Hold the lock by which `collect_leftovers` knows that a staging folder is in use."""
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield
     finally:
         os.close(descriptor)
-    sync(path.parent)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give files the modes that new files of this user have; libraries write some for their owner alone."""
+    mask = _umask()
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def collect_leftovers(folder: Path) -> None:

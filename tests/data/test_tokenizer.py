@@ -1,5 +1,7 @@
 """The byte tokenizer loses nothing, no text becomes a special token, and bytes are attributed to tokens exactly."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -101,3 +103,17 @@ def test_bytes_of_tokens_add_up(text, text_tokenizer):
     assert stream.bytes_of(0, size) == len(text.encode())
     assert sum(stream.bytes_of(at, at + 1) for at in range(size)) == len(text.encode())
     assert stream.bytes_of(size - 1, size) == 0  # the end-of-document token
+
+
+def test_a_file_is_a_tokenizer_too(tmp_path, text_tokenizer):
+    text_tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_identity(loaded) == tokenizer_identity(text_tokenizer)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is no tokenizer.json"):
+        load_tokenizer(str(tmp_path / "other.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    text = json.dumps(content).replace(text_tokenizer.eos_token, "<|other|>")
+    (tmp_path / "endless.json").write_text(text)
+    with pytest.raises(UserError, match="no token that ends a text"):
+        load_tokenizer(str(tmp_path / "endless.json"))

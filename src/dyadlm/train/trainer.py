@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.inspection import behaviour
-from dyadlm.files import STAGING_PREFIX, staged_folder, sync
+from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.extension import COMPANIONS
 from dyadlm.model.loading import without_bars_of_transformers
@@ -361,10 +361,12 @@ class LanguageModelTrainer(Trainer):
             staging.mkdir()
         self.accelerator.wait_for_everyone()
         try:
-            self.save_model(str(staging), _internal_call=True)
-            self.accelerator.wait_for_everyone()
+            with in_use(staging):
+                self.save_model(str(staging), _internal_call=True)
+                self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 (staging / CARD_NAME).write_text(card, encoding="utf-8")
+                follow_umask(staging)
                 for file in staging.iterdir():
                     sync(file)
                     file.replace(self.output / file.name)
