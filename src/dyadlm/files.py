@@ -61,8 +61,8 @@ def staged_folder(path: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
     except OSError as error:
         raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
-    staging.chmod(0o777 & ~_umask())
     try:
+        staging.chmod(0o777 & ~_umask())
         with in_use(staging):
             yield staging
             follow_umask(staging)
