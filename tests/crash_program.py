@@ -27,7 +27,7 @@ EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.
 
 
 def stopped_at(number: int, how: str) -> Callable[[], bool]:
-    """From now on this process dies, or finds the disk full, at its `number`-th write. Returns whether it came there."""
+    """From now on this process dies, or finds the disk full, at its `number`-th write. Returns whether it did."""
     left = number
 
     def hook(event: str, arguments: tuple) -> None:
