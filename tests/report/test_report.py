@@ -144,7 +144,7 @@ def test_forecasts_are_drawn_as_they_were_judged(tmp_path, figures):
     np.testing.assert_allclose(shown, reading.behaviour.skills().numpy(), rtol=1e-5)
     assert (shown[0, 1:] != 0).all()
     assert [label.get_text() for label in drawn.get_yticklabels()] == ["1", "2", "4", "word"]
-    (drawn,) = [axes for title, axes in panels(figures[0]).items() if title.startswith("How likely")]
+    (drawn,) = [axes for title, axes in panels(figures[0]).items() if title.startswith("Probability")]
     assert [label.get_text() for label in drawn.get_yticklabels()] == ["proposal", "artist", "engineer"]
     rows = np.ma.filled(np.ma.asarray(drawn.images[0].get_array()), np.nan)
     np.testing.assert_allclose(rows[2], reading.opinions["engineer"].exp().numpy(), rtol=1e-5)

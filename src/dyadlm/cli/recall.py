@@ -3,6 +3,7 @@
 import json as json_format
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,10 +84,13 @@ def recall(
     given = parse_fields(assignments or ())
     place = str(resolve_device(device))
     cells = [Cell(model, rate, seed, given) for rate in learning_rates or LEARNING_RATES for seed in range(seeds)]
+    plan = [f"{len(cells)} trainings of up to {minutes:g} minutes: up to {len(cells) * minutes:g} minutes in all"]
+    if steps is not None or len(cells) == 1:
+        plan = []
     results = {}
     for number, cell in enumerate(cells):
         with _bar(f"[{number + 1}/{len(cells)}] {cell.name}") as progress:
-            results[cell.name] = study.run(cell, place, progress)
+            results[cell.name] = study.run(cell, place, partial(_announced, plan, progress))
         if not errors.is_terminal:
             errors.print(f"[{number + 1}/{len(cells)}] {cell.name}: {_summary(results[cell.name])}")
     if json:
@@ -96,6 +100,13 @@ def recall(
     if not console.is_terminal:
         console.width = 160
     console.print(table(cells, results))
+
+
+def _announced(plan: list[str], progress: Callable[[float, str], None], done: float, text: str) -> None:
+    """Progress; before the first of it, what is planned, once the request has turned out right."""
+    while plan:
+        errors.print(plan.pop())
+    progress(done, text)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dyadlm.generate import Sampling, generate_text
 from dyadlm.model import DyadForCausalLM
 from dyadlm.report.figures import draw_losses
 from dyadlm.report.tower import draw_tower
+from dyadlm.train.export import as_markdown
 from dyadlm.train.progress import METRICS_NAME, read_metrics
 from dyadlm.train.settings import read_record, reading_options
 
@@ -42,6 +43,8 @@ def write_report(
     finished run, `output` holds something, or the prompt is empty.
     """
     require_new(output, "the report")
+    if not prompt:
+        raise UserError("The prompt of the sample is empty; give at least one character.")
     record = read_record(run)
     if "result" not in record:
         raise UserError(f"The run in {run} is not finished; go on with `dyadlm train --output {run} --resume`.")
@@ -81,8 +84,12 @@ def _page(
     if figures.interval is not None:
         low, high = figures.interval
         interval = f"95% interval {low:.4f} to {high:.4f}, over {figures.interval_over}"
+    title = as_markdown(run.resolve().name)
     sections = [
-        f"# {run.resolve().name}\n\n**{figures.bits_per_byte:.4f} bits per byte** on the validation text ({interval}).",
+        f"# {title}\n\n**{figures.bits_per_byte:.4f} bits per byte** on the validation text ({interval}).",
+        f"## Sample\n\nThe model continues `{prompt!r}` (seed {seed}, temperature 0.8, top-p 0.95):\n\n"
+        + _fenced(_to_a_word(prompt + sample)),
+        "## Losses",
         f"![Training and validation loss over the tokens seen]({LOSSES_NAME})",
         "## Validation\n\n"
         + _table(
@@ -110,17 +117,18 @@ def _page(
             }
         ),
         "## Data\n\n" + "\n\n".join(_data_table(data.manifest) for data in datasets),
-        "## Model\n\n" + _table({"Parameters": f"{model.num_parameters():,}"} | _model_rows(record["model"])),
-        f"## Sample\n\nSeed {seed}, temperature 0.8, top-p 0.95; the prompt is `{prompt!r}`.\n\n"
-        + _fenced(prompt + sample),
     ]
     if reading is not None:
         sections.append(
-            "## The tower\n\nHow much each level adds to the hidden state, along the beginning of the sample.\n\n"
-            f"![Levels by time: which levels speak at which token]({TOWER_NAME})"
+            "## Levels\n\nHow much each level of the model adds at each token of the beginning of the sample. A row is "
+            "a level (the length of its window, or the kind of its segments), a column is a token; the scale beside "
+            f"each panel says what its colours mean.\n\n![How much each level adds at each token]({TOWER_NAME})"
         )
         if measures := reading.behaviour.measures():
             sections.append(_table({name.replace("_", " "): f"{value:.3f}" for name, value in measures.items()}))
+    rows = _table({"Parameters": f"{model.num_parameters():,}"} | _model_rows(record["model"]))
+    folded = f"<details><summary>All fields of the configuration</summary>\n\n{rows}\n\n</details>"
+    sections.append(f"## Model\n\n{model.num_parameters():,} parameters.\n\n{folded}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -144,7 +152,19 @@ def _model_rows(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())])
+
+
+def _cell(value: Any) -> str:
+    """A value in a table; names of anybody's hold no markup of their own, but for the code that we write ourselves."""
+    text = str(value)
+    return text if text.startswith("`") and text.endswith("`") and text.count("`") == 2 else as_markdown(text)
+
+
+def _to_a_word(text: str) -> str:
+    """The text up to its last whole word, since a sample is cut at a number of tokens."""
+    cut = max(text.rfind(" "), text.rfind("\n"))
+    return f"{text[:cut]} ..." if cut > len(text) // 2 else text
 
 
 def _fenced(text: str) -> str:

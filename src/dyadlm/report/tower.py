@@ -38,7 +38,7 @@ class Panel(NamedTuple):
     height: float  # inches, without title and tokens
     draw: Callable[[Axes], Any]
     written: bool
-    unit: str = "length"
+    unit: str = "length of the\nadded vector"
 
 
 def draw_tower(reading: TowerReading, path: Path) -> None:
@@ -76,8 +76,8 @@ def draw_tower(reading: TowerReading, path: Path) -> None:
                 axes.set_visible(False)
                 continue
             _heat(axes, lengths[layer])
-            axes.set_title(f"how much in layer {layer + 1}", fontsize=9, fontweight="normal")
-            axes.set_yticks([0, levels - 1], [reading.levels[0], reading.levels[-1]], fontsize=8)
+            axes.set_title(f"layer {layer + 1}, as in the first panel", fontsize=9, fontweight="normal")
+            axes.set_yticks(range(levels), reading.levels, fontsize=6)
             axes.set_xticks([])
             axes.tick_params(length=0)
             for spine in axes.spines.values():
@@ -89,9 +89,9 @@ def _panels(reading: TowerReading, lengths: np.ndarray) -> list[Panel]:
     levels, seen = lengths.shape[1], reading.behaviour
 
     def contributions(axes: Axes) -> Any:
-        axes.set_title("How much each level adds to the hidden state, mean over layers")
+        axes.set_title("What each level adds to the hidden state, at each token (mean over layers)")
         axes.set_yticks(range(levels), reading.levels)
-        axes.set_ylabel("tokens, or segments, of a level")
+        axes.set_ylabel("window of a level,\ntokens or kind of segment")
         return _heat(axes, lengths.mean(axis=0))
 
     panels = [Panel(LINE * levels, contributions, written=True)]
@@ -133,25 +133,25 @@ def _draw_segments(axes: Axes, begins: dict[str, np.ndarray]) -> None:
     """Segments of each level in two shades by turns."""
     parity = np.stack([own.cumsum() % 2 for own in begins.values()])
     _paint(axes, np.array([to_rgb(ODD), to_rgb(EVEN)])[parity], list(begins))
-    axes.set_title("Where segments begin")
+    axes.set_title("Segments of the text: the shade changes where a new one begins")
 
 
 def _draw_hits(axes: Axes, hits: dict[str, np.ndarray]) -> None:
     known = np.stack(list(hits.values())).astype(int)
     _paint(axes, np.array([to_rgb(PALE), to_rgb(HIT)])[known], list(hits))
-    axes.set_title("Which contexts the slots had met before")
+    axes.set_title("Slots: orange where the last tokens, or the open word, stood earlier in this text")
 
 
 def _draw_skills(skills: np.ndarray, levels: Sequence[str], axes: Axes) -> Any:
     """skills (K, T): not a number where nothing has come yet."""
-    axes.set_title("Forecasts against what came: how much nearer than what stood before")
+    axes.set_title("Forecasts of each level: 1 is exact, 0 is no better than no change")
     axes.set_yticks(range(len(levels)), levels)
     return axes.imshow(skills, aspect="auto", origin="lower", interpolation="nearest", cmap="RdBu", vmin=-1.0, vmax=1.0)
 
 
 def _draw_opinions(likely: dict[str, np.ndarray], axes: Axes) -> Any:
     """likely: by who says it, (T,), not a number where nothing was said yet; the first one highest."""
-    axes.set_title("How likely each held the token that came")
+    axes.set_title("Probability that each part gave to the token that came")
     axes.set_yticks(range(len(likely)), list(reversed(likely)))
     rows = np.stack(list(reversed(likely.values())))
     return axes.imshow(rows, aspect="auto", origin="lower", interpolation="nearest", cmap=COLOURS, vmin=0.0, vmax=1.0)
