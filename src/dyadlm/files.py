@@ -12,7 +12,9 @@ from pathlib import Path
 
 from dyadlm.errors import UserError
 
-STAGING_PREFIX = ".staging-"
+STAGING_PREFIX = ".staging-"  # in folders that are all ours
+# Anywhere: nothing of other programs may be taken for a leftover.
+OWN_PREFIX = STAGING_PREFIX + "dyadlm-"
 # Workers of a process that was killed hold its lock until they notice, some seconds later.
 LOCK_PATIENCE_SECONDS = 10.0
 LEFTOVER_SECONDS = 60.0
@@ -32,7 +34,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     collect_leftovers(path.parent)
-    descriptor, name = tempfile.mkstemp(prefix=STAGING_PREFIX, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=OWN_PREFIX, dir=path.parent)
     staged = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -58,7 +60,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     collect_leftovers(path.parent)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=path.parent))
+        staging = Path(tempfile.mkdtemp(prefix=OWN_PREFIX, dir=path.parent))
     except OSError as error:
         raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
     try:
@@ -98,7 +100,7 @@ def follow_umask(folder: Path) -> None:
 def collect_leftovers(folder: Path) -> None:
     """Remove what killed commands left in a folder under staging names. A command that lives holds a lock on its own;
     whatever is younger than `LEFTOVER_SECONDS` may be about to be locked."""
-    for path in folder.glob(f"{STAGING_PREFIX}*"):
+    for path in folder.glob(f"{OWN_PREFIX}*"):
         try:
             if path.is_symlink() or time.time() - path.stat().st_mtime < LEFTOVER_SECONDS:
                 continue

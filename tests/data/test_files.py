@@ -129,3 +129,11 @@ def test_leftovers_of_dead_commands_are_removed_and_those_of_living_ones_kept(tm
 )
 def test_names_are_shown_as_one_line_that_steers_nothing(text, shown):
     assert printable(text) == shown
+
+
+def test_what_others_call_alike_is_never_removed(tmp_path):
+    (tmp_path / ".staging-area").mkdir()
+    (tmp_path / ".staging-area" / "work").write_text("mine")
+    os.utime(tmp_path / ".staging-area", (0, 0))
+    write_atomically(tmp_path / "file", "content")
+    assert (tmp_path / ".staging-area" / "work").read_text() == "mine"
