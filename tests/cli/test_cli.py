@@ -572,3 +572,31 @@ def test_an_error_of_the_system_is_one_sentence_and_exit_code_1(place, capsys, m
     assert error.startswith("dyadlm: ")
     assert "No space left on device" in error
     assert "Traceback" not in error
+
+
+def test_an_export_with_its_map_loads_where_nobody_imports_dyadlm(place, tmp_path):
+    assert call("export", "run", "--output", tmp_path / "mapped", "--auto-map") == 0
+    program = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "assert 'dyadlm' not in sys.modules\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(model).__name__, tuple(model(torch.arange(5)[None]).logits.shape))\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path / "mapped")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "DyadForCausalLM (1, 5, 259)"
+
+
+def test_a_plan_of_many_passes_and_the_defaults_of_going_on_are_remarked_upon(place, tmp_path, capsys):
+    many = [*SMALL, "max_steps=2000"]
+    assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", tmp_path / "a", *many, "--dry-run") == 0
+    assert "times, so that the model will know it by heart" in capsys.readouterr().out
+    assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", tmp_path / "b", *SMALL, "--dry-run") == 0
+    assert "by heart" not in capsys.readouterr().out
+    few = ["--set", "max_steps=1", "data.sequence_length=32", "data.validation_tokens=256"]
+    assert call("train", "--model", "run", "--data", "text.txt", "--output", tmp_path / "c", *few, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "going on from run: max_steps=1, learning_rate=0.0003, per_device_train_batch_size=8" in out

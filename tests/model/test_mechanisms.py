@@ -9,6 +9,7 @@ import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.model.slots import plan_slots
+from dyadlm.model.trace import level_contributions, without_level
 from dyadlm.ops import make_clock
 from dyadlm.ops.contexts import context_tags
 from dyadlm.ops.slots import EVICTIONS, slot_read
@@ -217,3 +218,16 @@ def test_every_variant_can_be_pickled_and_copied(name):
         expected = model(ids).logits
         for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301 - our own
             assert torch.equal(twin(ids).logits, expected)
+
+
+def test_what_levels_add_is_traced_without_dropout_and_the_mode_stays():
+    model, ids = make_model(torch.float32, dropout=0.5).train(), text_ids(1, 20)
+    first = level_contributions(model, ids)
+    assert model.training
+    assert torch.equal(first, level_contributions(model, ids))
+    assert torch.equal(first, level_contributions(model.eval(), ids))
+    assert not model.training
+    with pytest.raises(ValueError, match="one text at a time"):
+        level_contributions(model, text_ids(2, 20))
+    with pytest.raises(ValueError, match="no level 99"):
+        without_level(model, 99)

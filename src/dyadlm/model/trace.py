@@ -46,6 +46,15 @@ def _read_afresh(model: DyadForCausalLM, ids: Tensor) -> tuple[Clock, SegmentPla
 @torch.no_grad()
 def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
     """The trace of each block for texts (B, T) int64."""
+    was_training = model.training
+    model.train(False)  # nothing is dropped out of what is looked at
+    try:
+        yield from _trace_blocks(model, ids)
+    finally:
+        model.train(was_training)
+
+
+def _trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
     inner, config = model.model, model.config
     embedded, (clock, segments, contexts) = inner.embed_tokens(ids), _read_afresh(model, ids)
     layout = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
