@@ -323,6 +323,14 @@ def test_a_file_is_scored_whole_and_what_was_trained_on_is_said(place, capsys):
     read = capsys.readouterr()
     assert json.loads(read.out)["bytes"] == size - size * 9 // 10
     assert "trained on" not in read.err
+    record = place / "run" / "dyadlm.json"
+    content = record.read_text()
+    record.write_text("{")
+    try:
+        assert call("evaluate", "run", "--data", "text.txt", "--json") == 0  # a figure is not lost for that
+    finally:
+        record.write_text(content)
+    assert json.loads(capsys.readouterr().out)["bytes"] == size
     assert call("evaluate", "run", "--data", "other.txt") == 0
     read = capsys.readouterr()
     assert "Only a part" not in read.out

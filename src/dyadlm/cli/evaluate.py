@@ -79,11 +79,16 @@ def evaluate(
 def _say_what_was_trained_on(model: str, sources: list[str]) -> None:
     """A loss on the text of the training says little of other text."""
     from dyadlm.data.resolve import parse_weight
+    from dyadlm.errors import UserError
     from dyadlm.train.settings import RECORD_NAME, read_record
 
     if not Path(model, RECORD_NAME).is_file():
         return
-    trained = read_record(Path(model))["settings"].get("data", ())
+    try:
+        trained = read_record(Path(model))["settings"].get("data", ())
+    except UserError:  # a damaged record is no reason to lose a figure
+        return
+    trained = [trained] if isinstance(trained, str) else trained
     known = {Path(parse_weight(source)[0]).resolve() for source in trained}
     for source in sources:
         if Path(parse_weight(source)[0]).resolve() in known:
