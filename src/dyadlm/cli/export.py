@@ -20,7 +20,10 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Copy weights, configuration, tokenizer and model card. Files that only training needs are left out."""
+    """Copy weights, configuration, tokenizer and model card. Files that only training needs are left out.
+
+    An adapter (`dyadlm train --lora`) is merged into its base model.
+    """
     from dyadlm.train import export
 
     typer.echo(f"Wrote {printable(str(export(run, output, auto_map)))}.")

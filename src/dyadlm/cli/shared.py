@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from dyadlm.data.encoding import AnyTokenizer
     from dyadlm.generate import EngineModel
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an exported folder, or a Hugging Face name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run, an adapter, an exported folder, or a Hugging Face name.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Fields = Annotated[

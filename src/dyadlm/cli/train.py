@@ -31,6 +31,13 @@ def train(
             help="The training text. Several sources are mixed, by their weights.",
         ),
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK",
+            help="With --model: leave its weights as they are, and train a small LoRA adapter beside them.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings in a YAML or JSON file.")] = None,
     assignments: Annotated[
@@ -39,7 +46,7 @@ def train(
             "--set",
             metavar="key=value ...",
             help="TrainingArguments by name (max_steps=500), or model.FIELD, data.FIELD, train.FIELD, twin.FIELD, "
-            "fingerprint.FIELD, planner.FIELD.",
+            "fingerprint.FIELD, planner.FIELD, lora.FIELD.",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
@@ -70,6 +77,7 @@ def train(
         assignments=assignments or (),
         device=device,
         dtype=dtype,
+        lora=lora,
     )
     if dry_run:
         _print_cost(measure(settings))
@@ -120,6 +128,8 @@ def _print_cost(cost: dict[str, Any]) -> None:
 
 
 def _print_result(result: "TrainResult") -> None:
+    from dyadlm.model.adapters import ADAPTER_CONFIG
+
     figures = [
         f"{title} {loss:.4f} nats" + ("" if bits is None else f", {bits:.4f} bits per byte")
         for title, loss, bits in (
@@ -129,7 +139,8 @@ def _print_result(result: "TrainResult") -> None:
         if loss is not None
     ]
     typer.echo("; ".join([f"{result.steps:,} steps, {result.tokens:,} tokens", *figures]))
-    typer.echo(f"The model is in {printable(str(result.output))}.")
+    what = "adapter" if (result.output / ADAPTER_CONFIG).is_file() else "model"
+    typer.echo(f"The {what} is in {printable(str(result.output))}.")
 
 
 def _mebibytes(size: int) -> str:

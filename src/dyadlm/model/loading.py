@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from dyadlm.errors import UserError
+from dyadlm.model.adapters import ADAPTER_CONFIG, base_of_adapter, merge_adapter
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.values import coerce_fields, type_of
 
@@ -44,7 +45,7 @@ def load_weights(
     fields: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> PreTrainedModel:
-    """The model of a folder or of a Hugging Face name, on the CPU, in evaluation mode.
+    """The model of a folder or of a Hugging Face name, on the CPU, in evaluation mode; an adapter with its base.
 
     dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override, each coerced to
         the type it has. prefix: of a field's name in messages.
@@ -52,6 +53,8 @@ def load_weights(
     missing or do not fit.
     """
     require_found(path_or_name)
+    if (base := base_of_adapter(path_or_name)) is not None:
+        return _load_adapted(path_or_name, base, dtype, fields, prefix)
     try:
         with without_bars_of_transformers():
             config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False)
@@ -85,6 +88,26 @@ def load_weights(
             cause = f"leave {', '.join(fields)} as it is" if fields else "the folder is damaged or of another config"
             raise UserError(f"The weights in {path_or_name} {what} {min(names)}{others}; {cause}.")
     return cast(PreTrainedModel, model)
+
+
+def _load_adapted(
+    path_or_name: str | Path,
+    base: str,
+    dtype: torch.dtype | None,
+    fields: Mapping[str, Any] | None,
+    prefix: str,
+) -> PreTrainedModel:
+    """The base of an adapter with the adapter merged into it, in float32, and then in the dtype asked for."""
+    config = f"base_model_name_or_path in {Path(path_or_name) / ADAPTER_CONFIG}"
+    try:
+        require_found(base)
+    except UserError as error:
+        raise UserError(f"The base model of {path_or_name} is not there: {error} It is {config}.") from error
+    if base_of_adapter(base) is not None:
+        raise UserError(f"{base} is an adapter itself; merge it first (`dyadlm export`), and name that in {config}.")
+    saved_in = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype
+    model = merge_adapter(load_weights(base, torch.float32, fields, prefix), path_or_name)
+    return cast(PreTrainedModel, model.to(dtype or saved_in or torch.float32))  # type: ignore[arg-type]
 
 
 def _coerce_fields(config: PreTrainedConfig, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -131,7 +154,7 @@ def require_found(path_or_name: str | Path) -> None:
 
 def require_model_folder(path: Path) -> None:
     """Raise `UserError` unless the folder looks like a saved model."""
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
         return
     checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime) if path.is_dir() else []
     if checkpoints:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import printable, require_new, staged_folder, write_atomically
+from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter
+from dyadlm.model.loading import load_weights, without_bars_of_transformers
 from dyadlm.train.checkpoint import MANIFEST_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
@@ -26,18 +28,20 @@ WEIGHTS = "model*.safetensors"  # in one file, or in several and their index
 def model_files(folder: Path) -> list[Path]:
     """What belongs to the model in a run, a checkpoint or an exported folder.
 
-    Raises `UserError` if the folder holds no model.
+    Of an adapter that is all but the adapter itself. Raises `UserError` if the folder holds no model.
     """
     weights = [folder / "model.safetensors", folder / "model.safetensors.index.json"]
-    if not (folder / "config.json").is_file() or not any(file.is_file() for file in weights):
+    whole = (folder / "config.json").is_file() and any(file.is_file() for file in weights)
+    if not whole and (not folder.is_dir() or base_of_adapter(folder) is None):
         raise UserError(
             f"{folder} holds no trained model (config.json and model.safetensors); "
             "finish the run with --resume, or name one of its checkpoints."
         )
+    left_out = TRAINING_ONLY | {ADAPTER_CONFIG}
     return sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and (file.suffix in PUBLISHED_KINDS or file.match(WEIGHTS)) and file.name not in TRAINING_ONLY
+        if file.is_file() and (file.suffix in PUBLISHED_KINDS or file.match(WEIGHTS)) and file.name not in left_out
     )
 
 
@@ -56,6 +60,7 @@ AUTO_MAP = {
 def export(run: str | Path, output: str | Path, auto_map: bool = False) -> Path:
     """Copy the model of a run or a checkpoint (weights, configuration, tokenizer, card) to a new folder.
 
+    An adapter is merged into its base model.
     auto_map: for programs that never import dyadlm: with `trust_remote_code=True` they find it by itself. It has to be
         installed there.
     Raises `UserError` if there is no model, a file is a link out of the folder, or `output` holds something, and
@@ -64,15 +69,23 @@ def export(run: str | Path, output: str | Path, auto_map: bool = False) -> Path:
     run, output = Path(run), Path(output)
     files = model_files(run)
     require_new(output, "the exported model")
-    fields = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    if auto_map and fields.get("model_type") != "dyadlm":
-        raise UserError(f"A {fields.get('model_type')} model needs no auto_map; transformers knows it.")
+    merged = None if (run / "config.json").is_file() else load_weights(run)
+    fields = json.loads((run / "config.json").read_text(encoding="utf-8")) if merged is None else {}
+    kind = fields.get("model_type") if merged is None else merged.config.model_type
+    if auto_map and kind != "dyadlm":
+        raise UserError(f"A {kind} model needs no auto_map; transformers knows it.")
     for file in files:
         if not file.resolve().is_relative_to(run.resolve()):
             raise UserError(f"{file} is a link out of the folder; put the file itself there.")
         if file.match(WEIGHTS):
             require_finite(file)
     with staged_folder(output) as staging:
+        if merged is not None:
+            with without_bars_of_transformers():
+                merged.save_pretrained(staging)
+            for file in staging.glob(WEIGHTS):
+                require_finite(file)
+            fields = json.loads((staging / "config.json").read_text(encoding="utf-8"))
         for file in files:
             shutil.copyfile(file, staging / file.name)
         if auto_map:
@@ -105,7 +118,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     facts: name, prompt, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
     validation_loss, validation_bits_per_byte; None where unknown. consensus: of a planner, with which validation was
-    scored; 0 for none.
+    scored; 0 for none. adapter: its rank, 0 for none; base: the model beside which it was trained.
     """
 
     def figure(name: str, form: str) -> str:
@@ -127,6 +140,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
     scorer = ""
     if facts["consensus"] and facts["validation_loss"] is not None:
         scorer = f" They are scored with consensus {facts['consensus']:g}; the training loss is the engineer's alone."
+    adapter = ""
+    if facts["adapter"]:
+        rows["Adapter"] = f"LoRA of rank {facts['adapter']}, trained beside {facts['base']}"
+        adapter = (
+            f"\nA folder with `{ADAPTER_WEIGHTS}` holds the adapter alone. Programs then need peft and the base model; "
+            "`dyadlm export` merges the two.\n"
+        )
     table = "\n".join(f"| {name} | {as_markdown(value)} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
@@ -145,7 +165,7 @@ A causal language model of type `{facts["model_type"]}`, trained with dyadlm.
 The validation figures are those of the last evaluation during training, on a sample of the validation split.{scorer}
 
 ## Use
-
+{adapter}
 ```python
 {needs}from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -21,6 +21,7 @@ from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import UserError
 from dyadlm.evaluate.evaluation import require_vocabulary
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.adapters import add_adapter, base_identity, base_of_adapter, require_peft
 from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.train.arguments import require_optimizer, training_arguments
 from dyadlm.train.companions import add_companions, set_of_companions
@@ -104,6 +105,8 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         _configuration(settings)
     else:
         require_model_folder(Path(settings.model))
+    if settings.lora.rank:
+        _require_adaptable(settings, arguments)
     with arguments.main_process_first(local=False, desc="preparing the data"):
         data = data or _resolve(settings)
     options = settings.data
@@ -117,6 +120,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
     model = _model(settings, data.tokenizer)
     if settings.train.carry_state:
         require_carriable(model)
+    adapter = _adapt(model, settings, choices)
     add_companions(model, settings, arguments)
     require_optimizer(arguments, model)
     number = arguments.max_steps * batch
@@ -161,7 +165,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         # Each process goes on with the state of its own rows.
         order["rows_carried"] = {"processes": arguments.world_size, "rows": arguments.train_batch_size}
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
-    identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration}
+    identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration} | adapter
     if isinstance(model, DyadForCausalLM):
         identity["set of companions"] = set_of_companions(model, settings)
     return PreparedRun(
@@ -215,6 +219,35 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         _require_positions(model, settings.data.sequence_length)
     require_vocabulary(model, tokenizer)
     return model
+
+
+def _require_adaptable(settings: TrainSettings, arguments: TrainingArguments) -> None:
+    """Raise `UserError` where no adapter can be trained."""
+    require_peft()
+    if settings.model is None:
+        raise UserError("An adapter is trained beside a trained model; give --model DIR with --lora, and no --preset.")
+    if base_of_adapter(settings.model) is not None:
+        raise UserError(
+            f"{settings.model} is an adapter itself; merge it first "
+            f"(`dyadlm export {settings.model} --output DIR`), and train beside that."
+        )
+    if arguments.fsdp:
+        raise UserError("FSDP cannot shard an adapter beside frozen weights; leave fsdp out, or --lora.")
+
+
+def _adapt(model: PreTrainedModel, settings: TrainSettings, choices: list[str]) -> dict[str, Any]:
+    """Add the adapter that the settings ask for, and return what identifies it, if there is one."""
+    options = settings.lora
+    if not options.rank:
+        return {}
+    alpha = options.alpha or 2.0 * options.rank
+    kinds = add_adapter(model, settings.model or "", options.rank, alpha, options.dropout)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
+    choices.append(
+        f"adapter of rank {options.rank} beside {', '.join(kinds)}: {trained:,} of {total:,} parameters are trained"
+    )
+    return {"adapter": {"rank": options.rank, "alpha": alpha, "base": base_identity(model)}}
 
 
 def _first_words(data: TrainingData) -> str:

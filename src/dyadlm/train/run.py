@@ -307,6 +307,8 @@ def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any])
             "tokenizer": f"{len(plan.tokenizer):,} tokens",
             "sequence_length": settings.data.sequence_length,
             "consensus": getattr(plan.model.config, "consensus", 0),
+            "adapter": settings.lora.rank,
+            "base": settings.model,
         }
     )
 

@@ -151,6 +151,27 @@ class PlannerOptions:
         )
 
 
+@dataclass(frozen=True)
+class LoraOptions:
+    """Keys `lora.FIELD`: train a small adapter beside the frozen weights of `--model`, and save that alone.
+
+    rank: of the two matrices beside each adapted map; 0: there is no adapter, all weights are trained.
+    alpha: their product is scaled by alpha / rank; 0: by 2.
+    dropout: the chance that an input of the adapter is left out in training.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "lora.rank must be 0 or more")
+        _require(self.alpha >= 0, "lora.alpha must be 0 or more")
+        _require(0 <= self.dropout < 1, "lora.dropout must be 0 or more and below 1")
+        idle = self.rank == 0 and (self.alpha, self.dropout) != (0.0, 0.0)
+        _require(not idle, "lora.alpha and lora.dropout do nothing without lora.rank; set it too, or leave them out")
+
+
 # A mechanism with settings of its own adds its record here.
 NAMESPACES: dict[str, type] = {
     "data": DataOptions,
@@ -158,6 +179,7 @@ NAMESPACES: dict[str, type] = {
     "twin": TwinOptions,
     "fingerprint": FingerprintOptions,
     "planner": PlannerOptions,
+    "lora": LoraOptions,
 }
 
 # Every value that differs from the defaults of TrainingArguments and of the records above.
@@ -190,6 +212,9 @@ PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
     # Continuing from the weights of a folder.
     None: {"max_steps": 1000, "learning_rate": 3e-4, "per_device_train_batch_size": 8},
 }
+
+# An adapter bears ten times the rate of all weights (measured: docs/experiments.md).
+LORA_DEFAULTS = {"learning_rate": 3e-3}
 
 # Keys of TrainingArguments that would break what a run promises, or that another option decides.
 DECIDED_ELSEWHERE = {
@@ -269,6 +294,10 @@ class TrainSettings:
     def planner(self) -> PlannerOptions:
         return cast(PlannerOptions, self.options["planner"])
 
+    @property
+    def lora(self) -> LoraOptions:
+        return cast(LoraOptions, self.options["lora"])
+
     @classmethod
     def create(
         cls,
@@ -282,6 +311,7 @@ class TrainSettings:
         assignments: Iterable[str] = (),
         device: str | None = None,
         dtype: str | None = None,
+        lora: int | None = None,
     ) -> "TrainSettings":
         """Put together defaults, the run to resume, a YAML (JSON) file and `key=value` texts; the last wins.
 
@@ -295,7 +325,7 @@ class TrainSettings:
         if config is not None:
             given |= _flatten(_read_config(Path(config)))
         given |= dict(parse_assignment(text) for text in assignments)
-        flags = {"preset": preset, "model": model and str(model), "device": device, "dtype": dtype}
+        flags = {"preset": preset, "model": model and str(model), "device": device, "dtype": dtype, "lora.rank": lora}
         given |= {name: value for name, value in flags.items() if value is not None}
         sources = tuple(data) or given.get("data", ())
         given["data"] = (sources,) if isinstance(sources, str) else tuple(sources)
@@ -315,7 +345,8 @@ class TrainSettings:
         if preset is not None and (not isinstance(preset, str) or preset not in PRESET_DEFAULTS):
             known = [name for name in PRESET_DEFAULTS if name]
             raise UserError(f"There is no preset {preset!r}{nearest(preset, known)}.")
-        values = COMMON_DEFAULTS | PRESET_DEFAULTS[preset] | dict(given)
+        values = COMMON_DEFAULTS | PRESET_DEFAULTS[preset]
+        values |= (LORA_DEFAULTS if given.get("lora.rank") not in (None, 0, "0") else {}) | dict(given)
         if "num_train_epochs" in given and "max_steps" not in given:
             del values["max_steps"]
         arguments, model_fields = {}, {}

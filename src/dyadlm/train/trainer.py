@@ -28,6 +28,7 @@ from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.inspection import behaviour
 from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.model.adapters import is_adapted, load_adapter, save_adapter
 from dyadlm.model.extension import COMPANIONS
 from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.checkpoint import (
@@ -380,6 +381,10 @@ class LanguageModelTrainer(Trainer):
         if not self.args.should_save or output_dir is None:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.tokenizer.save_pretrained(output_dir)
+        if is_adapted(model):
+            save_adapter(model, Path(output_dir))
+            return
         if state_dict is not None:
             # Gathered from shards, tied weights no longer share memory, by which they are told and saved once.
             tied = self._tied_names()
@@ -391,14 +396,16 @@ class LanguageModelTrainer(Trainer):
                 model.save_pretrained(output_dir, state_dict=state_dict)
         finally:
             model.config.use_cache = switched_off
-        self.tokenizer.save_pretrained(output_dir)
 
     def _tied_names(self) -> set[str]:
         """Names of weights that are other weights under a second name."""
         return set(cast(PreTrainedModel, self.model).all_tied_weights_keys or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if is_adapted(cast(PreTrainedModel, self.model)):
+            load_adapter(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_companions(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -10,6 +10,7 @@ from dyadlm.data.dataset import open_dataset
 from dyadlm.data.sources import MANIFEST_NAME as DATA_MANIFEST
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, sha256_of
+from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dyadlm.state_file import FORMAT, require_whole
 from dyadlm.train.checkpoint import MANIFEST_NAME, checkpoints
 from dyadlm.train.export import WEIGHTS, model_files, require_finite
@@ -40,7 +41,7 @@ def verify(path: str | Path) -> list[Finding]:
         return _run(path)
     if (path / MANIFEST_NAME).is_file():
         return [_checkpoint(path)]
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
         return _model(path)
     raise UserError(f"{path} is no run, checkpoint, prepared data, model folder or state; name one of these.")
 
@@ -117,8 +118,10 @@ def _model(path: Path) -> list[Finding]:
         files = model_files(path)
     except UserError as error:
         return [Finding(path, False, str(error))]
+    if (path / ADAPTER_WEIGHTS).is_file():
+        files += [path / ADAPTER_WEIGHTS, path / ADAPTER_CONFIG]
     for file in files:
-        if file.match(WEIGHTS):
+        if file.match(WEIGHTS) or file.name == ADAPTER_WEIGHTS:
             try:
                 require_finite(file)
                 found.append(Finding(file, True, "weights"))
