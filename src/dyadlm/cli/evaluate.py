@@ -71,6 +71,8 @@ def evaluate(
     typer.echo(f"{result.bits_per_byte:.4f} bits per byte{interval}")
     typer.echo(f"{result.nats_per_token:.4f} nats per token")
     typer.echo(f"{result.tokens:,} tokens, {result.bytes:,} bytes, documents: {result.documents:,}; {how}")
+    if result.targets != "all tokens":
+        typer.echo(f"Of conversations only {result.targets} was scored.")
     left_out = [f"{source} ({part} alone)" for source, part in parts.items() if part != "whole"]
     if left_out:
         typer.echo(f"Only a part was scored: {', '.join(left_out)}; --split names another.")

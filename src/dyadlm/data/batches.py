@@ -43,7 +43,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     every lane an equal part of it in each epoch; several streams take turns, of at most `MIXED_RUN` windows.
 
     Items are dictionaries of int64 tensors (sequence_length,); `transformers.default_data_collator` batches them.
-        input_ids, labels   equal (Hugging Face models shift the labels themselves)
+        input_ids, labels   equal (Hugging Face models shift the labels themselves); of a conversation only what the
+                            assistant says is a target, all else has the label -100
         position_ids        with `document_reset`: restart at 0 with every document, as Hugging Face models
                             expect of packed documents; a document's first token is then no target (label -100).
                             With `lanes`: tokens of the lane's run (of its open document, if they reset) before each
@@ -110,6 +111,9 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
             pieces.append((0, stop - len(stream)))
         tokens = _tensor([stream.tokens(*piece) for piece in pieces])
         item = {"input_ids": tokens, "labels": tokens.clone()}
+        if stream.targets(*pieces[0]) is not None:
+            learned = np.concatenate([stream.targets(*piece) for piece in pieces])
+            item["labels"][~torch.from_numpy(learned)] = IGNORED_LABEL
         if self.document_reset or self.lanes:
             _, before = self._run(number)
             positions = torch.arange(before, before + self.sequence_length)

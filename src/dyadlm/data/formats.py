@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import zstandard
 
+from dyadlm.data.chat import CONVERSATION, RESERVED, as_json, has_messages, messages_of
 from dyadlm.errors import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -80,7 +81,8 @@ class Passage:
     """Some bytes of a document, with the tags that its tokens carry.
 
     offset: where content begins in the document, in bytes of (decompressed) text; starts: the document begins
-    here. A document is all passages from one that starts to the next one that starts.
+    here. A document is all passages from one that starts to the next one that starts. A conversation is one passage of
+    the kind `CONVERSATION`, whose content is its messages as JSON (`dyadlm.data.chat`); it is never divided.
     """
 
     document: str
@@ -294,7 +296,7 @@ def _is_line_of_json(head: bytes, text_field: str) -> bool:
         record = json.loads(head.lstrip().split(b"\n", 1)[0])
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and text_field in record
+    return isinstance(record, dict) and (text_field in record or has_messages(record))
 
 
 def _is_array_of_objects(head: bytes) -> bool:
@@ -345,10 +347,11 @@ def _members(text: io.TextIOWrapper, name: str) -> Iterator[Any]:
 def _parquet(raw: BinaryIO, name: str, text_field: str) -> Iterator[Passage]:
     with pyarrow.parquet.ParquetFile(raw, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
         columns = file.schema_arrow.names
-        if text_field not in columns:
+        if text_field not in columns and not {"messages", "conversations"} & set(columns):
             raise UserError(f"{name} has no field {text_field!r}; its fields are {', '.join(columns)}.")
         number = 0
-        wanted = [column for column in (text_field, "section", "kind") if column in columns]
+        chat = () if text_field in columns else ("messages", "conversations")
+        wanted = [column for column in (text_field, *chat, "section", "kind") if column in columns]
         for batch in file.iter_batches(batch_size=16, columns=wanted):
             for record in batch.to_pylist():
                 number += 1
@@ -356,7 +359,15 @@ def _parquet(raw: BinaryIO, name: str, text_field: str) -> Iterator[Passage]:
 
 
 def read_record(record: Mapping[str, Any], document: str, text_field: str) -> Iterator[Passage]:
-    """A record is a document; its fields `section` and `kind`, if they are strings, tag it."""
+    """A record is a document; its fields `section` and `kind`, if they are strings, tag it. One without the text's
+    field, but with messages, is a conversation."""
+    if has_messages(record) and (text_field not in record or isinstance(record[text_field], list)):
+        section = record["section"] if isinstance(record.get("section"), str) else ""
+        content = as_json(messages_of(record, document))
+        if len(content) > LONGEST_RECORD:
+            raise UserError(f"{document} holds more than {LONGEST_RECORD >> 20} MiB of text; divide it.")
+        yield Passage(document, content, section, CONVERSATION)
+        return
     if text_field not in record:
         fields = ", ".join(map(str, record)) or "none"
         raise UserError(f"{document} has no field {text_field!r} (its fields: {fields}); name the text's field.")
@@ -367,4 +378,6 @@ def read_record(record: Mapping[str, Any], document: str, text_field: str) -> It
     if len(content) > LONGEST_RECORD:
         raise UserError(f"{document} holds more than {LONGEST_RECORD >> 20} MiB of text; divide it.")
     tags = {tag: record[tag] for tag in ("section", "kind") if isinstance(record.get(tag), str)}
+    if tags.get("kind", "").startswith(RESERVED):
+        raise UserError(f"{document} is of the kind {tags['kind']!r}, but {RESERVED}… is kept for conversations.")
     yield from split_text(io.BytesIO(content), Passage(document, b"", **tags))

@@ -1,10 +1,11 @@
 """From sources to a prepared folder (`dyadlm.data.dataset`): tokenised, cut into rows and shards, checksummed."""
 
+import copy
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.data.chat import CONVERSATION, ChatEncoder, template_of
 from dyadlm.data.corpora import CORPORA, open_corpus
 from dyadlm.data.dataset import ROW_TOKENS, Manifest, Shard, Split
 from dyadlm.data.encoding import TextEncoder
@@ -58,7 +60,7 @@ def prepare(
     output = Path(output)
     require_new(output, "the prepared data")
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    encoder = TextEncoder(loaded)
+    encoder = _DocumentEncoder(loaded)
     opened = [find_source(source, text_field, most_decompressed) for source in sources]
     held_out = None if validation is None else find_source(validation, text_field, most_decompressed)
     if not opened:
@@ -78,6 +80,9 @@ def prepare(
                 index += written.tokens
             elif split != TEST:
                 raise UserError(f"There is no text for the {split} split; give a source with more text in it.")
+        if encoder.chat is not None:
+            loaded = copy.copy(loaded)
+            loaded.chat_template = template_of(loaded)
         loaded.save_pretrained(staging / "tokenizer")
         shards = [shard.sha256 for split in splits.values() for shard in split.shards]
         manifest = Manifest(
@@ -140,8 +145,22 @@ class _Piece:
     passages: list[tuple[int, Passage]]
 
 
+class _DocumentEncoder(TextEncoder):
+    """Also of conversations. chat: their encoder, once one was met."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
+        self._tokenizer = tokenizer
+        self.chat: ChatEncoder | None = None
+
+    def encode_chat(self, passage: Passage) -> _Piece:
+        self.chat = self.chat or ChatEncoder(self._tokenizer)
+        ids, byte_lengths, kinds = self.chat.encode(passage.content, passage.document)
+        return _Piece(ids, byte_lengths, [(place, replace(passage, kind=kind)) for place, kind in kinds])
+
+
 def _write_split(
-    folder: Path, split: str, passages: Iterator[Passage], encoder: TextEncoder, index: int, num_proc: int
+    folder: Path, split: str, passages: Iterator[Passage], encoder: _DocumentEncoder, index: int, num_proc: int
 ) -> Split:
     writer = _SplitWriter(folder, split, encoder, index)
     try:
@@ -167,7 +186,7 @@ def _work(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         yield work
 
 
-def _encode(encoder: TextEncoder, work: list[Passage]) -> list[_Piece]:
+def _encode(encoder: _DocumentEncoder, work: list[Passage]) -> list[_Piece]:
     """Each document of the work, or what there is of it, is tokenised as one text."""
     starts = [at for at, passage in enumerate(work) if passage.starts or at == 0]
     return [
@@ -176,7 +195,9 @@ def _encode(encoder: TextEncoder, work: list[Passage]) -> list[_Piece]:
     ]
 
 
-def _encode_document(encoder: TextEncoder, passages: list[Passage]) -> _Piece:
+def _encode_document(encoder: _DocumentEncoder, passages: list[Passage]) -> _Piece:
+    if passages[0].kind == CONVERSATION and passages[0].starts:
+        return encoder.encode_chat(passages[0])
     content = b"".join(passage.content for passage in passages)
     try:
         ids, byte_starts = encoder.encode(content)

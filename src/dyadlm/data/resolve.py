@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.data.chat import template_of
 from dyadlm.data.corpora import cache_folder
 from dyadlm.data.dataset import FORMAT, PreparedDataset, open_dataset
 from dyadlm.data.encoding import tokenizer_identity
@@ -75,6 +76,7 @@ def resolve_data(
                 f"{data.path} was prepared with another tokenizer ({data.manifest.tokenizer['name']}) than this "
                 "model or the other data; prepare it again with the same one."
             )
+        _share_template(tokenizer, data)
     resolved = ResolvedData(tokenizer, [], [], [], prepared)
     offset = 0
     for data, (_, weight) in zip(prepared, parsed, strict=True):
@@ -85,6 +87,23 @@ def resolve_data(
             resolved.test.append(streams[TEST])
         offset += sum(split.tokens for split in data.manifest.splits.values())
     return resolved
+
+
+def _share_template(tokenizer: PreTrainedTokenizerBase, data: PreparedDataset) -> None:
+    """Conversations make the model one that chats: its tokenizer has the template that they were written with.
+
+    Raises `UserError` if it has another one.
+    """
+    split = data.split(next(iter(data.manifest.splits)))
+    if split.targets(0, 0) is None:
+        return
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = data.tokenizer.chat_template
+    elif template_of(tokenizer) != template_of(data.tokenizer):
+        raise UserError(
+            f"The conversations in {data.path} were prepared with another chat template than the model's; prepare them "
+            "again with --tokenizer set to the model's folder."
+        )
 
 
 def resolve_text(
@@ -130,6 +149,8 @@ def _prepare_once(
 ) -> PreparedDataset:
     """The source, prepared in the cache under a name that changes with its content and the tokenizer."""
     parts = [str(FORMAT), source.name, source.key, text_field, tokenizer_identity(tokenizer), *["whole"] * whole]
+    if tokenizer.chat_template:
+        parts.append(template_of(tokenizer))
     digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
     folder = cache_folder() / "prepared" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{digest[:16]}"
     if not (folder / MANIFEST_NAME).exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 
+from dyadlm.data.chat import CONVERSATION
 from dyadlm.data.formats import (
     FILE_SUFFIXES,
     MOST_DECOMPRESSED,
@@ -80,7 +81,8 @@ def open_source(argument: str | Path, text_field: str = "text", most_decompresse
 def with_validation(source: Source) -> Source:
     """The source itself if it has a validation split; else its last tenth of bytes becomes one.
 
-    The cut is moved forward to the next character of UTF-8 (at most 3 bytes). Raises `UserError` if there is
+    The cut is moved forward to the next character of UTF-8 (at most 3 bytes), or back to the beginning of a
+    conversation. Raises `UserError` if there is
     too little text to divide.
     """
     if VALIDATION in source.splits:
@@ -100,6 +102,8 @@ def with_validation(source: Source) -> Source:
 def _before(passages: Callable[[], Iterator[Passage]], cut: int) -> Iterator[Passage]:
     for passage in passages():
         if len(passage.content) > cut:
+            if passage.kind == CONVERSATION:
+                return
             head = passage.content[: _character_edge(passage.content, cut)]
             if head:
                 yield replace(passage, content=head)
@@ -115,7 +119,7 @@ def _after(passages: Callable[[], Iterator[Passage]], cut: int) -> Iterator[Pass
         if cut >= size:
             cut -= size
             continue
-        edge = _character_edge(passage.content, cut) if first else 0
+        edge = _character_edge(passage.content, cut) if first and passage.kind != CONVERSATION else 0
         if edge < size:
             tail, offset = passage.content[edge:], passage.offset + edge
             yield replace(passage, content=tail, offset=offset, starts=passage.starts or first)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.data.chat import is_target
 from dyadlm.data.encoding import NUM_BYTES, TextEncoder
 
 
@@ -147,9 +148,26 @@ class TokenStream:
 
     def bytes_of(self, start: int, stop: int) -> int:
         """Bytes of text that the tokens start..stop-1 stand for; special tokens stand for none."""
+        return int(self.byte_sizes(start, stop).sum(dtype=np.int64))
+
+    def byte_sizes(self, start: int, stop: int) -> np.ndarray:
+        """Bytes of text that each of the tokens start..stop-1 stands for, (stop - start,)."""
         if self._byte_lengths is None:
-            return int(np.count_nonzero(self.tokens(start, stop) < NUM_BYTES))
-        return int(self._slice(self._byte_lengths, start, stop).sum(dtype=np.int64))
+            return (self.tokens(start, stop) < NUM_BYTES).astype(np.int32)
+        return self._slice(self._byte_lengths, start, stop)
+
+    def targets(self, start: int, stop: int) -> np.ndarray | None:
+        """Which of the tokens start..stop-1 are to be learned and scored, bool (stop - start,); None: all."""
+        if self._learned is None:
+            return None
+        learned: np.ndarray = self._learned[self.segment_numbers(start, stop)]
+        return learned
+
+    @cached_property
+    def _learned(self) -> np.ndarray | None:
+        """By segment, bool (S,); None where every one is."""
+        learned = np.array([is_target(kind) for kind in self.segments.kind_names])
+        return None if learned.all() else learned[self.segments.kinds]
 
     @cached_property
     def segments(self) -> SegmentTable:

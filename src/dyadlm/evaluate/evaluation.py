@@ -18,7 +18,7 @@ from dyadlm.data.streams import TokenStream
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
 from dyadlm.evaluate.scoring import score
-from dyadlm.evaluate.streams import Stream
+from dyadlm.evaluate.streams import Stream, target_bytes, targets_of
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window, rolling_windows
 from dyadlm.model import DyadConfig
 from dyadlm.version import __version__
@@ -32,7 +32,10 @@ BLOCK = 2048
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The figures and all that is needed to read them; `interval` is that of `bits_per_byte`."""
+    """The figures and all that is needed to read them; `interval` is that of `bits_per_byte`.
+
+    targets: what was scored of the text; of conversations that is what the assistant says.
+    """
 
     mode: Mode
     window: int | None
@@ -43,6 +46,7 @@ class EvaluationResult:
     tokens: int
     bytes: int
     documents: int
+    targets: str
     batch_size: int
     seed: int
     dtype: str
@@ -98,7 +102,8 @@ def evaluate(
     total = sum(len(stream) for stream in streams)
     nats: list[np.ndarray] = []  # per unit of the bootstrap
     sizes: list[np.ndarray] = []
-    tokens = 0
+    tokens = read = 0
+    scored = "all tokens"
     started = time.perf_counter()
     was_training = model.training
     model.train(False)
@@ -109,12 +114,17 @@ def evaluate(
             windows = _windows(stream, mode, length, tokenizer.eos_token_id)
             for first, piece in score(model, stream, windows, prefix, batch_size):
                 positions = np.arange(first, first + len(piece))
+                targets = targets_of(stream, first, first + len(piece))
+                read += len(piece)
+                if targets is not None:
+                    positions, piece = positions[targets], piece[targets]
+                    scored = "what the assistant says"
                 np.add.at(sums, np.searchsorted(edges, positions, side="right") - 1, piece.astype(np.float64))
                 tokens += len(piece)
                 if progress:
-                    progress(tokens, total)
+                    progress(read, total)
             nats.append(sums)
-            sizes.append(np.array([stream.bytes_of(a, b) for a, b in pairwise(edges)], dtype=np.float64))
+            sizes.append(np.array([target_bytes(stream, a, b) for a, b in pairwise(edges)], dtype=np.float64))
     finally:
         model.train(was_training)
 
@@ -133,6 +143,7 @@ def evaluate(
         tokens=tokens,
         bytes=int(unit_bytes.sum()),
         documents=documents,
+        targets=scored,
         batch_size=batch_size,
         seed=seed,
         dtype=str(model.dtype).removeprefix("torch."),

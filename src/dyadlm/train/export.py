@@ -118,7 +118,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     facts: name, prompt, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
     validation_loss, validation_bits_per_byte; None where unknown. consensus: of a planner, with which validation was
-    scored; 0 for none. adapter: its rank, 0 for none; base: the model beside which it was trained.
+    scored; 0 for none. validation_of: the loss of each source, where there are several. adapter: its rank, 0 for none;
+    base: the model beside which it was trained.
     """
 
     def figure(name: str, form: str) -> str:
@@ -136,6 +137,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "Validation loss": f"{figure('validation_loss', '.4f')} nats per token",
         "Validation": f"{figure('validation_bits_per_byte', '.4f')} bits per byte",
     }
+    rows |= {
+        f"Validation loss of {name}": f"{loss:.4f} nats per token" for name, loss in facts["validation_of"].items()
+    }
     needs = "import dyadlm  # registers the architecture\n" if facts["model_type"] == "dyadlm" else ""
     scorer = ""
     if facts["consensus"] and facts["validation_loss"] is not None:
@@ -147,7 +151,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             f"\nA folder with `{ADAPTER_WEIGHTS}` holds the adapter alone. Programs then need peft and the base model; "
             "`dyadlm export` merges the two.\n"
         )
-    table = "\n".join(f"| {name} | {as_markdown(value)} |" for name, value in rows.items())
+    table = "\n".join(f"| {as_markdown(name)} | {as_markdown(value)} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

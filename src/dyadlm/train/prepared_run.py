@@ -20,6 +20,7 @@ from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import UserError
 from dyadlm.evaluate.evaluation import require_vocabulary
+from dyadlm.evaluate.streams import target_bytes, targets_of
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.adapters import add_adapter, base_identity, base_of_adapter, require_peft
 from dyadlm.model.loading import load_weights, require_model_folder
@@ -301,5 +302,11 @@ def _bytes_per_token(streams: Sequence[tuple[TokenStream, float]]) -> float:
     total = sum(weight for _, weight in streams)
     sizes = [min(len(stream), SAMPLED_TOKENS) for stream, _ in streams]
     return sum(
-        weight / total * stream.bytes_of(0, size) / size for (stream, weight), size in zip(streams, sizes, strict=True)
+        weight / total * _bytes_of_target(stream, size) for (stream, weight), size in zip(streams, sizes, strict=True)
     )
+
+
+def _bytes_of_target(stream: TokenStream, size: int) -> float:
+    """Bytes of text for each target among the first `size` tokens."""
+    targets = targets_of(stream, 0, size)
+    return target_bytes(stream, 0, size) / max(1, size if targets is None else int(targets.sum()))

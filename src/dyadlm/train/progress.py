@@ -118,7 +118,7 @@ class ProgressDisplay(TrainerCallback):
         self._latest |= {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         step = state.global_step
         if "eval_loss" in (logs or {}) and self._is_due("eval_loss", step, VALIDATION_LINES):
-            self._print(step, _loss(self._latest, "eval_loss", "validation"))
+            self._print(step, _loss(self._latest, "eval_loss", "validation") + _of_sources(logs or {}))
         if "loss" not in (logs or {}):
             return
         text = "  ".join(filter(None, [_loss(self._latest, "loss", "loss"), _speed(self._latest)]))
@@ -147,6 +147,16 @@ class ProgressDisplay(TrainerCallback):
 def _loss(logs: Mapping[str, float], name: str, title: str) -> str:
     bits = logs.get(name.replace("loss", "bits_per_byte"))
     return f"{title} {logs[name]:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else "")
+
+
+def losses_of_sources(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The validation loss of each source by its name, of a run with several (`eval_NAME_loss`)."""
+    names = {name: name.removeprefix("eval_").removesuffix("_loss") for name in logs if name.startswith("eval_")}
+    return {own: logs[name] for name, own in names.items() if name == f"eval_{own}_loss"}
+
+
+def _of_sources(logs: Mapping[str, Any]) -> str:
+    return "".join(f"; {name} {loss:.4f}" for name, loss in losses_of_sources(logs).items())
 
 
 def _speed(logs: Mapping[str, float]) -> str:

@@ -28,7 +28,7 @@ from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
-from dyadlm.train.progress import METRICS_NAME, MetricsWriter, ProgressDisplay, read_metrics
+from dyadlm.train.progress import METRICS_NAME, MetricsWriter, ProgressDisplay, losses_of_sources, read_metrics
 from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.version import __version__
@@ -274,7 +274,8 @@ def _finish(settings: TrainSettings, plan: PreparedRun, trainer: LanguageModelTr
         "validation_loss": latest("eval_loss"),
         "validation_bits_per_byte": latest("eval_bits_per_byte"),
     }
-    trainer.publish(_card(settings, plan, result))
+    evaluated: dict[str, Any] = next((entry for entry in reversed(metrics) if "eval_loss" in entry), {})
+    trainer.publish(_card(settings, plan, result | {"validation_of": losses_of_sources(evaluated)}))
     if trainer.is_world_process_zero():
         _write_record(settings, plan, steps, result)
     trainer.accelerator.wait_for_everyone()

@@ -81,6 +81,14 @@ def smoothed_loss(
     return nats if num_items_in_batch is None else nats / num_items_in_batch
 
 
+def figures(prefix: str, nats: float, tokens: float, size: float) -> dict[str, float]:
+    """Loss and bits per byte of so many nats, by the names that the log has; none of nothing."""
+    found = {"loss": nats / tokens} if tokens else {}
+    if size:
+        found["bits_per_byte"] = nats / math.log(2) / size
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
 class StepsAsTold(TrainerCallback):
     """Trainer takes logging_steps, eval_steps and save_steps from the checkpoint; a resumed run may have others."""
 
@@ -210,6 +218,8 @@ class LanguageModelTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, torch.Tensor]], Any]:
         """The batches of a step and their number of targets; weights of histories are set for the step as a whole."""
         batches, targets = super().get_batch_samples(*args, **kwargs)
+        if isinstance(targets, torch.Tensor):
+            targets = targets.clamp(min=1)  # all of a batch may be what others than the assistant say
         if self.weighted is not None:
             sums = torch.stack([self.weighted.sums(batch) for batch in batches]).sum(0)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
@@ -257,9 +267,10 @@ class LanguageModelTrainer(Trainer):
             self._require_no_divergence(logs["loss"])
 
     def _require_no_divergence(self, loss: float) -> None:
+        if not loss:  # of steps in which the assistant says nothing
+            return
         if self._lowest_loss is None:
-            earlier = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-            self._lowest_loss = min(earlier)
+            self._lowest_loss = min(entry["loss"] for entry in self.state.log_history if entry.get("loss"))
         rise = self.options.divergence_rise
         if rise and loss > self._lowest_loss + rise:
             self._fail(
@@ -280,11 +291,11 @@ class LanguageModelTrainer(Trainer):
         seen = behaviour(model, self.validation.inputs(BEHAVIOUR_WINDOWS).to(self.args.device)).measures()
         if processes > 1:
             totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum")
-        nats, tokens, size = totals.tolist()
         model.train(was_training)
-        metrics = {"eval_loss": nats / tokens}
-        if size:
-            metrics["eval_bits_per_byte"] = nats / math.log(2) / size
+        metrics = figures("eval_", *totals.sum(0).tolist())
+        if len(totals) > 1:
+            for name, of_source in zip(self.validation.names, totals.tolist(), strict=True):
+                metrics |= figures(f"eval_{name}_", *of_source)
         metrics |= {f"eval_{name}": value for name, value in seen.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
