@@ -86,7 +86,7 @@ def test_a_template_of_ones_own(words):
     assert words.decode(parts[2][1]) == "Hello<|im_end|>\n"
     assert parts[2][2] == len("Hello\n")  # a special token stands for no text
     whole = words.apply_chat_template(HELLO, return_dict=True)["input_ids"]
-    assert sum((ids for _, ids, _ in parts), []) == whole
+    assert [token for _, ids, _ in parts for token in ids] == whole
     opened = words.apply_chat_template(HELLO[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
     assert parts[0][1] + parts[1][1] == opened
 
