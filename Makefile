@@ -12,7 +12,7 @@ RUN := $(DEMO)/run
 EXTRAS ?= dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup quick test lint types clean-demo
+.PHONY: demo setup quick test lint types clean-demo lock
 
 # ---- Environment: made once, and again when what it follows from changes
 
@@ -66,3 +66,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
+
+# ---- Versions
+
+# Needs uv. The lock names every package that any extra installs, with the hashes of its files.
+lock:
+	uv pip compile --quiet pyproject.toml --all-extras --constraint constraints.txt --generate-hashes \
+		--python-version 3.11 --universal --output-file requirements.lock
