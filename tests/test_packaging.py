@@ -1,4 +1,4 @@
-"""What is installed: the lock pins everything that pyproject.toml asks for, by hash, and agrees with the constraints."""
+"""What is installed: the lock pins all that pyproject.toml asks for, by hash, and agrees with the constraints."""
 
 import re
 import tomllib
