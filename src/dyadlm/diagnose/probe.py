@@ -81,13 +81,15 @@ class Probe(ABC):
     """Subclasses say in their docstring: definition, formula, units, direction, paper, pitfalls; and
     "Evidence", what others found of the claim that it is made to check, where there is any: printed beside the results.
 
-    id: its name. failure_mode: the row of the paper's table (F1 to F12). question: in plain words. tokens: that it
-    reads with a budget of 1. published: values of models of others that it should find.
+    id: its name. failure_mode: the row of the paper's table (F1 to F12). question: in plain words. meaning: one
+    sentence that says what the headline measures and how to read it. tokens: that it reads with a budget of 1.
+    published: values of models of others that it should find.
     """
 
     id: ClassVar[str]
     failure_mode: ClassVar[str]
     question: ClassVar[str]
+    meaning: ClassVar[str]
     tokens: ClassVar[int]
     published: ClassVar[Sequence[Published]] = ()
 

@@ -79,6 +79,7 @@ def diagnose(
             "split": material.split,
             "tokens": sum(len(stream) for stream in material.text),
         },
+        "size": {"parameters": _parameters(subject)},
         "budget": {"tokens": budget.tokens, "fast": budget.fast, "seed": budget.seed},
         "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -86,10 +87,8 @@ def diagnose(
     known: dict[str, ProbeResult] = {}
     if output is not None and output.exists():
         before = Diagnosis.load(output)
-        if before.circumstances != circumstances:
-            raise UserError(
-                f"{output} is a diagnosis of another {_differing(before, circumstances)}; choose another --output."
-            )
+        if differing := _differing(before, circumstances):
+            raise UserError(f"{output} is a diagnosis of another {differing}; choose another --output.")
         known = dict(before.results)
     results = dict(known)
     for probe in leak_first(probes):
@@ -104,6 +103,12 @@ def diagnose(
 def leak_first(probes: Sequence[Probe]) -> list[Probe]:
     """Short texts turn the sparse attention of some models (BigBird) off for good, and with it what leaks."""
     return sorted(probes, key=lambda probe: probe.id != "leak")
+
+
+def _parameters(subject: Subject | Trajectory) -> int | None:
+    """Of a model, or of the last checkpoint; None where there is no module to count."""
+    module = (subject.last if isinstance(subject, Trajectory) else subject).module
+    return None if module is None else sum(weight.numel() for weight in module.parameters())
 
 
 def _differing(before: Diagnosis, circumstances: Mapping[str, Any]) -> str:

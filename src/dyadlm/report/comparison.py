@@ -29,11 +29,11 @@ _LIGHT_MODELS = ("#0072b2", "#d55e00", "#4c2660", "#2fa37a", "#602418", "#aa00ff
 _DARK_MODELS = ("#4da6e8", "#ff8a3d", "#e6d6ff", "#1f9e74", "#fff0a8", "#d95cff", "#8f6b45", "#6f7dff")
 LIGHT = {
     "ink": "#1c2430", "quiet": "#566071", "rule": "#d8dde5", "reference": "#868e9c", "paper": "#ffffff",
-    "raised": "#f4f6f9", "best": "#dcf0e6", "warning": "#fdf0d5", "link": "#005a94",
+    "raised": "#f4f6f9", "best": "#dcf0e6", "warning": "#fdf0d5", "link": "#005a94", "shade": "#1c243047",
 } | {f"model-{number}": colour for number, colour in enumerate(_LIGHT_MODELS)}  # fmt: skip
 DARK = {
     "ink": "#e4e8ee", "quiet": "#a3adbb", "rule": "#343c49", "reference": "#8b94a3", "paper": "#14181f",
-    "raised": "#1c222b", "best": "#17402f", "warning": "#43340f", "link": "#7cc0f5",
+    "raised": "#1c222b", "best": "#17402f", "warning": "#43340f", "link": "#7cc0f5", "shade": "#e4e8ee47",
 } | {f"model-{number}": colour for number, colour in enumerate(_DARK_MODELS)}  # fmt: skip
 
 SIGNS = dict(zip("os^DvPX*", "●■▲◆▼✚✖★", strict=True))  # of markers, on the page

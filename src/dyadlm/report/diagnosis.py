@@ -16,6 +16,7 @@ from dyadlm.diagnose import PROBES, Control, Diagnosis, ProbeResult, Published, 
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder, write_atomically
 from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, draw_readings, to_svg, write_picture
+from dyadlm.report.usual import GROUND, Kind, usual
 from dyadlm.report.verdicts import Subject, Verdict, compare, enumeration, number, subjects, told, written
 from dyadlm.version import __version__
 
@@ -25,6 +26,22 @@ FORMAT = "dyadlm-diagnosis-report"
 PARTS = ("Definition", "Formula", "Units", "Direction", "Paper", "Papers", "Evidence", "Pitfalls")
 # By the name of a setting: the one value that all models have, without a look; or each model its own.
 Agreement = Sequence[tuple[str, Sequence[tuple[Look | None, str]]]]
+# The rows of the paper's table of failure modes.
+FAILURE_MODES = {
+    "F1": "tokens decide what can be learned",
+    "F2": "no part owns a scale",
+    "F3": "partitions by position miss meaning",
+    "F4": "mixing is uniform, and text repeats itself",
+    "F5": "layers rewrite one space",
+    "F6": "structure decays with depth",
+    "F7": "the decoder blends instead of choosing",
+    "F8": "skills are lost, or learned by heart",
+    "F9": "identity is lost",
+    "F10": "nothing is planned",
+    "F11": "themes come before grammar",
+    "F12": "cost grows faster than the text",
+    "all": "what would make every other figure wrong",
+}
 DIRECTIONS = {"lower": "↓ lower is better", "higher": "↑ higher is better", "profile": "profile"}
 
 
@@ -73,19 +90,29 @@ class Known(NamedTuple):
     derivation: str
 
 
+class Range(NamedTuple):
+    """From the lowest to the highest seed of measured models. cells: by column, empty where none was measured."""
+
+    name: str
+    cells: Sequence[str]
+
+
 class Section(NamedTuple):
-    """All about one probe. evidence: what others found, to stand beside the results."""
+    """All about one probe. meaning: how to read its headline. evidence: what others found, to stand beside the
+    results. usual: what was measured on models of this size; the first entry is of all of them."""
 
     anchor: str
     id: str
     question: str
     failure_mode: str
+    meaning: str
     summary: Markup
     parts: Sequence[tuple[str, Markup]]
     evidence: Markup
     results: Sequence[tuple[Look, ProbeResult | None]]
     columns: Sequence[Column]
     rows: Sequence[Row]
+    usual: Sequence[Range]
     controls: Sequence[Known]
     published: Sequence[Published]
     pictures: Sequence[Picture]
@@ -114,8 +141,11 @@ def write_diagnosis(
     controls = {name: PROBES[name]().controls() if name in PROBES else () for name in order}
     with staged_folder(output) as folder:
         (folder / FIGURES_NAME).mkdir()
-        sections = [_section(name, place, models, others, controls[name], folder) for place, name in enumerate(order)]
-        write_atomically(folder / PAGE_NAME, _page(models, others, sections))
+        near = list({(kind.name, kind.over_time): kind for each in diagnoses for kind in usual(each)}.values())
+        sections = [
+            _section(name, place, models, others, controls[name], near, folder) for place, name in enumerate(order)
+        ]
+        write_atomically(folder / PAGE_NAME, _page(models, others, sections, near))
         write_atomically(folder / JSON_NAME, _json(diagnoses, references, seeds, controls))
     return output / PAGE_NAME
 
@@ -164,6 +194,7 @@ def _section(
     models: Sequence[Subject],
     others: Sequence[Subject],
     controls: Sequence[Control],
+    near: Sequence[Kind],
     folder: Path,
 ) -> Section:
     everyone = [*models, *others]
@@ -179,7 +210,8 @@ def _section(
         anchor=f"probe-{place}",
         id=probe,
         question=kind.question if kind else probe,
-        failure_mode=kind.failure_mode if kind else "",
+        failure_mode=_failure(kind.failure_mode) if kind else "",
+        meaning=kind.meaning if kind else "",
         summary=summary,
         parts=[(part, text) for part, text in parts if part != "Evidence"],
         evidence=dict(parts).get("Evidence", Markup()),
@@ -190,6 +222,7 @@ def _section(
             for number, subject in enumerate(everyone)
             if not subject.look.muted or subject.result(probe)
         ],
+        usual=_usual(probe, names, near),
         controls=[_known(control, names) for control in controls],
         published=kind.published if kind else (),
         pictures=_pictures(probe, place, everyone, names[0] if names else "", verdicts, folder / FIGURES_NAME),
@@ -228,6 +261,32 @@ def _status(result: ProbeResult | None) -> str:
     if result.failed:
         return f"failed: {result.failed}"
     return "" if result.readings else "no figures"
+
+
+def _failure(modes: str) -> str:
+    """The rows of the paper's table, each with its name."""
+    return "; ".join(f"{mode}: {FAILURE_MODES[mode]}" for mode in modes.split(", "))
+
+
+def _usual(probe: str, names: Sequence[str], near: Sequence[Kind]) -> list[Range]:
+    """Of all measured models of this size, then of each kind. Empty where nothing was measured."""
+    found = [(kind.name, kind.ranges[probe]) for kind in near if kind.ranges.get(probe)]
+    every: dict[str, Sequence[float]] = {}
+    for _, ranges in found:
+        for name, (low, high) in ranges.items():
+            least, most = every.get(name, (low, high))
+            every[name] = (min(least, low), max(most, high))
+    rows = [("all of them", every), *found] if len(found) > 1 else found
+    told = [Range(kind, [_between(ranges.get(name)) for name in names]) for kind, ranges in rows]
+    return [each for each in told if any(each.cells)]
+
+
+def _between(limits: Sequence[float] | None) -> str:
+    if limits is None:
+        return ""
+    size = max(map(abs, limits))
+    low, high = (number(each, size, abs(limits[1] - limits[0])) for each in limits)
+    return low if low == high else f"{low} to {high}"
 
 
 def _known(control: Control, names: Sequence[str]) -> Known:
@@ -325,7 +384,9 @@ def _agreement(settings: Sequence[tuple[Look, Mapping[str, str]]]) -> Agreement:
     return agreed
 
 
-def _page(models: Sequence[Subject], others: Sequence[Subject], sections: Sequence[Section]) -> str:
+def _page(
+    models: Sequence[Subject], others: Sequence[Subject], sections: Sequence[Section], near: Sequence[Kind]
+) -> str:
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -343,6 +404,10 @@ def _page(models: Sequence[Subject], others: Sequence[Subject], sections: Sequen
         references=others,
         pooled=enumeration(pooled) if pooled else "",
         sections=sections,
+        near=enumeration([f"{kind.name} ({compact(kind.parameters)} parameters)" for kind in near]) if near else "",
+        ground=GROUND,
+        modes=FAILURE_MODES,
+        sizes=[_size(each) for each in models],
         facts=_facts(first),
         unlike=[subject.look.name for subject in (*models, *others) if not subject.alike],
         circumstances=_agreement([(each.look, _flat(each.diagnosis.circumstances)) for each in (*models, *others)]),
@@ -352,6 +417,12 @@ def _page(models: Sequence[Subject], others: Sequence[Subject], sections: Sequen
         files={"json": JSON_NAME, "figures": FIGURES_NAME},
         version=__version__,
     )
+
+
+def _size(model: Subject) -> str:
+    """The number of parameters, empty if it is not known."""
+    parameters = model.circumstances("size").get("parameters")
+    return f"{parameters:,} parameters" if parameters else ""
 
 
 def _facts(circumstances: Mapping[str, Any]) -> list[str]:

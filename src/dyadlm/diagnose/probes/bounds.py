@@ -42,6 +42,10 @@ class Bounds(Probe):
     id: ClassVar[str] = "bounds"
     failure_mode: ClassVar[str] = "F3"
     question: ClassVar[str] = "Are partitions semantic?"
+    meaning: ClassVar[str] = (
+        "How well the segments of the model agree with words, from 0 (never) to 1 (always); a model without "
+        "segments has no such figure."
+    )
     tokens: ClassVar[int] = 30 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

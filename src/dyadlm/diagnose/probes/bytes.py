@@ -48,6 +48,10 @@ class Bytes(Probe):
     id: ClassVar[str] = "bytes"
     failure_mode: ClassVar[str] = "F1"
     question: ClassVar[str] = "Does tokenization bias predictions?"
+    meaning: ClassVar[str] = (
+        "How many bits the next byte costs more when a prompt ends inside a token; 0 means that it does not "
+        "matter where a prompt ends."
+    )
     tokens: ClassVar[int] = 60 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

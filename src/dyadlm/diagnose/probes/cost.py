@@ -47,6 +47,9 @@ class Cost(Probe):
     id: ClassVar[str] = "cost"
     failure_mode: ClassVar[str] = "F12"
     question: ClassVar[str] = "How does cost grow with length?"
+    meaning: ClassVar[str] = (
+        "The power of the text's length with which the time of a training step grows; 1 is linear, 2 is quadratic."
+    )
     tokens: ClassVar[int] = 16 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

@@ -44,6 +44,10 @@ class Decay(Probe):
     id: ClassVar[str] = "decay"
     failure_mode: ClassVar[str] = "F6"
     question: ClassVar[str] = "Does planted structure survive?"
+    meaning: ClassVar[str] = (
+        "How much of a planted tag can still be read in the last layer, as a share of the best layer; 1 "
+        "means that nothing was lost."
+    )
     tokens: ClassVar[int] = 20 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

@@ -39,6 +39,10 @@ class Diffuse(Probe):
     id: ClassVar[str] = "diffuse"
     failure_mode: ClassVar[str] = "F4"
     question: ClassVar[str] = "Is mixing uniform?"
+    meaning: ClassVar[str] = (
+        "How evenly attention is spread over the past, from 0 (one token) to 1 (all tokens alike); a low "
+        "value may come from resting on the first token."
+    )
     tokens: ClassVar[int] = 32 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

@@ -46,6 +46,10 @@ class Drift(Probe):
     id: ClassVar[str] = "drift"
     failure_mode: ClassVar[str] = "F5"
     question: ClassVar[str] = "Does the space move?"
+    meaning: ClassVar[str] = (
+        "How alike the embedding and the last layer's output are, from 0 (unrelated) to 1 (the same); lower "
+        "means that layers change the space more."
+    )
     tokens: ClassVar[int] = 20 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

@@ -57,6 +57,10 @@ class Identity(Probe):
     id: ClassVar[str] = "identity"
     failure_mode: ClassVar[str] = "F9"
     question: ClassVar[str] = "Is identity kept, and is the fingerprint a crutch?"
+    meaning: ClassVar[str] = (
+        "How often the current token can be read from the last state by a linear probe; compare it with "
+        "chance, near 1 it is fully kept."
+    )
     tokens: ClassVar[int] = 60 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

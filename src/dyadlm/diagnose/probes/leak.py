@@ -51,6 +51,10 @@ class Leak(Probe):
     id: ClassVar[str] = "leak"
     failure_mode: ClassVar[str] = "all"
     question: ClassVar[str] = "Does the future reach the past?"
+    meaning: ClassVar[str] = (
+        "How much an earlier prediction changes when only later tokens are exchanged; a causal model shows 0 "
+        "but for rounding, anything more is a fault."
+    )
     tokens: ClassVar[int] = 16 * LENGTH
     published: ClassVar[Sequence[Published]] = (
         Published(

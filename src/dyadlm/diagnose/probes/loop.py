@@ -60,6 +60,10 @@ class Loop(Probe):
     id: ClassVar[str] = "loop"
     failure_mode: ClassVar[str] = "F4"
     question: ClassVar[str] = "Does generation collapse into repeating itself?"
+    meaning: ClassVar[str] = (
+        "The share of repeated groups of four tokens in greedy continuations; 0 means no repetition, near 1 "
+        "the text runs in a circle."
+    )
     tokens: ClassVar[int] = 28 * 1024
     published: ClassVar[Sequence[Published]] = (
         Published(

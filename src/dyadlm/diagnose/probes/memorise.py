@@ -54,6 +54,10 @@ class Memorise(OverTime):
     id: ClassVar[str] = "memorise"
     failure_mode: ClassVar[str] = "F8"
     question: ClassVar[str] = "Verbatim or compositional?"
+    meaning: ClassVar[str] = (
+        "How high planted random strings rank by the model's surprise, in bits; about 1.4 means unknown, 10 "
+        "means known by heart."
+    )
     tokens: ClassVar[int] = 50 * 1024
     published: ClassVar[Sequence[Published]] = (
         Published(

@@ -48,6 +48,10 @@ class Octave(OverTime):
     id: ClassVar[str] = "octave"
     failure_mode: ClassVar[str] = "F2"
     question: ClassVar[str] = "Which scales of context are used?"
+    meaning: ClassVar[str] = (
+        "How much the loss falls from one token of context to the longest one; more means that the model "
+        "uses more of what it has read."
+    )
     tokens: ClassVar[int] = 130 * 1024
     published: ClassVar[Sequence[Published]] = (
         Published(

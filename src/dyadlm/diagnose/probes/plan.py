@@ -53,6 +53,10 @@ class Plan(Probe):
     id: ClassVar[str] = "plan"
     failure_mode: ClassVar[str] = "F10"
     question: ClassVar[str] = "Is the future represented?"
+    meaning: ClassVar[str] = (
+        "What the state tells of the token two ahead beyond counts of the last tokens and beyond random "
+        "weights; above 0 it knows more."
+    )
     tokens: ClassVar[int] = 60 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

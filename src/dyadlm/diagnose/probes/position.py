@@ -37,6 +37,10 @@ class Position(Probe):
     id: ClassVar[str] = "position"
     failure_mode: ClassVar[str] = "F4"
     question: ClassVar[str] = "Does more past help?"
+    meaning: ClassVar[str] = (
+        "The loss at position 500 of a window minus that at position 50; below 0 the longer past helps, "
+        "above 0 it does harm."
+    )
     tokens: ClassVar[int] = 128 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

@@ -49,6 +49,10 @@ class Select(Probe):
     id: ClassVar[str] = "select"
     failure_mode: ClassVar[str] = "F7"
     question: ClassVar[str] = "Does it commit or blend?"
+    meaning: ClassVar[str] = (
+        "How abruptly the output changes on the way from one input to another; 1 means evenly (it blends), "
+        "16 in one jump (it chooses)."
+    )
     tokens: ClassVar[int] = 60 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:

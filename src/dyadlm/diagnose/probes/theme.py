@@ -63,6 +63,10 @@ class Theme(OverTime):
     id: ClassVar[str] = "theme"
     failure_mode: ClassVar[str] = "F11"
     question: ClassVar[str] = "Are topics learned before grammar?"
+    meaning: ClassVar[str] = (
+        "By how many doublings of the training step the words of single works are learned before function "
+        "words; below 0 they come later."
+    )
     tokens: ClassVar[int] = 8 * 1024
 
     def observe(self, subject: Subject, material: Material, budget: Budget) -> np.ndarray:

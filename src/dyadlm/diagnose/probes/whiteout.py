@@ -67,6 +67,10 @@ class Whiteout(OverTime):
     id: ClassVar[str] = "whiteout"
     failure_mode: ClassVar[str] = "F8"
     question: ClassVar[str] = "Is local skill learned, then lost?"
+    meaning: ClassVar[str] = (
+        "How much the loss at letters that only one word allows has risen again since its lowest point in "
+        "training; 0 means that nothing was lost."
+    )
     tokens: ClassVar[int] = 8 * 1024
 
     def observe(self, subject: Subject, material: Material, budget: Budget) -> Seen:

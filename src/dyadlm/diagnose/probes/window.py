@@ -52,6 +52,10 @@ class Window(Probe):
     id: ClassVar[str] = "window"
     failure_mode: ClassVar[str] = "F2, F3"
     question: ClassVar[str] = "Do layers own time scales?"
+    meaning: ClassVar[str] = (
+        "The share of layers that forget a token exponentially, each at a rate of its own; 0 means that no "
+        "layer has a time scale."
+    )
     tokens: ClassVar[int] = 64 * 1024
 
     def run(self, subject: Subject, material: Material, budget: Budget) -> ProbeResult:
