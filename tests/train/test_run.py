@@ -548,6 +548,31 @@ def test_dry_run_leaves_nothing_and_counts(tmp_path, small, words):
     assert estimate["peak_memory_bytes"] > estimate["static_memory_bytes"]
 
 
+def test_a_slow_dry_run_times_fewer_windows_and_plans_the_same(tmp_path, small, words, monkeypatch):
+    whole = dry_run(small(tmp_path / "run"), words())
+    assert (whole["windows_timed"], whole["windows_per_step"]) == (4, 4)
+    monkeypatch.setattr("dyadlm.train.cost.PATIENCE_SECONDS", 1e-9)
+    said: list[str] = []
+    few = dry_run(small(tmp_path / "run"), words(), said.append)
+    assert (few["windows_timed"], few["windows_per_step"]) == (2, 4)
+    assert said == ["timing one window", "timing 4 steps of 2 windows instead of 4, which would take longer"]
+    measured = {"seconds", "seconds_per_step", "peak_memory_bytes", "windows_timed"}
+    assert {name: few[name] for name in few if name not in measured} == {
+        name: whole[name] for name in whole if name not in measured
+    }
+    assert few["seconds"] == pytest.approx(6 * few["seconds_per_step"])
+    assert few["peak_memory_bytes"] >= whole["peak_memory_bytes"]  # of the process, which has run the whole before
+
+
+def test_a_dry_run_with_accumulation_counts_all_of_a_step(tmp_path, small, words, monkeypatch):
+    options = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2")
+    plain = dry_run(small(tmp_path / "run"), words())
+    monkeypatch.setattr("dyadlm.train.cost.PATIENCE_SECONDS", 1e-9)
+    several = dry_run(small(tmp_path / "run", *options), words())
+    assert several["windows_per_step"] == 4
+    assert several["flops"] == plain["flops"]
+
+
 def test_dry_run_counts_what_trains_beside_a_model_apart(tmp_path, small, words):
     options = ("max_steps=1", "data.sequence_length=8", "per_device_train_batch_size=1")
     plain, beside = (dry_run(small(tmp_path, *options, *more), words()) for more in ((), ("twin.conditioning=joint",)))

@@ -4,11 +4,10 @@ import json as json_format
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from dyadlm.cli.shared import Device, errors, silence_transformers
+from dyadlm.console import print_table
 
 if TYPE_CHECKING:
     from dyadlm.diagnose.audit import Audit
@@ -72,21 +71,18 @@ def audit(
 
 
 def _show(found: "Audit") -> None:
-    table = Table(box=None, pad_edge=False)
-    for title in ("check", "", "figure", "tolerance", "what was seen"):
-        table.add_column(title, justify="right" if title in ("figure", "tolerance") else "left", overflow="fold")
-    marks = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not applicable": "[dim]not applicable[/]"}
-    for check in found.checks:
-        figure = "" if check.figure is None else f"{check.figure:.1e}"
-        tolerance = "" if check.tolerance is None else f"{check.tolerance:.0e}"
-        table.add_row(check.name, marks[check.status], figure, tolerance, escape(check.sentence))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
-    console.print(
-        f"{found.model}, texts of {found.length} random tokens; figures in standard deviations of the logits.",
-        markup=False,
-    )
+    colours = {"passed": "green", "failed": "red", "not applicable": "dim"}
+    rows = [
+        (
+            check.name,
+            Text(check.status, colours[check.status]),
+            "" if check.figure is None else f"{check.figure:.1e}",
+            "" if check.tolerance is None else f"{check.tolerance:.0e}",
+            check.sentence,
+        )
+        for check in found.checks
+    ]
+    print_table(("check", "result", "figure", "tolerance", "what was seen"), rows, right=("figure", "tolerance"))
+    typer.echo(f"{found.model}, texts of {found.length} random tokens; figures in standard deviations of the logits.")
     if found.left_out:
-        console.print(f"Not seen: {found.left_out}.", markup=False)
+        typer.echo(f"Not seen: {found.left_out}.")

@@ -11,15 +11,14 @@ app = typer.Typer(help="List, fetch and prepare training text.", no_args_is_help
 @app.command("list")
 def list_() -> None:
     """Show the built-in corpora."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from dyadlm.console import print_table
     from dyadlm.data import list_corpora
 
-    table = Table("name", "what it is", "licence", "package", box=None, pad_edge=False, header_style="bold")
-    for corpus in list_corpora():
-        table.add_row(corpus.name, corpus.description, corpus.licence, f"{corpus.package} {corpus.version}")
-    Console().print(table)
+    rows = [
+        (corpus.name, corpus.description, corpus.licence, f"{corpus.package} {corpus.version}")
+        for corpus in list_corpora()
+    ]
+    print_table(("name", "what it is", "licence", "package"), rows)
 
 
 @app.command()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,10 +19,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from dyadlm.cli.shared import Device, Dtype, errors, silence_transformers
+from dyadlm.console import print_table
 
 if TYPE_CHECKING:
     from dyadlm.diagnose import Budget, Diagnosis, Probe, ProbeResult, Subject
@@ -257,10 +256,8 @@ def _list(probes: "Sequence[Probe]", json: bool) -> None:
         ]
         typer.echo(json_format.dumps(told, indent=2))
         return
-    table = _table("probe", "failure", "tokens", "question")
-    for probe in probes:
-        table.add_row(probe.id, probe.failure_mode, f"{probe.tokens:,}", probe.question)
-    _print(table)
+    rows = [(probe.id, probe.failure_mode, f"{probe.tokens:,}", probe.question) for probe in probes]
+    print_table(("probe", "failure", "tokens", "question"), rows, right=("tokens",))
 
 
 def _self_test(probes: "Sequence[Probe]") -> None:
@@ -315,13 +312,14 @@ def _bar(title: str, probes: "Sequence[Probe]") -> Iterator[Callable[[str, int, 
 def _show(found: "list[Diagnosis]") -> None:
     """A row for each probe and model: the headline, its interval, and the sentence."""
     several = len(found) > 1
-    table = _table("probe", *(["model"] if several else []), "headline", "value", "95 % interval", "reading")
-    for name in dict.fromkeys(name for diagnosis in found for name in diagnosis.results):
-        for diagnosis in found:
-            if name in diagnosis.results:
-                model = [diagnosis.subject] if several else []
-                table.add_row(name, *model, *_row(diagnosis.results[name]))
-    _print(table)
+    titles = ("probe", *(["model"] if several else []), "headline", "value", "95 % interval", "reading")
+    rows = [
+        (name, *([diagnosis.subject] if several else []), *_row(diagnosis.results[name]))
+        for name in dict.fromkeys(name for diagnosis in found for name in diagnosis.results)
+        for diagnosis in found
+        if name in diagnosis.results
+    ]
+    print_table(titles, rows, right=("value",))
 
 
 def _row(result: "ProbeResult") -> tuple[str, str, str, str]:
@@ -333,17 +331,3 @@ def _row(result: "ProbeResult") -> tuple[str, str, str, str]:
     interval = "" if reading.interval is None else f"{reading.interval[0]:.4g} to {reading.interval[1]:.4g}"
     left_out = f" Left out: {result.left_out}." if result.left_out else ""
     return name, f"{reading.value:.4g}", interval, result.sentence + left_out
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:
-        table.add_column(title, justify="right" if title in ("value", "tokens") else "left", overflow="fold")
-    return table
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dyadlm.cli.shared import Device, Fields, Model, load, read_prompt, require_png
+from dyadlm.console import print_table
 
 
 def inspect(
@@ -33,22 +34,20 @@ def inspect(
     figures = {"tokens": len(reading.pieces)} | reading.figures()
     if json is not None:
         write_atomically(json, json_format.dumps({"model": model, "text": text} | figures, indent=2) + "\n")
-    for line in _table(figures):
-        typer.echo(line)
+    _show(figures)
     for note in reading.notes:
         typer.echo(note)
     typer.echo(f"Wrote {output}.")
 
 
-def _table(figures: dict[str, Any]) -> list[str]:
-    """A line for each measure, over all layers and for each of them."""
+def _show(figures: dict[str, Any]) -> None:
+    """A row for each measure, over all layers and for each of them."""
     overall, layers = figures["all"], figures["layers"]
     if not overall:
-        return []
-    wide = max(map(len, overall))
+        return
     head = ["all", *(f"layer {number + 1}" for number in range(len(layers)))]
-    lines = [" " * wide + "".join(f"{name:>10}" for name in head)]
-    for name, value in overall.items():
-        row = [value, *(layer.get(name) for layer in layers)]
-        lines.append(f"{name:<{wide}}" + "".join(f"{'' if cell is None else format(cell, '.3f'):>10}" for cell in row))
-    return [line.rstrip() for line in lines]
+    rows = [
+        [name, *("" if cell is None else f"{cell:.3f}" for cell in (value, *(layer.get(name) for layer in layers)))]
+        for name, value in overall.items()
+    ]
+    print_table(["measure", *head], rows, right=head)

@@ -1,6 +1,7 @@
 """`dyadlm recall`: can a model bind, copy and keep track? Synthetic tasks with exact answers."""
 
 import json as json_format
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,14 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column
 
 from dyadlm.cli.shared import Device, errors, silence_transformers
+from dyadlm.console import print_table
 
 if TYPE_CHECKING:
     from dyadlm.recall import Cell
+
+
+# Without a terminal a training says how far it is once in so many seconds.
+SECONDS_A_LINE = 60.0
 
 
 def recall(
@@ -96,10 +101,7 @@ def recall(
     if json:
         typer.echo(json_format.dumps(results, indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table(cells, results))
+    show(cells, results)
 
 
 def _announced(plan: list[str], progress: Callable[[float, str], None], done: float, text: str) -> None:
@@ -111,40 +113,56 @@ def _announced(plan: list[str], progress: Callable[[float, str], None], done: fl
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[float, str], None]]:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    """A bar on a terminal, a line now and then elsewhere; call what it yields with (share done, what is done)."""
+    # What a narrow terminal cannot show is the end of the text, not how far it is.
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(12, table_column=Column(min_width=12)),
+        TaskProgressColumn(table_column=Column(min_width=4)),
+        TimeRemainingColumn(table_column=Column(min_width=7)),
+        TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
+    )
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(title, total=1.0)
-        yield lambda done, text: bar.update(task, completed=done, description=f"{title}: {text}")
+        task = bar.add_task(title, total=1.0, text="")
+        told = time.monotonic()
+
+        def progress(done: float, text: str) -> None:
+            nonlocal told
+            bar.update(task, completed=done, text=text)
+            if not errors.is_terminal and time.monotonic() - told >= SECONDS_A_LINE:
+                told = time.monotonic()
+                errors.print(f"{title}: {done:.0%}, {text}")
+
+        yield progress
 
 
 def _summary(result: dict[str, Any]) -> str:
     return f"{result['stopped']} after {result['steps']} steps, {result['seconds']:.0f} s"
 
 
-def table(cells: "list[Cell]", results: dict[str, dict[str, Any]]) -> Table:
+def show(cells: "list[Cell]", results: dict[str, dict[str, Any]]) -> None:
     """Accuracy of every cell on every part, with its interval and beside chance."""
-    shown = Table(box=None, pad_edge=False)
-    for title in ("model", "rate", "seed", "state", "ms/step", "steps", "ended"):
-        shown.add_column(title, justify="left" if title in ("model", "ended") else "right", overflow="fold")
     parts = next(iter(results.values()))["parts"]
-    for name, result in parts.items():
-        shown.add_column(f"{name}\nchance {result['chance']:.3g}", justify="right")
+    asked = [f"{name}\nchance {result['chance']:.3g}" for name, result in parts.items()]
+    figures = ("rate", "seed", "state", "ms/step", "steps")
+    rows = []
     for cell in cells:
         result = results[cell.name]
         numbers = list(result["state_numbers"].values())
-        state = f"{numbers[-1]:,}" + (" (grows)" if numbers[0] != numbers[-1] else "")
         milliseconds = result["milliseconds_per_step"]
-        shown.add_row(
-            cell.label,
-            f"{cell.rate:g}",
-            str(cell.seed),
-            state,
-            "–" if milliseconds is None else f"{milliseconds:.0f}",
-            f"{result['steps']:,}",
-            result["stopped"],
-            *(_accuracy(part) for part in result["parts"].values()),
+        rows.append(
+            (
+                cell.label,
+                *(_accuracy(part) for part in result["parts"].values()),
+                f"{cell.rate:g}",
+                str(cell.seed),
+                f"{numbers[-1]:,}" + (" (grows)" if numbers[0] != numbers[-1] else ""),
+                "–" if milliseconds is None else f"{milliseconds:.0f}",
+                f"{result['steps']:,}",
+                result["stopped"],
+            )
         )
-    return shown
+    print_table(["model", *asked, *figures, "ended"], rows, right=figures)
 
 
 def _accuracy(part: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ def train(
         lora=lora,
     )
     if dry_run:
-        _print_cost(measure(settings))
+        _print_cost(measure(settings, progress=lambda text: errors.print(f"Dry run: {text} ...")))
         return
     result = run(settings, console=errors, callbacks=[_probes(settings, probe)] if probe else ())
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one prints
@@ -117,14 +117,16 @@ def _print_cost(cost: dict[str, Any]) -> None:
         typer.echo(choice)
     beside = cost["parameters_in_training_alone"]
     typer.echo(f"parameters: {cost['parameters']:,}" + (f", and {beside:,} in training alone" if beside else ""))
+    few = cost["windows_timed"] < cost["windows_per_step"]
+    estimated = f", estimated from steps of {cost['windows_timed']} of {cost['windows_per_step']} windows" * few
     typer.echo(
         f"memory: {_mebibytes(cost['static_memory_bytes'])} for weights and optimizer, "
-        f"{_mebibytes(cost['peak_memory_bytes'])} at the peak"
+        f"{_mebibytes(cost['peak_memory_bytes'])} at the peak{estimated}"
     )
     typer.echo(f"tokens: {cost['tokens']:,} in {cost['steps']:,} steps of {cost['tokens_per_step']:,}")
     if cost["flops"] is not None:
         typer.echo(f"matrix products: {cost['flops']:.2e} floating-point operations")
-    typer.echo(f"time: about {duration(cost['seconds'])} ({1000 * cost['seconds_per_step']:.0f} ms a step)")
+    typer.echo(f"time: about {duration(cost['seconds'])} ({1000 * cost['seconds_per_step']:.0f} ms a step{estimated})")
 
 
 def _print_result(result: "TrainResult") -> None:

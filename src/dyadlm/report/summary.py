@@ -86,10 +86,14 @@ def _page(
         interval = f"95% interval {low:.4f} to {high:.4f}, over {figures.interval_over}"
     title = as_markdown(run.resolve().name)
     sections = [
-        f"# {title}\n\n**{figures.bits_per_byte:.4f} bits per byte** on the validation text ({interval}).",
+        f"# {title}\n\n**{figures.bits_per_byte:.4f} bits per byte** on the validation text ({interval}).\n\n"
+        "Bits per byte is the mean surprise of the model at a byte that it was not trained on: lower is better, and "
+        "guessing all bytes alike gives 8. What is usual depends on the text, so compare models on the same text. "
+        "The interval says how far another draw of its blocks would move the figure.",
         f"## Sample\n\nThe model continues `{prompt!r}` (seed {seed}, temperature 0.8, top-p 0.95):\n\n"
         + _fenced(_to_a_word(prompt + sample)),
-        "## Losses",
+        "## Losses\n\nLower is better. A validation loss that rises while the training loss falls means that the model "
+        "learns its text by heart; one that still falls at the end means that a longer training would help.",
         f"![Training and validation loss over the tokens seen]({LOSSES_NAME})",
         "## Validation\n\n"
         + _table(
@@ -125,11 +129,33 @@ def _page(
             f"each panel says what its colours mean.\n\n![How much each level adds at each token]({TOWER_NAME})"
         )
         if measures := reading.behaviour.measures():
-            sections.append(_table({name.replace("_", " "): f"{value:.3f}" for name, value in measures.items()}))
+            sections.append(
+                "Means over these tokens:\n\n"
+                + _table(
+                    {f"{name.replace('_', ' ')} ({_meaning(name)})": f"{value:.3f}" for name, value in measures.items()}
+                )
+            )
     rows = _table({"Parameters": f"{model.num_parameters():,}"} | _model_rows(record["model"]))
     folded = f"<details><summary>All fields of the configuration</summary>\n\n{rows}\n\n</details>"
     sections.append(f"## Model\n\n{model.num_parameters():,} parameters.\n\n{folded}")
     return "\n\n".join(sections) + "\n"
+
+
+# How to read a measure of `Behaviour.measures`, by the beginning of its name.
+MEANINGS = {
+    "segment_length": "tokens of a segment",
+    "hits": "share of tokens whose context had stood in this text before",
+    "commitment": "0: a head chooses one level, 1: it blends all alike",
+    "levels_chosen": "levels that a head uses at a token",
+    "run_length": "tokens for which a head keeps its levels",
+    "largest_load": "share of tokens that choose the most used level",
+    "smallest_load": "share of tokens that choose the least used level",
+    "skill": "1: the next node is foreseen, 0: no better than no change",
+}
+
+
+def _meaning(measure: str) -> str:
+    return next(meaning for name, meaning in MEANINGS.items() if measure.startswith(name))
 
 
 def _data_table(manifest: Any) -> str:

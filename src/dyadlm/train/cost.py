@@ -6,64 +6,117 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dyadlm.train.companions import published_parameters
-from dyadlm.train.prepared_run import TrainingData, prepare_run
+from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
 from dyadlm.train.settings import TrainSettings
 
 # Weights, gradients and the two moments of AdamW, float32.
 STATIC_BYTES_PER_PARAMETER = 16
 # So many steps are timed after a first one, which also warms caches and compilers.
 TIMED_STEPS = 3
+# Where these steps would take longer than so many seconds on a CPU, steps of fewer windows are timed instead.
+PATIENCE_SECONDS = 4.0
 
 
-def dry_run(settings: TrainSettings, data: TrainingData | None = None) -> dict[str, Any]:
+def dry_run(
+    settings: TrainSettings, data: TrainingData | None = None, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """What a run would cost, from a few timed steps of it on the target device; nothing is left behind.
 
     Returns parameters (of the model), parameters_in_training_alone (of its companions), static_memory_bytes (weights,
     gradients, moments of both), peak_memory_bytes (measured; on a CPU that of the whole process), steps, tokens,
     tokens_per_step, flops (floating-point operations of the matrix products and convolutions of all steps, whatever is
     trained, as counted in the first; None where a compiler hides them), seconds_per_step, seconds (all steps, without
-    evaluations and checkpoints), choices (device and dtype with reasons).
+    evaluations and checkpoints), windows_per_step, windows_timed, choices (device and dtype with reasons).
+
+    Where windows_timed is less than windows_per_step, steps of so few windows were timed, since whole ones are slow:
+    seconds and peak memory are estimated from them, in proportion to the windows; all else is exact.
+    progress: called with what is timed, before it is. Raises `UserError` as a training does.
     """
     with tempfile.TemporaryDirectory() as folder:
         plan = prepare_run(settings, data, Path(folder))
         steps = plan.arguments.max_steps
-        plan.arguments.max_steps = min(steps, 1 + TIMED_STEPS)
         plan.arguments.save_strategy = plan.arguments.eval_strategy = "no"
         plan.arguments.eval_on_start = False
         options = dataclasses.replace(settings.train, log_spaced_checkpoints=False)
         settings = dataclasses.replace(settings, options=settings.options | {"train": options})
-        clock = _StepClock()
-        trainer = plan.trainer(settings, clock)
-        if plan.arguments.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with clock.counting:  # which ends at the latest where a first step fails
-            trainer.train()
-        per_step = trainer.tokens_per_step()
+        rows = plan.arguments.per_device_train_batch_size
+        whole = rows * plan.arguments.gradient_accumulation_steps
         parameters = published_parameters(plan.model)
         beside = sum(weight.numel() for weight in plan.model.parameters()) - parameters
-        seconds = statistics.median(clock.seconds[1:] or clock.seconds)
+        per_step = plan.trainer(settings, TrainerCallback()).tokens_per_step()
+
+        timed = whole
+        # Rows of a step depend on each other in what trains beside a model; a GPU is fast, and its memory is the point.
+        if (
+            whole > 2
+            and not (beside or settings.train.carry_state or plan.arguments.torch_compile)
+            and plan.arguments.device.type == "cpu"
+        ):
+            progress("timing one window")
+            one = _measure(plan, settings, 1, 2)
+            fitting = int(PATIENCE_SECONDS / (1 + TIMED_STEPS) / one.seconds)
+            if fitting < whole:
+                timed = max(2, min(fitting, rows))
+        if timed == whole:
+            progress(f"timing {1 + TIMED_STEPS} steps of {whole} windows")
+            cost = _measure(plan, settings, None, min(steps, 1 + TIMED_STEPS))
+        else:
+            progress(f"timing {1 + TIMED_STEPS} steps of {timed} windows instead of {whole}, which would take longer")
+            few = _measure(plan, settings, timed, 1 + TIMED_STEPS)
+            window = (few.peak_memory - one.peak_memory) / (timed - 1)
+            peak = few.peak_memory + round(window * (rows - timed))
+            cost = _Measured(few.seconds * whole / timed, one.flops * whole, peak)
         return {
             "parameters": parameters,
             "parameters_in_training_alone": beside,
             "static_memory_bytes": STATIC_BYTES_PER_PARAMETER * (parameters + beside),
-            "peak_memory_bytes": _peak_memory(plan.arguments.device),
+            "peak_memory_bytes": cost.peak_memory,
             "steps": steps,
             "tokens_per_step": per_step,
             "tokens": steps * per_step,
-            "flops": None if plan.arguments.torch_compile else steps * clock.flops,
-            "seconds_per_step": seconds,
-            "seconds": steps * seconds,
+            "flops": None if plan.arguments.torch_compile else steps * cost.flops,
+            "seconds_per_step": cost.seconds,
+            "seconds": steps * cost.seconds,
+            "windows_per_step": whole,
+            "windows_timed": timed,
             "choices": plan.choices,
         }
+
+
+class _Measured(NamedTuple):
+    """seconds, flops: of a step. peak_memory: bytes, of the whole process on a CPU."""
+
+    seconds: float
+    flops: int
+    peak_memory: int
+
+
+def _measure(plan: PreparedRun, settings: TrainSettings, windows: int | None, steps: int) -> _Measured:
+    """Train for a few steps of so many windows; None: as many as the run has."""
+    arguments = plan.arguments
+    arguments.max_steps = steps
+    before = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    if windows is not None:
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = windows, 1
+    clock = _StepClock()
+    trainer = plan.trainer(settings, clock)
+    if arguments.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with clock.counting:  # which ends at the latest where a first step fails
+        trainer.train()
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = before
+    seconds = statistics.median(clock.seconds[1:] or clock.seconds)
+    return _Measured(seconds, clock.flops, _peak_memory(arguments.device))
 
 
 class _StepClock(TrainerCallback):
