@@ -7,6 +7,8 @@ import os
 import re
 import signal
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -548,19 +550,25 @@ def test_dry_run_leaves_nothing_and_counts(tmp_path, small, words):
     assert estimate["peak_memory_bytes"] > estimate["static_memory_bytes"]
 
 
-def test_a_slow_dry_run_times_fewer_windows_and_plans_the_same(tmp_path, small, words, monkeypatch):
+@pytest.mark.parametrize(("patience", "timed"), [(1e-9, 1), (None, 2)])
+def test_a_slow_dry_run_times_fewer_windows_and_plans_the_same(tmp_path, small, words, monkeypatch, patience, timed):
     whole = dry_run(small(tmp_path / "run"), words())
     assert (whole["windows_timed"], whole["windows_per_step"]) == (4, 4)
-    monkeypatch.setattr("dyadlm.train.cost.PATIENCE_SECONDS", 1e-9)
+    monkeypatch.setattr("dyadlm.train.cost.PATIENCE_SECONDS", patience or 5.0)
+    if patience is None:  # a step that takes a second
+        monkeypatch.setattr("dyadlm.train.cost.time", SimpleNamespace(perf_counter=map(float, count()).__next__))
     said: list[str] = []
     few = dry_run(small(tmp_path / "run"), words(), said.append)
-    assert (few["windows_timed"], few["windows_per_step"]) == (2, 4)
-    assert said == ["timing one window", "timing 4 steps of 2 windows instead of 4, which would take longer"]
+    assert (few["windows_timed"], few["windows_per_step"]) == (timed, 4)
+    assert said[0] == "timing one window"
+    assert said[1:] == ["timing 2 steps of 2 windows instead of 4, which would take longer"] * (timed == 2)
     measured = {"seconds", "seconds_per_step", "peak_memory_bytes", "windows_timed"}
     assert {name: few[name] for name in few if name not in measured} == {
         name: whole[name] for name in whole if name not in measured
     }
     assert few["seconds"] == pytest.approx(6 * few["seconds_per_step"])
+    if patience is None:
+        assert few["seconds_per_step"] == 2.0  # a second for two windows, of which there are four
     assert few["peak_memory_bytes"] >= whole["peak_memory_bytes"]  # of the process, which has run the whole before
 
 

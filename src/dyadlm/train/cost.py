@@ -55,26 +55,27 @@ def dry_run(
         beside = sum(weight.numel() for weight in plan.model.parameters()) - parameters
         per_step = plan.trainer(settings, TrainerCallback()).tokens_per_step()
 
-        timed = whole
         # Rows of a step depend on each other in what trains beside a model; a GPU is fast, and its memory is the point.
-        if (
-            whole > 2
-            and not (beside or settings.train.carry_state or plan.arguments.torch_compile)
-            and plan.arguments.device.type == "cpu"
-        ):
+        separable = not (beside or settings.train.carry_state or plan.arguments.torch_compile)
+        timed, one = whole, None
+        if separable and whole > 2 and plan.arguments.device.type == "cpu":
+            # Before the first step there are weights, but neither gradients nor moments.
+            resting = _peak_memory(plan.arguments.device) + (STATIC_BYTES_PER_PARAMETER - 4) * parameters
             progress("timing one window")
             one = _measure(plan, settings, 1, 2)
-            fitting = int(PATIENCE_SECONDS / (1 + TIMED_STEPS) / one.seconds)
-            if fitting < whole:
-                timed = max(2, min(fitting, rows))
-        if timed == whole:
+            if (1 + TIMED_STEPS) * whole * one.seconds > PATIENCE_SECONDS:
+                timed = min(rows, max(1, int(PATIENCE_SECONDS / 2 / one.seconds)))
+        if one is None or timed == whole:
             progress(f"timing {1 + TIMED_STEPS} steps of {whole} windows")
             cost = _measure(plan, settings, None, min(steps, 1 + TIMED_STEPS))
+        elif timed == 1:
+            window = max(0, one.peak_memory - resting)
+            cost = _Measured(one.seconds * whole, one.flops * whole, one.peak_memory + window * (rows - 1))
         else:
-            progress(f"timing {1 + TIMED_STEPS} steps of {timed} windows instead of {whole}, which would take longer")
-            few = _measure(plan, settings, timed, 1 + TIMED_STEPS)
-            window = (few.peak_memory - one.peak_memory) / (timed - 1)
-            peak = few.peak_memory + round(window * (rows - timed))
+            progress(f"timing 2 steps of {timed} windows instead of {whole}, which would take longer")
+            few = _measure(plan, settings, timed, 2)
+            window = (few.peak_memory - one.peak_memory) // (timed - 1)
+            peak = few.peak_memory + window * (rows - timed)
             cost = _Measured(few.seconds * whole / timed, one.flops * whole, peak)
         return {
             "parameters": parameters,
