@@ -178,12 +178,19 @@ def require_new(path: Path, what: str) -> None:
 
 
 def require_writable(path: Path, what: str) -> None:
-    """Raise `UserError` unless a file can be written there, before the work whose result it is to hold."""
+    """Raise `UserError` unless a file can be written there, before the work whose result it is to hold.
+
+    Folders that are not there yet are not made.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file for {what}.")
-    make_folder(path.parent)
+    place = path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"There can be no folder {path.parent} ({place} is a file); choose another place.")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dyadlm.cli.early import require_models, require_report_folder, require_sources, require_split
 from dyadlm.cli.shared import Device, Dtype, errors, silence_transformers
 from dyadlm.console import print_table
 
@@ -115,6 +116,7 @@ def diagnose(
     elif not models:
         raise UserError("There is no model to diagnose; name one, or give --list or --self-test.")
     else:
+        _refuse_early(models, data or [], split, output, over_time)
         found = [
             _diagnose(model, name, probes, data or [], split, fast, seed, output, device, dtype, over_time)
             for model, name in zip(models, names(models), strict=True)
@@ -131,6 +133,22 @@ def diagnose(
             typer.echo(json_format.dumps([diagnosis.to_dict() for diagnosis in [*shown, *others]], indent=2))
         else:
             _show([*shown, *others])
+
+
+def _refuse_early(models: Sequence[str], data: list[str], split: str, output: Path | None, over_time: bool) -> None:
+    """Raise `UserError` for what would fail only after minutes: the last model, the text, the page."""
+    from dyadlm.diagnose.candidates import load_trajectory
+    from dyadlm.report.diagnosis import FIGURES_NAME, JSON_NAME, PAGE_NAME
+
+    require_split(split)
+    require_sources(data)
+    if output is not None:
+        require_report_folder(output / REPORT, {FIGURES_NAME, JSON_NAME, PAGE_NAME})
+    if over_time:
+        for model in models:
+            load_trajectory(model)  # which loads nothing yet
+    else:
+        require_models(models)
 
 
 def names(models: Sequence[str]) -> list[str]:

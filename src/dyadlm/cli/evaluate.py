@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dyadlm.cli.early import require_sources, require_split
 from dyadlm.cli.shared import Device, Dtype, Fields, Model, load, token_progress
 
 
@@ -46,6 +47,10 @@ def evaluate(
 
     if stream and window is not None:
         raise UserError("A stream has no windows; give --window or --stream, not both.")
+    if window is not None and window < 1:
+        raise UserError(f"A window has at least 1 token; --window cannot be {window}.")
+    require_split(split)
+    require_sources(data, text_field)
     loaded, tokenizer = load(model, device, dtype, fields)
     require_causal(loaded, model)
     if split is None:

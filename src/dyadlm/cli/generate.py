@@ -61,11 +61,13 @@ def generate(
     from dyadlm.errors import UserError
     from dyadlm.generate import Sampling, open_session
     from dyadlm.generate.session import require_speculation
+    from dyadlm.generate.states import require_state_files
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt)
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
+    require_state_files(state_in, new_document, state_out)
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
     drafts = None
     if speculate:

@@ -19,15 +19,19 @@ def inspect(
     device: Device = "auto",
 ) -> None:
     """Draw what each level contributes at each token, and what segments, slots and a selector do."""
+    from dyadlm.errors import UserError
     from dyadlm.evaluate.inspection import read_tower
-    from dyadlm.files import require_new, write_atomically
+    from dyadlm.files import require_new, require_writable, write_atomically
     from dyadlm.report import draw_tower
 
     require_png(output)
-    require_new(output, "the picture")
-    if json is not None:
-        require_new(json, "the figures")
+    for file, what in ((output, "the picture"), (json, "the figures")):
+        if file is not None:
+            require_new(file, what)
+            require_writable(file, what)
     text = read_prompt(text)
+    if not text:
+        raise UserError("The text is empty; give at least one character.")
     loaded, tokenizer = load(model, device, "float32", fields)
     reading = read_tower(loaded, tokenizer, text)
     draw_tower(reading, output)

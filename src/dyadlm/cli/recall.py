@@ -70,10 +70,13 @@ def recall(
 
     Items never repeat; seeds are fixed; answers are exact.
     """
+    from dyadlm.files import require_writable
     from dyadlm.generate.pretrained import resolve_device
     from dyadlm.recall import LEARNING_RATES, Cell, Recipe, Study, parse_fields
 
     silence_transformers()
+    if output is not None:
+        require_writable(output, "the results")
     recipe = Recipe(
         task,
         tuple(part or ()),

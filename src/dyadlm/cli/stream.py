@@ -68,9 +68,12 @@ def stream(
     """
     from dyadlm.data.encoding import prefix_token
     from dyadlm.generate import EngineModel, Listener, Sampling, open_session
+    from dyadlm.generate.states import require_state_files
     from dyadlm.generate.streaming import waiting_lines
 
     sampling = Sampling(temperature, seed=seed)
+    require_state_files(state_in, new_document, state_out)
+    source = waiting_lines(standard_input())
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
@@ -78,7 +81,6 @@ def stream(
         require_causal(loaded, model)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
-    source = waiting_lines(standard_input())
     with ending_well(session.saving(state_out), state_out, interrupt_code=0) as stops:
         if continuation:
             write = partial(_write, session, stops, continuation, sampling, raw)

@@ -12,12 +12,11 @@ import numpy as np
 
 from dyadlm.data.encoding import AnyTokenizer
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.files import require_new, require_writable
 from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.generate.engine_reader import EngineModel
 from dyadlm.generate.reader import Reader
 from dyadlm.generate.sampling import Sampler, Sampling
-from dyadlm.generate.states import require_saveable_state
+from dyadlm.generate.states import require_saveable_state, require_state_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,14 +199,9 @@ def open_session(
     state_out: where the state is to be saved in the end: a new file, or `state_in` again.
     Raises `UserError` for what does not fit together, before anything is read.
     """
-    if new_document and state_in is None:
-        raise UserError("A new document recalls a saved state; give one with --state-in, or leave out --new-document.")
-    if state_out is not None:
-        if not isinstance(model, EngineModel):
-            require_saveable_state(model)
-        if state_out != state_in:
-            require_new(state_out, "the state")
-        require_writable(state_out, "the state")
+    require_state_files(state_in, new_document, state_out)
+    if state_out is not None and not isinstance(model, EngineModel):
+        require_saveable_state(model)
     session = Session(model, tokenizer)
     if state_in is not None:
         session.load(state_in)

@@ -1,14 +1,31 @@
 """Which models keep a state that can be saved, and which remember something from one document to the next."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyadlm.errors import UserError
+from dyadlm.files import require_new, require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dyadlm.model import DyadConfig
+
+
+def require_state_files(state_in: Path | None, new_document: bool, state_out: Path | None) -> None:
+    """Raise `UserError` for files of states that cannot be read or written, before a model is loaded.
+
+    state_out: a new file, or `state_in` again.
+    """
+    if new_document and state_in is None:
+        raise UserError("A new document recalls a saved state; give one with --state-in, or leave out --new-document.")
+    if state_in is not None and not state_in.exists():
+        raise UserError(f"There is no state file {state_in}; write one with --state-out first.")
+    if state_out is not None:
+        if state_out != state_in:
+            require_new(state_out, "the state")
+        require_writable(state_out, "the state")
 
 
 def require_saveable_state(model: "PreTrainedModel") -> "DyadConfig":

@@ -45,9 +45,7 @@ def write_report(
     require_new(output, "the report")
     if not prompt:
         raise UserError("The prompt of the sample is empty; give at least one character.")
-    record = read_record(run)
-    if "result" not in record:
-        raise UserError(f"The run in {run} is not finished; go on with `dyadlm train --output {run} --resume`.")
+    record = require_finished(run)
     settings = record["settings"]
     data = resolve_data(settings["data"], tokenizer, **reading_options(settings))
     figures = evaluate(model, data.split("validation"), tokenizer, progress=progress)
@@ -66,6 +64,14 @@ def write_report(
         page = _page(run, record, model, data.datasets, figures, prompt, sample, seed, reading)
         write_atomically(folder / SUMMARY_NAME, page)
     return output / SUMMARY_NAME
+
+
+def require_finished(run: Path) -> dict[str, Any]:
+    """The record of a finished run. Raises `UserError` if it is none."""
+    record = read_record(run)
+    if "result" not in record:
+        raise UserError(f"The run in {run} is not finished; go on with `dyadlm train --output {run} --resume`.")
+    return record
 
 
 def _page(

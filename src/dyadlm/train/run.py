@@ -21,7 +21,7 @@ from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.resolve import parse_weight
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, write_atomically
+from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
 from dyadlm.model.configuration import CHOOSING
 from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, remove_leftovers, require_same
 from dyadlm.train.companions import published_parameters
@@ -75,6 +75,7 @@ def train(
     console.quiet = console.quiet or not first
     if first:
         _require_own_output(settings)
+        require_writable(output / RECORD_NAME, "the run")
     if (finished := _finished(settings)) is not None:
         console.print(f"{printable(str(output))} is already finished.")
         return finished
