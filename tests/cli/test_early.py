@@ -76,3 +76,30 @@ def test_a_request_is_refused_before_anything_is_loaded(request_, said, place, c
     assert said in message
     assert message.count("\n") == 1
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_tokenizer_file_that_is_not_there_is_named(place, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "prepare", "text.txt", "--output", "new", "--tokenizer", "gone.json"])
+    assert ended.value.code == 2
+    assert "There is no file gone.json" in capsys.readouterr().err
+
+
+def test_short_names_of_settings_are_told_their_long_ones(place, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--preset", "tiny", "--data", "text.txt", "--output", "new", "--set", "lr=1e-3"])
+    assert ended.value.code == 2
+    assert "the nearest is learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("dyadlm ev", "evaluate"), ("dyadlm train --pre", "--preset"), ("dyadlm data pre", "prepare")],
+)
+def test_the_shell_completes_commands_and_options(typed, completed, monkeypatch, capsys):
+    monkeypatch.setenv("_DYADLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == [completed]

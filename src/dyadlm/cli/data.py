@@ -37,7 +37,10 @@ def prepare(
     ],
     output: Annotated[Path, typer.Option(help="The new folder.")],
     tokenizer: Annotated[
-        str, typer.Option(metavar="byte|NAME_OR_PATH", help="`byte`, a folder, or a Hugging Face name.")
+        str,
+        typer.Option(
+            metavar="byte|NAME_OR_PATH", help="`byte`, a tokenizer.json or its folder, or a Hugging Face name."
+        ),
     ] = "byte",
     validation: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Text for validation. Default: the last tenth of SOURCE.")

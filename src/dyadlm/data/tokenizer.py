@@ -34,6 +34,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     if Path(name_or_path).is_file():
         return _of_file(Path(name_or_path))
+    if name_or_path.endswith(".json"):
+        raise UserError(f"There is no file {name_or_path}; give the path of a tokenizer.json, or its folder.")
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the hub, the network and broken files raise errors of many kinds
