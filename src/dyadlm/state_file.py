@@ -89,6 +89,7 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
         UserError: no such file, no state file, a damaged one, or the state of another model.
     """
     tensors, head, seen = _read(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(MEMORY_PREFIX)}
     if head.get("model") != signature:
         raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
     if None not in (weights, head.get("weights")) and head["weights"] != weights:
@@ -96,6 +97,32 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
             f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
         )
     return tensors, seen
+
+
+# How tensors are called that a memory beside the model adds to its state.
+MEMORY_PREFIX = "memory."
+
+
+def add_memory(path: Path, options: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The content of a state file with the tables of a memory added."""
+    from safetensors.numpy import save
+
+    own, head, _ = _read(path)
+    own |= {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    return save(own, head | {"memory": json.dumps(options), "checksum": _checksum(own)})
+
+
+def read_memory(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """The options and tables of the memory in a state file, None where it holds none. Raises `UserError` if damaged."""
+    tensors, head, _ = _read(path)
+    if "memory" not in head:
+        return None
+    try:
+        options = json.loads(head["memory"])
+    except ValueError as error:
+        raise UserError(f"{path} holds a damaged memory ({error}); write a new state with --state-out.") from error
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(MEMORY_PREFIX)}
+    return options, {name.removeprefix(MEMORY_PREFIX): tensor for name, tensor in found.items()}
 
 
 def require_whole(path: str | Path) -> int:

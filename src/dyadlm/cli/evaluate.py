@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from dyadlm.cli.early import require_sources, require_split
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, load, token_progress
+from dyadlm.cli.shared import Device, Dtype, Fields, Memory, MemoryEntries, Model, load, memory_for, token_progress
 
 
 def evaluate(
@@ -29,6 +29,8 @@ def evaluate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Carry the state through the whole text instead of cutting it.")
     ] = False,
+    memory: Memory = False,
+    memory_entries: MemoryEntries = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     fields: Fields = None,
@@ -53,13 +55,14 @@ def evaluate(
     require_sources(data, text_field)
     loaded, tokenizer = load(model, device, dtype, fields)
     require_causal(loaded, model)
+    remembers = memory_for(memory, memory_entries, len(tokenizer))
     if split is None:
         streams, parts = resolve_text(data, tokenizer, text_field)
     else:
         streams, parts = resolve_data(data, tokenizer, text_field).split(split), dict.fromkeys(data, split)
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:
-        result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress)
+        result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress, memory=remembers)
     _say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
     if json:
         typer.echo(json_format.dumps({"model": model, "data": data, "parts": parts} | result.to_dict(), indent=2))
@@ -78,6 +81,8 @@ def evaluate(
     typer.echo(f"{result.tokens:,} tokens, {result.bytes:,} bytes, documents: {result.documents:,}; {how}")
     if result.targets != "all tokens":
         typer.echo(f"Of conversations only {result.targets} was scored.")
+    if remembers is not None:
+        typer.echo(f"With a memory of {remembers.state_bytes / 2**20:.1f} MiB, which reads the text in its order.")
     left_out = [f"{source} ({part} alone)" for source, part in parts.items() if part != "whole"]
     if left_out:
         typer.echo(f"Only a part was scored: {', '.join(left_out)}; --split names another.")

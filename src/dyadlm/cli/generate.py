@@ -12,6 +12,8 @@ from dyadlm.cli.shared import (
     Device,
     Dtype,
     Fields,
+    Memory,
+    MemoryEntries,
     Model,
     NewDocument,
     Raw,
@@ -19,6 +21,7 @@ from dyadlm.cli.shared import (
     as_shown,
     errors,
     load_to_read,
+    memory_for,
     read_prompt,
 )
 from dyadlm.cli.stopping import ending_well
@@ -49,6 +52,8 @@ def generate(
             help="With --temperature 0, for models with a planner: read two tokens at once where it proposed both.",
         ),
     ] = False,
+    memory: Memory = False,
+    memory_entries: MemoryEntries = None,
     raw: Raw = False,
     fields: Fields = None,
     device: Device = "auto",
@@ -70,12 +75,15 @@ def generate(
     require_state_files(state_in, new_document, state_out)
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
     drafts = None
+    remembers = memory_for(memory, memory_entries, len(tokenizer))
+    if speculate and memory:
+        raise UserError("A memory foresees nothing; leave out --speculate or --memory.")
     if speculate:
         from dyadlm.generate.speculation import Drafts
 
         drafts = Drafts()
         require_speculation(loaded, sampling)
-    session = open_session(loaded, tokenizer, state_in, new_document, state_out)
+    session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
     session.read_prompt(text)
     pieces = session.write(max_new_tokens, sampling, stop or (), drafts)
     with ending_well(session.saving(state_out), state_out) as stops, closing(pieces):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dyadlm.data.encoding import AnyTokenizer
     from dyadlm.generate import EngineModel
+    from dyadlm.memory import ContextMemory
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run, an adapter, an exported folder, or a Hugging Face name.")
@@ -43,6 +44,17 @@ StateIn = Annotated[Path | None, typer.Option(metavar="FILE", help="Continue fro
 NewDocument = Annotated[
     bool,
     typer.Option("--new-document", help="Begin a new document. Only the slots of the saved state are kept."),
+]
+
+Memory = Annotated[
+    bool,
+    typer.Option(
+        "--memory",
+        help="Remember what followed each short context of the text so far, and mix that into the prediction.",
+    ),
+]
+MemoryEntries = Annotated[
+    int | None, typer.Option(metavar="N", help="Contexts that --memory keeps of each length, a power of two.")
 ]
 
 Raw = Annotated[
@@ -83,6 +95,18 @@ def load_to_read(
         if light is not None:
             return light, light.tokenizer
     return load(model, device, dtype, fields)
+
+
+def memory_for(asked: bool, entries: int | None, vocabulary: int) -> "ContextMemory | None":
+    """The memory that was asked for. Raises `UserError` for entries without it, or no power of two."""
+    from dyadlm.errors import UserError
+    from dyadlm.memory import ContextMemory, MemoryOptions
+
+    if not asked:
+        if entries is not None:
+            raise UserError("--memory-entries does nothing without --memory; add it, or leave the entries out.")
+        return None
+    return ContextMemory(MemoryOptions.of_vocabulary(vocabulary, entries))
 
 
 class RateColumn(ProgressColumn):

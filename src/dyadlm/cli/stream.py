@@ -14,6 +14,8 @@ from dyadlm.cli.shared import (
     Device,
     Dtype,
     Fields,
+    Memory,
+    MemoryEntries,
     Model,
     NewDocument,
     Raw,
@@ -21,6 +23,7 @@ from dyadlm.cli.shared import (
     as_shown,
     errors,
     load_to_read,
+    memory_for,
     standard_input,
 )
 from dyadlm.cli.stopping import Stops, ending_well
@@ -56,6 +59,8 @@ def stream(
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state at the end of the input.")
     ] = None,
+    memory: Memory = False,
+    memory_entries: MemoryEntries = None,
     raw: Raw = False,
     fields: Fields = None,
     device: Device = "auto",
@@ -79,7 +84,8 @@ def stream(
         from dyadlm.causal_lm import require_causal
 
         require_causal(loaded, model)
-    session = open_session(loaded, tokenizer, state_in, new_document, state_out)
+    remembers = memory_for(memory, memory_entries, len(tokenizer))
+    session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with ending_well(session.saving(state_out), state_out, interrupt_code=0) as stops:
         if continuation:

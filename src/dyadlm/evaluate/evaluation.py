@@ -17,9 +17,10 @@ from dyadlm.data.encoding import prefix_token, tokenizer_identity
 from dyadlm.data.streams import TokenStream
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.bootstrap import ratio_interval
-from dyadlm.evaluate.scoring import score
+from dyadlm.evaluate.scoring import LONGEST_CHUNK, remembered, score
 from dyadlm.evaluate.streams import Stream, target_bytes, targets_of
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window, rolling_windows
+from dyadlm.memory import ContextMemory
 from dyadlm.model import DyadConfig
 from dyadlm.version import __version__
 
@@ -34,7 +35,8 @@ BLOCK = 2048
 class EvaluationResult:
     """The figures and all that is needed to read them; `interval` is that of `bits_per_byte`.
 
-    targets: what was scored of the text; of conversations that is what the assistant says.
+    memory: the options of the memory that was mixed in. targets: what was scored of the text; of conversations that is
+    what the assistant says.
     """
 
     mode: Mode
@@ -47,6 +49,7 @@ class EvaluationResult:
     bytes: int
     documents: int
     targets: str
+    memory: dict[str, Any] | None
     batch_size: int
     seed: int
     dtype: str
@@ -74,6 +77,7 @@ def evaluate(
     batch_size: int = 32,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    memory: ContextMemory | None = None,
 ) -> EvaluationResult:
     """Score every token of `data` exactly once, in evaluation mode on the model's own device.
 
@@ -86,6 +90,7 @@ def evaluate(
             last window begins earlier, so that its targets have the full context.
         stream: one window from beginning to end, the state carried on; `window` must be None.
     seed: of the bootstrap. progress: called with (tokens scored, tokens in all).
+    memory: of what followed each context, mixed into the predictions. It reads all text in its order, in every mode.
 
     Raises `UserError` for a window below 1, for data without text, and for tokens the model does not know.
     """
@@ -95,6 +100,8 @@ def evaluate(
     require_vocabulary(model, tokenizer)
     prefix = prefix_token(tokenizer)
     length = None if mode == "stream" else window_length(model, window)
+    if memory is not None and length is not None and length > LONGEST_CHUNK:
+        batch_size = 1  # the pieces of several long windows come in turns
     if mode == "stream" and window is not None:
         raise UserError("A stream has no windows; give a window or the stream, not both.")
 
@@ -112,7 +119,11 @@ def evaluate(
             edges = _unit_edges(stream, by_document=documents >= FEWEST_DOCUMENTS)
             sums = np.zeros(len(edges) - 1)
             windows = _windows(stream, mode, length, tokenizer.eos_token_id)
-            for first, piece in score(model, stream, windows, prefix, batch_size):
+            pieces = score(model, stream, windows, prefix, batch_size)
+            if memory is not None:
+                memory.start_document()
+                pieces = remembered(pieces, stream, memory)
+            for first, piece in pieces:
                 positions = np.arange(first, first + len(piece))
                 targets = targets_of(stream, first, first + len(piece))
                 read += len(piece)
@@ -144,6 +155,7 @@ def evaluate(
         bytes=int(unit_bytes.sum()),
         documents=documents,
         targets=scored,
+        memory=None if memory is None else memory.to_dict(),
         batch_size=batch_size,
         seed=seed,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ from dyadlm.causal_lm import Continuation, continues, vocabulary_size
 from dyadlm.errors import UserError
 from dyadlm.evaluate.streams import Stream
 from dyadlm.evaluate.windows import Window
+from dyadlm.memory import ContextMemory
 
 # Float32 logits held at once (B·C·V): 128 MiB, a few times that at the peak.
 LOGITS_AT_ONCE = 2**25
@@ -66,6 +67,18 @@ def score(
             for window, row, scored in zip(batch, nats.cpu().numpy(), targets != NO_TARGET, strict=True):
                 if scored.any():
                     yield window.start + 1 + offset + int(scored.argmax()), row[scored]
+
+
+def remembered(
+    pieces: Iterable[tuple[int, np.ndarray]], stream: Stream, memory: ContextMemory
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What `score` yields, in the order of the text, with a memory mixed in. What is not scored is read as well."""
+    at = 0
+    for first, nats in pieces:
+        if first > at:
+            memory.read(stream.tokens(at, first), np.full(first - at, np.nan))
+        at = first + len(nats)
+        yield first, memory.read(stream.tokens(first, at), nats)
 
 
 def _tensors_of_logits(model: PreTrainedModel) -> int:

@@ -17,11 +17,13 @@ from dyadlm.generate.engine_reader import EngineModel
 from dyadlm.generate.reader import Reader
 from dyadlm.generate.sampling import Sampler, Sampling
 from dyadlm.generate.states import require_saveable_state, require_state_files
+from dyadlm.state_file import read_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dyadlm.generate.speculation import Drafts
+    from dyadlm.memory import ContextMemory
 
 log = logging.getLogger("dyadlm")
 
@@ -35,9 +37,10 @@ class Session:
     their own growing cache. begins: whether the next token is the first of its document.
     """
 
-    def __init__(self, model: Model, tokenizer: AnyTokenizer):
-        """model: any causal language model of transformers, or the engine's form of one of ours."""
-        self._reader = reader_of(model)
+    def __init__(self, model: Model, tokenizer: AnyTokenizer, memory: "ContextMemory | None" = None):
+        """model: any causal language model of transformers, or the engine's form of one of ours. memory: of what
+        followed each context, mixed into its predictions."""
+        self._reader = reader_of(model, memory)
         self._tokenizer = tokenizer
         self.begins = True
 
@@ -177,8 +180,12 @@ def require_speculation(model: Model, sampling: Sampling) -> None:
         require_proposals(model, sampling)
 
 
-def reader_of(model: Model) -> Reader:
+def reader_of(model: Model, memory: "ContextMemory | None" = None) -> Reader:
     """What a session reads with."""
+    if memory is not None:
+        from dyadlm.generate.memory_reader import MemoryReader
+
+        return MemoryReader(reader_of(model), memory)
     if isinstance(model, EngineModel):
         return model.reader()
     from dyadlm.generate.torch_reader import TorchReader
@@ -192,9 +199,11 @@ def open_session(
     state_in: Path | None = None,
     new_document: bool = False,
     state_out: Path | None = None,
+    memory: "ContextMemory | None" = None,
 ) -> Session:
     """A session at its beginning, or after a saved state.
 
+    memory: mixed into the predictions, saved with the state and loaded with it.
     new_document: begin a new document, which recalls what the slots of the saved state hold.
     state_out: where the state is to be saved in the end: a new file, or `state_in` again.
     Raises `UserError` for what does not fit together, before anything is read.
@@ -202,8 +211,10 @@ def open_session(
     require_state_files(state_in, new_document, state_out)
     if state_out is not None and not isinstance(model, EngineModel):
         require_saveable_state(model)
-    session = Session(model, tokenizer)
+    session = Session(model, tokenizer, memory)
     if state_in is not None:
+        if memory is None and read_memory(state_in) is not None:
+            raise UserError(f"{state_in} holds a memory, which would be lost; add --memory.")
         session.load(state_in)
     if new_document:
         session.start_document()
@@ -222,19 +233,21 @@ def generate_text(
     new_document: bool = False,
     state_out: Path | None = None,
     drafts: "Drafts | None" = None,
+    memory: "ContextMemory | None" = None,
 ) -> Iterator[str]:
     """Continue a prompt, yielding text as it comes: what Hugging Face `generate` writes with these options.
 
     state_in: a saved state that the prompt continues. new_document: the prompt begins a new document instead, which
     recalls what the slots of the saved state hold. state_out: where the state after prompt and continuation goes when
     the text has ended, or is read no further; a new file, or `state_in` again. drafts: speculate, greedily, and count.
+    memory: as in `open_session`.
     Raises `UserError` for an empty prompt, an option out of range, and a state that does not fit.
     """
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
     if drafts is not None:
         require_speculation(model, sampling or Sampling())
-    session = open_session(model, tokenizer, state_in, new_document, state_out)
+    session = open_session(model, tokenizer, state_in, new_document, state_out, memory)
     session.read_prompt(prompt)
     try:
         yield from session.write(max_new_tokens, sampling or Sampling(), stop, drafts)

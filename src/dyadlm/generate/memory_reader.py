@@ -1,0 +1,92 @@
+"""A reader whose predictions a memory of what followed each context is mixed into.
+
+Dimension letters: T tokens, V vocabulary.
+"""
+
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from dyadlm.errors import UserError
+from dyadlm.files import write_atomically
+from dyadlm.generate.reader import Reader
+from dyadlm.generate.sampling import Sampling
+from dyadlm.memory import ContextMemory
+from dyadlm.memory.context_memory import nats_under
+from dyadlm.state_file import add_memory, read_memory
+
+log = logging.getLogger("dyadlm")
+
+
+class MemoryReader:
+    """Another reader with a memory. See `dyadlm.generate.reader.Reader`."""
+
+    def __init__(self, reader: Reader, memory: ContextMemory):
+        self._reader, self.memory = reader, memory
+        self.end_tokens = reader.end_tokens
+        self._mixed: np.ndarray | None = None
+
+    @property
+    def room(self) -> int | None:
+        """That of the model."""
+        return self._reader.room
+
+    @property
+    def state(self) -> Any:
+        """That of the model."""
+        return self._reader.state
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """Log-probabilities of the next token, float32 (V,)."""
+        if self._mixed is None and self._reader.logits is not None:
+            self._mixed = self.memory.mix(self._reader.logits)
+        return self._mixed
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Read ids int64 (T,); returns nats float32 (T,)."""
+        self._mixed = None
+        return self.memory.read(ids, self._reader.read(ids))
+
+    def read_next(self, token: int, first: bool) -> None:
+        """Read one token of a continuation."""
+        nats = nats_under(self._reader.logits, token)
+        self._reader.read_next(token, first)
+        self.memory.read(np.array([token]), np.array([nats]))
+        self._mixed = None
+
+    def speculation(self, sampling: Sampling, drafts: Any) -> Any:
+        """Raises `UserError`: what is foreseen knows nothing of the memory."""
+        raise UserError("A memory foresees nothing; leave out --speculate or --memory.")
+
+    def take_over(self, speculation: Any) -> None:
+        """Never called: there is no speculation."""
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        """Write the state of the model and the memory into one file, replacing it."""
+        with TemporaryDirectory() as folder:
+            own = Path(folder) / "state"
+            self._reader.save(own)
+            content = add_memory(own, self.memory.to_dict(), self.memory.tensors())
+        write_atomically(path, content)
+
+    def load(self, path: Path) -> None:
+        """Take up a saved state; the memory is empty where the file holds none."""
+        self._reader.load(path)
+        kept = read_memory(path)
+        if kept is None:
+            log.warning("%s holds no memory; it begins empty.", path)
+            self.memory = ContextMemory(self.memory.options)
+        else:
+            self.memory = ContextMemory.from_tensors(*kept)
+        self._mixed = None
+
+    def start_document(self) -> None:
+        """Begin a new document, which recalls what is remembered."""
+        self._reader.start_document()
+        self.memory.start_document()
+        self._mixed = None
