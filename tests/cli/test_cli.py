@@ -151,7 +151,7 @@ REQUESTS = {
     "reported already": ("report run --output no-model", "no-model"),
     "picture already": ("inspect run --text abc --output picture.png", "picture.png"),
     "picture that is none": ("inspect run --text abc --output picture.jpg", ".png"),
-    "no text to inspect": ("inspect run --text= --output new.png", "1 to 512"),
+    "no text to inspect": ("inspect run --text= --output new.png", "at least one character"),
     "vocabulary mismatch": ("evaluate run --data word-data", "tokenizer"),
     "vocabulary mismatch in training": ("train --model run --data word-data --output new", "tokenizer"),
     "empty prompt": ("generate run --prompt=", "prompt"),
@@ -273,7 +273,7 @@ def test_a_dry_run_leaves_nothing(place, capsys):
 def test_a_dry_run_tells_the_model_from_what_trains_beside_it(capsys):
     figures = {"peak_memory_bytes": 1, "static_memory_bytes": 1, "tokens": 8, "steps": 2, "tokens_per_step": 4}
     cost = {"parameters": 5000, "parameters_in_training_alone": 1200, "flops": 3e6, "choices": [], **figures}
-    _print_cost(cost | {"seconds": 1.0, "seconds_per_step": 0.5})
+    _print_cost(cost | {"seconds": 1.0, "seconds_per_step": 0.5, "windows_per_step": 1, "windows_timed": 1})
     out = capsys.readouterr().out
     assert "parameters: 5,000, and 1,200 in training alone\n" in out
 
