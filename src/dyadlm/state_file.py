@@ -47,16 +47,20 @@ def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: lis
     return json.dumps(shared, sort_keys=True)
 
 
-def weights_identity(shapes: Mapping[str, tuple[int, ...]], sample: Callable[[str, np.ndarray], np.ndarray]) -> str:
+def weights_identity(
+    shapes: Mapping[str, tuple[int, ...]], sample: Callable[[str, np.ndarray], np.ndarray], every: bool = False
+) -> str:
     """By what the weights of a model are told from those of others, hexadecimal: some numbers of each, rounded to
     bfloat16, so that a model keeps its identity where it is loaded in another dtype.
 
     shapes: of all tensors by name. sample: float32 numbers of a tensor at the given places of the flattened tensor.
+    every: look at all tensors; else at those whose names are of a dyadlm model.
     """
     digest = hashlib.sha256()
     for name in sorted(shapes):
         size = int(np.prod(shapes[name], dtype=np.int64))
-        if size and (name.startswith("model.layers.") or name in ("model.embed_tokens.weight", "model.norm.weight")):
+        own = name.startswith("model.layers.") or name in ("model.embed_tokens.weight", "model.norm.weight")
+        if size and (own or every):
             places = np.linspace(0, size - 1, min(SAMPLED, size)).astype(np.int64)
             bits = np.ascontiguousarray(sample(name, places), np.float32).view(np.uint32).astype(np.uint64)
             rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
@@ -109,7 +113,17 @@ def add_memory(path: Path, options: Mapping[str, Any], tensors: Mapping[str, np.
 
     own, head, _ = _read(path)
     own |= {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    return save(own, head | {"memory": json.dumps(options), "checksum": _checksum(own)})
+    told = json.dumps(options)
+    return save(own, head | {"memory": told, "checksum": _checksum(own, told)})
+
+
+def holds_memory(path: str | Path) -> bool:
+    """Whether a state file holds a memory; False where it cannot be read, which loading it will say."""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            return "memory" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_memory(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
@@ -145,7 +159,7 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]
     seen = head.get("columns_seen", "")
     if not seen.isdecimal() or len(seen) > 18:
         raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
-    if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors):
+    if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors, head.get("memory", "")):
         raise UserError(f"{path} is damaged (its checksum differs); write a new state with --state-out.")
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
@@ -186,9 +200,9 @@ def _first_other(one: Iterable[str], other: Iterable[str]) -> str:
     return min(set(one) ^ set(other))
 
 
-def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
-    """Of names, dtypes, shapes and numbers, hexadecimal."""
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, np.ndarray], memory: str = "") -> str:
+    """Of names, dtypes, shapes and numbers, hexadecimal. memory: the options of a memory, as JSON."""
+    digest = hashlib.sha256(memory.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())

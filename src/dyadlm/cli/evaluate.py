@@ -53,6 +53,7 @@ def evaluate(
         raise UserError(f"A window has at least 1 token; --window cannot be {window}.")
     require_split(split)
     require_sources(data, text_field)
+    memory_for(memory, memory_entries)
     loaded, tokenizer = load(model, device, dtype, fields)
     require_causal(loaded, model)
     remembers = memory_for(memory, memory_entries, len(tokenizer))

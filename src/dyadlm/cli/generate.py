@@ -23,6 +23,7 @@ from dyadlm.cli.shared import (
     load_to_read,
     memory_for,
     read_prompt,
+    require_entries,
 )
 from dyadlm.cli.stopping import ending_well
 
@@ -73,17 +74,19 @@ def generate(
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
     require_state_files(state_in, new_document, state_out)
+    memory_for(memory, memory_entries)
+    if speculate and memory:
+        raise UserError("Speculation cannot use a memory; leave out --speculate or --memory.")
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
     drafts = None
     remembers = memory_for(memory, memory_entries, len(tokenizer))
-    if speculate and memory:
-        raise UserError("A memory foresees nothing; leave out --speculate or --memory.")
     if speculate:
         from dyadlm.generate.speculation import Drafts
 
         drafts = Drafts()
         require_speculation(loaded, sampling)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
+    require_entries(session, memory_entries)
     session.read_prompt(text)
     pieces = session.write(max_new_tokens, sampling, stop or (), drafts)
     with ending_well(session.saving(state_out), state_out) as stops, closing(pieces):

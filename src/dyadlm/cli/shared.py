@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dyadlm.data.encoding import AnyTokenizer
-    from dyadlm.generate import EngineModel
+    from dyadlm.generate import EngineModel, Session
     from dyadlm.memory import ContextMemory
 
 Model = Annotated[
@@ -97,8 +97,9 @@ def load_to_read(
     return load(model, device, dtype, fields)
 
 
-def memory_for(asked: bool, entries: int | None, vocabulary: int) -> "ContextMemory | None":
-    """The memory that was asked for. Raises `UserError` for entries without it, or no power of two."""
+def memory_for(asked: bool, entries: int | None, vocabulary: int = 1) -> "ContextMemory | None":
+    """The memory that was asked for, for a model with so many tokens. Raises `UserError` for entries without it, or of
+    another number than a power of two."""
     from dyadlm.errors import UserError
     from dyadlm.memory import ContextMemory, MemoryOptions
 
@@ -107,6 +108,17 @@ def memory_for(asked: bool, entries: int | None, vocabulary: int) -> "ContextMem
             raise UserError("--memory-entries does nothing without --memory; add it, or leave the entries out.")
         return None
     return ContextMemory(MemoryOptions.of_vocabulary(vocabulary, entries))
+
+
+def require_entries(session: "Session", entries: int | None) -> None:
+    """Raise `UserError` if the memory of a loaded state has another number of entries than was asked for."""
+    from dyadlm.errors import UserError
+
+    if entries is not None and session.memory is not None and session.memory.options.entries != entries:
+        raise UserError(
+            f"The memory in this state has {session.memory.options.entries} entries, which cannot change; leave "
+            "--memory-entries out."
+        )
 
 
 class RateColumn(ProgressColumn):

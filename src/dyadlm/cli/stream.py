@@ -24,6 +24,7 @@ from dyadlm.cli.shared import (
     errors,
     load_to_read,
     memory_for,
+    require_entries,
     standard_input,
 )
 from dyadlm.cli.stopping import Stops, ending_well
@@ -79,6 +80,7 @@ def stream(
     sampling = Sampling(temperature, seed=seed)
     require_state_files(state_in, new_document, state_out)
     source = waiting_lines(standard_input())
+    memory_for(memory, memory_entries)
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
@@ -86,6 +88,7 @@ def stream(
         require_causal(loaded, model)
     remembers = memory_for(memory, memory_entries, len(tokenizer))
     session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
+    require_entries(session, memory_entries)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with ending_well(session.saving(state_out), state_out, interrupt_code=0) as stops:
         if continuation:

@@ -12,7 +12,8 @@ Special tokens of the template become tokens. What a message spells stays text, 
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +28,16 @@ RESERVED = "chat:"  # how kinds begin that only this module gives
 CONVERSATION = "chat:conversation"  # of a passage whose content is messages as JSON
 ASSISTANT, OPENING = "chat:assistant", "chat:opening"
 
-# Of tokenizers that have none. Every turn ends with the token that ends a text.
+# For tokenizers without a template. Every turn ends with the token that ends a text.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ message['role'] + ':\\n' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\nassistant:\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{% if messages %}{{ '\\n' }}{% endif %}{{ 'assistant:\\n' }}{% endif %}"
 )
+# The text of the template is made for each message, of all up to it: the time goes with the square of their number.
+MOST_MESSAGES = 500
+# Stands for a message while it is looked for in the text of the template.
+MARK = "\ue000message\ue001"
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
@@ -60,7 +65,11 @@ def messages_of(record: Mapping[str, Any], document: str) -> list[dict[str, Any]
             content = None if None in parts else "".join(map(str, parts))
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(f"{document}: message {number} has no role and content that are text.")
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in content):
+            raise UserError(f"{document}: message {number} holds half of a surrogate pair, which is no text.")
         messages.append(told | {"role": _ROLES.get(role, role), "content": content})
+    if len(messages) > MOST_MESSAGES:
+        raise UserError(f"{document} holds {len(messages)} messages, and at most {MOST_MESSAGES} are read; divide it.")
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{document} holds no message of the assistant; there is nothing to learn from it.")
     return messages
@@ -86,43 +95,81 @@ class ChatEncoder:
             backend.no_padding()
         self._as_tokens.encode_special_tokens, self._as_text.encode_special_tokens = False, True
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = np.array(sorted(special.values()), dtype=np.int64)
+        # An unknown token stands for the text that it was.
+        silent = [number for number in special.values() if number != tokenizer.unk_token_id]
+        self._special_ids = np.array(sorted(silent), dtype=np.int64)
         self._spelled = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def encode(self, content: bytes, document: str) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
         """The tokens of a conversation. content: its messages as JSON.
 
         Returns ids, int32 (n,), the bytes of text of each, int32 (n,), and where each kind of token begins. The last
-        token is not the one that ends a text: whoever writes the document adds that.
+        token is not the one that ends a text: whoever writes the document adds that. Raises `UserError` where the
+        template does not take the messages, or does not say which tokens are the assistant's.
         """
+        text, kinds, protected = self._written(json.loads(content), document)
+        edges = [0, *(edge for span in protected for edge in span), len(text)]
         ids: list[np.ndarray] = []
-        sizes: list[np.ndarray] = []
-        kinds: list[tuple[int, str]] = []
-        for kind, text, said in self._pieces(json.loads(content), document):
-            kinds.append((sum(map(len, ids)), kind))
-            for part, backend in self._parts(text, said, document):
-                (encoding,) = backend.encode_batch([part], add_special_tokens=False)
-                tokens = np.asarray(encoding.ids, dtype=np.int32)
-                ids.append(tokens)
-                sizes.append(_sizes(part, encoding.offsets) * ~np.isin(tokens, self._special_ids))
-        tokens, lengths = np.concatenate(ids), np.concatenate(sizes).astype(np.int32)
+        starts: list[np.ndarray] = []
+        for number, (begin, end) in enumerate(pairwise(edges)):
+            backend = self._as_text if number % 2 else self._as_tokens
+            (encoding,) = backend.encode_batch([text[begin:end]], add_special_tokens=False)
+            ids.append(np.asarray(encoding.ids, dtype=np.int32))
+            starts.append(begin + np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
+        tokens, places = np.concatenate(ids), np.maximum.accumulate(np.concatenate(starts))
+        sizes = _sizes(text, places) * ~np.isin(tokens, self._special_ids)
+        begins = np.searchsorted(places, [place for place, _ in kinds])
+        found = [(int(begin), kind) for begin, (_, kind) in zip(begins, kinds, strict=True) if begin < len(tokens)]
         ended = len(tokens) > 0 and tokens[-1] == self._tokenizer.eos_token_id
-        return tokens[: len(tokens) - ended], lengths[: len(tokens) - ended], kinds
+        size = len(tokens) - ended
+        return tokens[:size], sizes[:size].astype(np.int32), found
 
-    def _pieces(self, messages: Sequence[dict[str, Any]], document: str) -> Iterator[tuple[str, str, str]]:
-        """(kind, text of the template, what the message says in it) from turn to turn."""
+    def _written(
+        self, messages: Sequence[dict[str, Any]], document: str
+    ) -> tuple[str, list[tuple[int, str]], list[tuple[int, int]]]:
+        """The text of the template, where each kind begins in it, and what of it is to stay text, as (start, stop)."""
+        kinds: list[tuple[int, str]] = []
+        protected: list[tuple[int, int]] = []
         before = ""
         for number, message in enumerate(messages):
+            told = json.dumps({name: value for name, value in message.items() if name != "content"}, ensure_ascii=False)
+            if spelled := self._spelled.search(told):
+                raise UserError(f"{document}: a message spells {spelled[0]} in another field than its content.")
             after = self._render(messages[: number + 1], document)
             opened = before
             if message["role"] == "assistant":
-                opened = self._render(messages[:number], document, opening=True) if number else before
-                self._require_prefix(before, opened, document)
+                opened = self._opened(messages[:number], before, document)
                 if len(opened) > len(before):
-                    yield OPENING, opened[len(before) :], ""
+                    kinds.append((len(before), OPENING))
             self._require_prefix(opened, after, document)
-            yield f"{RESERVED}{message['role']}", after[len(opened) :], message["content"]
+            kinds.append((len(opened), f"{RESERVED}{message['role']}"))
+            if self._spelled.search(message["content"]):
+                protected.append(self._place(messages[: number + 1], after, document))
             before = after
+        return before, kinds, protected
+
+    def _opened(self, messages: Sequence[dict[str, Any]], before: str, document: str) -> str:
+        """The text up to where the assistant begins to answer."""
+        try:
+            opened = self._render(messages, document, opening=True)
+        except UserError:
+            if messages:
+                raise
+            return before  # a template that takes no empty conversation
+        self._require_prefix(before, opened, document)
+        return opened
+
+    def _place(self, messages: Sequence[dict[str, Any]], text: str, document: str) -> tuple[int, int]:
+        """Where the content of the last message stands in the text."""
+        marked = self._render([*messages[:-1], messages[-1] | {"content": MARK}], document)
+        head, _, tail = marked.partition(MARK)
+        for said in (messages[-1]["content"], messages[-1]["content"].strip()):
+            if head + said + tail == text:
+                return len(head), len(head) + len(said)
+        raise UserError(
+            f"{document}: a message spells a special token, and the chat template changes the message, so that it "
+            "cannot be kept as text; take the token out of the message."
+        )
 
     def _render(self, messages: Sequence[dict[str, Any]], document: str, opening: bool = False) -> str:
         try:
@@ -145,32 +192,13 @@ class ChatEncoder:
                 "told which tokens the assistant says; give a tokenizer with another chat_template."
             )
 
-    def _parts(self, text: str, said: str, document: str) -> Iterator[tuple[str, Tokenizer]]:
-        """The text whole, as at inference, unless the message spells a special token."""
-        if not self._spelled.search(said):
-            yield text, self._as_tokens
-            return
-        at = text.find(said := said if said in text else said.strip())
-        if at < 0:
-            raise UserError(
-                f"{document}: a message spells a special token, and the chat template changes the message, so that it "
-                "cannot be kept as text; take the token out of the message."
-            )
-        for part, backend in (
-            (text[:at], self._as_tokens),
-            (said, self._as_text),
-            (text[at + len(said) :], self._as_tokens),
-        ):
-            if part:
-                yield part, backend
 
-
-def _sizes(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Bytes of text that tokens stand for, (n,), by where each begins; of tokens in one character the last has them."""
+def _sizes(text: str, starts: np.ndarray) -> np.ndarray:
+    """Bytes of text that tokens stand for, (n,), by the character at which each begins, (n,), in ascending order; of
+    tokens in one character the last has them."""
     edges = np.concatenate([[0], np.cumsum([len(letter.encode("utf-8", "surrogatepass")) for letter in text])])
-    starts = edges[np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]]
-    starts[:1] = 0
-    return np.diff(np.maximum.accumulate(starts), append=edges[-1]).astype(np.int32)
+    sizes: np.ndarray = np.diff(edges[np.concatenate([[0], starts[1:]])], append=edges[-1]).astype(np.int32)
+    return sizes
 
 
 def as_json(messages: Sequence[Mapping[str, Any]]) -> bytes:

@@ -361,7 +361,7 @@ def _parquet(raw: BinaryIO, name: str, text_field: str) -> Iterator[Passage]:
 def read_record(record: Mapping[str, Any], document: str, text_field: str) -> Iterator[Passage]:
     """A record is a document; its fields `section` and `kind`, if they are strings, tag it. One without the text's
     field, but with messages, is a conversation."""
-    if has_messages(record) and (text_field not in record or isinstance(record[text_field], list)):
+    if has_messages(record) and not isinstance(record.get(text_field), str | bytes):
         section = record["section"] if isinstance(record.get("section"), str) else ""
         content = as_json(messages_of(record, document))
         if len(content) > LONGEST_RECORD:

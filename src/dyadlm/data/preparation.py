@@ -109,6 +109,8 @@ def find_source(
     """The corpus of that name, or what `open_source` makes of it."""
     if isinstance(source, Source):
         return source
+    if not str(source).strip():
+        raise UserError("A source has an empty name; give a corpus, a file or a folder.")
     if str(source) in CORPORA:
         return open_corpus(str(source))
     return open_source(source, text_field, most_decompressed)

@@ -94,8 +94,7 @@ def _share_template(tokenizer: PreTrainedTokenizerBase, data: PreparedDataset) -
 
     Raises `UserError` if it has another one.
     """
-    split = data.split(next(iter(data.manifest.splits)))
-    if split.targets(0, 0) is None:
+    if all(data.split(name).targets(0, 0) is None for name in data.manifest.splits):
         return
     if not tokenizer.chat_template:
         tokenizer.chat_template = data.tokenizer.chat_template

@@ -23,6 +23,7 @@ from dyadlm.diagnose.probe import Budget, OverTime, Probe
 from dyadlm.diagnose.result import ProbeResult
 from dyadlm.diagnose.run import ask, leak_first, settled
 from dyadlm.errors import UserError
+from dyadlm.model.loading import is_model_folder
 from dyadlm.train.checkpoint import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class ProbeCallback(TrainerCallback):
         if not watched or not state.global_step or not state.is_world_process_zero:
             return
         for step, path in checkpoints(Path(args.output_dir or ".")).items():
-            if step <= state.global_step and (path / "config.json").is_file():
+            if step <= state.global_step and is_model_folder(path):
                 with torch.random.fork_rng():
                     self._observe(HuggingFaceSubject(load_subject(str(path), "cpu").model, self.tokenizer), step)
 

@@ -22,7 +22,7 @@ from dyadlm.errors import UserError
 from dyadlm.evaluate.memorisation import canaries_of_run
 from dyadlm.generate.pretrained import DTYPES, resolve_device
 from dyadlm.model import DyadForCausalLM
-from dyadlm.model.loading import load_weights, without_bars_of_transformers
+from dyadlm.model.loading import is_model_folder, load_weights, without_bars_of_transformers
 from dyadlm.train.checkpoint import checkpoints
 from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.fingerprint import Fingerprint
@@ -84,7 +84,7 @@ def _fingerprint(folder: Path, model: PreTrainedModel) -> Fingerprint | None:
 
 def load_trajectory(run: str, device: str = "auto", dtype: str = "auto") -> Trajectory:
     """The complete checkpoints of a run, loaded one at a time. Raises `UserError` if there are fewer than two."""
-    found = {step: path for step, path in checkpoints(Path(run)).items() if (path / "config.json").is_file()}
+    found = {step: path for step, path in checkpoints(Path(run)).items() if is_model_folder(path)}
     if len(found) < 2:
         raise UserError(
             f"{run} has fewer than two checkpoints; give the folder of a run, and train with "

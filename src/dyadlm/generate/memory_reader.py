@@ -59,8 +59,8 @@ class MemoryReader:
         self._mixed = None
 
     def speculation(self, sampling: Sampling, drafts: Any) -> Any:
-        """Raises `UserError`: what is foreseen knows nothing of the memory."""
-        raise UserError("A memory foresees nothing; leave out --speculate or --memory.")
+        """Raises `UserError`: proposals are made without the memory."""
+        raise UserError("Speculation cannot use a memory; leave out --speculate or --memory.")
 
     def take_over(self, speculation: Any) -> None:
         """Never called: there is no speculation."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dyadlm.errors import UserError
-from dyadlm.model.loading import load_weights
+from dyadlm.model.loading import load_weights, place_of_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +27,7 @@ def load_model(
         raise UserError(f"Unknown dtype {dtype!r}; choose auto or one of {', '.join(DTYPES)}.")
     model = load_weights(path_or_name, DTYPES.get(dtype), fields)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place_of_tokenizer(path_or_name), trust_remote_code=False)
     except Exception as error:  # broken files raise errors of many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

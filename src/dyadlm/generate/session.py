@@ -17,7 +17,7 @@ from dyadlm.generate.engine_reader import EngineModel
 from dyadlm.generate.reader import Reader
 from dyadlm.generate.sampling import Sampler, Sampling
 from dyadlm.generate.states import require_saveable_state, require_state_files
-from dyadlm.state_file import read_memory
+from dyadlm.state_file import holds_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +58,11 @@ class Session:
     def state(self) -> Any:
         """What the model carries: `past_key_values` in torch, an `EngineState` in the engine."""
         return self._reader.state
+
+    @property
+    def memory(self) -> "ContextMemory | None":
+        """What is mixed into the predictions, if anything is."""
+        return getattr(self._reader, "memory", None)
 
     def read(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Read token ids (T,); returns the surprise at each, nats float32 (T,).
@@ -213,7 +218,7 @@ def open_session(
         require_saveable_state(model)
     session = Session(model, tokenizer, memory)
     if state_in is not None:
-        if memory is None and read_memory(state_in) is not None:
+        if memory is None and holds_memory(state_in):
             raise UserError(f"{state_in} holds a memory, which would be lost; add --memory.")
         session.load(state_in)
     if new_document:

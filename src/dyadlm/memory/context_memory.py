@@ -23,6 +23,7 @@ from dyadlm.errors import UserError
 from dyadlm.memory import kernel
 
 Array: TypeAlias = np.ndarray
+MOST_BYTES = 2**32
 # Vocabularies up to this size are of bytes or characters: a word takes several tokens.
 SMALL_VOCABULARY = 512
 
@@ -46,14 +47,20 @@ class MemoryOptions:
         ascending = list(self.lengths) == sorted({length for length in self.lengths if length >= 1})
         for holds, what in (
             (ascending and 1 <= len(self.lengths) <= 16 and self.lengths[-1] <= 64, "lengths ascend from 1 to 64"),
-            (self.entries.bit_count() == 1 and self.entries <= 2**28, "entries are a power of two up to 2^28"),
-            (self.ways.bit_count() == 1 and self.ways <= self.entries, "ways are a power of two up to the entries"),
+            (self.entries >= 1 and self.entries.bit_count() == 1, "entries are a power of two"),
+            (self.entries >= self.ways, f"there are at least as many entries as ways ({self.ways})"),
+            (self.ways >= 1 and self.ways.bit_count() == 1, "ways are a power of two"),
             (1 <= self.followers <= MOST_FOLLOWERS, f"followers lie between 1 and {MOST_FOLLOWERS}"),
             (0 < self.fade <= 1, "fade lies above 0 and at most at 1"),
             (0 <= self.rate <= 10, "rate lies between 0 and 10"),
+            (self._table_bytes() <= MOST_BYTES, f"it would take more than {MOST_BYTES >> 30} GiB; give fewer entries"),
         ):
             if not holds:
                 raise UserError(f"There is no memory of this kind: {what}.")
+
+    def _table_bytes(self) -> int:
+        """Of tags, worth, followers and counts."""
+        return len(self.lengths) * self.entries * (8 + 4 + 8 * self.followers)
 
     @classmethod
     def of_vocabulary(cls, size: int, entries: int | None = None) -> "MemoryOptions":
@@ -89,8 +96,10 @@ class ContextMemory:
 
     def read(self, tokens: Array, nats: Array) -> Array:
         """Read tokens int64 (T,) that a model gave nats (T,) to, NaN where it predicted nothing; returns those of the
-        mixture, float32 (T,)."""
+        mixture, float32 (T,). Raises ValueError for other shapes."""
         s, o = self._state, self.options
+        if np.ndim(tokens) != 1 or np.shape(tokens) != np.shape(nats):
+            raise ValueError(f"A memory reads tokens (T,) and nats (T,), not {np.shape(tokens)} and {np.shape(nats)}.")
         mixed = np.empty(len(tokens))
         with np.errstate(over="ignore"):  # the tags are numbers modulo 2^64
             kernel.read(
@@ -138,7 +147,11 @@ class ContextMemory:
     def from_tensors(cls, options: Mapping[str, Any], tensors: Mapping[str, Array]) -> "ContextMemory":
         """What `to_dict` and `tensors` gave. Raises `UserError` where they are damaged or do not fit each other."""
         try:
-            memory = cls(MemoryOptions(**{**options, "lengths": tuple(options["lengths"])}))
+            told = MemoryOptions(**{**options, "lengths": tuple(options["lengths"])})
+            shape = (len(told.lengths), told.entries // told.ways, told.ways, told.followers)
+            if tensors["counts"].shape != shape:  # before tables of that size are made
+                raise ValueError(f"counts are {tensors['counts'].shape}, not {shape}")
+            memory = cls(told)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"The memory in this state is damaged ({error}); write a new state.") from error
         for name, wanted in memory._state.items():
@@ -153,14 +166,15 @@ class ContextMemory:
         seen = (s["followers"] >= 0).any(-1)
         if ((s["counts"] > 0) != (s["followers"] >= 0)).any() or (seen != (s["tags"] != 0)).any():
             raise UserError("The memory in this state counts followers that it does not name; write a new state.")
-        if (s["slopes"] < FIRST_SLOPE).any():
-            raise UserError("The memory in this state has learned from nothing; it is damaged, write a new one.")
+        if (s["slopes"] < FIRST_SLOPE).any() or (np.abs(s["mixer"]) > kernel.MOST_BELIEF).any():
+            raise UserError("The memory in this state believes too much; it is damaged, write a new one.")
         return memory
 
 
 def _first_belief() -> Array:
     """How far a context is believed before anything is learned (N, D), as sigmoids of it: more, the more often it was
-    seen with one follower alone; little where it had several. As learned on Hamlet, by `tiny` without sight of it."""
+    seen with one follower alone; little where it had several. As learned on Hamlet, around a model that was not trained
+    on it."""
     beliefs = np.full((len(kernel.BANDS) + 1, MOST_FOLLOWERS), -3.0)
     beliefs[:, 0] = [-3.0, -2.3, -1.3, -0.8, -0.1, 0.2, 0.2]
     return beliefs

@@ -34,6 +34,10 @@ FACTOR = np.uint64(0xD6E8FEB86659FD93)
 ONE, HALF_WORD, WORD = np.uint64(1), np.uint64(32), np.uint64(64)
 # From this many sightings on a context is in the next band.
 BANDS = np.array([2.0, 3.0, 5.0, 9.0, 17.0, 65.0])
+# A follower with a smaller count is dropped.
+FORGOTTEN = 1e-6
+# No context is believed more than by sigmoid of this, or less than by that of its negative.
+MOST_BELIEF = 20.0
 # Worth of the entries of a set that stay when one has to go: what is not seen again goes in the end.
 AGING = 0.9
 
@@ -138,7 +142,7 @@ def read(
         token = tokens[at]
         find(history, lengths, tags, bits, found)
         predicted = not np.isnan(nats[at])
-        chance = np.exp(-nats[at]) if predicted else 0.0
+        chance, left = np.exp(-nats[at]) if predicted else 0.0, 1.0
         for level in range(levels):
             place, way = found[level, 0], found[level, 1]
             if way < 0:
@@ -153,7 +157,9 @@ def read(
             shares[level] = 1.0 / (1.0 + np.exp(-mixer[level, band, different]))
             before[level] = chance
             chance = (1.0 - shares[level]) * chance + shares[level] * told[level]
-        mixed[at] = -np.log(chance) if predicted else np.nan
+            left *= 1.0 - shares[level]
+        # A chance too small for a number is kept as the nats that it had.
+        mixed[at] = -np.log(chance) if chance > 0.0 else nats[at] - np.log(left)
         if predicted and rate > 0.0 and chance > 0.0:
             # The gradient of the log of the chance, from the longest context back to the shortest.
             outer = 1.0 / chance
@@ -163,7 +169,8 @@ def read(
                 share, band, different = shares[level], bands[level, 0], bands[level, 1]
                 slope = outer * (told[level] - before[level]) * share * (1.0 - share)
                 slopes[level, band, different] += slope * slope
-                mixer[level, band, different] += rate * slope / np.sqrt(slopes[level, band, different])
+                belief = mixer[level, band, different] + rate * slope / np.sqrt(slopes[level, band, different])
+                mixer[level, band, different] = min(max(belief, -MOST_BELIEF), MOST_BELIEF)
                 outer *= 1.0 - share
         for level in range(levels):
             place, way = found[level, 0], found[level, 1]
@@ -193,6 +200,8 @@ def read(
                 names[chosen], numbers[chosen] = token, 0.0
             for follower in range(len(names)):
                 numbers[follower] *= 1.0 if follower == chosen else fade
+                if numbers[follower] < FORGOTTEN and follower != chosen:
+                    names[follower], numbers[follower] = -1, 0.0
             numbers[chosen] += 1.0
         for back in range(len(history) - 1, 0, -1):
             history[back] = history[back - 1]

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dyadlm.errors import UserError
@@ -43,20 +44,19 @@ def require_peft() -> None:
 def add_adapter(model: PreTrainedModel, base: str, rank: int, alpha: float, dropout: float) -> list[str]:
     """Freeze a model and put a new adapter beside its linear maps. Returns the names of these maps' kinds.
 
-    base: the folder or name of the model's weights, to be kept with the adapter. alpha: the adapter's product is scaled
+    base: the folder of the model's weights, to be kept with the adapter. alpha: the adapter's product is scaled
     by alpha / rank. In dyadlm models `LORA_TARGETS` are adapted, in others all linear maps but the output's.
     """
     require_peft()
     from peft import LoraConfig
 
     targets: list[str] | str = list(LORA_TARGETS) if isinstance(model.config, DyadConfig) else "all-linear"
-    place = Path(base)
     options: Any = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     config = LoraConfig(task_type="CAUSAL_LM", **options)
     identity = _identity(model)
     model.add_adapter(config)
     config = _adapter_of(model)
-    config.base_model_name_or_path = str(place.resolve()) if place.exists() else base
+    config.base_model_name_or_path = str(Path(base).resolve())
     cast(Any, model).adapter_base_identity = identity
     return sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
 
@@ -99,29 +99,57 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     set_peft_model_state_dict(model, own)
 
 
-def base_of_adapter(path_or_name: str | Path) -> str | None:
-    """The folder or name of the base model, if this is an adapter without one; None: it is no adapter.
+def adapter_folder(path_or_name: str | Path) -> Path | None:
+    """The folder of an adapter, downloaded if it is named on the hub; None: it is no adapter.
 
-    Raises `UserError` for an adapter that cannot be used.
+    Raises `UserError` for an adapter that is not in safetensors, or that stands beside a whole model.
     """
     path = Path(path_or_name)
-    if path.is_dir() and ((path / "config.json").is_file() or not (path / ADAPTER_CONFIG).is_file()):
+    if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
         return None
     found = find_adapter_config_file(str(path_or_name))
     if found is None:
         return None
+    folder = Path(found).parent
+    if not path.is_dir():
+        for name in ("config.json", ADAPTER_WEIGHTS):  # the one must not be there, the other has to be
+            cached_file(
+                str(path_or_name), name, _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )  # fmt: skip
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{path_or_name} holds a whole model and an adapter, so that it is not clear which is meant; move "
+            f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} into a folder of their own."
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{path_or_name} holds no {ADAPTER_WEIGHTS}; save the adapter in safetensors.")
+    return folder
+
+
+def base_of_adapter(path_or_name: str | Path) -> str | None:
+    """The folder or name of the base model, if this is an adapter; None: it is none.
+
+    Raises `UserError` for an adapter that cannot be used.
+    """
+    folder = adapter_folder(path_or_name)
+    if folder is None:
+        return None
+    file = folder / ADAPTER_CONFIG
     try:
-        fields = json.loads(Path(found).read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
         base = fields["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise ValueError("it names no base model")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{found} is damaged ({error}); name the base model in base_model_name_or_path.") from error
+        raise UserError(f"{file} is damaged ({error}); name the base model in base_model_name_or_path.") from error
+    if fields.get("layer_replication"):
+        raise UserError(
+            f"{file} repeats layers of its base, which is not supported; merge the adapter with peft first."
+        )
     if fields.get("megatron_config"):  # peft would import the module that the file names
-        raise UserError(f"{found} asks for Megatron, which is not supported; merge the adapter with peft first.")
-    if path.is_dir() and not (path / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{path} holds no {ADAPTER_WEIGHTS}; save the adapter in safetensors.")
-    return base
+        raise UserError(f"{file} asks for Megatron, which is not supported; merge it with peft first.")
+    return str(folder / base) if not Path(base).is_absolute() and (folder / base).is_dir() else base
 
 
 def merge_adapter(base: PreTrainedModel, path_or_name: str | Path) -> PreTrainedModel:
@@ -132,27 +160,38 @@ def merge_adapter(base: PreTrainedModel, path_or_name: str | Path) -> PreTrained
     require_peft()
     from peft import PeftModel, get_peft_model_state_dict
 
-    file = Path(path_or_name) / ADAPTER_WEIGHTS
-    if file.is_file():
-        _require_same_base(base, file)
+    folder = adapter_folder(path_or_name)
+    assert folder is not None, "the caller knows that it is an adapter"
+    file = folder / ADAPTER_WEIGHTS
+    _require_same_base(base, file)
     try:
         with warnings.catch_warnings():
             # What is missing is said below, in a sentence.
             warnings.simplefilter("ignore")
-            adapted = PeftModel.from_pretrained(base, str(path_or_name), use_safetensors=True)
-        if file.is_file():
-            with safe_open(str(file), framework="pt") as saved:
-                odd = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
-            if odd:
-                raise ValueError(f"{min(odd)} is missing on one side")
+            adapted = PeftModel.from_pretrained(base, str(folder))
+        with safe_open(str(file), framework="pt") as saved:
+            odd = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
+        if odd:
+            raise ValueError(f"{min(odd)} is missing on one side")
+        _require_mergeable(base)
         merged = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # peft, torch and safetensors each have their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"The adapter in {path_or_name} does not fit its base model ({reason}); name the right one in "
-            f"base_model_name_or_path of its {ADAPTER_CONFIG}."
+            f"The adapter in {path_or_name} cannot be merged into {base.name_or_path} ({reason}); see that "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG} names its base, or merge the two with peft."
         ) from error
-    return cast(PreTrainedModel, merged).eval()
+    return cast(PreTrainedModel, merged).requires_grad_(True).eval()
+
+
+def _require_mergeable(adapted: PreTrainedModel) -> None:
+    """Raise ValueError where peft would merge into a weight that stands in two places."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = getattr(adapted.config, "tie_word_embeddings", False)
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise ValueError("it changes embeddings that the base uses twice, as input and as output")
 
 
 def _require_same_base(base: PreTrainedModel, file: Path) -> None:
@@ -169,14 +208,14 @@ def _require_same_base(base: PreTrainedModel, file: Path) -> None:
 
 
 def _identity(model: PreTrainedModel) -> str:
-    """By some numbers of every weight; `weights_identity` looks at names as dyadlm models have them."""
-    weights = {f"model.layers.{name}": weight.detach() for name, weight in model.named_parameters()}
+    """By some numbers of every weight."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
 
     def sample(name: str, places: "np.ndarray") -> "np.ndarray":
         flat = weights[name].reshape(-1)
         return flat[torch.from_numpy(places).to(flat.device)].float().cpu().numpy()
 
-    return weights_identity({name: tuple(weight.shape) for name, weight in weights.items()}, sample)
+    return weights_identity({name: tuple(weight.shape) for name, weight in weights.items()}, sample, every=True)
 
 
 def _adapter_of(model: PreTrainedModel) -> "LoraConfig":

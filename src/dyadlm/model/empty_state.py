@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dyadlm.model.boundaries import Boundaries
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.modeling import DyadForCausalLM
 from dyadlm.state_file import weights_identity
@@ -26,6 +27,9 @@ def _empty_state(fields: str) -> dict[str, np.ndarray]:
     with torch.no_grad():
         for tensor in model.state_dict(keep_vars=True).values():
             tensor.zero_()
+        for part in model.modules():
+            if isinstance(part, Boundaries):
+                part.known = True  # which tokens begin what means nothing here
         cache = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True, logits_to_keep=1).past_key_values
     return {name: tensor.numpy() for name, tensor in cache.tensors().items()}
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from dyadlm.errors import UserError
-from dyadlm.model.adapters import ADAPTER_CONFIG, base_of_adapter, merge_adapter
+from dyadlm.model.adapters import ADAPTER_CONFIG, adapter_folder, base_of_adapter, merge_adapter
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.values import coerce_fields, type_of
 
@@ -90,6 +90,14 @@ def load_weights(
     return cast(PreTrainedModel, model)
 
 
+def place_of_tokenizer(path_or_name: str | Path) -> str | Path:
+    """Where the tokenizer of a model is: with the model, or with the base of an adapter that has none."""
+    folder = adapter_folder(path_or_name)
+    if folder is None or (folder / "tokenizer_config.json").is_file():
+        return path_or_name
+    return base_of_adapter(path_or_name) or path_or_name
+
+
 def _load_adapted(
     path_or_name: str | Path,
     base: str,
@@ -105,8 +113,9 @@ def _load_adapted(
         raise UserError(f"The base model of {path_or_name} is not there: {error} It is {config}.") from error
     if base_of_adapter(base) is not None:
         raise UserError(f"{base} is an adapter itself; merge it first (`dyadlm export`), and name that in {config}.")
-    saved_in = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype
-    model = merge_adapter(load_weights(base, torch.float32, fields, prefix), path_or_name)
+    model = load_weights(base, torch.float32, fields, prefix)
+    saved_in = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype  # of what could be loaded
+    model = merge_adapter(model, path_or_name)
     return cast(PreTrainedModel, model.to(dtype or saved_in or torch.float32))  # type: ignore[arg-type]
 
 
@@ -152,9 +161,14 @@ def require_found(path_or_name: str | Path) -> None:
         ) from error
 
 
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder looks like a saved model or adapter."""
+    return (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
+
+
 def require_model_folder(path: Path) -> None:
-    """Raise `UserError` unless the folder looks like a saved model."""
-    if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
+    """Raise `UserError` unless the folder looks like a saved model or adapter."""
+    if is_model_folder(path):
         return
     checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime) if path.is_dir() else []
     if checkpoints:

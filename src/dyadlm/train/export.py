@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
 
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import printable, require_new, staged_folder, write_atomically
 from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter
-from dyadlm.model.loading import load_weights, without_bars_of_transformers
+from dyadlm.model.loading import load_weights, place_of_tokenizer, without_bars_of_transformers
 from dyadlm.train.checkpoint import MANIFEST_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
@@ -83,6 +84,8 @@ def export(run: str | Path, output: str | Path, auto_map: bool = False) -> Path:
         if merged is not None:
             with without_bars_of_transformers():
                 merged.save_pretrained(staging)
+                if (place := place_of_tokenizer(run)) != run:
+                    AutoTokenizer.from_pretrained(place, trust_remote_code=False).save_pretrained(staging)
             for file in staging.glob(WEIGHTS):
                 require_finite(file)
             fields = json.loads((staging / "config.json").read_text(encoding="utf-8"))

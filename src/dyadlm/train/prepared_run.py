@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -150,6 +150,12 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         validation = ValidationSample.draw(
             streams, options.sequence_length, options.validation_tokens, prefix_token(data.tokenizer)
         )
+        if not validation.has_targets:
+            choices.append(
+                "validation: the sample holds nothing that the assistant says, so that nothing is scored; raise "
+                "data.validation_tokens"
+            )
+            validation = None
     evaluated = validation is not None and bool(arguments.eval_steps)
     if evaluated and (mass := getattr(model.config, "consensus", 0)):
         choices.append(f"validation: scored with consensus {mass:g}; the loss in training is the engineer's alone")
@@ -232,6 +238,11 @@ def _require_adaptable(settings: TrainSettings, arguments: TrainingArguments) ->
             f"{settings.model} is an adapter itself; merge it first "
             f"(`dyadlm export {settings.model} --output DIR`), and train beside that."
         )
+    if changed := [name for name in settings.model_fields if name != "dropout"]:
+        raise UserError(
+            f"An adapter keeps no fields of the model, so that model.{changed[0]} would be lost; leave it out, or "
+            "leave --lora out."
+        )
     if arguments.fsdp:
         raise UserError("FSDP cannot shard an adapter beside frozen weights; leave fsdp out, or --lora.")
 
@@ -242,7 +253,7 @@ def _adapt(model: PreTrainedModel, settings: TrainSettings, choices: list[str]) 
     if not options.rank:
         return {}
     alpha = options.alpha or 2.0 * options.rank
-    kinds = add_adapter(model, settings.model or "", options.rank, alpha, options.dropout)
+    kinds = add_adapter(model, cast(str, settings.model), options.rank, alpha, options.dropout)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
     choices.append(

@@ -23,6 +23,7 @@ from dyadlm.data.resolve import parse_weight
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
 from dyadlm.model.configuration import CHOOSING
+from dyadlm.model.loading import is_model_folder
 from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, remove_leftovers, require_same
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import model_card
@@ -149,7 +150,7 @@ def _finished(settings: TrainSettings) -> TrainResult | None:
     if not settings.resume or not (output / RECORD_NAME).is_file():
         return None
     record = read_record(output)
-    if "result" not in record or record["settings"] != settings.to_dict():
+    if "result" not in record or record["settings"] != settings.to_dict() or not is_model_folder(output):
         return None
     return TrainResult(
         **record["result"],

@@ -330,7 +330,9 @@ class TrainSettings:
         sources = tuple(data) or given.get("data", ())
         given["data"] = (sources,) if isinstance(sources, str) else tuple(sources)
         for name, value in started.items():
-            if value is not None and given.get(name) != value:
+            # The base of an adapter may have moved: its weights are known by their identity.
+            moved = name == "model" and given.get("lora.rank")
+            if value is not None and given.get(name) != value and not moved:
                 raise UserError(f"{output} was started with {name} {value}; choose another --output.")
         return cls.from_dict(given, output=output, resume=resume)
 

@@ -82,7 +82,7 @@ def smoothed_loss(
 
 
 def figures(prefix: str, nats: float, tokens: float, size: float) -> dict[str, float]:
-    """Loss and bits per byte of so many nats, by the names that the log has; none of nothing."""
+    """Loss and bits per byte of so many nats, by the names that the log has; empty where nothing was scored."""
     found = {"loss": nats / tokens} if tokens else {}
     if size:
         found["bits_per_byte"] = nats / math.log(2) / size
@@ -145,6 +145,7 @@ class LanguageModelTrainer(Trainer):
         if self.weighted is not None:
             model.loss_function = self.weighted
         self._metrics = MeanMetrics()
+        self._without_target: torch.Tensor | int = 0  # steps since the last log
         ours = [StepsAsTold(), *[LogSpacedSaves()] * options.log_spaced_checkpoints]
         if isinstance(model, DyadForCausalLM):
             ours.append(Mechanisms(model))
@@ -219,12 +220,14 @@ class LanguageModelTrainer(Trainer):
         """The batches of a step and their number of targets; weights of histories are set for the step as a whole."""
         batches, targets = super().get_batch_samples(*args, **kwargs)
         if isinstance(targets, torch.Tensor):
-            targets = targets.clamp(min=1)  # all of a batch may be what others than the assistant say
+            # All of a step may be what others than the assistant say.
+            self._without_target = self._without_target + (targets == 0).sum()
+            targets = targets.clamp(min=1)
         if self.weighted is not None:
             sums = torch.stack([self.weighted.sums(batch) for batch in batches]).sum(0)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 sums = self.accelerator.reduce(sums, reduction="sum")
-            self.weighted.mean_of_step = sums[0] / sums[1]
+            self.weighted.mean_of_step = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), 1.0)
         return batches, targets
 
     def compute_loss(
@@ -256,7 +259,15 @@ class LanguageModelTrainer(Trainer):
             begin = self._initial_global_step if self._clock_step is None else self._clock_step
             rate = (step - begin) / max(now - self._clock - self._paused, 1e-9)
             per_step = self.tokens_per_step()
-            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+            # Trainer has divided by all steps; those without a target have no loss.
+            counted = step - begin - int(self._without_target)
+            self._without_target = 0
+            if counted:
+                logs["loss"] *= (step - begin) / counted
+                if self.bytes_per_token:
+                    logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.bytes_per_token
+            else:
+                del logs["loss"]
             logs["tokens"] = step * per_step
             logs["tokens_per_second"] = rate * per_step
             logs["steps_per_second"] = rate
@@ -267,10 +278,8 @@ class LanguageModelTrainer(Trainer):
             self._require_no_divergence(logs["loss"])
 
     def _require_no_divergence(self, loss: float) -> None:
-        if not loss:  # of steps in which the assistant says nothing
-            return
         if self._lowest_loss is None:
-            self._lowest_loss = min(entry["loss"] for entry in self.state.log_history if entry.get("loss"))
+            self._lowest_loss = min(entry["loss"] for entry in self.state.log_history if "loss" in entry)
         rise = self.options.divergence_rise
         if rise and loss > self._lowest_loss + rise:
             self._fail(

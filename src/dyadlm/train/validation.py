@@ -38,6 +38,16 @@ class ValidationSample:
             names.append(name if name not in names else f"{name}#{len(names) + 1}")
         return cls(parts, prefix_token, names)
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything is scored; not where a sample of conversations holds nothing that the assistant says."""
+        for stream, windows in self.parts:
+            for window in windows:
+                targets = targets_of(stream, window.first, window.stop)
+                if targets is None or targets.any():
+                    return True
+        return False
+
     def __len__(self) -> int:
         return sum(len(windows) for _, windows in self.parts)
 

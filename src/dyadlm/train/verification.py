@@ -11,6 +11,7 @@ from dyadlm.data.sources import MANIFEST_NAME as DATA_MANIFEST
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, sha256_of
 from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dyadlm.model.loading import is_model_folder
 from dyadlm.state_file import FORMAT, require_whole
 from dyadlm.train.checkpoint import MANIFEST_NAME, checkpoints
 from dyadlm.train.export import WEIGHTS, model_files, require_finite
@@ -41,7 +42,7 @@ def verify(path: str | Path) -> list[Finding]:
         return _run(path)
     if (path / MANIFEST_NAME).is_file():
         return [_checkpoint(path)]
-    if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
+    if is_model_folder(path):
         return _model(path)
     raise UserError(f"{path} is no run, checkpoint, prepared data, model folder or state; name one of these.")
 
