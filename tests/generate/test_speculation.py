@@ -105,7 +105,9 @@ def test_an_end_of_text_is_not_read(monkeypatch):
     assert session.state.columns_seen == len(PROMPT) + first
 
 
-def test_what_cannot_speculate_is_refused():
+def test_what_cannot_speculate_is_refused(monkeypatch):
+    """Before anything is read."""
+    monkeypatch.setattr(Session, "read_prompt", lambda *_: pytest.fail("the prompt was read"))
     for model, sampling, message in (
         (make_model(), GREEDY, "a model with a planner"),
         (make(), Sampling(temperature=0.7), "temperature to 0, not 0.7"),
