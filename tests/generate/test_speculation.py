@@ -94,6 +94,11 @@ def test_what_is_foreseen_saves_passes_and_changes_nothing(monkeypatch, stop):
     assert session.state.columns_seen == len(PROMPT) + len(text)
 
 
+def test_the_rate_is_the_share_that_was_right():
+    assert Drafts().rate == 0
+    assert Drafts(made=8, accepted=2).rate == 0.25
+
+
 def test_an_end_of_text_is_not_read(monkeypatch):
     model = make()
     plain, _ = written(model, 18)
