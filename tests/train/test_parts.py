@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from itertools import pairwise
 
@@ -251,6 +252,27 @@ def test_leftovers_are_removed(tmp_path):
     (tmp_path / "kept").write_text("kept")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_leftovers_that_cannot_be_removed_stop_nothing(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError("the test says so")
+
+    (tmp_path / ".staging-a").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", refused)
+        remove_leftovers(tmp_path)
+        discard(make_checkpoint(tmp_path, 3))
+    assert checkpoints(tmp_path) == {}
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+    half = tmp_path / ".staging-b"
+    half.write_text("half")
+    with monkeypatch.context() as patch:
+        # As if another process removed it between the look at the folder and the removal.
+        patch.setattr("pathlib.Path.is_dir", lambda path: path.unlink() if path == half else os.path.isdir(path))
+        remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_cut_short_are_read_up_to_there(tmp_path):
