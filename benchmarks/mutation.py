@@ -6,8 +6,8 @@
 Needs `pip install cosmic-ray` (8.7.0 was used), which makes the mutants: another comparison or arithmetic operator, a
 number changed by one, `and` for `or`, a condition negated, a loop without rounds, a decorator left out, another
 exception caught. Two operators are added here: a statement left out, and `return None`.
-Of each place that can be mutated one mutant is drawn, and of the places a sample, both by the seed. Annotations, asserts and blocks for type checkers
-are left out: no test is meant to notice them.
+Of each place that can be mutated one mutant is drawn, and of the places a sample, both by the seed.
+Annotations, asserts and blocks for type checkers are left out: no test is meant to notice them.
 
 Each mutant runs in a process forked from one that has imported torch, in a copy of the tree; the tests are those that
 `TARGETS` names for its file, the fast ones first. Outcomes:
