@@ -330,6 +330,24 @@ def test_folders_that_are_not_prepared(tmp_path):
             open_dataset(folder)
 
 
+def test_neighbours_with_the_same_tags_are_one_segment(tmp_path):
+    """A section that comes in several passages is one segment; the same section of the next document is another."""
+
+    def passages():
+        for document in ("one", "two"):
+            for part, section in enumerate(("a", "a", "b", "b", "a")):
+                yield Passage(document, b"text" * (part + 1), section, "prose", starts=part == 0)
+
+    prepare([Source("made up", "CC0", "1", {"train": passages, "validation": passages})], tmp_path / "out")
+    for split in ("train", "validation"):
+        segments = open_dataset(tmp_path / "out").split(split).segments
+        found = [tuple(segments[number]) for number in range(len(segments))]
+        assert found == [
+            (0, "one", "a", "prose"), (12, "one", "b", "prose"), (40, "one", "a", "prose"),
+            (61, "two", "a", "prose"), (73, "two", "b", "prose"), (101, "two", "a", "prose"),
+        ]  # fmt: skip
+
+
 def test_windows_over_shards(tmp_path, small_shards):
     prepare([made_up()], tmp_path / "out")
     stream = open_dataset(tmp_path / "out").split("train")

@@ -216,6 +216,24 @@ def test_decoder_of_a_tokenizer_that_falls_back_to_bytes(text):
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+def test_decoder_begins_within_a_run_of_bytes():
+    """Without the token of a word's beginning before them, as where a continuation begins; and again after the end."""
+    decoder, text = IncrementalDecoder(with_byte_fallback()), "日本é"
+    for _ in range(2):
+        pieces = [decoder.push(byte) for byte in text.encode()]
+        assert "".join(pieces) + decoder.finish() == text
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_decoder_leaves_spaces_before_stops():
+    """Of a tokenizer of words, whose text transformers would clean up."""
+    words = {"Well": 0, ",": 1, "so": 2, ".": 3}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=".")))
+    decoder = IncrementalDecoder(tokenizer)
+    assert "".join(map(decoder.push, words.values())) + decoder.finish() == "Well , so ."
+    assert tokenizer.decode(list(words.values()), clean_up_tokenization_spaces=True) == "Well, so."
+
+
 def test_decoder_remembers_little_of_endless_noise():
     decoder = IncrementalDecoder(byte_tokenizer())
     shown, held = "", []
@@ -277,6 +295,18 @@ def test_lines_without_end_stay_bounded_and_whole():
     assert max(map(len, parts)) <= 4096 + 3
     assert all(part.decode() for part in parts[:-1])
     assert b"".join(lines(io.BytesIO(b"\xff" * 9000))) == b"\xff" * 9000
+
+
+@pytest.mark.parametrize("character", ["a", "\u0080", "߿", "ࠀ", "€", "\uffff", "\U00010000", "👩"])
+def test_long_lines_are_cut_as_late_as_characters_allow(character):
+    """The first and the last characters of each width, wherever the limit falls in them."""
+    width = len(character.encode())
+    for before in range(4):
+        content = ("-" * before + character * 5000).encode()
+        first, *rest = lines(io.BytesIO(content))
+        assert len(first) == 4096 - (4096 - before) % width
+        assert b"".join([first, *rest]) == content
+        assert all(part.decode() for part in rest)
 
 
 def test_loading_a_saved_model(dyad, tmp_path):

@@ -43,5 +43,9 @@ def test_numbers_are_those_of_torch():
 
 
 def test_a_seed_of_more_than_64_bits_is_refused():
-    with pytest.raises(UserError, match="64 bits"):
-        Sampler(Sampling(seed=2**64))
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(UserError, match="64 bits"):
+            Sampler(Sampling(seed=seed))
+    for seed in (2**64 - 1, -(2**63)):  # which torch takes
+        expected = torch.empty(8).exponential_(1, generator=torch.Generator().manual_seed(seed)).numpy()
+        np.testing.assert_allclose(TorchExponential(seed).draw(8), expected, rtol=1e-6)

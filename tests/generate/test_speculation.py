@@ -94,6 +94,11 @@ def test_what_is_foreseen_saves_passes_and_changes_nothing(monkeypatch, stop):
     assert session.state.columns_seen == len(PROMPT) + len(text)
 
 
+def test_the_rate_is_the_share_that_was_right():
+    assert Drafts().rate == 0
+    assert Drafts(made=8, accepted=2).rate == 0.25
+
+
 def test_an_end_of_text_is_not_read(monkeypatch):
     model = make()
     plain, _ = written(model, 18)
@@ -105,7 +110,9 @@ def test_an_end_of_text_is_not_read(monkeypatch):
     assert session.state.columns_seen == len(PROMPT) + first
 
 
-def test_what_cannot_speculate_is_refused():
+def test_what_cannot_speculate_is_refused(monkeypatch):
+    """Before anything is read."""
+    monkeypatch.setattr(Session, "read_prompt", lambda *_: pytest.fail("the prompt was read"))
     for model, sampling, message in (
         (make_model(), GREEDY, "a model with a planner"),
         (make(), Sampling(temperature=0.7), "temperature to 0, not 0.7"),

@@ -78,3 +78,11 @@ def test_what_is_forbidden_stays_so_and_a_veto_of_everything_is_overruled():
     assert found[0, 1] > engineer[0].log_softmax(-1)[1]
     found[:, :2].sum().backward()
     assert not engineer.grad.isnan().any()
+
+
+def test_what_cannot_come_is_in_no_nucleus():
+    """Neither where all that is possible is taken, nor where rounding keeps the sum below the mass."""
+    rounded = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]).log().bfloat16()
+    assert rounded.float().exp().sum() < 0.999
+    for mass in (0.999, 1.0):
+        assert nucleus(rounded, mass).tolist() == [True, True, True, False]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyadlm.ops import Pyramid, PyramidState, make_clock, pyramid, reference
+from dyadlm.ops.blocks import HISTORY, hand_down, tree_nodes
 from dyadlm.ops.pyramid import EARLY, accumulator, next_position
 
 STACKS = {
@@ -155,6 +156,19 @@ def test_padding_and_packing_equal_each_document_alone_bit_for_bit(data):
 
 
 @pytest.mark.parametrize("stack", STACKS)
+def test_packing_without_padding_leaves_the_state_of_the_last_document(stack):
+    x, starts = signal(2, 41, 2).float(), torch.zeros(2, 41, dtype=torch.bool)
+    starts[:, 22] = starts[1, 37] = True
+    packed, state = pyramid(x, STACKS[stack], clock=make_clock(2, 41, starts=starts))
+    for row, begin in enumerate((22, 37)):
+        alone, final = pyramid(x[row : row + 1, begin:], STACKS[stack])
+        assert_equal(Pyramid(*(part[row : row + 1, begin:] for part in packed)), alone)
+        parts = (state.position, *state.rings, *state.blocks)
+        own = [part[row : row + 1] for part in parts]
+        assert all(map(torch.equal, own, (final.position, *final.rings, *final.blocks)))
+
+
+@pytest.mark.parametrize("stack", STACKS)
 def test_is_causal(stack):
     """The centroids at t have no gradient from any later token; dual and block do have one from each past block."""
     x = signal(1, 70, 1).requires_grad_()
@@ -183,6 +197,51 @@ def test_pads_alone_change_nothing():
     _, after = pyramid(signal(2, 3, 2), STACKS["mixed"], state=state, clock=clock)
     assert_same_state(state, after)
     assert torch.equal(next_position(clock), state.position)
+
+
+def test_nodes_of_a_fresh_start_are_those_of_any_other():
+    """Where a chunk begins a document, blocks stand as they do for a clock that was told the position 0."""
+    for time in (1, 2, 7, 16, 37):
+        fresh = tree_nodes(make_clock(1, time), 4)
+        told = tree_nodes(make_clock(1, time, position=torch.zeros(1, dtype=torch.int64)), 4)
+        for one, other in zip(fresh, told, strict=True):
+            complete = int(other.done[0, -1])
+            assert torch.equal(one.done, other.done)
+            assert torch.equal(one.ordinal, other.ordinal[:, : HISTORY + complete])
+
+
+def handed_down(values, coarse: int, fine: int, position: int, starts) -> list[float]:
+    """By walking over the tokens: at each fine node, the value of the last coarse node of its document, or 0."""
+    seen = [values[0] if position >= 2**fine and position >> fine << fine >= 2**coarse else 0.0]
+    index, done, own = position - 1, 0, int(position >= 2**coarse)
+    for begins in starts:
+        index, own = (0, 0) if begins else (index + 1, own)
+        if (index + 1) % 2**coarse == 0:
+            done, own = done + 1, own + 1
+        if (index + 1) % 2**fine == 0:
+            seen.append(values[done] if own else 0.0)
+    return seen
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("position", [None, 0, 13, 16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_nodes_see_the_last_wider_node(steps, position, packed):
+    time, fine = 45, 1
+    starts = torch.zeros(1, time, dtype=torch.bool)
+    if packed:
+        starts[0, [3, 20, 29]] = True
+    clock = make_clock(
+        1, time, position=None if position is None else torch.tensor([position]), starts=starts if packed else None
+    )
+    nodes = tree_nodes(clock, fine + steps)
+    wide, narrow = nodes[fine + steps], nodes[fine]
+    values = torch.rand(1, wide.ordinal.shape[1] - HISTORY + 1, 1, dtype=torch.float64)
+    values[:, 0] *= (position or 0) >= 2 ** (fine + steps)  # a node before the chunk that is of no document is zero
+    seen = hand_down(values, wide, narrow, steps, clock)
+    expected = handed_down(values[0, :, 0].tolist(), fine + steps, fine, position or 0, starts[0].tolist())
+    assert seen.shape == (1, narrow.ordinal.shape[1] - HISTORY + 1, 1)
+    assert seen[0, : len(expected), 0].tolist() == expected
 
 
 @pytest.mark.slow

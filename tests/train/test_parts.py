@@ -1,6 +1,9 @@
 """Schedules, decay groups, canaries, checkpoints on disk, metrics files: each part alone."""
 
+import hashlib
 import json
+import os
+import re
 from itertools import pairwise
 
 import pytest
@@ -13,10 +16,12 @@ from dyadlm.data.canaries import REPETITIONS, PlantedWindows, plan_canaries
 from dyadlm.train.checkpoint import (
     checkpoint_path,
     checkpoints,
+    discard,
     last_complete,
     read_manifest,
     remove_leftovers,
     remove_old,
+    require_same,
     write_manifest,
 )
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
@@ -165,6 +170,69 @@ def test_manifest_tells_complete_from_damaged(tmp_path):
     assert last_complete(tmp_path / "nowhere") is None
 
 
+def test_a_manifest_tells_the_step_and_every_file(tmp_path):
+    folder = make_checkpoint(tmp_path, 3)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    assert manifest == read_manifest(folder)
+    assert (manifest["step"], manifest["identity"]) == (3, {"data": "id"})
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {"part/state": 5, "weights": 3}
+    assert list(manifest["files"]) == ["part/state", "weights"]
+    assert manifest["files"]["weights"]["sha256"] == hashlib.sha256(bytes(3)).hexdigest()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "1", '{"files": 1}', '{"files": {"weights": {}}}', "\0"])
+def test_what_is_no_manifest_is_none(tmp_path, content):
+    folder = make_checkpoint(tmp_path, 3)
+    (folder / "checkpoint.json").write_text(content)
+    assert read_manifest(folder) is None
+
+
+def test_the_newest_complete_checkpoint_is_the_last(tmp_path):
+    folders = [make_checkpoint(tmp_path, step) for step in (9, 100, 20)]
+    (tmp_path / "checkpoint-200").write_text("a file")
+    (tmp_path / "checkpoint-300").mkdir()
+    assert list(checkpoints(tmp_path)) == [9, 20, 100, 300]
+    assert last_complete(tmp_path) == folders[1]
+    (folders[1] / "weights").write_bytes(bytes(99))
+    assert last_complete(tmp_path) == folders[2]
+
+
+def test_what_differs_from_the_run_of_a_checkpoint_is_named(tmp_path):
+    here = {"model": {"type": "dyadlm", "hidden_size": 16}, "data": "a", "companions": None}
+    require_same(here | {"more": 1}, here, tmp_path)
+    for found, message in (
+        ({"data": "b"}, "was made with another data; resume with the settings"),
+        ({"model": {"type": "dyadlm", "hidden_size": 24}}, r"another model \(hidden_size: 24 there, 16 here\); resume"),
+        ({"model": {"type": "dyadlm"}}, r"another model \(hidden_size: None there, 16 here\); resume"),
+        ({"model": here["model"] | {"rank": 3}}, r"another model \(rank: 3 there, None here\); resume"),
+        (
+            {"model": {}},
+            r"another model \((type: None|hidden_size: None).*; (type: None|hidden_size: None).*\); resume",
+        ),
+        ({"model": "dyadlm"}, "was made with another model; resume"),
+        ({"companions": ["twin", "planner"]}, r"another companions \(twin and planner there, none here\); resume"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} .*{message}"):
+            require_same(here | found, here, tmp_path)
+    with pytest.raises(UserError, match=r"another companions \(none there, twin here\)"):
+        require_same(here, here | {"companions": ["twin"]}, tmp_path)
+    with pytest.raises(UserError, match="another data; resume"):
+        require_same({}, here | {"model": None}, tmp_path)
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if the process ended here
+        discard(folder)
+    assert not folder.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".staging-")
+    assert checkpoints(tmp_path) == {}
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_old_checkpoints_go_and_exempt_ones_stay(tmp_path):
     for step in (1, 2, 10, 20, 30):
         make_checkpoint(tmp_path, step)
@@ -184,6 +252,27 @@ def test_leftovers_are_removed(tmp_path):
     (tmp_path / "kept").write_text("kept")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_leftovers_that_cannot_be_removed_stop_nothing(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError("the test says so")
+
+    (tmp_path / ".staging-a").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", refused)
+        remove_leftovers(tmp_path)
+        discard(make_checkpoint(tmp_path, 3))
+    assert checkpoints(tmp_path) == {}
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+    half = tmp_path / ".staging-b"
+    half.write_text("half")
+    with monkeypatch.context() as patch:
+        # As if another process removed it between the look at the folder and the removal.
+        patch.setattr("pathlib.Path.is_dir", lambda path: path.unlink() if path == half else os.path.isdir(path))
+        remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_cut_short_are_read_up_to_there(tmp_path):
