@@ -145,7 +145,7 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> dict[str, float]:
-    """AdamW, 5 % warm-up, cosine to a tenth, clipping at 1: the defaults of `dyadlm train`, without its bookkeeping."""
+    """AdamW, 5 % warm-up, cosine to a tenth, clipping at 1: as `dyadlm train` does, without its bookkeeping."""
     steps = tokens // (batch_size * sequence_length)
     streams = [(stream, 1.0)] if isinstance(stream, TokenStream) else stream
     windows = TrainingWindows(streams, sequence_length, steps * batch_size, seed=seed)
@@ -155,7 +155,7 @@ def train(
         {"params": [p for n, p in model.named_parameters() if n not in names], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
-    options, warmup = TrainOptions(), max(1, math.ceil(0.05 * steps))
+    options, warmup = TrainOptions(final_learning_rate=0.1), max(1, math.ceil(0.05 * steps))
     model.train()
     started, losses = time.perf_counter(), []
     for step, batch in enumerate(DataLoader(windows, batch_size)):
