@@ -60,6 +60,16 @@ VARIANTS: dict[str, dict] = {
         "slot_gate": True,
         "slot_layers": [1],
     },
+    "ngrams": {**SMALL, "ngram_sizes": [2, 3, 9, "word"], "ngram_entries": 32, "ngram_width": 5},
+    "ngrams_slots": {
+        **SMALL,
+        **SLOTS,
+        "semantic_levels": ["word", "line"],
+        "slot_contexts": [1, 2, 4],
+        "ngram_sizes": [1, 3, 6, "word"],
+        "ngram_entries": 23,
+        "ngram_width": 2,
+    },
     "slots_code": {**SMALL, **SLOTS, "slot_contexts": ["code"], "slot_ways": 2},
     "planner": {
         **SMALL,
