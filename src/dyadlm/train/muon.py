@@ -70,6 +70,22 @@ def matrix_parameters(model: nn.Module) -> list[str]:
     return found
 
 
+def muon_over(model: nn.Module, *, weight_decay: float, adamw: Mapping[str, Any]) -> MuonWithAdamW:
+    """The optimizer of the parameters of a model that are trained; its matrices decay, as with AdamW. adamw: options of
+    AdamW, `lr` among them."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = [name for name in matrix_parameters(model) if name in trained]
+    decayed, rest = set(decayed_parameters(model)), [name for name in trained if name not in set(matrices)]
+    others = [
+        {
+            "params": [trained[name] for name in rest if (name in decayed) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    return MuonWithAdamW([trained[name] for name in matrices], others, weight_decay=weight_decay, adamw=adamw)
+
+
 def muon_optimizer(model: nn.Module, arguments: TrainingArguments) -> MuonWithAdamW:
     """The optimizer of `train.optimizer=muon`, for the parameters of a model that are trained.
 
@@ -87,16 +103,4 @@ def muon_optimizer(model: nn.Module, arguments: TrainingArguments) -> MuonWithAd
     sharding = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     if arguments.fsdp and int(sharding.get("version", 2)) < 2:
         raise UserError("FSDP 1 flattens matrices, which Muon needs whole; leave fsdp_config.version out.")
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    matrices = [name for name in matrix_parameters(model) if name in trained]
-    decayed, rest = set(decayed_parameters(model)), [name for name in trained if name not in set(matrices)]
-    others = [
-        {
-            "params": [trained[name] for name in rest if (name in decayed) == decays],
-            "weight_decay": arguments.weight_decay if decays else 0.0,
-        }
-        for decays in (True, False)
-    ]
-    return MuonWithAdamW(
-        [trained[name] for name in matrices], others, weight_decay=arguments.weight_decay, adamw=options
-    )
+    return muon_over(model, weight_decay=arguments.weight_decay, adamw=options)
