@@ -33,7 +33,8 @@ EXACT = (
     "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=16",
     "model.selector_balance=0.01",
     "model.decision_slots=true", "model.slot_contexts=[1, 2]", "model.slot_entries=64", "model.slot_gate=true",
-    "model.ngram_sizes=[2, 3, word]", "model.ngram_entries=64", "model.dropout=0", "train.schedule=constant", "logging_steps=1",
+    "model.ngram_sizes=[2, 3, word]", "model.ngram_entries=64",
+    "model.dropout=0", "train.schedule=constant", "logging_steps=1",
 )  # fmt: skip
 PLAIN = ("model.semantic_levels=[]", "model.selector=none", "model.slot_contexts=[]")  # whatever the preset has
 
