@@ -45,7 +45,10 @@ class DyadModel(DyadPreTrainedModel):
         config.settle()  # once more: transformers changes fields after a configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.ngrams = NgramIdentity(config) if config.ngram_sizes else None
+        self.ngrams = None
+        if config.ngram_sizes:
+            sizes = (config.ngram_entries, config.ngram_width, config.hidden_size)
+            self.ngrams = NgramIdentity(len(config.ngram_sizes), *sizes)
         self.identity_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
         # How far training is, from 0 to 1. Outside training, progress is 1.

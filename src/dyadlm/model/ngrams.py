@@ -12,18 +12,16 @@ Dimension letters: B batch, T time, D width, N tables, M width of a table.
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.cost import Cost
 
 
 class NgramIdentity(nn.Module):
-    """N tables of `ngram_entries` rows, one after another, and one projection of what they say: N M → D."""
+    """N tables of so many entries, one after another, and one projection of what they say: N M → D."""
 
-    def __init__(self, config: DyadConfig):
+    def __init__(self, count: int, entries: int, width: int, hidden_size: int):
         super().__init__()
-        count = len(config.ngram_sizes or ())
-        self.tables = nn.Embedding(count * config.ngram_entries, config.ngram_width)
-        self.project = nn.Linear(count * config.ngram_width, config.hidden_size, bias=False)
+        self.tables = nn.Embedding(count * entries, width)
+        self.project = nn.Linear(count * width, hidden_size, bias=False)
 
     def initialize(self) -> None:
         """At first n-grams add nothing."""
