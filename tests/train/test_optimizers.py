@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from dyadlm import DyadConfig, DyadForCausalLM, UserError
+from dyadlm.diagnose.callback import ProbeCallback
+from dyadlm.diagnose.material import Material
 from dyadlm.train import dry_run, train
 from dyadlm.train.average import RAW_NAME, WeightAverage
 from dyadlm.train.muon import MuonWithAdamW, matrix_parameters, muon_optimizer
@@ -276,3 +278,25 @@ def test_an_ordinary_model_of_hugging_face_trains_with_both(tmp_path, small, wor
     result = train(small(tmp_path / "run", *MUON, "train.ema=0.5", model=llama), words(), console)
     assert result.loss < 6.0
     assert isinstance(muon_optimizer(AutoModelForCausalLM.from_pretrained(llama), TrainingArguments()), MuonWithAdamW)
+
+
+@pytest.mark.slow
+def test_probes_are_asked_of_what_a_checkpoint_holds(tmp_path, small, words, console, monkeypatch):
+    seen = {}
+
+    def observe(self, subject, step):
+        seen[step] = {name: weight.detach().clone() for name, weight in subject.model.named_parameters()}
+
+    monkeypatch.setattr(ProbeCallback, "_observe", observe)
+    data = words()
+    material = Material([data.validation[0]])
+    train(
+        small(tmp_path / "run", "train.ema=0.9", "max_steps=4", "save_total_limit=null"),
+        data,
+        console,
+        callbacks=[lambda trainer: ProbeCallback(trainer, [], material, data.tokenizer)],
+    )
+    assert set(seen) == {2, 4}
+    for step, found in seen.items():
+        saved = weights(tmp_path / "run" / f"checkpoint-{step}")
+        assert_equal(found, {name: saved[name] for name in found})
