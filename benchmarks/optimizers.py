@@ -41,11 +41,11 @@ def after_context(sample: ValidationSample, tokens: int) -> ValidationSample:
         (stream, [replace(w, start=max(w.start - tokens, -1), opening=w.start < tokens) for w in windows])
         for stream, windows in sample.parts
     ]
-    return ValidationSample(parts, sample.prefix_token)
+    return replace(sample, parts=parts)
 
 
 def score(model: Any, sample: ValidationSample) -> float:
-    nats, tokens, _ = sample.measure(model.eval(), 0, 1, 16).tolist()
+    nats, tokens, _ = sample.measure(model.eval(), 0, 1, 16).sum(0).tolist()
     return round(nats / tokens, 4)
 
 
