@@ -38,7 +38,7 @@ TWIN = (
     "fingerprint.cooldown=0",
 )  # fmt: skip
 
-MUON = ("train.optimizer=muon",)
+MUON = ("train.optimizer=muon", "model.ngram_sizes=[2,word]", "model.ngram_entries=64")
 
 
 def metrics(run, name):
