@@ -1,4 +1,4 @@
-"""Muon against AdamW, with and without n-gram identity, and learning rates that end at zero against a tenth.
+"""Muon against AdamW, with and without n-gram identity, and learning rates that end at a tenth or at zero.
 
     python benchmarks/optimizers.py [--arm ARM]
 
@@ -21,12 +21,13 @@ from dyadlm.train.validation import ValidationSample
 NGRAMS = {"ngram_sizes": [2, 3, 4, 6]}
 # Fields of the model, optimizer, and where the learning rate ends.
 ARMS: dict[str, tuple[dict[str, Any], str, float]] = {
-    "adamw": ({}, "adamw", 0.0),
-    "muon": ({}, "muon", 0.0),
-    "adamw, n-grams": (NGRAMS, "adamw", 0.0),
-    "muon, n-grams": (NGRAMS, "muon", 0.0),
-    "adamw, to a tenth": ({}, "adamw", 0.1),
-    "muon, n-grams and word": ({"ngram_sizes": [2, 3, 4, 6, "word"]}, "muon", 0.0),
+    "adamw": ({}, "adamw", 0.1),
+    "muon": ({}, "muon", 0.1),
+    "adamw, n-grams": (NGRAMS, "adamw", 0.1),
+    "muon, n-grams": (NGRAMS, "muon", 0.1),
+    "adamw, to zero": ({}, "adamw", 0.0),
+    "muon, n-grams, to zero": (NGRAMS, "muon", 0.0),
+    "muon, n-grams and word": ({"ngram_sizes": [2, 3, 4, 6, "word"]}, "muon", 0.1),
 }
 SEEDS = (0, 1, 2)
 BATCH = {"batch_size": 4, "sequence_length": 256}

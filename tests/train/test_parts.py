@@ -37,18 +37,18 @@ def test_schedules_warm_up_from_above_zero(schedule):
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == pytest.approx(1.0)
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values[10:]))
-    assert values[-1] == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
+    assert values[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
 
 
 def test_shapes_of_schedules():
-    assert factors("cosine")[55] == pytest.approx(0.5)  # half-way between 10 and 100
-    assert factors("cosine", final_learning_rate=0.1)[55] == pytest.approx(0.55)
-    wsd = factors("wsd", decay_fraction=0.2)
+    assert factors("cosine")[55] == pytest.approx(0.55)  # half-way between 10 and 100
+    assert factors("cosine", final_learning_rate=0.0)[-1] == pytest.approx(0.0, abs=1e-12)
+    wsd = factors("wsd", decay_fraction=0.2, final_learning_rate=0.0)
     assert wsd[10:81] == [1.0] * 71
     assert wsd[90] == pytest.approx(0.5)
     assert factors("cosine", steps=5, warmup=0)[0] == 1.0
     # Of 25 steps a decay of 0.1 takes 2.5, so 3: the rate has begun to fall after step 22.
-    short = factors("wsd", steps=25, warmup=0, decay_fraction=0.1)
+    short = factors("wsd", steps=25, warmup=0, decay_fraction=0.1, final_learning_rate=0.0)
     assert short[:23] == [1.0] * 23
     assert short[23] == pytest.approx(2 / 3)
 

@@ -31,7 +31,6 @@ from dyadlm.version import __version__
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SOLVED = 0.999
 RECENT_STEPS = 20  # of each part: what the running accuracy looks back on
-SCHEDULE = TrainOptions(final_learning_rate=0.1)
 CHUNK = 1024  # longer rows are read in chunks of so many tokens
 TOKENS_AT_ONCE = 8192
 FEWEST_ROWS = 4
@@ -259,7 +258,7 @@ def _factor(done: float, warmup: float) -> float:
     """The learning rate's factor after a fraction of the training."""
     fine = 1_000_000
     return learning_rate_factor(
-        round(done * fine), warmup_steps=max(1, round(warmup * fine)), max_steps=fine, options=SCHEDULE
+        round(done * fine), warmup_steps=max(1, round(warmup * fine)), max_steps=fine, options=TrainOptions()
     )
 
 

@@ -76,7 +76,7 @@ class TrainOptions:
     optimizer: Literal["adamw", "muon"] = "adamw"
     ema: float = 0.0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    final_learning_rate: float = 0.0
+    final_learning_rate: float = 0.1
     decay_fraction: float = 0.2
     log_spaced_checkpoints: bool = False
     divergence_rise: float = 2.0
