@@ -24,6 +24,7 @@ from dyadlm.accounting import parameters
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer
 from dyadlm.evaluate import evaluate
 from dyadlm.files import write_atomically
+from dyadlm.train.muon import muon_over
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 
@@ -144,22 +145,19 @@ def train(
     sequence_length: int,
     learning_rate: float,
     seed: int,
+    optimizer: str = "adamw",
+    final_learning_rate: float = 0.1,
 ) -> dict[str, float]:
-    """AdamW, 5 % warm-up, cosine to a tenth, clipping at 1: the defaults of `dyadlm train`, without its bookkeeping."""
+    """5 % warm-up, cosine, clipping at 1: as `dyadlm train` does, without its bookkeeping."""
     steps = tokens // (batch_size * sequence_length)
     streams = [(stream, 1.0)] if isinstance(stream, TokenStream) else stream
     windows = TrainingWindows(streams, sequence_length, steps * batch_size, seed=seed)
-    names = set(decayed_parameters(model))
-    groups = [
-        {"params": [p for n, p in model.named_parameters() if n in names], "weight_decay": 0.1},
-        {"params": [p for n, p in model.named_parameters() if n not in names], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
-    options, warmup = TrainOptions(), max(1, math.ceil(0.05 * steps))
+    moves = _optimizer(model, optimizer, {"lr": learning_rate, "betas": (0.9, 0.99)})
+    options, warmup = TrainOptions(final_learning_rate=final_learning_rate), max(1, math.ceil(0.05 * steps))
     model.train()
     started, losses = time.perf_counter(), []
     for step, batch in enumerate(DataLoader(windows, batch_size)):
-        for group in optimizer.param_groups:
+        for group in moves.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(
                 step, warmup_steps=warmup, max_steps=steps, options=options
             )
@@ -167,10 +165,10 @@ def train(
             model.set_progress(step / steps)
         output = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False)
         loss = output.loss
-        optimizer.zero_grad()
+        moves.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        moves.step()
         beside = (getattr(output, "metrics", None) or {}).get("cost", 0.0)  # of gates and routers, not of the text
         losses.append(float(loss.detach() - beside))
     if isinstance(model, dyadlm.DyadForCausalLM):
@@ -184,6 +182,17 @@ def train(
         "milliseconds_per_step": round(1000 * seconds / steps, 2),
         "training_nats": round(statistics.fmean(tail), 4),
     }
+
+
+def _optimizer(model: PreTrainedModel, name: str, options: dict[str, Any]) -> torch.optim.Optimizer:
+    if name == "muon":
+        return muon_over(model, weight_decay=0.1, adamw=options)
+    names = set(decayed_parameters(model))
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n in names], "weight_decay": 0.1},
+        {"params": [p for n, p in model.named_parameters() if n not in names], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, **options)
 
 
 def validation_nats(model: PreTrainedModel, stream: TokenStream, window: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def main() -> None:
 
     def score(model: Any) -> dict[str, float]:
         model.eval()
-        nats, tokens, _ = validation.measure(model, 0, 1, 16).tolist()
+        nats, tokens, _ = validation.measure(model, 0, 1, 16).sum(0).tolist()
         return {"nats": round(nats / tokens, 4), "validation_tokens": int(tokens)}
 
     for family in [options.family] if options.family else FAMILIES:

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "dyadlm"
 ROWS = (
     ("ops",),
     ("model",),
-    ("engine", "causal_lm", "accounting", "memory"),
+    ("engine", "causal_lm", "accounting", "memory", "peer_ngrams"),
     ("data",),
     ("generate", "evaluate", "train", "recall"),
     ("diagnose",),

@@ -50,6 +50,8 @@ def _cost(config: DyadConfig, time: int, planning: bool) -> Cost:
     model = _model(config)
     parts = [Cost(time * config.hidden_size * config.vocab_size), _text_cost(config)]
     parts += [layer.cost(time) for layer in model.model.layers]
+    if model.model.ngrams is not None:
+        parts.append(model.model.ngrams.cost(time))
     if model.model.forecasters is not None:
         parts.append(model.model.forecasters.cost(time))
     if model.planner is not None and planning:
@@ -58,10 +60,10 @@ def _cost(config: DyadConfig, time: int, planning: bool) -> Cost:
 
 
 def _text_cost(config: DyadConfig) -> Cost:
-    """Position, marks and counts of the rules, and the tokens that contexts need."""
-    contexts = config.read_contexts
+    """Position, marks and counts of the rules, and the tokens that contexts and n-grams need."""
+    contexts = config.text_contexts
     longest = max((context for context in contexts if isinstance(context, int)), default=1)
-    ruled = len(config.rules) - config.word_for_slots_alone
+    ruled = len(config.rules) - config.word_apart
     integers = 1 + 2 * ruled + longest - 1 + 3 * ("word" in contexts)
     return Cost(integers=integers, flags=2 * len(config.rules))
 

@@ -18,8 +18,11 @@ from dyadlm.files import write_atomically
 
 FORMAT = "dyadlm-state"
 VERSION = "2"  # 1 has neither a checksum nor the identity of the weights
-# Numbers of each weight by which a model is told from others.
+# Numbers of each weight by which a model is told from others: of those of the blocks, and of these.
 SAMPLED = 64
+WEIGHTS_OUTSIDE_BLOCKS = (
+    "model.embed_tokens.weight", "model.norm.weight", "model.ngrams.tables.weight", "model.ngrams.project.weight",
+)  # fmt: skip
 
 
 def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: list[int]) -> str:
@@ -35,6 +38,8 @@ def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: lis
         "transport_space": fields["transport_space"],
     }
     also = ["semantic_levels", "salience", "decision_slots", "slot_contexts"]
+    if fields.get("ngram_sizes"):
+        also.append("ngram_sizes")
     if fields["slot_contexts"]:
         also += ["vocab_size", "slot_layers", "slot_entries", "slot_ways", "slot_width"]
     if fields["selector_margin"] or fields["decision_slots"]:
@@ -59,8 +64,7 @@ def weights_identity(
     digest = hashlib.sha256()
     for name in sorted(shapes):
         size = int(np.prod(shapes[name], dtype=np.int64))
-        own = name.startswith("model.layers.") or name in ("model.embed_tokens.weight", "model.norm.weight")
-        if size and (own or every):
+        if size and (every or name.startswith("model.layers.") or name in WEIGHTS_OUTSIDE_BLOCKS):
             places = np.linspace(0, size - 1, min(SAMPLED, size)).astype(np.int64)
             bits = np.ascontiguousarray(sample(name, places), np.float32).view(np.uint32).astype(np.uint64)
             rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")

@@ -38,6 +38,8 @@ EVERYTHING = {
     "selector_margin": 0.1,
     "decision_slots": True,
     "slot_contexts": [1, 2, "word", "code"],
+    "ngram_sizes": [2, "word"],
+    "ngram_entries": 32,
     "slot_gate": True,
     "slot_entries": 16,
     "slot_ways": 4,

@@ -79,6 +79,8 @@ def everything() -> DyadForCausalLM:
         selector_margin=0.1,
         decision_slots=True,
         slot_contexts=[1, 2, "word", "code"],
+        ngram_sizes=[2, "word"],
+        ngram_entries=32,
         slot_entries=32,
         slot_ways=4,
         slot_width=4,

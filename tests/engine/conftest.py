@@ -12,7 +12,7 @@ TEXT = (
     b"arrows of outrageous fortune... or so! He said.\n  Is it? To be, or not to be. \xc3\xa9t\xc3\xa9 \xff\x00 "
 )
 SMALL = {"hidden_size": 40, "num_hidden_layers": 3, "slot_entries": 64}
-# What the engine runs: the presets, few levels, no levels of nodes, no slots, no segments, untied weights.
+# What the engine runs: the presets, few levels, no levels of nodes, no slots, no segments, untied weights, n-grams.
 COMPOSITIONS = {
     "tiny": {"preset": "tiny", "slot_layers": [0, 2]},
     "small": {"preset": "small", "slot_layers": [1, 2]},
@@ -23,6 +23,16 @@ COMPOSITIONS = {
     "no slots": {"preset": "small", "slot_contexts": [], "slot_layers": []},
     "no segments": {"preset": "small", "semantic_levels": [], "slot_layers": [1]},
     "untied": {"preset": "tiny", "tie_word_embeddings": False, "slot_layers": [1]},
+    "n-grams": {"preset": "tiny", "ngram_sizes": [2, 3, 12, "word"], "ngram_entries": 53, "slot_layers": [1]},
+    "n-grams without slots": {
+        "preset": "small",
+        "slot_contexts": [],
+        "slot_layers": [],
+        "semantic_levels": [],
+        "ngram_sizes": ["word", 1, 4],
+        "ngram_entries": 64,
+        "ngram_width": 5,
+    },
     "memory of a stream": {"preset": "tiny", "slot_scope": "stream", "slot_layers": [1]},
 }
 

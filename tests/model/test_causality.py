@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
-from dyadlm.model import PRESETS, tower
+from dyadlm.model import PRESETS, text, tower
 from dyadlm.model.extras import gated_slots, selector
 from dyadlm.model.levels import segments
 from dyadlm.ops import segments as segment_ops
@@ -269,6 +269,21 @@ def test_a_leak_in_any_mechanism_is_caught(leak, monkeypatch):
     for check in (assert_causal, assert_no_gradient_from_later):
         with pytest.raises(AssertionError):
             check(model)
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_ngrams_of_tokens_to_come_are_caught(ahead, monkeypatch):
+    """By perturbation; what is hashed has no gradient."""
+
+    def early(*arguments):
+        return ngram_rows(*arguments).roll(-ahead, 1)
+
+    ngram_rows = text.ngram_rows
+    model = make_model(**VARIANTS["ngrams"])
+    assert_causal(model)
+    monkeypatch.setattr(text, "ngram_rows", early)
+    with pytest.raises(AssertionError):
+        assert_causal(model)
 
 
 def test_the_perturbation_test_catches_a_leak():

@@ -12,9 +12,10 @@ from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest
 
 pytestmark = pytest.mark.slow
 
-# With a carried state, a checkpoint has the most to restore.
+# With a carried state and an average of the weights, a checkpoint has the most to restore.
 ASSIGNMENTS = (
     "max_steps=60", "save_steps=10", "eval_steps=15", "logging_steps=5", "save_total_limit=2", "train.carry_state=true",
+    "train.optimizer=muon", "train.ema=0.9",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dyadlm.generate import load_model
 from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dyadlm.model.loading import load_weights
 from dyadlm.train import TrainSettings, dry_run, export, train
+from dyadlm.train.average import RAW_NAME
 from dyadlm.train.verification import verify
 
 peft = pytest.importorskip("peft")
@@ -121,6 +122,21 @@ def test_resuming_changes_nothing(base, adapter, adapt, tmp_path):
     first, second = load_file(adapter / ADAPTER_WEIGHTS), load_file(run / ADAPTER_WEIGHTS)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_muon_and_an_average_go_with_it(base, adapt, tmp_path):
+    options, run = ("train.optimizer=muon", "train.ema=0.9"), tmp_path / "adapter"
+    adapt(base, tmp_path / "whole", *options)
+    adapt(base, run, *options)
+    shutil.rmtree(run / "checkpoint-6")
+    record = json.loads((run / "dyadlm.json").read_text())
+    del record["result"]
+    (run / "dyadlm.json").write_text(json.dumps(record))
+    adapt(base, run, resume=True)
+    for name in (ADAPTER_WEIGHTS, f"checkpoint-6/{RAW_NAME}"):
+        whole, resumed = load_file(tmp_path / "whole" / name), load_file(run / name)
+        assert whole.keys() == resumed.keys()
+        assert all("lora_" in key and torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_another_base_is_refused(base, adapter, adapt, small, words, tmp_path):

@@ -25,13 +25,15 @@ EVERYTHING = (
     "model.salience=true", "model.forgetting=true", "model.selector=gumbel", "model.selector_heads=16",
     "model.selector_margin=0.5",
     "model.selector_balance=0.01", "model.decision_slots=true", "model.slot_contexts=[1, 2, word, code]",
-    "model.slot_entries=64", "model.slot_gate=true", "model.slot_evict=lru",
+    "model.slot_entries=64", "model.slot_gate=true", "model.slot_evict=lru", "model.ngram_sizes=[2, 3, word]",
+    "model.ngram_entries=64", "model.ngram_width=4", "train.optimizer=muon",
 )  # fmt: skip
 # Without chance, and with a cost that is a mean over tokens: any cut of a batch gives the same.
 EXACT = (
     "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=16",
     "model.selector_balance=0.01",
     "model.decision_slots=true", "model.slot_contexts=[1, 2]", "model.slot_entries=64", "model.slot_gate=true",
+    "model.ngram_sizes=[2, 3, word]", "model.ngram_entries=64",
     "model.dropout=0", "train.schedule=constant", "logging_steps=1",
 )  # fmt: skip
 PLAIN = ("model.semantic_levels=[]", "model.selector=none", "model.slot_contexts=[]")  # whatever the preset has

@@ -47,6 +47,7 @@ def test_schedules_warm_up_from_above_zero(schedule):
 
 def test_shapes_of_schedules():
     assert factors("cosine")[55] == pytest.approx(0.55)  # half-way between 10 and 100
+    assert factors("cosine", final_learning_rate=0.0)[-1] == pytest.approx(0.0, abs=1e-12)
     wsd = factors("wsd", decay_fraction=0.2, final_learning_rate=0.0)
     assert wsd[10:81] == [1.0] * 71
     assert wsd[90] == pytest.approx(0.5)

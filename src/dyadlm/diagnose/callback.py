@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,7 +79,8 @@ class ProbeCallback(TrainerCallback):
         )
         was_training = model.training
         try:
-            with torch.random.fork_rng():
+            # Of what the checkpoint holds: the average of the weights, where there is one.
+            with torch.random.fork_rng(), getattr(self.trainer, "averaged", nullcontext)():
                 subject = HuggingFaceSubject(model, self.tokenizer)
                 self._observe(subject, state.global_step)
                 results = [self._ask(probe, subject) for probe in self.probes]

@@ -180,12 +180,14 @@ class Engine:
         """What a step is given besides token and state."""
         s, w = self.shape, self.weights
         word = s.rules.index("word") if "word" in s.rules else -1
-        sizes = (s.sliding, s.semantic, s.rank, s.slot_width, word, s.longest, s.fits, max(s.vocabulary, 2))
+        radix = max(s.vocabulary, 2)
+        sizes = (s.sliding, s.semantic, s.rank, s.slot_width, word, s.longest, s.fits, radix, s.ngram_entries)
         slots = np.array([s.slot_layers.index(i) if i in s.slot_layers else -1 for i in range(s.layers)], np.int64)
-        contexts = np.array(s.contexts, np.int64)
-        first = (w.embedding, *w.head, w.norm, w.norms, w.identities, *w.read, w.bias, *w.up, w.age)
+        contexts, ngrams = np.array(s.contexts, np.int64), np.array(s.ngrams, np.int64)
+        embedding = (w.embedding, w.ngram_tables, *w.ngram_project)
+        first = (*embedding, *w.head, w.norm, w.norms, w.identities, *w.read, w.bias, *w.up, w.age)
         rest = (*w.gates, *w.down, *w.recall, *w.node_read, *w.node_up, w.marks)
-        return (sizes, np.float32(s.eps), np.float32(log2_longest(s)), contexts, slots, *first, *rest)
+        return (sizes, np.float32(s.eps), np.float32(log2_longest(s)), contexts, ngrams, slots, *first, *rest)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -215,6 +217,7 @@ def scratch_size(shape: Shape) -> int:
     rows = s.token_levels * s.rank + s.sliding + 1 + s.semantic + s.width + s.slot_width
     levels = s.token_levels * (4 * s.rank + 1) + 2 * s.sliding * (s.rank + 1) + 5 * s.rank
     tables = len(s.contexts) * (s.slot_width + 1)
+    tables += len(s.ngrams) * s.ngram_width
     return 4 * s.width + max(rows, 2 * s.inner) + levels + max(s.inner, s.width + 1) + tables + 128 + s.width + 1
 
 

@@ -21,6 +21,7 @@ class CompiledLoops(Loops):
         rows, tables = len(tokens), len(s.contexts)
         begins = np.zeros((rows, max(s.semantic, 1)), np.bool_)
         written, found = np.full((rows, tables), -1, np.int64), np.full((rows, tables, 2), -1, np.int64)
+        said = np.zeros((rows, len(s.ngrams) * s.ngram_width), np.float32)
         numba_step.text_of_rows(
             tokens,
             w.marks,
@@ -29,6 +30,9 @@ class CompiledLoops(Loops):
             np.array(s.contexts, np.int64),
             s.fits,
             max(s.vocabulary, 2),
+            np.array(s.ngrams, np.int64),
+            s.ngram_entries,
+            w.ngram_tables,
             state.counter,
             state.marks,
             state.counts,
@@ -39,8 +43,9 @@ class CompiledLoops(Loops):
             begins,
             written,
             found,
+            said,
         )
-        return Text(begins, written, found)
+        return Text(begins, written, found, said)
 
     def read_levels(self, s: Shape, layer: int, z: Array, importance: Array, text: Text, state: EngineState) -> Array:
         features = np.empty((len(z), 3 * s.token_levels * s.rank), np.float32)

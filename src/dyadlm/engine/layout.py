@@ -53,7 +53,7 @@ class Shape:
     eps: float
     sliding: int
     levels: int
-    rules: tuple[str, ...]  # of the semantic levels, then what slots alone need
+    rules: tuple[str, ...]  # of the semantic levels, then what slots and n-grams alone need
     semantic: int
     rank: int
     contexts: tuple[int, ...]  # numbers of tokens; 0 is the open word
@@ -63,6 +63,9 @@ class Shape:
     slot_width: int
     keeps_slots: bool  # tables live on from document to document
     tied: bool
+    ngrams: tuple[int, ...]  # numbers of tokens; 0 is the open word
+    ngram_entries: int
+    ngram_width: int
 
     @property
     def dual(self) -> int:
@@ -99,8 +102,18 @@ class Shape:
 
     @cached_property
     def history(self) -> int:
-        """Tokens before the newest that contexts need."""
-        return max((c for c in self.contexts if c), default=1) - 1
+        """Tokens before the newest that contexts and n-grams need."""
+        return max((c for c in (*self.contexts, *self.ngrams) if c), default=1) - 1
+
+    @cached_property
+    def remembers(self) -> bool:
+        """Whether the last tokens and the open word are kept."""
+        return bool(self.contexts or self.ngrams)
+
+    @cached_property
+    def needs_word(self) -> bool:
+        """Whether the hash of the open word is kept."""
+        return 0 in self.contexts or 0 in self.ngrams
 
 
 def unsupported(fields: Mapping[str, Any]) -> str | None:
@@ -158,6 +171,8 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
         "slot_entries": shape.sets,
         "slot_ways": shape.ways,
         "slot_width": shape.slot_width,
+        "ngram_entries": shape.ngram_entries,
+        "ngram_width": shape.ngram_width,
     }
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
@@ -168,6 +183,7 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
         "slot_layers": set(shape.slot_layers) <= set(range(shape.layers))
         and len(set(shape.slot_layers)) == len(shape.slot_layers),
         "slot_contexts": all(0 <= context < 2**16 for context in shape.contexts),
+        "ngram_sizes": all(0 <= size < 2**16 for size in shape.ngrams),
         "semantic_levels": all(isinstance(rule, str) for rule in shape.rules),
         "rms_norm_eps": isinstance(shape.eps, float | int) and math.isfinite(shape.eps) and shape.eps >= 0,
         "tie_word_embeddings": isinstance(fields.get("tie_word_embeddings", True), bool),
@@ -181,7 +197,8 @@ def _read_shape(fields: Mapping[str, Any]) -> Shape:
     alignments, rank = _alignments(fields), fields["level_rank"]
     semantic = tuple(fields.get("semantic_levels") or ())
     contexts = tuple(fields.get("slot_contexts") or ())
-    rules = semantic + (("word",) if "word" in contexts and "word" not in semantic else ())
+    ngrams = tuple(fields.get("ngram_sizes") or ())
+    rules = semantic + (("word",) if "word" in (*contexts, *ngrams) and "word" not in semantic else ())
     ways = fields.get("slot_ways", 8)
     return Shape(
         width=fields["hidden_size"],
@@ -194,14 +211,21 @@ def _read_shape(fields: Mapping[str, Any]) -> Shape:
         rules=rules,
         semantic=len(semantic),
         rank=rank[0] if isinstance(rank, list) else rank,
-        contexts=tuple(0 if context == "word" else _positive(context) for context in contexts),
+        contexts=_sizes(contexts),
         slot_layers=tuple(fields.get("slot_layers") or ()) if contexts else (),
         sets=fields.get("slot_entries", 1024) // ways,
         ways=ways,
         slot_width=fields.get("slot_width", 16),
         keeps_slots=fields.get("slot_scope", "document") == "stream",
         tied=bool(fields.get("tie_word_embeddings", True)),
+        ngrams=_sizes(ngrams),
+        ngram_entries=fields.get("ngram_entries", 16_384),
+        ngram_width=fields.get("ngram_width", 24),
     )
+
+
+def _sizes(contexts: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(0 if context == "word" else _positive(context) for context in contexts)
 
 
 def _positive(number: Any) -> int:

@@ -3,7 +3,8 @@
 Rows of matrices are taken as slices before the inner loops: only then is the loop over them vectorised.
 
 Letters of the arguments: D width, I inner width of the SwiGLU, R rank, J sliding levels, S semantic levels, N tables,
-W ways, P parts of a tag, M numbers that a slot keeps. Marks are those of `dyadlm.model.boundaries`.
+W ways, P parts of a tag, M numbers that a slot keeps, G numbers that all tables of n-grams say. Marks are those of
+`dyadlm.model.boundaries`.
 """
 
 from typing import Any
@@ -122,14 +123,50 @@ def set_of(tag, sets):
 
 
 @njit(**OPTIONS)
-def address(token, contexts, fits, radix, t, word_begins, history, word, pending, tags, written, found):
-    """Contexts: which set of each table is written (-1: none), and which set and way is read (-1: none)."""
+def read_word(token, word_begins, word):
+    """Both sums over the open word, and its tokens so far."""
     if word_begins:
         word[:] = 0
     letter = (np.uint64(token) << np.uint64(32)) + np.uint64(word[2])
     word[0] = np.int64(np.uint64(word[0]) + mixed(letter ^ SEED_0))
     word[1] = np.int64(np.uint64(word[1]) + mixed(letter ^ SEED_1))
     word[2] += 1
+
+
+@njit(**OPTIONS)
+def read_ngrams(token, sizes, entries, t, history, word, tables, said):
+    """What the tables say of the n-grams that end here, one after another; zeros where the document is too short."""
+    width, carried = tables.shape[1], history.shape[0]
+    for n in range(sizes.shape[0]):
+        size, out = sizes[n], said[n * width : (n + 1) * width]
+        if t < size - 1:
+            for i in range(width):
+                out[i] = np.float32(0)
+            continue
+        hashed = np.uint64(0)
+        if size == 0:
+            hashed = np.uint64(word[0])
+        for place in range(size):
+            letter = np.uint64(token) if place == 0 else np.uint64(history[carried - place])
+            hashed += mixed(((letter << np.uint64(32)) + np.uint64(place)) ^ SEED_0)
+        row = tables[n * entries + np.int64((hashed >> np.uint64(1)) % np.uint64(entries))]
+        for i in range(width):
+            out[i] = row[i]
+
+
+@njit(**OPTIONS)
+def remember(token, history):
+    """Put a token behind those of the history, the oldest of which goes."""
+    carried = history.shape[0]
+    for i in range(carried - 1):
+        history[i] = history[i + 1]
+    if carried:
+        history[carried - 1] = token
+
+
+@njit(**OPTIONS)
+def address(token, contexts, fits, radix, t, history, word, pending, tags, written, found):
+    """Contexts: which set of each table is written (-1: none), and which set and way is read (-1: none)."""
     carried = history.shape[0]
     sets, ways, parts = tags.shape[1], tags.shape[2], tags.shape[3]
     for n in range(contexts.shape[0]):
@@ -169,10 +206,6 @@ def address(token, contexts, fits, radix, t, word_begins, history, word, pending
                     found[n, 0] = place
                     found[n, 1] = way
                     break
-    for i in range(carried - 1):
-        history[i] = history[i + 1]
-    if carried:
-        history[carried - 1] = token
 
 
 @njit(**OPTIONS)
@@ -284,8 +317,12 @@ def step(
     eps,
     log_longest,
     contexts,
+    ngrams,
     slot_layer,
     embedding,
+    ngram_tables,
+    ngram_project,
+    ngram_project_scales,
     head,
     head_scales,
     norm,
@@ -327,7 +364,7 @@ def step(
     logits,
 ):
     """Reads one token. Arrays of state are changed in place; logits (V,) are written."""
-    sliding, semantic, rank, slot_width, word_rule, longest, fits, radix = sizes
+    sliding, semantic, rank, slot_width, word_rule, longest, fits, radix, ngram_entries = sizes
     width, layers, inner = embedding.shape[1], read.shape[0], down.shape[2]
     tables, dual, depth = contexts.shape[0], nodes.shape[1], blocks.shape[1]
     token_levels, channels = sliding + semantic, rank + 1
@@ -336,8 +373,10 @@ def step(
     found = integers[40:104].reshape(32, 2)
 
     word_begins = read_text(token, vocabulary_marks[token], word_rule, longest, t, marks, counts, begins)
+    if tables or ngrams.shape[0]:
+        read_word(token, word_begins, word)
     if tables:
-        address(token, contexts, fits, radix, t, word_begins, history, word, pending, tags, written, found)
+        address(token, contexts, fits, radix, t, history, word, pending, tags, written, found)
 
     at = 0
     hidden = scratch[at : at + width]
@@ -371,6 +410,8 @@ def step(
     feature = scratch[at : at + 3 * rank]
     at += 3 * rank
     block = scratch[at : at + width + 1]
+    at += width + 1
+    said = scratch[at : at + ngrams.shape[0] * ngram_tables.shape[1]]
 
     for n in range(dual):
         period = np.int64(1) << (sliding + n - 1)
@@ -381,10 +422,17 @@ def step(
     aged = 2 * dual + semantic
 
     row = embedding[token]
-    scale = scale_of(row, eps)
     for i in range(width):
         hidden[i] = row[i]
-        identity[i] = row[i] * scale
+    if ngrams.shape[0]:
+        read_ngrams(token, ngrams, ngram_entries, t, history, word, ngram_tables, said)
+        product(ngram_project, ngram_project_scales, said, mix)
+        for i in range(width):
+            hidden[i] += mix[i]
+    remember(token, history)
+    scale = scale_of(hidden, eps)
+    for i in range(width):
+        identity[i] = hidden[i] * scale
     end_read = token_levels * rank
     end_weights = end_read + bias.shape[1]
     end_gate = end_weights + width
@@ -496,18 +544,23 @@ def step(
 
 @njit(**OPTIONS)
 def text_of_rows(
-    tokens, vocabulary_marks, word_rule, longest, contexts, fits, radix, counter, marks, counts, history, word, pending,
-    tags, begins, written, found,
+    tokens, vocabulary_marks, word_rule, longest, contexts, fits, radix, ngrams, entries, ngram_tables, counter, marks,
+    counts, history, word, pending, tags, begins, written, found, said,
 ):  # fmt: skip
-    """`read_text` and `address` for each row. begins: (B, S), written: (B, N), found: (B, N, 2)."""
+    """`read_text`, `address` and `read_ngrams` for each row. begins: (B, S), written: (B, N), found: (B, N, 2),
+    said: (B, G)."""
     for b in range(tokens.shape[0]):
         token, t = tokens[b], counter[b]
         word_begins = read_text(token, vocabulary_marks[token], word_rule, longest, t, marks[b], counts[b], begins[b])
+        if contexts.shape[0] or ngrams.shape[0]:
+            read_word(token, word_begins, word[b])
         if contexts.shape[0]:
             address(
-                token, contexts, fits, radix, t, word_begins, history[b], word[b], pending[b], tags[b], written[b],
-                found[b],
+                token, contexts, fits, radix, t, history[b], word[b], pending[b], tags[b], written[b], found[b]
             )  # fmt: skip
+        if ngrams.shape[0]:
+            read_ngrams(token, ngrams, entries, t, history[b], word[b], ngram_tables, said[b])
+        remember(token, history[b])
 
 
 @njit(**OPTIONS)

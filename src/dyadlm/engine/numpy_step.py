@@ -3,9 +3,10 @@
 It is the readable form of the step, the form for many rows, and the one that runs where numba is missing.
 
 Dimension letters: B rows, D width, L layers, K levels that change at every token, R rank, S semantic levels, N tables
-of slots, W ways, P parts of a tag, M numbers that a slot keeps, V vocabulary.
+of slots, W ways, P parts of a tag, M numbers that a slot keeps, V vocabulary, G numbers that all tables of n-grams say.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +32,13 @@ Array = np.ndarray
 
 
 class Text(NamedTuple):
-    """What is read off the tokens, once for all layers: where segments begin, where slots are written and read."""
+    """What is read off the tokens, once for all layers: where segments begin, where slots are written and read, what
+    the tables of n-grams say."""
 
     begins: Array  # (B, S) bool
     written: Array  # (B, N): the set of each table that is written; -1: none
     found: Array  # (B, N, 2): the set and the way that are read; -1: none
+    ngrams: Array  # (B, G) float32
 
 
 class Loops:
@@ -45,11 +48,14 @@ class Loops:
     """
 
     def read_text(self, s: Shape, w: Weights, tokens: Array, state: EngineState) -> Text:
-        """The rules of segments and the addresses of slots, for tokens (B,)."""
+        """The rules of segments, the addresses of slots and the n-grams, for tokens (B,)."""
         begins, word_begins = read_text(s, w.marks[tokens], state)
-        if not s.contexts:
-            return Text(begins, np.empty((len(tokens), 0), np.int64), np.empty((len(tokens), 0, 2), np.int64))
-        return Text(begins, *find_slots(s, tokens, word_begins, state))
+        if s.remembers:
+            read_word(tokens, word_begins, state)
+        recent = [tokens, *state.history.T[::-1]]  # the newest first
+        text = Text(begins, *find_slots(s, recent, state), read_ngrams(s, w.ngram_tables, recent, state))
+        state.history[:] = np.concatenate([state.history, tokens[:, None]], 1)[:, 1:]
+        return text
 
     def read_levels(self, s: Shape, layer: int, z: Array, importance: Array, text: Text, state: EngineState) -> Array:
         """The features (B, 3 K R) of the levels that change at every token. z: (B, K R and more)."""
@@ -71,6 +77,8 @@ def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loop
     ages = age_features(s, t, state.counts)
 
     hidden = w.embedding[tokens]
+    if s.ngrams:
+        hidden += text.ngrams @ w.wide("ngram_project").T
     identity = hidden * scale_of(hidden, s.eps)
     end_levels = s.token_levels * s.rank
     end_weights = end_levels + w.bias.shape[1]
@@ -134,16 +142,39 @@ def read_text(s: Shape, mark: Array, state: EngineState) -> tuple[Array, Array]:
     return begins, word
 
 
-def find_slots(s: Shape, tokens: Array, word_begins: Array, state: EngineState) -> tuple[Array, Array]:
-    """Write the pending tags, make those of the contexts that end here, look them up: `Text.written`, `Text.found`."""
-    word, goes_on, rows = state.word.view(np.uint64), state.counter > 0, np.arange(len(tokens))
+def read_word(tokens: Array, word_begins: Array, state: EngineState) -> None:
+    """Both sums over the open word, and its tokens so far."""
+    word = state.word.view(np.uint64)
     word[word_begins] = 0
     letter = (tokens.astype(np.uint64) << np.uint64(32)) + word[:, 2]
     word[:, 0] += mixed(letter ^ SEED_0)
     word[:, 1] += mixed(letter ^ SEED_1)
     word[:, 2] += np.uint64(1)
-    recent = [tokens, *state.history.T[::-1]]  # the newest first
-    shape = (len(tokens), len(s.contexts))
+
+
+def read_ngrams(s: Shape, tables: Array, recent: Sequence[Array], state: EngineState) -> Array:
+    """What the tables say of the n-grams that end here: (B, G). recent: tokens (B,), the newest first."""
+    said = np.zeros((state.rows, len(s.ngrams), s.ngram_width), np.float32)
+    for n, size in enumerate(s.ngrams):
+        hashed = state.word[:, 0].view(np.uint64)
+        if size:
+            letters = [
+                (token.astype(np.uint64) << np.uint64(32)) + np.uint64(j) for j, token in enumerate(recent[:size])
+            ]
+            hashed = np.sum([mixed(letter ^ SEED_0) for letter in letters], 0, np.uint64)
+        row = (hashed >> np.uint64(1)) % np.uint64(s.ngram_entries)
+        known = state.counter >= size - 1
+        said[known, n] = tables[row[known].astype(np.int64) + n * s.ngram_entries]
+    return said.reshape(state.rows, -1)
+
+
+def find_slots(s: Shape, recent: Sequence[Array], state: EngineState) -> tuple[Array, Array]:
+    """Write the pending tags, make those of the contexts that end here, look them up: `Text.written`, `Text.found`.
+
+    recent: tokens (B,), the newest first.
+    """
+    tokens, word, goes_on = recent[0], state.word.view(np.uint64), state.counter > 0
+    rows, shape = np.arange(len(tokens)), (len(tokens), len(s.contexts))
     written, found = np.full(shape, -1), np.full((*shape, 2), -1)
     for n, length in enumerate(s.contexts):
         tags, pending = state.tags[:, n], state.pending[:, n]
@@ -167,7 +198,6 @@ def find_slots(s: Shape, tokens: Array, word_begins: Array, state: EngineState) 
         same = (tags[some, place] == pending[some, None]).all(-1)
         found[some, n, 0] = np.where(same.any(1), place, -1)
         found[some, n, 1] = same.argmax(1)
-    state.history[:] = np.concatenate([state.history, tokens[:, None]], 1)[:, 1:]
     return written, found
 
 

@@ -3,7 +3,8 @@
 What is multiplied with the same vector stands in one matrix: bottlenecks, salience, gate and slot value; gate and up of
 the SwiGLU.
 
-Dimension letters: D width, L layers, V vocabulary, I inner width of the SwiGLU, R rank.
+Dimension letters: D width, L layers, V vocabulary, I inner width of the SwiGLU, R rank, G numbers that all tables of
+n-grams say of a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,7 @@ class Weights:
     read: (L, rows, D); a layer without slots has zeros in the rows of the slot value. up: (L, D, token features).
     age: (L, D, ages). gates: (L, 2 I, D). down: (L, D, I). recall: (slot layers, D, N (M + 1)).
     node_read: (L, dual, R, D). node_up: (L, dual, D, 3 R). norms, identities: (L, 2, D).
+    ngram_tables: (rows, numbers of a row), of all tables one after another. ngram_project: (D, G).
     """
 
     head: Any
@@ -69,6 +71,7 @@ class Weights:
     recall: Any
     node_read: Any
     node_up: Any
+    ngram_project: Any
 
     def __init__(self, shape: Shape, tensors: Mapping[str, Array], form: str = "float32"):
         s, self._sliding = shape, shape.sliding
@@ -84,6 +87,11 @@ class Weights:
         name = "lm_head.weight"
         self.head = self.embedding if s.tied and name not in tensors else self._take(name, s.vocabulary, s.width).copy()
         self.norm = self._take("model.norm.weight", s.width).copy()
+        self.ngram_tables, self.ngram_project = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
+        if s.ngrams:
+            entries, said = len(s.ngrams) * s.ngram_entries, len(s.ngrams) * s.ngram_width
+            self.ngram_tables = self._take("model.ngrams.tables.weight", entries, s.ngram_width).copy()
+            self.ngram_project = self._take("model.ngrams.project.weight", s.width, said).copy()
         self.norms = np.stack(
             [np.stack([self._take(at + f"{part}_norm.weight", s.width) for part in ("tower", "mlp")]) for at in layer]
         )
@@ -120,7 +128,7 @@ class Weights:
         self.node_read = np.stack([self._stack(row, s.rank, s.width) for row in names])
         names = [[at + f"tower.up_nodes.{k}.weight" for k in dual] for at in layer]
         self.node_up = np.stack([self._stack(row, s.width, 3 * s.rank) for row in names])
-        for name in ("head", "read", "up", "gates", "down", "recall", "node_read", "node_up"):
+        for name in ("head", "read", "up", "gates", "down", "recall", "node_read", "node_up", "ngram_project"):
             setattr(self, name, stored(getattr(self, name), form))
         self.marks = np.zeros((s.vocabulary, 0), np.uint8)
         if s.rules:
@@ -137,14 +145,15 @@ class Weights:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that a step reads, on average: dual level k is read every 2^(k - 1) tokens."""
-        parts = (self.read, self.up, self.age, self.gates, self.down, self.recall, self.head)
+        parts = (self.read, self.up, self.age, self.gates, self.down, self.recall, self.head, self.ngram_project)
+        rows = 4 * self.ngram_project.numbers.shape[1]  # of the tables of n-grams, a row each
         dual = self.node_read.numbers.shape[1]
         nodes = sum(
             part.numbers[:, n].nbytes / 2 ** (self._sliding + n - 1)
             for part in (self.node_read, self.node_up)
             for n in range(dual)
         )
-        return int(sum(part.nbytes for part in parts) + nodes)
+        return int(sum(part.nbytes for part in parts) + rows + nodes)
 
     def wide(self, name: str) -> Array:
         """A matrix in float32; kept, as the form for many rows needs it at every token."""

@@ -33,7 +33,7 @@ class EngineState:
         # Whether a TAIL stands last, and whether a segment has ended.
         self.marks = np.zeros((rows, 2, len(s.rules)), np.bool_)
         self.counts = np.zeros((rows, 2, s.semantic), np.int64)  # length and complete segments
-        self.history = np.full((rows, s.history if s.contexts else 0), -1, np.int64)  # the oldest first
+        self.history = np.full((rows, s.history if s.remembers else 0), -1, np.int64)  # the oldest first
         self.word = np.zeros((rows, 3), np.int64)
         self.rings = np.zeros((rows, s.layers, ring_offset(s, s.sliding)), np.float32)
         self.blocks = np.zeros((rows, s.layers, s.depth, 4, s.width + 1), np.float32)  # the newest last
@@ -107,8 +107,8 @@ class EngineState:
             named |= {f"text.marks.{part}": self.marks[:, part] for part in (0, 1)}
         if s.semantic:
             named |= {f"text.counts.{part}": self.counts[:, part] for part in (0, 1)}
-        if s.contexts:
-            named |= {"text.contexts.0": self.history, "text.contexts.1": self.word[:, : 3 * (0 in s.contexts)]}
+        if s.remembers:
+            named |= {"text.contexts.0": self.history, "text.contexts.1": self.word[:, : 3 * s.needs_word]}
         for index in range(s.layers):
             at = f"layers.{index}."
             for j in range(s.sliding):
@@ -146,9 +146,9 @@ class EngineState:
             state.marks[:] = np.stack([tensors["text.marks.0"], tensors["text.marks.1"]], 1)
         if s.semantic:
             state.counts[:] = np.stack([tensors["text.counts.0"], tensors["text.counts.1"]], 1)
-        if s.contexts:
+        if s.remembers:
             state.history[:] = tensors["text.contexts.0"]
-            if 0 in s.contexts:
+            if s.needs_word:
                 state.word[:] = tensors["text.contexts.1"]
         for index in range(s.layers):
             at = f"layers.{index}."

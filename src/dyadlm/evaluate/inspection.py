@@ -15,7 +15,7 @@ from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.extras.planner import LEAST, Forecasts, forecast_errors, node_errors
-from dyadlm.model.trace import level_contributions, slot_hits
+from dyadlm.model.trace import level_contributions, ngram_shares, slot_hits
 from dyadlm.ops.pyramid import make_clock
 from dyadlm.ops.selection import chosen_count, entropy, load, mean_run_length
 
@@ -29,7 +29,7 @@ class Behaviour:
 
     routes: (L, B, T, H, K), weights of the levels. segments: by name of the level, (1 or L, B, T) bool, where they
     begin: for each layer if learned, else for all of them. hits: by context, (B, T) bool, where slots knew it.
-    outlook: what was foreseen of the levels and came; ranks: their names and widths.
+    outlook: what was foreseen of the levels and came; ranks: their names and widths. ngrams: (B, T), as `ngram_shares`.
     """
 
     routes: Tensor | None
@@ -37,6 +37,7 @@ class Behaviour:
     hits: dict[str, Tensor]
     outlook: Forecasts | None = None
     ranks: tuple[tuple[str, int], ...] = ()
+    ngrams: Tensor | None = None
 
     def measures(self) -> dict[str, float]:
         """Means over all texts, layers and heads, as flat names.
@@ -45,7 +46,8 @@ class Behaviour:
         zero. run_length: tokens for which a head's set of levels stays. largest_load, smallest_load: the share of
         tokens at which the most and the least used level of any head is chosen. segment_length_NAME: tokens.
         skill_LEVEL: by how much forecasts of its nodes are better than persistence: 1 for what came, 0 for what stood.
-        hits_CONTEXT: the share of tokens at which slots knew the context.
+        hits_CONTEXT: the share of tokens at which slots knew the context. ngram_share: how long what n-grams add to an
+        embedding is, beside the embedding.
         """
         found: dict[str, float] = {}
         if self.routes is not None:
@@ -63,6 +65,8 @@ class Behaviour:
             found[f"segment_length_{name}"] = begins.numel() / max(int(begins.sum()), 1)
         for name, hit in self.hits.items():
             found[f"hits_{name}"] = hit.float().mean().item()
+        if self.ngrams is not None:
+            found["ngram_share"] = self.ngrams.mean().item()
         if self.outlook is not None:
             skills = forecast_errors(self.outlook, [rank for _, rank in self.ranks]).skills()
             judged = self.outlook.judged.sum((0, 1)).tolist()
@@ -106,7 +110,7 @@ def behaviour(model: PreTrainedModel, ids: Tensor) -> Behaviour:
         if learned.shape[-1]:
             own = learned.shape[-1] if config.tower == "layer" else 1  # one tower has one router
             segments[LEARNED] = learned.permute(2, 0, 1)[:own]
-    found = Behaviour(routes, segments, slot_hits(model, ids))
+    found = Behaviour(routes, segments, slot_hits(model, ids), ngrams=ngram_shares(model, ids))
     if output.plan is None:
         return found
     return replace(found, outlook=output.plan.outlook, ranks=tuple(zip(config.level_keys, config.ranks, strict=True)))

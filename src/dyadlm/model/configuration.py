@@ -92,6 +92,9 @@ class DyadConfig(PreTrainedConfig):
         slot_scope: `document`: tables are empty where a document starts; `stream`: they live on. Weights do not depend
             on it: it may be changed after loading.
         slot_gate: whether a learned gate decides what is written.
+        ngram_sizes: n-grams whose hashed embeddings are added to that of the token (`dyadlm.model.ngrams`): numbers of
+            tokens, `word` (the open word). One table each. None: none.
+        ngram_entries: rows of each table. ngram_width: M, numbers of a row.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         planner: whether the model forecasts the next node of each level of its last block and plans by them
             (`dyadlm.model.extras.planner`), and how it proposes the token after next: none | head (from the hidden
@@ -145,6 +148,9 @@ class DyadConfig(PreTrainedConfig):
     slot_evict: str = "ring"
     slot_scope: str = "document"
     slot_gate: bool = False
+    ngram_sizes: list[int | str] | None = None
+    ngram_entries: int = 16_384
+    ngram_width: int = 24
     decision_slots: bool = False
     planner: str = "none"
     planner_width: int = 32
@@ -189,9 +195,10 @@ class DyadConfig(PreTrainedConfig):
             _require_positive("level_rank", rank)
         self.semantic_levels = list(self.semantic_levels or [])
         self.slot_contexts = list(self.slot_contexts or [])
+        self.ngram_sizes = list(self.ngram_sizes or [])
         for name in self.semantic_levels:
             _require_choice("semantic_levels", name, SEMANTIC_LEVELS)
-        for field in ("semantic_levels", "slot_contexts"):
+        for field in ("semantic_levels", "slot_contexts", "ngram_sizes"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise UserError(f"{field} names something twice ({getattr(self, field)}); name each once.")
         for name, levels in (
@@ -235,6 +242,7 @@ class DyadConfig(PreTrainedConfig):
         _require_between("boundary_rate", self.boundary_rate, 0.01, 1.0)
         self._settle_selector()
         self._settle_slots()
+        self._settle_ngrams()
         self._settle_planner()
         self._settle_specials()
 
@@ -280,6 +288,13 @@ class DyadConfig(PreTrainedConfig):
                 )
         if len(set(self.slot_layers)) < len(self.slot_layers):
             raise UserError(f"slot_layers names a block twice ({self.slot_layers}); name each once.")
+
+    def _settle_ngrams(self) -> None:
+        for size in self.ngram_sizes or ():
+            if size != "word" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise UserError(f"ngram_sizes names {size!r}; give numbers of tokens from 1 on, or 'word'.")
+        for name in ("ngram_entries", "ngram_width"):
+            _require_positive(name, getattr(self, name))
 
     def _settle_planner(self) -> None:
         _require_choice("planner", self.planner, PLANNERS)
@@ -337,15 +352,20 @@ class DyadConfig(PreTrainedConfig):
         return [context for context in self.slot_contexts or () if context != LEARNED_CODE]
 
     @property
-    def word_for_slots_alone(self) -> bool:
-        """Whether slots are addressed by the word, and no level is over words."""
-        return "word" in (self.slot_contexts or ()) and "word" not in (self.semantic_levels or ())
+    def text_contexts(self) -> list[int | str]:
+        """What has to be known of the last tokens: the contexts of slots, then those of n-grams alone."""
+        return list(dict.fromkeys([*self.read_contexts, *(self.ngram_sizes or ())]))
+
+    @property
+    def word_apart(self) -> bool:
+        """Whether slots or n-grams need to know where words begin, and no level is over words."""
+        return "word" in self.text_contexts and "word" not in (self.semantic_levels or ())
 
     @property
     def rules(self) -> list[str]:
-        """The boundaries that follow rules: the semantic levels that are not learned, then what slots alone need."""
+        """The boundaries that follow rules: the semantic levels that are not learned, then what no level needs."""
         levels = [name for name in self.semantic_levels or () if name != LEARNED]
-        return levels + ["word"] * self.word_for_slots_alone
+        return levels + ["word"] * self.word_apart
 
     @property
     def feature_parts(self) -> tuple[str, ...]:

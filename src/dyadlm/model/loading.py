@@ -27,6 +27,7 @@ TRAINED = {
     "early",
     "level_alignment",
     "level_feature",
+    "ngram_sizes",
     "output_attentions",
     "output_hidden_states",
     "return_dict",

@@ -22,6 +22,7 @@ from dyadlm.model.configuration import BYTE_VOCABULARY, DyadConfig
 from dyadlm.model.decoding import DyadGenerationMixin
 from dyadlm.model.extension import AuxiliaryModule, CompanionsMixin, TrainingPass, add_up
 from dyadlm.model.layout import chunk_layout
+from dyadlm.model.ngrams import NgramIdentity
 from dyadlm.model.outputs import DyadModelOutput, DyadOutput, as_asked
 from dyadlm.model.packing import arrange
 from dyadlm.model.pretrained import DyadPreTrainedModel
@@ -44,6 +45,10 @@ class DyadModel(DyadPreTrainedModel):
         config.settle()  # once more: transformers changes fields after a configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.ngrams = None
+        if config.ngram_sizes:
+            sizes = (config.ngram_entries, config.ngram_width, config.hidden_size)
+            self.ngrams = NgramIdentity(len(config.ngram_sizes), *sizes)
         self.identity_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
         # How far training is, from 0 to 1. Outside training, progress is 1.
@@ -61,6 +66,8 @@ class DyadModel(DyadPreTrainedModel):
     def initialize(self) -> None:
         """Buffers that no file holds are made anew, also when weights are loaded."""
         init.ones_(self.progress)
+        if self.ngrams is not None:
+            self.ngrams.initialize()
         if self.forecasters is not None:
             self.forecasters.initialize()
 
@@ -103,7 +110,9 @@ class DyadModel(DyadPreTrainedModel):
             cast(DyadBlock, layer).tower.before_pass()
 
         states, text, planner = carried_by(cache, len(self.layers))
-        segments, contexts, text = read_text(self, input_ids, rows.order, clock, text)
+        segments, contexts, ngrams, text = read_text(self, input_ids, rows.order, clock, text)
+        if self.ngrams is not None:
+            embedded = embedded + self.ngrams(ngrams)
         outputs, states, aux = self.stack(embedded, clock, segments, contexts, states, cache is not None)
         outlook = None
         if self.forecasters is not None and (use_cache or output_outlook):

@@ -36,11 +36,13 @@ class BlockTrace(NamedTuple):
     layout: ChunkLayout
 
 
-def _read_afresh(model: DyadForCausalLM, ids: Tensor) -> tuple[Clock, SegmentPlan | None, Contexts | None]:
+def _read_afresh(
+    model: DyadForCausalLM, ids: Tensor
+) -> tuple[Clock, SegmentPlan | None, Contexts | None, Tensor | None]:
     """The clock of texts (B, T) that begin here, and what is read off their tokens."""
     clock = make_clock(*ids.shape, device=ids.device)
-    segments, contexts, _ = read_text(model.model, ids, None, clock, TextState())
-    return clock, segments, contexts
+    segments, contexts, ngrams, _ = read_text(model.model, ids, None, clock, TextState())
+    return clock, segments, contexts, ngrams
 
 
 @torch.no_grad()
@@ -56,7 +58,9 @@ def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
 
 def _trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
     inner, config = model.model, model.config
-    embedded, (clock, segments, contexts) = inner.embed_tokens(ids), _read_afresh(model, ids)
+    embedded, (clock, segments, contexts, ngrams) = inner.embed_tokens(ids), _read_afresh(model, ids)
+    if inner.ngrams is not None:
+        embedded = embedded + inner.ngrams(ngrams)
     layout = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
     outputs, _, _ = inner.stack(embedded, clock, segments, contexts, [BlockState()] * len(inner.layers), keep=False)
     identity = inner.identity_norm(embedded)
@@ -124,10 +128,21 @@ def slot_hits(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     config = model.config
     if not config.slot_contexts or not config.slot_layers or not plans_alike(config):
         return {}
-    clock, _, contexts = _read_afresh(model, ids)
+    clock, _, contexts, _ = _read_afresh(model, ids)
     assert contexts is not None
     found = plan_slots(contexts, clock, config, None).found
     return {str(context): hit for context, hit in zip(config.slot_contexts, found.unbind(-1), strict=True)}
+
+
+@torch.no_grad()
+def ngram_shares(model: DyadForCausalLM, ids: Tensor) -> Tensor | None:
+    """The length of what n-grams add to the embedding, over that of the embedding of the token: (B, T) for texts
+    (B, T) int64; None for a model without n-grams."""
+    inner = model.model
+    if inner.ngrams is None:
+        return None
+    rows = _read_afresh(model, ids)[3]
+    return cast(Tensor, inner.ngrams(rows).norm(dim=-1) / inner.embed_tokens(ids).norm(dim=-1).clamp(min=1e-12))
 
 
 @torch.no_grad()

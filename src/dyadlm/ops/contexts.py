@@ -25,6 +25,13 @@ class Contexts(NamedTuple):
     known: Tensor  # (B, T, N) bool: the document is long enough, and the token is none of the padding
 
 
+class TokenHistory(NamedTuple):
+    """The tokens of a chunk with those before it, and the open word."""
+
+    tokens: Tensor  # (B, H + T) int64; -1 where the document had not begun
+    word: Tensor | None  # (B, T, 2) int64: two hashes of the open word at each token; None if nobody needs it
+
+
 class ContextState(NamedTuple):
     """What contexts carry from chunk to chunk; sized by the contexts alone."""
 
@@ -38,11 +45,11 @@ def mix(x: Tensor) -> Tensor:
     The finaliser of SplitMix64 (Steele, Lea, Flood 2014), in arithmetic that wraps around.
     """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * (factor - 2**64)
-    return x ^ _shifted(x, 31)
+        x = (x ^ shifted(x, shift)) * (factor - 2**64)
+    return x ^ shifted(x, 31)
 
 
-def _shifted(x: Tensor, by: int) -> Tensor:
+def shifted(x: Tensor, by: int) -> Tensor:
     """To the right, without copies of the sign."""
     return (x >> by) & (2 ** (64 - by) - 1)
 
@@ -92,19 +99,49 @@ def context_tags(
     Raises:
         UserError: a context is neither a positive number nor "word".
     """
-    batch, time = ids.shape
-    parts = tag_words(contexts, vocab_size)
-    lengths = [c for c in contexts if isinstance(c, int)]
-    carried = max(lengths, default=1) - 1
+    tag_words(contexts, vocab_size)
+    history, state = token_history(ids, contexts, clock, word_begins=word_begins, state=state)
+    return history_tags(history, contexts, vocab_size, clock), state
+
+
+@torch.no_grad()
+def token_history(
+    ids: Tensor,
+    contexts: Sequence[int | str],
+    clock: Clock,
+    *,
+    word_begins: Tensor | None = None,
+    state: ContextState | None = None,
+) -> tuple[TokenHistory, ContextState]:
+    """What is known of the past at every token, as far as these contexts need it, and the state after the chunk.
+
+    Arguments as of `context_tags`.
+    """
+    batch = len(ids)
+    carried = max((c for c in contexts if isinstance(c, int)), default=1) - 1
     if state is None:
         word_state = ids.new_zeros(batch, 3 if "word" in contexts else 0)
         state = ContextState(ids.new_full((batch, carried), -1), word_state)
-    history = torch.cat([state.tokens, ids], 1)
-    packed = _packed(history, lengths, vocab_size)
+    tokens, word, hashes = torch.cat([state.tokens, ids], 1), state.word, None
+    if "word" in contexts:
+        assert word_begins is not None, "the word as context needs to know where words begin"
+        hashes, word = _word_hashes(ids, word_begins, clock, state.word)
+    slots = torch.arange(carried, device=ids.device)
+    last = tokens.gather(1, clock.length[:, None] + slots)
+    kept = torch.where(next_position(clock)[:, None] >= carried - slots, last, -1)
+    return TokenHistory(tokens, hashes), ContextState(kept, word)
 
-    real = torch.arange(time, device=ids.device) < clock.length[:, None]
-    nothing = torch.zeros_like(ids)
-    word = state.word
+
+@torch.no_grad()
+def history_tags(history: TokenHistory, contexts: Sequence[int | str], vocab_size: int, clock: Clock) -> Contexts:
+    """The tags of contexts, from a history that is long enough for them."""
+    time = clock.index.shape[1]
+    parts = tag_words(contexts, vocab_size)
+    lengths = [c for c in contexts if isinstance(c, int)]
+    carried = history.tokens.shape[1] - time
+    packed = _packed(history.tokens, lengths, vocab_size)
+    real = torch.arange(time, device=clock.index.device) < clock.length[:, None]
+    nothing = torch.zeros_like(clock.index)
     words, known = [], []
     for context in contexts:
         if isinstance(context, int):
@@ -115,18 +152,12 @@ def context_tags(
             ]
             known.append(real & (clock.index >= context - 1))
         else:
-            assert word_begins is not None, "the word as context needs to know where words begin"
-            hashes, word = _word_hashes(ids, word_begins, clock, state.word)
-            own = list(_shifted(hashes, 1).unbind(-1))
+            assert history.word is not None, "the history has the open word"
+            own = list(shifted(history.word, 1).unbind(-1))
             known.append(real)
         words.append(torch.stack(own + [nothing] * (parts - len(own)), -1))
     there = torch.stack(known, 2)
-    tags = torch.where(there[..., None], torch.stack(words, 2), -1)
-
-    slots = torch.arange(carried, device=ids.device)
-    last = history.gather(1, clock.length[:, None] + slots)
-    tokens = torch.where(next_position(clock)[:, None] >= carried - slots, last, -1)
-    return Contexts(tags, there), ContextState(tokens, word)
+    return Contexts(torch.where(there[..., None], torch.stack(words, 2), -1), there)
 
 
 def _packed(history: Tensor, lengths: Sequence[int], vocab_size: int) -> dict[int, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from dyadlm.errors import UserError
-from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
+from dyadlm.train.muon import muon_optimizer
+from dyadlm.train.settings import RECORD_NAME, TrainOptions, TrainSettings, read_record
 
 
 def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingArguments, list[str]]:
@@ -102,11 +103,16 @@ def require_compiler() -> None:
         )
 
 
-def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> None:
+def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, options: TrainOptions) -> None:
     """Raise `UserError` before anything is written, where Trainer would fail on its way into the first step."""
+    if options.ema and arguments.fsdp:
+        raise UserError("train.ema averages whole weights, which FSDP shards; leave fsdp or train.ema out.")
+    if options.optimizer == "muon":
+        muon_optimizer(model, arguments)
+        return
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         if kind.__module__.startswith("torch."):  # others may want parameters in forms of their own
-            kind(model.parameters(), **options)
+            kind(model.parameters(), **values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"There can be no such optimizer: {error}") from error

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dyadlm.train.average import averaged_parameters
 from dyadlm.train.companions import published_parameters
+from dyadlm.train.muon import matrix_parameters
 from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
-from dyadlm.train.settings import TrainSettings
+from dyadlm.train.settings import TrainOptions, TrainSettings
 
-# Weights, gradients and the two moments of AdamW, float32.
-STATIC_BYTES_PER_PARAMETER = 16
 # So many steps are timed after a first one, which also warms caches and compilers.
 TIMED_STEPS = 3
 # Where these steps would take longer than so many seconds on a CPU, steps of fewer windows are timed instead.
@@ -33,10 +34,11 @@ def dry_run(
     """What a run would cost, from a few timed steps of it on the target device; nothing is left behind.
 
     Returns parameters (of the model), parameters_in_training_alone (of its companions), static_memory_bytes (weights,
-    gradients, moments of both), peak_memory_bytes (measured; on a CPU that of the whole process), steps, tokens,
-    tokens_per_step, flops (floating-point operations of the matrix products and convolutions of all steps, whatever is
-    trained, as counted in the first; None where a compiler hides them), seconds_per_step, seconds (all steps, without
-    evaluations and checkpoints), windows_per_step, windows_timed, choices (device and dtype with reasons).
+    gradients, moments and average of both), peak_memory_bytes (measured; on a CPU that of the whole process), steps,
+    tokens, tokens_per_step, flops (floating-point operations of the matrix products and convolutions of all steps,
+    whatever is trained, as counted in the first; None where a compiler hides them), seconds_per_step, seconds (all
+    steps, without evaluations and checkpoints), windows_per_step, windows_timed, choices (device and dtype with
+    reasons).
 
     Where windows_timed is less than windows_per_step, steps of so few windows were timed, since whole ones are slow:
     seconds and peak memory are estimated from them, in proportion to the windows; all else is exact.
@@ -56,11 +58,13 @@ def dry_run(
         per_step = plan.trainer(settings, TrainerCallback()).tokens_per_step()
 
         # Rows of a step depend on each other in what trains beside a model; a GPU is fast, and its memory is the point.
-        separable = not (beside or settings.train.carry_state or plan.arguments.torch_compile)
+        # Muon multiplies matrices once a step, however many rows it has.
+        together = beside or settings.train.carry_state or settings.train.optimizer == "muon"
+        separable = not (together or plan.arguments.torch_compile)
         timed, one = whole, None
         if separable and whole > 2 and plan.arguments.device.type == "cpu":
             # Before the first step there are weights, but neither gradients nor moments.
-            resting = _peak_memory(plan.arguments.device) + (STATIC_BYTES_PER_PARAMETER - 4) * parameters
+            resting = _peak_memory(plan.arguments.device) + static_bytes(plan.model, settings.train) - 4 * parameters
             progress("timing one window")
             one = _measure(plan, settings, 1, 2)
             if (1 + TIMED_STEPS) * whole * one.seconds > PATIENCE_SECONDS:
@@ -80,7 +84,7 @@ def dry_run(
         return {
             "parameters": parameters,
             "parameters_in_training_alone": beside,
-            "static_memory_bytes": STATIC_BYTES_PER_PARAMETER * (parameters + beside),
+            "static_memory_bytes": static_bytes(plan.model, settings.train),
             "peak_memory_bytes": cost.peak_memory,
             "steps": steps,
             "tokens_per_step": per_step,
@@ -118,6 +122,18 @@ def _measure(plan: PreparedRun, settings: TrainSettings, windows: int | None, st
     arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = before
     seconds = statistics.median(clock.seconds[1:] or clock.seconds)
     return _Measured(seconds, clock.flops, _peak_memory(arguments.device))
+
+
+def static_bytes(model: nn.Module, options: TrainOptions) -> int:
+    """Bytes of weights, gradients, what the optimizer keeps of each, and the average, all in float32."""
+    weights = dict(model.named_parameters())
+    trained = {name: weight.numel() for name, weight in weights.items() if weight.requires_grad}
+    numbers = sum(weight.numel() for weight in weights.values()) + 3 * sum(trained.values())  # two moments of AdamW
+    if options.optimizer == "muon":  # which keeps one of a matrix
+        numbers -= sum(trained.get(name, 0) for name in matrix_parameters(model))
+    if options.ema:
+        numbers += sum(weight.numel() for weight in averaged_parameters(model).values())
+    return 4 * numbers
 
 
 class _StepClock(TrainerCallback):

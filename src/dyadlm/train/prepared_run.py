@@ -123,7 +123,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         require_carriable(model)
     adapter = _adapt(model, settings, choices)
     add_companions(model, settings, arguments)
-    require_optimizer(arguments, model)
+    require_optimizer(arguments, model, settings.train)
     number = arguments.max_steps * batch
     windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
         data.train,
@@ -173,6 +173,8 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         order["rows_carried"] = {"processes": arguments.world_size, "rows": arguments.train_batch_size}
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration} | adapter
+    # Checkpoints from before there was a choice name none.
+    identity["optimizer"] = None if settings.train.optimizer == "adamw" else settings.train.optimizer
     if isinstance(model, DyadForCausalLM):
         identity["set of companions"] = set_of_companions(model, settings)
     return PreparedRun(

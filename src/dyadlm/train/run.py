@@ -22,7 +22,7 @@ from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.resolve import parse_weight
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
-from dyadlm.model.configuration import CHOOSING
+from dyadlm.model.configuration import CHOOSING, DyadConfig
 from dyadlm.model.loading import is_model_folder
 from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, remove_leftovers, require_same
 from dyadlm.train.companions import published_parameters
@@ -166,7 +166,13 @@ def _checkpoint_to_resume(settings: TrainSettings, identity: Mapping[str, Any]) 
         return None
     path = last_complete(settings.output)
     if path is not None and (manifest := read_manifest(path)) is not None:
-        require_same(manifest["identity"], identity, path)
+        found = manifest["identity"]
+        if identity["model"].get("model_type") == DyadConfig.model_type:
+            # Fields that a checkpoint does not name are younger than it.
+            defaults = DyadConfig().to_dict()
+            younger = {name: defaults[name] for name in identity["model"] if name in defaults}
+            found = found | {"model": younger | found["model"]}
+        require_same(found, identity, path)
     return path
 
 

@@ -55,8 +55,11 @@ class DataOptions:
 class TrainOptions:
     """Keys `train.FIELD`.
 
+    optimizer: adamw, or muon for matrices and AdamW for all else (`dyadlm.train.muon`), with the same learning_rate and
+        weight_decay.
+    ema: decay of an exponential average of the weights, which is evaluated and published in their place; 0: none.
     schedule: the learning rate after its linear warm-up; wsd is stable and then decays linearly.
-    final_learning_rate: the fraction of `learning_rate` at which the schedule ends.
+    final_learning_rate: the fraction of `learning_rate` at which the schedule ends, one step after the last.
     decay_fraction: the fraction of all steps that the decay of wsd takes.
     log_spaced_checkpoints: also save at steps 1, 2, 4 … 512; `save_total_limit` does not touch these.
     divergence_rise: nats by which the mean loss between two logs may exceed the lowest one; 0: no check.
@@ -70,6 +73,8 @@ class TrainOptions:
     compile: compile the model with torch.compile, which takes a minute at first and needs a C++ compiler on a CPU.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    ema: float = 0.0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     final_learning_rate: float = 0.1
     decay_fraction: float = 0.2
@@ -81,6 +86,7 @@ class TrainOptions:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        _require(0 <= self.ema < 1, "train.ema must be 0 or more and below 1")
         _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
         _require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")
         _require(self.divergence_rise >= 0, "train.divergence_rise must be 0 or more")

@@ -8,7 +8,7 @@ order of the data set; a loss that is not finite, or that rises far, ends the ru
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,7 @@ from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.adapters import is_adapted, load_adapter, save_adapter
 from dyadlm.model.extension import COMPANIONS
 from dyadlm.model.loading import without_bars_of_transformers
+from dyadlm.train.average import WeightAverage, load_raw, save_raw
 from dyadlm.train.checkpoint import (
     checkpoint_path,
     discard,
@@ -44,6 +45,7 @@ from dyadlm.train.companions import load_companions, save_companions
 from dyadlm.train.export import CARD_NAME
 from dyadlm.train.histories import CarriedState, HistoryWeightedLoss
 from dyadlm.train.mechanisms import MeanMetrics, Mechanisms
+from dyadlm.train.muon import muon_optimizer
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 from dyadlm.train.validation import ValidationSample
@@ -146,9 +148,12 @@ class LanguageModelTrainer(Trainer):
             model.loss_function = self.weighted
         self._metrics = MeanMetrics()
         self._without_target: torch.Tensor | int = 0  # steps since the last log
-        ours = [StepsAsTold(), *[LogSpacedSaves()] * options.log_spaced_checkpoints]
+        self.average = WeightAverage(model, options.ema) if options.ema else None
+        ours: list[TrainerCallback] = [StepsAsTold(), *[LogSpacedSaves()] * options.log_spaced_checkpoints]
         if isinstance(model, DyadForCausalLM):
             ours.append(Mechanisms(model))
+        if self.average is not None:
+            ours.append(self.average)
         super().__init__(
             model=model,
             args=arguments,
@@ -181,6 +186,11 @@ class LanguageModelTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return decayed_parameters(model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.options.optimizer == "muon":
+            self.optimizer = muon_optimizer(cast(torch.nn.Module, self.model if model is None else model), self.args)
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         warmup = self.args.get_warmup_steps(num_training_steps)
@@ -295,9 +305,10 @@ class LanguageModelTrainer(Trainer):
         was_training = model.training
         model.eval()  # type: ignore[no-untyped-call]
         processes = self.args.world_size
-        totals = self.validation.measure(model, self.args.process_index, processes, self.args.eval_batch_size)
-        # Every process looks at the same few windows, so that nothing is to be added up.
-        seen = behaviour(model, self.validation.inputs(BEHAVIOUR_WINDOWS).to(self.args.device)).measures()
+        with self.averaged():
+            totals = self.validation.measure(model, self.args.process_index, processes, self.args.eval_batch_size)
+            # Every process looks at the same few windows, so that nothing is to be added up.
+            seen = behaviour(model, self.validation.inputs(BEHAVIOUR_WINDOWS).to(self.args.device)).measures()
         if processes > 1:
             totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum")
         model.train(was_training)
@@ -309,6 +320,10 @@ class LanguageModelTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The average of the weights in their place, where there is one."""
+        return nullcontext() if self.average is None else self.average.shown()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, save, evaluate, in this order: a crash in the evaluation costs no training."""
@@ -337,7 +352,10 @@ class LanguageModelTrainer(Trainer):
         self.store_flos()
         try:
             with self.shared_staging(path) as staging:
-                self.save_model(str(staging), _internal_call=True)
+                with self.averaged():
+                    self.save_model(str(staging), _internal_call=True)
+                if self.average is not None and self.args.should_save:
+                    save_raw(cast(PreTrainedModel, self.model), staging)
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
@@ -382,7 +400,7 @@ class LanguageModelTrainer(Trainer):
             staging.mkdir()
         self.accelerator.wait_for_everyone()
         try:
-            with in_use(staging):
+            with in_use(staging), self.averaged():
                 self.save_model(str(staging), _internal_call=True)
                 self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
@@ -426,6 +444,9 @@ class LanguageModelTrainer(Trainer):
             load_adapter(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.begin()
+        load_raw(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
         load_companions(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -25,7 +25,7 @@ from dyadlm.train.settings import TwinOptions
 
 
 class Twin(AuxiliaryModule):
-    """A stack like the model's, without slots, selectors and planner, on the tokens of each document in reverse.
+    """A stack like the model's on the reversed tokens of each document, without slots, n-grams, selectors and planner.
 
     Shared with the model and named there alone: the embedding of the tokens, so that identities agree, and every
     bottleneck. Its own: all else, and a head D → V even where the model's is tied, so that to the twin the embedding is
@@ -110,7 +110,7 @@ def turned_round(clock: Clock) -> Tensor:
 def _levels_alone(config: DyadConfig) -> DyadConfig:
     """The same stack without what recalls, selects and plans."""
     config = copy.deepcopy(config)
-    config.slot_contexts, config.decision_slots = [], False
+    config.slot_contexts, config.ngram_sizes, config.decision_slots = [], [], False
     config.selector, config.selector_margin = "none", 0.0
     config.planner, config.consensus = "none", 0.0
     return config

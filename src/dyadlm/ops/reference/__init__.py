@@ -2,6 +2,7 @@
 
 from dyadlm.ops.reference.consensus import consensus
 from dyadlm.ops.reference.dyadic import centroid, phase_transport, pyramid, stream, windows_at
+from dyadlm.ops.reference.ngrams import ngram_row
 from dyadlm.ops.reference.recurrence import linear_scan
 from dyadlm.ops.reference.segments import Segments, segments
 from dyadlm.ops.reference.selection import entmax, mean_run_length, select
@@ -15,6 +16,7 @@ __all__ = [
     "entmax",
     "linear_scan",
     "mean_run_length",
+    "ngram_row",
     "phase_transport",
     "pyramid",
     "segments",

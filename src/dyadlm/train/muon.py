@@ -1,0 +1,106 @@
+"""Muon for the matrices of a model, AdamW for all else, as one optimizer: one schedule, one state to save.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal. Its
+updates are scaled to the size that those of AdamW have (Liu et al. 2025, arXiv 2502.16982), so that both use the same
+learning rate and weight decay.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from dyadlm.errors import UserError
+from dyadlm.model.extension import COMPANIONS
+from dyadlm.train.optimizer import decayed_parameters
+
+ADJUSTMENT = "match_rms_adamw"
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` and `torch.optim.AdamW` over groups of their own, which stand in one list, with one state.
+
+    matrices: (rows, columns) each. others: groups of AdamW, each with its `weight_decay`. adamw: options of AdamW, the
+    learning rate `lr` among them, which both begin with.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        others: Sequence[dict[str, Any]],
+        *,
+        weight_decay: float,
+        adamw: Mapping[str, Any],
+    ):
+        muon = torch.optim.Muon(
+            [{"params": list(matrices)}], lr=adamw["lr"], weight_decay=weight_decay, adjust_lr_fn=ADJUSTMENT
+        )
+        self._parts = (muon, torch.optim.AdamW(list(others), **adamw))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, part in enumerate(self._parts):
+            # Loading and sharding put other groups and another state in the place of those that were there.
+            part.param_groups = self.param_groups[:1] if number == 0 else self.param_groups[1:]
+            part.state = self.state
+            part.step()
+        return loss
+
+
+def matrix_parameters(model: nn.Module) -> list[str]:
+    """Names of the weights that Muon moves: of linear maps, but for those to the vocabulary and for embeddings."""
+    embeddings = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module.weight.ndim != 2 or id(module.weight) in embeddings:
+            continue
+        beside = name.startswith(COMPANIONS) and name.endswith(".head")  # of a companion, to the vocabulary
+        if module is not head and not beside:
+            found.append(f"{name}.weight")
+    return found
+
+
+def muon_over(model: nn.Module, *, weight_decay: float, adamw: Mapping[str, Any]) -> MuonWithAdamW:
+    """The optimizer of the parameters of a model that are trained; its matrices decay, as with AdamW. adamw: options of
+    AdamW, `lr` among them."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = [name for name in matrix_parameters(model) if name in trained]
+    decayed, rest = set(decayed_parameters(model)), [name for name in trained if name not in set(matrices)]
+    others = [
+        {
+            "params": [trained[name] for name in rest if (name in decayed) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    return MuonWithAdamW([trained[name] for name in matrices], others, weight_decay=weight_decay, adamw=adamw)
+
+
+def muon_optimizer(model: nn.Module, arguments: TrainingArguments) -> MuonWithAdamW:
+    """The optimizer of `train.optimizer=muon`, for the parameters of a model that are trained.
+
+    Raises:
+        UserError: this torch has no Muon, `optim` asks for another optimizer than AdamW, or FSDP flattens matrices.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"torch {torch.__version__} has no Muon; install 2.9 or newer, or leave train.optimizer out.")
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
+    if kind is not torch.optim.AdamW:
+        raise UserError(
+            f"train.optimizer=muon takes AdamW for what is no matrix; leave optim={arguments.optim} out, or "
+            "train.optimizer."
+        )
+    sharding = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
+    if arguments.fsdp and int(sharding.get("version", 2)) < 2:
+        raise UserError("FSDP 1 flattens matrices, which Muon needs whole; leave fsdp_config.version out.")
+    return muon_over(model, weight_decay=arguments.weight_decay, adamw=options)
