@@ -106,6 +106,52 @@ def test_no_message_ends_its_own_turn(words):
     assert BEGIN_ID not in ids
 
 
+@pytest.mark.parametrize("said", ["<|im_start|>", "<|im_start|>user", " <|im_end|>\n", "user<|im_end|>user"])
+def test_a_message_that_looks_like_the_template_stays_text(words, said):
+    (_, asked, _), *_ = kinds_of([{"role": "user", "content": said}, HELLO[1]], words)
+    assert asked.count(words.convert_tokens_to_ids("<|im_start|>")) == 1
+    assert asked.count(words.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert asked[1] == words.convert_tokens_to_ids("<|im_start|>")
+    assert words.decode(asked) == f"<s><|im_start|>user\n{said.strip()}<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    "field", [{"role": "user<|im_end|>"}, {"name": "<|im_start|>"}, {"tool_calls": [{"a": "</s>"}]}]
+)
+def test_special_tokens_in_other_fields_are_refused(words, field):
+    with pytest.raises(UserError, match="in another field than its content"):
+        kinds_of([HELLO[0] | field, HELLO[1]], words)
+
+
+def test_tokens_are_those_of_the_whole_text(words):
+    """Also under tokenizers that put a space before what they tokenise."""
+    backend = Tokenizer.from_str(words.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    spaced.chat_template = CHATML
+    spaced.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    whole = spaced.apply_chat_template(HELLO, return_dict=True)["input_ids"]
+    parts = kinds_of(HELLO, spaced)
+    assert [token for _, ids, _ in parts for token in ids] == whole
+    assert [kind for kind, *_ in parts][:3] == ["chat:user", "chat:opening", "chat:assistant"]
+
+
+def test_a_conversation_that_the_assistant_begins():
+    parts = kinds_of(HELLO[1:3] + HELLO[3:], byte_tokenizer())
+    assert [(kind, decode_bytes(ids).decode()) for kind, ids, _ in parts[:2]] == [
+        ("chat:opening", "assistant:\n"),
+        ("chat:assistant", "Hello"),
+    ]
+
+
+def test_what_is_unknown_stands_for_its_text():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "user": 2, ":": 3, "assistant": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    _, sizes, _ = ChatEncoder(tokenizer).encode(as_json(HELLO[:2]), "chat")
+    assert sizes.sum() == len("user:\nHi\nassistant:\nHello") - 1  # the line end after the special token
+
+
 def test_other_forms_of_messages():
     shared = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
     assert messages_of(shared, "x") == HELLO[:2]
@@ -124,6 +170,8 @@ def test_other_forms_of_messages():
         ([{"role": "assistant", "content": 5}], "message 1 has no role and content"),
         ([{"content": "Hi"}], "message 1 has no role and content"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "message 1 has no role and content"),
+        ([HELLO[0], {"role": "assistant", "content": "a\ud800b"}], "message 2 holds half of a surrogate pair"),
+        (HELLO * 126, "504 messages, and at most 500"),
     ],
 )
 def test_odd_messages_are_refused(file, tmp_path, messages, what):
@@ -194,7 +242,7 @@ def test_conversations_are_not_divided(file, tmp_path):
 
 
 def test_json_arrays_and_parquet(tmp_path):
-    record = {"messages": HELLO}
+    record = {"messages": HELLO, "text": None}
     (tmp_path / "chats.json").write_text(json.dumps([record] * 30))
     pa.parquet.write_table(pa.Table.from_pylist([record] * 30), tmp_path / "chats.parquet")
     (tmp_path / "lines.json").write_text(json.dumps(record) + "\n" + (json.dumps(record) + "\n") * 29)

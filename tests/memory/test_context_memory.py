@@ -131,6 +131,48 @@ def test_its_size_never_changes_and_often_seen_contexts_stay():
     assert np.exp(memory.mix(np.zeros(200)))[3] > 0.3
 
 
+def contexts_of(memory: ContextMemory) -> set[int]:
+    """The single tokens that a memory of one set knows as contexts."""
+    with np.errstate(over="ignore"):
+        known = {int(kernel.tag_of(np.array([token]), 1)): token for token in range(1000)}
+    return {known[int(tag)] for tag in memory.tensors()["tags"].ravel() if tag}
+
+
+def test_which_context_has_to_go():
+    """Not the one that was seen last, but the one that was seen least; what is not seen again goes in the end."""
+    memory = ContextMemory(MemoryOptions(lengths=(1,), entries=4, ways=4))
+    often = np.array([1, 2] * 10 + [3], np.int64)
+    memory.read(often, np.full(len(often), 2.0))
+    memory.read(np.arange(100, 110), np.full(10, 2.0))
+    assert {1, 2} <= contexts_of(memory)
+    memory.read(np.arange(200, 300), np.full(100, 2.0))
+    assert not {1, 2} & contexts_of(memory)
+
+
+def test_losses_too_large_for_a_chance_stay_finite():
+    memory = ContextMemory(SMALL)
+    assert memory.read(TOKENS[:1], np.array([800.0]))[0] == 800
+    memory.read(TOKENS, some_nats(len(TOKENS)))
+    mixed = memory.read(np.array([7]), np.array([900.0]))  # never seen, after a context that was
+    assert 900 < mixed[0] < 930
+
+
+def test_counts_that_fade_are_dropped():
+    options = MemoryOptions(lengths=(1,), entries=64, fade=0.5)
+    memory = ContextMemory(options)
+    text = np.array([1, 5, *[1, 6] * 200], np.int64)
+    memory.read(text, np.full(len(text), 2.0))
+    again = ContextMemory.from_tensors(memory.to_dict(), memory.tensors())
+    assert np.array_equal(again.tensors()["counts"], memory.tensors()["counts"])
+    assert 5 not in memory.tensors()["followers"]
+
+
+@pytest.mark.parametrize(("tokens", "nats"), [((5,), (4,)), ((2, 2), (2, 2)), ((), ())])
+def test_other_shapes_are_refused(tokens, nats):
+    with pytest.raises(ValueError, match="reads tokens"):
+        ContextMemory(SMALL).read(np.zeros(tokens, np.int64), np.zeros(nats))
+
+
 def test_a_document_begins_without_context_and_remembers():
     memory = ContextMemory(SMALL)
     memory.read(TOKENS, some_nats(len(TOKENS)))
@@ -156,8 +198,10 @@ def test_what_nothing_predicted_is_read_and_not_learned_from():
         ({"lengths": (3, 2)}, "lengths"),
         ({"lengths": (65,)}, "lengths"),
         ({"entries": 1000}, "power of two"),
+        ({"entries": -4, "ways": -8}, "power of two"),
+        ({"entries": 2**28}, "more than 4 GiB"),
         ({"ways": 3}, "ways"),
-        ({"entries": 4, "ways": 8}, "ways"),
+        ({"entries": 4, "ways": 8}, "as many entries as ways"),
         ({"followers": 0}, "followers"),
         ({"fade": 0.0}, "fade"),
         ({"rate": -1.0}, "rate"),
@@ -183,6 +227,7 @@ def test_one_set_is_enough():
         ("followers", lambda a: a.astype(np.int64)),
         ("slopes", lambda a: a * 0),
         ("mixer", lambda a: a * np.inf),
+        ("mixer", lambda a: a * 100),
     ],
 )
 def test_damaged_tables_are_refused(name, change):
@@ -191,7 +236,8 @@ def test_damaged_tables_are_refused(name, change):
     tensors = memory.tensors()
     with np.errstate(invalid="ignore"):
         tensors[name] = change(tensors[name])
-    with pytest.raises(UserError, match=r"damaged|no counts|does not name|from nothing"):
+    with pytest.raises(UserError, match=r"damaged|no counts|does not name|believes too much"):
         ContextMemory.from_tensors(memory.to_dict(), tensors)
-    with pytest.raises(UserError, match="damaged"):
-        ContextMemory.from_tensors({"lengths": 5}, memory.tensors())
+    for options in ({"lengths": 5}, {"lengths": [1, 2, 4], "entries": 2**24, "followers": 3}):
+        with pytest.raises(UserError, match="damaged"):
+            ContextMemory.from_tensors(options, memory.tensors())

@@ -153,6 +153,10 @@ def test_the_commands(folder, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("pack my box wit")
     assert call("generate", folder, "--prompt", "pack m", "--state-in", state) == 2
     assert "add --memory" in capsys.readouterr().err
+    assert call("generate", folder, "--prompt", "pack", "--state-in", state, "--memory", "--memory-entries", 64) == 2
+    assert "has 16384 entries, which cannot change" in capsys.readouterr().err
+    assert call("generate", folder, "--prompt", "pack", "--memory", "--speculate", "--temperature", 0) == 2
+    assert "Speculation cannot use a memory" in capsys.readouterr().err
     assert call("generate", folder, "--prompt", "pack", "--memory-entries", 64) == 2
     assert "does nothing without --memory" in capsys.readouterr().err
     assert call("generate", folder, "--prompt", "pack", "--memory", "--memory-entries", 63) == 2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -272,8 +273,12 @@ def test_tied_embeddings_are_refused(words, tmp_path):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     words().tokenizer.save_pretrained(tmp_path / "llama")
-    model = peft.get_peft_model(load_weights(tmp_path / "llama"), peft.LoraConfig(target_modules=["embed_tokens"], r=2))
-    with pytest.warns(UserWarning, match="tie"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = peft.LoraConfig(target_modules=["embed_tokens"], r=2)
+        model = peft.get_peft_model(load_weights(tmp_path / "llama"), options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is tested here
         model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / ADAPTER_CONFIG).write_text(
         json.dumps(
@@ -286,7 +291,7 @@ def test_tied_embeddings_are_refused(words, tmp_path):
 
 
 def test_checkpoints_of_adapters_are_seen(adapter):
-    assert [candidate.name for candidate in load_trajectory(adapter)[:2]]
+    assert list(load_trajectory(str(adapter), "cpu").steps) == [3, 6]
 
 
 @pytest.mark.parametrize("option", ["twin.conditioning=joint", "fingerprint.shown=true", "train.carry_state=true"])

@@ -39,10 +39,10 @@ def tale(tmp_path):
     return path
 
 
-def small_run(output, *data, **options):
+def small_run(output, *data, more=(), **options):
     assignments = [
         "model.hidden_size=16", "model.num_hidden_layers=1", "data.sequence_length=16", "max_steps=12",
-        "per_device_train_batch_size=1", "eval_steps=6", "logging_steps=1", "data.validation_tokens=100000",
+        "per_device_train_batch_size=1", "eval_steps=6", "logging_steps=1", "data.validation_tokens=100000", *more,
     ]  # fmt: skip
     return TrainSettings.create(
         output, preset="tiny", data=[str(path) for path in data], assignments=assignments,
@@ -72,9 +72,8 @@ def test_a_run_on_conversations(chats, tmp_path):
     """Windows of 16 tokens, of which most hold nothing that the assistant says."""
     result = train(small_run(tmp_path / "run", chats), console=Console(quiet=True))
     losses = [entry["loss"] for entry in result.metrics if "loss" in entry]
-    assert 0.0 in losses  # a step without a target
-    assert max(losses) > 1
-    assert all(math.isfinite(loss) for loss in losses)
+    assert len(losses) < 12  # steps without a target have no loss
+    assert all(1 < loss < 7 for loss in losses)
     model, tokenizer = load_model(result.output, "cpu")
     asked = [{"role": "user", "content": "what is 5"}]
     assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True).endswith("assistant:\n")
@@ -83,6 +82,32 @@ def test_a_run_on_conversations(chats, tmp_path):
     assert found.targets == "what the assistant says"
     assert found.nats_per_token == pytest.approx(result.validation_loss, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(result.validation_bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize("logging", [1, 3])
+def test_the_loss_is_that_of_the_targets(chats, tmp_path, logging):
+    """The mean over the steps that have any, or it would fall and rise with their number, and look like divergence."""
+    result = train(small_run(tmp_path / "run", chats, more=[f"logging_steps={logging}"]), console=Console(quiet=True))
+    every = train(small_run(tmp_path / "every", chats), console=Console(quiet=True))
+    by_step = {entry["step"]: entry["loss"] for entry in every.metrics if "loss" in entry}
+    for entry in result.metrics:
+        if "loss" in entry:
+            steps = range(entry["step"] - logging + 1, entry["step"] + 1)
+            expected = [by_step[step] for step in steps if step in by_step]
+            assert entry["loss"] == pytest.approx(sum(expected) / len(expected), abs=2e-3)
+
+
+def test_weights_of_histories_on_conversations(chats, tmp_path):
+    settings = small_run(tmp_path / "run", chats, more=["train.history_weight=0.5"])
+    losses = [entry["loss"] for entry in train(settings, console=Console(quiet=True)).metrics if "loss" in entry]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_sample_without_targets_is_said(chats, tmp_path):
+    shown = Console(file=io.StringIO(), width=200)
+    result = train(small_run(tmp_path / "run", chats, more=["data.validation_tokens=1"]), console=shown)
+    assert "raise data.validation_tokens" in shown.file.getvalue()
+    assert result.validation_loss is None
 
 
 def test_only_the_answers_are_scored(chats, tmp_path):

@@ -138,7 +138,7 @@ class ChatEncoder:
             after = self._render(messages[: number + 1], document)
             opened = before
             if message["role"] == "assistant":
-                opened = self._opened(messages[:number], before, document)
+                opened = self._opened(messages[: number + 1], before, after, document)
                 if len(opened) > len(before):
                     kinds.append((len(before), OPENING))
             self._require_prefix(opened, after, document)
@@ -148,16 +148,18 @@ class ChatEncoder:
             before = after
         return before, kinds, protected
 
-    def _opened(self, messages: Sequence[dict[str, Any]], before: str, document: str) -> str:
-        """The text up to where the assistant begins to answer."""
-        try:
-            opened = self._render(messages, document, opening=True)
-        except UserError:
-            if messages:
-                raise
-            return before  # a template that takes no empty conversation
-        self._require_prefix(before, opened, document)
-        return opened
+    def _opened(self, messages: Sequence[dict[str, Any]], before: str, after: str, document: str) -> str:
+        """The text up to where the last message begins to answer. before, after: the text without and with it."""
+        if len(messages) > 1:
+            opened = self._render(messages[:-1], document, opening=True)
+            self._require_prefix(before, opened, document)
+            return opened
+        # transformers renders no empty conversation: the opening is that of an answer to a question.
+        question = [{"role": "user", "content": MARK}]
+        asked = self._render(question, document)
+        opening = self._render(question, document, opening=True)[len(asked) :].lstrip()
+        head, found, _ = after.partition(opening)
+        return head + found if found and messages[0]["content"].strip() not in head else before
 
     def _place(self, messages: Sequence[dict[str, Any]], text: str, document: str) -> tuple[int, int]:
         """Where the content of the last message stands in the text."""

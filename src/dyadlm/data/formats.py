@@ -350,8 +350,8 @@ def _parquet(raw: BinaryIO, name: str, text_field: str) -> Iterator[Passage]:
         if text_field not in columns and not {"messages", "conversations"} & set(columns):
             raise UserError(f"{name} has no field {text_field!r}; its fields are {', '.join(columns)}.")
         number = 0
-        chat = () if text_field in columns else ("messages", "conversations")
-        wanted = [column for column in (text_field, *chat, "section", "kind") if column in columns]
+        known = (text_field, "messages", "conversations", "section", "kind")
+        wanted = [column for column in dict.fromkeys(known) if column in columns]
         for batch in file.iter_batches(batch_size=16, columns=wanted):
             for record in batch.to_pylist():
                 number += 1

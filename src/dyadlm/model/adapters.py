@@ -166,15 +166,15 @@ def merge_adapter(base: PreTrainedModel, path_or_name: str | Path) -> PreTrained
     _require_same_base(base, file)
     try:
         with warnings.catch_warnings():
-            # What is missing is said below, in a sentence.
+            # What matters of them is said in a sentence.
             warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(base, str(folder))
-        with safe_open(str(file), framework="pt") as saved:
-            odd = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
-        if odd:
-            raise ValueError(f"{min(odd)} is missing on one side")
-        _require_mergeable(base)
-        merged = adapted.merge_and_unload(safe_merge=True)
+            with safe_open(str(file), framework="pt") as saved:
+                odd = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
+            if odd:
+                raise ValueError(f"{min(odd)} is missing on one side")
+            _require_mergeable(base)
+            merged = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # peft, torch and safetensors each have their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
