@@ -1,5 +1,6 @@
 """The page says of every figure how to read it and what is usual, and invents no range that was not measured."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from dyadlm.diagnose import PROBES, Diagnosis, ProbeResult, Reading
 from dyadlm.report.diagnosis import DIRECTIONS, FAILURE_MODES, write_diagnosis
-from dyadlm.report.usual import usual
+from dyadlm.report.usual import usual, usual_of_all
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,3 +89,17 @@ def test_legend_explains_every_mark_of_the_page(tmp_path):
 def test_probes_and_their_sentences_stand_at_a_glance_and_in_their_section(tmp_path):
     shown = words(tmp_path / "page", diagnosis(1_038_368))
     assert shown.count(PROBES["loop"].meaning) == 2
+
+
+def test_models_of_several_sizes_have_no_common_range():
+    small, large = diagnosis(300_000), diagnosis(3_000_000)
+    assert usual_of_all([small, small]) == usual(small)
+    assert usual_of_all([small, large]) == []
+
+
+@pytest.mark.parametrize(
+    "circumstances", [{"size": 5}, {"size": {"parameters": "many"}}, {"subject": "x"}, {"subject": {"last": 3}}]
+)
+def test_odd_circumstances_have_no_range(circumstances):
+    odd = diagnosis(1_038_368)
+    assert usual(dataclasses.replace(odd, circumstances={**odd.circumstances, **circumstances})) == []

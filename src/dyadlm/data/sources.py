@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import datasets
@@ -195,8 +195,20 @@ def _key(files: Mapping[str, Path]) -> str:
     """A digest of names and contents."""
     digest = hashlib.sha256(str(RULES).encode())
     for name, file in files.items():
-        digest.update(f"{name}\0{sha256_of(file)}\0".encode())
+        digest.update(f"{name}\0{_content_digest(file, *_version(file))}\0".encode())
     return digest.hexdigest()
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    at = file.stat()
+    return at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns
+
+
+@cache
+def _content_digest(file: Path, *version: int) -> str:
+    """Of a file as it is now, made once: sources are looked up early, and again when they are read."""
+    return sha256_of(file)
 
 
 # ---- standard input and the hub

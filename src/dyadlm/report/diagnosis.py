@@ -16,7 +16,7 @@ from dyadlm.diagnose import PROBES, Control, Diagnosis, ProbeResult, Published, 
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder, write_atomically
 from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, draw_readings, to_svg, write_picture
-from dyadlm.report.usual import GROUND, Kind, usual
+from dyadlm.report.usual import Kind, ground, measured, parameters_of, usual_of_all
 from dyadlm.report.verdicts import Subject, Verdict, compare, enumeration, number, subjects, told, written
 from dyadlm.version import __version__
 
@@ -141,7 +141,7 @@ def write_diagnosis(
     controls = {name: PROBES[name]().controls() if name in PROBES else () for name in order}
     with staged_folder(output) as folder:
         (folder / FIGURES_NAME).mkdir()
-        near = list({(kind.name, kind.over_time): kind for each in diagnoses for kind in usual(each)}.values())
+        near = usual_of_all(diagnoses)
         sections = [
             _section(name, place, models, others, controls[name], near, folder) for place, name in enumerate(order)
         ]
@@ -405,7 +405,9 @@ def _page(
         pooled=enumeration(pooled) if pooled else "",
         sections=sections,
         near=enumeration([f"{kind.name} ({compact(kind.parameters)} parameters)" for kind in near]) if near else "",
-        ground=GROUND,
+        ground=ground(),
+        smallest=compact(min(kind.parameters for kind in measured())),
+        largest=compact(max(kind.parameters for kind in measured())),
         modes=FAILURE_MODES,
         sizes=[_size(each) for each in models],
         facts=_facts(first),
@@ -421,7 +423,7 @@ def _page(
 
 def _size(model: Subject) -> str:
     """The number of parameters, empty if it is not known."""
-    parameters = model.circumstances("size").get("parameters")
+    parameters = parameters_of(model.diagnosis)
     return f"{parameters:,} parameters" if parameters else ""
 
 

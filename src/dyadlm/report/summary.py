@@ -95,7 +95,7 @@ def _page(
         f"# {title}\n\n**{figures.bits_per_byte:.4f} bits per byte** on the validation text ({interval}).\n\n"
         "Bits per byte is the mean surprise of the model at a byte that it was not trained on: lower is better, and "
         "guessing all bytes alike gives 8. What is usual depends on the text, so compare models on the same text. "
-        "The interval says how far another draw of its blocks would move the figure.",
+        "The interval says how far other documents or blocks of such text would move the figure.",
         f"## Sample\n\nThe model continues `{prompt!r}` (seed {seed}, temperature 0.8, top-p 0.95):\n\n"
         + _fenced(_to_a_word(prompt + sample)),
         "## Losses\n\nLower is better. A validation loss that rises while the training loss falls means that the model "
