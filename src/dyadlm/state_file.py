@@ -20,6 +20,8 @@ FORMAT = "dyadlm-state"
 VERSION = "2"  # 1 has neither a checksum nor the identity of the weights
 # Numbers of each weight by which a model is told from others.
 SAMPLED = 64
+# Before the names of numbers that stand beside the state: of whoever reads, not of the model.
+BESIDE = "beside."
 
 
 def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: list[int]) -> str:
@@ -65,10 +67,20 @@ def weights_identity(shapes: Mapping[str, tuple[int, ...]], sample: Callable[[st
 
 
 def write_state(
-    path: Path, tensors: Mapping[str, np.ndarray], signature: str, columns_seen: int, weights: str | None = None
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    signature: str,
+    columns_seen: int,
+    weights: str | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a state, atomically. columns_seen: tokens read, padding included. weights: `weights_identity`."""
+    """Write a state, atomically. columns_seen: tokens read, padding included. weights: `weights_identity`.
+
+    beside: other numbers that are kept with the state; `read_state` passes over them, `read_beside` gives them.
+    """
     from safetensors.numpy import save
+
+    tensors = {**tensors, **{BESIDE + name: tensor for name, tensor in (beside or {}).items()}}
 
     head = {
         "format": FORMAT,
@@ -95,7 +107,17 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
         raise UserError(
             f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
         )
-    return tensors, seen
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(BESIDE)}, seen
+
+
+def read_beside(path: str | Path) -> dict[str, np.ndarray]:
+    """The numbers that stand beside a state, by the names they were given; none in a plain file.
+
+    Raises:
+        UserError: as `read_state`, but the model is not looked at.
+    """
+    tensors = _read(path)[0]
+    return {name.removeprefix(BESIDE): tensor for name, tensor in tensors.items() if name.startswith(BESIDE)}
 
 
 def require_whole(path: str | Path) -> int:
