@@ -79,7 +79,6 @@ def score(
     per byte (all bits of the unit by its bytes, line ends included), bits, p-value, byte offset, document and line, and
     the text with its oddest span highlighted. A line longer than 4,096 bytes is scored in parts.
     """
-    from dyadlm.cli.evaluate import say_what_was_trained_on
     from dyadlm.cli.units import Printer, say_calibrated
     from dyadlm.errors import UserError
     from dyadlm.score import Oddest, Reading, units_of
@@ -96,7 +95,10 @@ def score(
             )
         require_place(calibrate)
     require_files(files)
-    say_what_was_trained_on(model, files)
+    if calibrate is not None:
+        from dyadlm.cli.evaluate import say_what_was_trained_on
+
+        say_what_was_trained_on(model, files)  # its lines are less surprising than other normal lines
     reading = Reading(per, judged, learn)
     scorer, normal, _ = open_scorer(
         model, device, dtype, fields, reading, calibration, state_in, state_out, making=calibrate is not None

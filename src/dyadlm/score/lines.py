@@ -6,8 +6,9 @@ from typing import BinaryIO, NamedTuple
 from dyadlm.data.formats import Passage
 from dyadlm.generate.streaming import parts_of, waiting_lines
 
-# Bytes that are read in one pass of the model: the most efficient size, at little memory.
-CHUNK_BYTES = 2048
+# Most bytes that are read together: with the tokens between documents they go through the model in one pass of 2,048
+# tokens, which is the most efficient size, at little memory.
+CHUNK_BYTES = 2000
 
 
 class Line(NamedTuple):
@@ -53,15 +54,15 @@ def lines_of(passages: Iterable[Passage]) -> Iterator[Line]:
 
 
 def chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """Lines in lists of at least `CHUNK_BYTES` bytes, but for the last."""
+    """Lines in lists of at most `CHUNK_BYTES` bytes; a longer line is alone."""
     chunk: list[Line] = []
     size = 0
     for line in lines:
-        chunk.append(line)
-        size += len(line.content)
-        if size >= CHUNK_BYTES:
+        if chunk and size + len(line.content) > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
+        chunk.append(line)
+        size += len(line.content)
     if chunk:
         yield chunk
 
