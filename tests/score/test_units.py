@@ -48,16 +48,16 @@ LINES = [
 
 def test_lines():
     first, second, third, _ = units_of(LINES, Reading())
-    assert first == Unit("a", 1, 0, b"ab\n", 11, 3, 5, (1, 2))
-    assert second == Unit("a", 2, 3, b"c\n", 22, 2, 16, (0, 1))
-    assert third.score == -1
+    assert first == Unit("a", 1, 0, b"ab\n", 11, 3, 6, (1, 2))
+    assert second == Unit("a", 2, 3, b"c\n", 22, 2, 17, (0, 1))
+    assert third.score == 0
     assert [unit.score for unit in units_of(LINES, Reading(score="mean"))] == pytest.approx([11 / 3, 11, 3, 5.5])
 
 
 def test_documents_show_their_oddest_line():
     a, b, c = units_of(LINES, Reading("document"))
-    assert a == Unit("a", 2, 3, b"c\n", 33, 5, 16, (0, 1))
-    assert (b.size, c.size, c.score) == (1, 2, 3)
+    assert a == Unit("a", 2, 3, b"c\n", 33, 5, 17, (0, 1))
+    assert (b.size, c.size, c.score) == (1, 2, 5)
     assert [unit.score for unit in units_of(LINES, Reading("document", "mean"))] == pytest.approx([6.6, 3, 5.5])
 
 
@@ -69,7 +69,7 @@ def test_tokens():
         (14, b" ", 7),
         (15, b"\n", 1),
     ]
-    assert [unit.score for unit in found] == [8 - 16, 7 - 4, 1 - 4]
+    assert [unit.score for unit in found] == [8 - 12, 7 - 3, 1 - 3]
     assert {unit.number for unit in found} == {4}
 
 

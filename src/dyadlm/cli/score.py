@@ -31,7 +31,7 @@ Judged = Annotated[
     Literal["excess", "mean"],
     typer.Option(
         "--score",
-        help="excess: the bits of the oddest span beyond 4 for each of its bytes. mean: bits per byte of the unit.",
+        help="excess: the bits of the oddest span beyond 3 for each of its bytes. mean: bits per byte of the unit.",
     ),
 ]
 Learn = Annotated[
