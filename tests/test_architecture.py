@@ -12,7 +12,7 @@ ROWS = (
     ("model",),
     ("engine", "causal_lm", "accounting", "memory", "peer_ngrams"),
     ("data",),
-    ("generate", "evaluate", "train", "recall"),
+    ("generate", "evaluate", "train", "recall", "score"),
     ("diagnose",),
     ("report",),
     ("cli",),

@@ -53,7 +53,9 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "recall.md", ROOT / "docs" / "diagnose.md"], ids=name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(ROOT / "docs" / name for name in ("anomalies.md", "diagnose.md", "recall.md"))], ids=name
+)
 def test_commands_and_their_options_exist(page):
     group = typer.main.get_command(app)
     found = commands(page)

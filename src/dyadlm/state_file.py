@@ -23,6 +23,8 @@ SAMPLED = 64
 WEIGHTS_OUTSIDE_BLOCKS = (
     "model.embed_tokens.weight", "model.norm.weight", "model.ngrams.tables.weight", "model.ngrams.project.weight",
 )  # fmt: skip
+# Before the names of numbers that stand beside the state: of whoever reads, not of the model.
+BESIDE = "beside."
 
 
 def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: list[int]) -> str:
@@ -73,10 +75,20 @@ def weights_identity(
 
 
 def write_state(
-    path: Path, tensors: Mapping[str, np.ndarray], signature: str, columns_seen: int, weights: str | None = None
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    signature: str,
+    columns_seen: int,
+    weights: str | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a state, atomically. columns_seen: tokens read, padding included. weights: `weights_identity`."""
+    """Write a state, atomically. columns_seen: tokens read, padding included. weights: `weights_identity`.
+
+    beside: other numbers that are kept with the state; `read_state` passes over them, `read_beside` gives them.
+    """
     from safetensors.numpy import save
+
+    tensors = {**tensors, **{BESIDE + name: tensor for name, tensor in (beside or {}).items()}}
 
     head = {
         "format": FORMAT,
@@ -97,50 +109,56 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
         UserError: no such file, no state file, a damaged one, or the state of another model.
     """
     tensors, head, seen = _read(path)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(MEMORY_PREFIX)}
     if head.get("model") != signature:
         raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
     if None not in (weights, head.get("weights")) and head["weights"] != weights:
         raise UserError(
             f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
         )
-    return tensors, seen
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(BESIDE)}, seen
 
 
-# How tensors are called that a memory beside the model adds to its state.
+def read_beside(path: str | Path) -> dict[str, np.ndarray]:
+    """The numbers that stand beside a state, by the names they were given; none in a plain file.
+
+    Raises:
+        UserError: as `read_state`, but the model is not looked at.
+    """
+    tensors = _read(path)[0]
+    return {name.removeprefix(BESIDE): tensor for name, tensor in tensors.items() if name.startswith(BESIDE)}
+
+
+# How the tables of a memory are called beside a state, and its options, as the bytes of JSON.
 MEMORY_PREFIX = "memory."
+MEMORY_OPTIONS = f"{MEMORY_PREFIX}options"
 
 
-def add_memory(path: Path, options: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The content of a state file with the tables of a memory added."""
-    from safetensors.numpy import save
-
-    own, head, _ = _read(path)
-    own |= {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    told = json.dumps(options)
-    return save(own, head | {"memory": told, "checksum": _checksum(own, told)})
+def memory_beside(options: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A memory as numbers that stand beside a state."""
+    told = np.frombuffer(json.dumps(options).encode(), np.uint8)
+    return {MEMORY_OPTIONS: told} | {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
 def holds_memory(path: str | Path) -> bool:
     """Whether a state file holds a memory; False where it cannot be read, which loading it will say."""
     try:
         with safe_open(str(path), framework="np") as file:
-            return "memory" in (file.metadata() or {})
+            return BESIDE + MEMORY_OPTIONS in file.keys()  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError):
         return False
 
 
 def read_memory(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """The options and tables of the memory in a state file, None where it holds none. Raises `UserError` if damaged."""
-    tensors, head, _ = _read(path)
-    if "memory" not in head:
+    beside = read_beside(path)
+    if MEMORY_OPTIONS not in beside:
         return None
     try:
-        options = json.loads(head["memory"])
+        options = json.loads(beside.pop(MEMORY_OPTIONS).tobytes())
     except ValueError as error:
         raise UserError(f"{path} holds a damaged memory ({error}); write a new state with --state-out.") from error
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith(MEMORY_PREFIX)}
-    return options, {name.removeprefix(MEMORY_PREFIX): tensor for name, tensor in found.items()}
+    tables = {name: tensor for name, tensor in beside.items() if name.startswith(MEMORY_PREFIX)}
+    return options, {name.removeprefix(MEMORY_PREFIX): tensor for name, tensor in tables.items()}
 
 
 def require_whole(path: str | Path) -> int:
@@ -163,7 +181,7 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]
     seen = head.get("columns_seen", "")
     if not seen.isdecimal() or len(seen) > 18:
         raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
-    if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors, head.get("memory", "")):
+    if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors):
         raise UserError(f"{path} is damaged (its checksum differs); write a new state with --state-out.")
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
@@ -204,9 +222,9 @@ def _first_other(one: Iterable[str], other: Iterable[str]) -> str:
     return min(set(one) ^ set(other))
 
 
-def _checksum(tensors: Mapping[str, np.ndarray], memory: str = "") -> str:
-    """Of names, dtypes, shapes and numbers, hexadecimal. memory: the options of a memory, as JSON."""
-    digest = hashlib.sha256(memory.encode())
+def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
+    """Of names, dtypes, shapes and numbers, hexadecimal."""
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())

@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from dyadlm.cli import audit, data, diagnose, evaluate, export, generate, inspect, recall, report, stream, train, verify
+from dyadlm.cli import (
+    audit,
+    data,
+    diagnose,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    recall,
+    report,
+    score,
+    stream,
+    train,
+    verify,
+)
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import printable
 from dyadlm.version import __version__
@@ -26,6 +40,7 @@ app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(stream.stream)
+app.command()(score.score)
 app.command()(inspect.inspect)
 app.command()(recall.recall)
 app.command()(diagnose.diagnose)

@@ -64,7 +64,7 @@ def evaluate(
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:
         result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress, memory=remembers)
-    _say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
+    say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
     if json:
         typer.echo(json_format.dumps({"model": model, "data": data, "parts": parts} | result.to_dict(), indent=2))
         return
@@ -89,7 +89,7 @@ def evaluate(
         typer.echo(f"Only a part was scored: {', '.join(left_out)}; --split names another.")
 
 
-def _say_what_was_trained_on(model: str, sources: list[str]) -> None:
+def say_what_was_trained_on(model: str, sources: list[str]) -> None:
     """A loss on the text of the training says little of other text."""
     from dyadlm.data.resolve import parse_weight
     from dyadlm.errors import UserError

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, stream_lines
 from dyadlm.cli.shared import (
     Device,
     Dtype,
@@ -50,7 +51,22 @@ def stream(
     marker: Annotated[
         str, typer.Option(help="The line that asks for a continuation. The model does not read it.")
     ] = MARKER,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each token.")] = False,
+    per: Annotated[
+        Literal["token", "line"], typer.Option(help="Print the surprisal of each token, or the score of each line.")
+    ] = "token",
+    follow: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --per line: read this file instead of standard input, and what is added to it, as tail -F does.",
+        ),
+    ] = None,
+    threshold: Threshold = None,
+    alert: Alert = None,
+    calibration: CalibrationIn = None,
+    judged: Judged = "excess",
+    learn: Learn = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each token or line.")] = False,
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature of continuations; 0 takes the most likely token.")
     ] = 0.8,
@@ -67,11 +83,23 @@ def stream(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Read standard input without end and print the surprisal of every token.
+    """Read standard input without end and print the surprisal of every token, or the score of every line.
 
-    Columns: position, surprisal in bits, mean bits per byte so far, token. The state has constant size.
-    After --state-in the first token has no surprisal. Ctrl-C ends.
+    Columns: position, surprisal in bits, mean bits per byte so far, token; of lines those of `dyadlm score`. The state
+    has constant size. After --state-in the first token has no surprisal. Ctrl-C ends.
     """
+    from dyadlm.errors import UserError
+    from dyadlm.score import Reading
+
+    if per == "line":
+        if continuation or new_document:
+            raise UserError("Lines are only scored; leave out --continue and --new-document, or leave out --per line.")
+        reading = Reading("line", judged, learn)
+        rule = (calibration, alert, threshold)
+        stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields)
+        return
+    if learn or (follow, threshold, alert, calibration) != (None, None, None, None) or judged != "excess":
+        raise UserError("Alerts, --follow, --score and --learn are of whole lines; add --per line.")
     from dyadlm.data.encoding import prefix_token
     from dyadlm.generate import EngineModel, Listener, Sampling, open_session
     from dyadlm.generate.states import require_state_files

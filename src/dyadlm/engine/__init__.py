@@ -159,9 +159,9 @@ class Engine:
         state.summed[:] = state.nodes.sum(2)
         return state
 
-    def save_state(self, state: EngineState, path: str | Path) -> None:
+    def save_state(self, state: EngineState, path: str | Path, beside: Mapping[str, np.ndarray] | None = None) -> None:
         """Write a state as `DyadCache.save` writes it, atomically."""
-        write_state(Path(path), state.tensors(), self.signature, state.columns_seen, self.identity)
+        write_state(Path(path), state.tensors(), self.signature, state.columns_seen, self.identity, beside)
 
     def load_state(self, path: str | Path) -> EngineState:
         """Read a state that `save_state` or `DyadCache.save` wrote.

@@ -5,6 +5,7 @@ Dimension letters: T tokens, V vocabulary.
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,18 @@ class EngineReader:
             self._logits = logits
         return nats
 
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """From which the logits come, float32 (D,); of torch, which `read_inside` turns to."""
+        return None if self._in_torch is None else self._in_torch.hidden
+
+    def read_inside(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read ids int64 (T,) in torch from here on; the engine shows no hidden states."""
+        if self._in_torch is None:
+            self._turn_to_torch()
+        assert self._in_torch is not None
+        return self._in_torch.read_inside(ids)
+
     def read_next(self, token: int, first: bool) -> None:
         """Read one token of a continuation."""
         if self._in_torch is not None:
@@ -117,12 +130,21 @@ class EngineReader:
         """There is none to take over from."""
         raise NotImplementedError
 
-    def save(self, path: Path) -> None:
+    def expect(self, logits: np.ndarray, hidden: np.ndarray | None) -> None:
+        """Take these logits (V,), and the hidden state (D,) they come from, for those that predict the next token."""
+        if hidden is not None and self._in_torch is None:
+            self._turn_to_torch()
+        if self._in_torch is not None:
+            self._in_torch.expect(logits, hidden)
+        else:
+            self._logits = logits
+
+    def save(self, path: Path, beside: Mapping[str, np.ndarray] | None = None) -> None:
         """Write the state as safetensors, replacing the file."""
         if self._in_torch is not None:
-            self._in_torch.save(path)
+            self._in_torch.save(path, beside)
         else:
-            self._engine.save_state(self._state, path)
+            self._engine.save_state(self._state, path, beside)
 
     def load(self, path: Path) -> None:
         """Take up a saved state."""
@@ -144,7 +166,7 @@ class EngineReader:
         from dyadlm.engine.bridge import cache_of
         from dyadlm.generate.torch_reader import TorchReader
 
-        log.info("There is much to read, so torch reads on from here.")
+        log.info("Torch reads on from here.")
         self._in_torch = TorchReader(self._model.in_torch(), cache_of(self._state), self._logits)
         self._state = self._engine.start()
 

@@ -4,19 +4,18 @@ Dimension letters: T tokens, V vocabulary.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from dyadlm.errors import UserError
-from dyadlm.files import write_atomically
 from dyadlm.generate.reader import Reader
 from dyadlm.generate.sampling import Sampling
 from dyadlm.memory import ContextMemory
 from dyadlm.memory.context_memory import nats_under
-from dyadlm.state_file import add_memory, read_memory
+from dyadlm.state_file import memory_beside, read_memory
 
 log = logging.getLogger("dyadlm")
 
@@ -66,13 +65,23 @@ class MemoryReader:
         """Never called: there is no speculation."""
         raise NotImplementedError
 
-    def save(self, path: Path) -> None:
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """That of the model."""
+        return self._reader.hidden
+
+    def read_inside(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raises `UserError`: what is learned of logits would not know of the memory."""
+        raise UserError("Learning while reading cannot use a memory; leave out --learn or --memory.")
+
+    def expect(self, logits: np.ndarray, hidden: np.ndarray | None) -> None:
+        """Take these logits (V,) of the model for those that predict the next token."""
+        self._reader.expect(logits, hidden)
+        self._mixed = None
+
+    def save(self, path: Path, beside: Mapping[str, np.ndarray] | None = None) -> None:
         """Write the state of the model and the memory into one file, replacing it."""
-        with TemporaryDirectory() as folder:
-            own = Path(folder) / "state"
-            self._reader.save(own)
-            content = add_memory(own, self.memory.to_dict(), self.memory.tensors())
-        write_atomically(path, content)
+        self._reader.save(path, {**(beside or {}), **memory_beside(self.memory.to_dict(), self.memory.tensors())})
 
     def load(self, path: Path) -> None:
         """Take up a saved state; the memory is empty where the file holds none."""

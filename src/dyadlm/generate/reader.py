@@ -3,6 +3,7 @@
 Dimension letters: T tokens, V vocabulary.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +36,16 @@ class Reader(Protocol):
         """Read ids int64 (T,); returns nats float32 (T,), NaN for a token that nothing predicted."""
         ...
 
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """From which the logits come, float32 (D,); None but after `read_inside`."""
+        ...
+
+    def read_inside(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read ids int64 (T,), T > 0; what the model had before each: logits float32 (T, V), and the hidden state
+        float32 (T, D) from which they come. NaN before a token that nothing predicted."""
+        ...
+
     def read_next(self, token: int, first: bool) -> None:
         """Read one token of a continuation, the fastest way there is. first: whether the continuation begins."""
         ...
@@ -47,8 +58,12 @@ class Reader(Protocol):
         """Stand where a settled speculation stands."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Write the state; raises `UserError` for a model whose state cannot be saved."""
+    def expect(self, logits: np.ndarray, hidden: np.ndarray | None) -> None:
+        """Take these logits (V,), and the hidden state (D,) they come from, for those that predict the next token."""
+        ...
+
+    def save(self, path: Path, beside: Mapping[str, np.ndarray] | None = None) -> None:
+        """Write the state, and numbers beside it; raises `UserError` for a model whose state cannot be saved."""
         ...
 
     def load(self, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,20 @@ class Session:
             raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
         return nats
 
+    def read_inside(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read token ids (T,), T > 0; what the model had before each: logits float32 (T, V), and the last hidden state
+        float32 (T, D). NaN before a token that nothing predicted.
+
+        Raises `UserError` for a model that is not ours.
+        """
+        self.begins = False
+        return self._reader.read_inside(np.asarray(tokens, dtype=np.int64))
+
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """The last hidden state float32 (D,), after `read_inside`."""
+        return self._reader.hidden
+
     def read_prompt(self, text: str) -> None:
         """Read a text as `generate` is given it: where a document begins with the specials its tokenizer adds."""
         self.read(self._tokenizer(text, add_special_tokens=self.begins)["input_ids"])
@@ -115,9 +129,16 @@ class Session:
             if rest := decoder.finish():
                 yield rest
 
-    def save(self, path: Path) -> None:
-        """Write the state as safetensors, replacing the file. Raises `UserError` if the model has none."""
-        self._reader.save(path)
+    def expect(self, logits: np.ndarray, hidden: np.ndarray | None = None) -> None:
+        """Take saved logits (V,), and the hidden state (D,) they come from, for those that predict the next token."""
+        self._reader.expect(logits, hidden)
+
+    def save(self, path: Path, beside: Mapping[str, np.ndarray] | None = None) -> None:
+        """Write the state as safetensors, replacing the file. Raises `UserError` if the model has none.
+
+        beside: other numbers that are kept in the file (`dyadlm.state_file.read_beside`).
+        """
+        self._reader.save(path, beside)
 
     def saving(self, path: Path | None) -> Callable[[], None] | None:
         """What saves the state to a path, as it is then; None without one."""

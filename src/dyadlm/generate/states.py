@@ -39,6 +39,15 @@ def require_saveable_state(model: "PreTrainedModel") -> "DyadConfig":
     return model.config
 
 
+def require_learnable(model: "PreTrainedModel") -> "DyadConfig":
+    """The configuration of one of our models; raises `UserError` for others, which cannot learn while they read."""
+    from dyadlm.model import DyadConfig
+
+    if not isinstance(model.config, DyadConfig):
+        raise UserError(f"A {model.config.model_type} model cannot learn while it reads; leave out --learn.")
+    return model.config
+
+
 def require_lasting_slots(fields: Mapping[str, Any]) -> None:
     """Raise `UserError` unless a model of this configuration remembers something from one document to the next."""
     if not fields.get("slot_contexts"):

@@ -95,8 +95,8 @@ def waiting_lines(file: BinaryIO) -> Iterator[list[bytes]]:
     rest, size = b"", FIRST_WAITING
     while block := file.read1(size):  # type: ignore[attr-defined]  # of what is buffered; BinaryIO is older
         *complete, rest = (rest + block).split(b"\n")
-        found = [part for line in complete for part in _parts(line + b"\n")]
-        *long, rest = _parts(rest)
+        found = [part for line in complete for part in parts_of(line + b"\n")]
+        *long, rest = parts_of(rest)
         size = min(2 * size, MOST_WAITING)
         if found or long:
             yield [*found, *long]
@@ -110,7 +110,7 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
         yield from found
 
 
-def _parts(line: bytes) -> list[bytes]:
+def parts_of(line: bytes) -> list[bytes]:
     """A line in parts of at most `LONGEST_LINE` bytes, cut between characters; the last may be empty."""
     parts = []
     while len(line) > LONGEST_LINE:

@@ -3,6 +3,7 @@
 Dimension letters: T tokens, V vocabulary.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from dyadlm.engine.bridge import Decoder, decoder_of
 from dyadlm.errors import UserError
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
-from dyadlm.generate.states import require_lasting_slots, require_saveable_state
+from dyadlm.generate.states import require_lasting_slots, require_learnable, require_saveable_state
 from dyadlm.model import DyadCache, DyadForCausalLM
 from dyadlm.model.empty_state import identity_of
 
@@ -32,6 +33,7 @@ class TorchReader:
 
     def __init__(self, model: PreTrainedModel, state: Any = None, logits: np.ndarray | None = None):
         self.model, self.state, self.logits = model, state, logits
+        self.hidden: np.ndarray | None = None  # float32 (D,), from which logits come, after `read_inside`
         self._other = None if isinstance(model, DyadForCausalLM) else Continuation(model)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.end_tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
@@ -67,11 +69,25 @@ class TorchReader:
         """Stand where a settled speculation stands."""
         self.state, self.logits = speculation.state, speculation.logits.cpu().numpy()
 
-    def save(self, path: Path) -> None:
+    def read_inside(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read ids int64 (T,), T > 0; what the model had before each: logits float32 (T, V), and the hidden state
+        float32 (T, D) from which they come. NaN before a token that nothing predicted.
+
+        Raises `UserError` for a model that is not ours.
+        """
+        require_learnable(self.model)
+        parts = [self._read_inside(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)]
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([hidden for _, hidden in parts])
+
+    def expect(self, logits: np.ndarray, hidden: np.ndarray | None) -> None:
+        """Take these logits (V,), and the hidden state (D,) they come from, for those that predict the next token."""
+        self.logits, self.hidden = logits, hidden
+
+    def save(self, path: Path, beside: Mapping[str, np.ndarray] | None = None) -> None:
         """Write the state as safetensors, replacing the file."""
         config = require_saveable_state(self.model)
         state = DyadCache() if self.state is None else self.state
-        state.save(path, config, identity_of(cast(DyadForCausalLM, self.model)))
+        state.save(path, config, identity_of(cast(DyadForCausalLM, self.model)), beside)
 
     def load(self, path: Path) -> None:
         """Take up a saved state."""
@@ -79,14 +95,14 @@ class TorchReader:
         state = DyadCache.load(path, config, self.model.device, identity_of(cast(DyadForCausalLM, self.model)))
         if state.batch_size > 1:
             raise UserError(f"{path} holds {state.batch_size} rows, but a session reads one text.")
-        self.state, self.logits = state, None
+        self.state, self.logits, self.hidden = state, None, None
 
     def start_document(self) -> None:
         """Keep the tables of slots alone."""
         require_lasting_slots(vars(require_saveable_state(self.model)))
         if self.state is not None:
             self.state.start_document()
-        self.logits = None
+        self.logits = self.hidden = None
 
     @torch.inference_mode()
     def _read(self, ids: np.ndarray) -> np.ndarray:
@@ -101,5 +117,24 @@ class TorchReader:
         if self.logits is not None:
             first = torch.as_tensor(self.logits, device=logits.device)[None]
         nats = cross_entropy(torch.cat([first, logits[:-1]]), tokens, reduction="none")
-        self.logits = logits[-1].cpu().numpy().copy()
+        self.logits, self.hidden = logits[-1].cpu().numpy().copy(), None
         return np.asarray(nats.cpu().numpy())
+
+    @torch.inference_mode()
+    def _read_inside(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `read_inside`, in one forward pass."""
+        tokens = torch.as_tensor(ids, dtype=torch.long, device=self.model.device)
+        output = self.model(
+            input_ids=tokens[None], past_key_values=self.state, use_cache=True, output_hidden_states=True
+        )
+        self.state = output.past_key_values
+        logits, hidden = (tensor[0].float().cpu().numpy() for tensor in (output.logits, output.hidden_states[-1]))
+        found = _moved_on(self.logits, logits), _moved_on(self.hidden, hidden)
+        self.logits, self.hidden = logits[-1].copy(), hidden[-1].copy()
+        return found
+
+
+def _moved_on(before: np.ndarray | None, after: np.ndarray) -> np.ndarray:
+    """What there was before each token, (T, N): what there was before all (N,), and after each but the last (T, N)."""
+    first = np.full_like(after[:1], np.nan) if before is None else before[None]
+    return np.concatenate([first, after[:-1]])

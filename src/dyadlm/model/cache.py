@@ -6,10 +6,11 @@ forecasters remember. Its size depends on the configuration alone.
 Dimension letters: B batch, D width, R rank; ring j holds 2^j sums, level j of the block tree the last four.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -237,13 +238,20 @@ class DyadCache:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    def save(self, path: str | Path, config: DyadConfig, weights: str | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        config: DyadConfig,
+        weights: str | None = None,
+        beside: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Write the state as safetensors, atomically. The file names the shape of the model it belongs to.
 
-        weights: what tells the model's weights from others (`identity_of`), for `load` to compare.
+        weights: what tells the model's weights from others (`identity_of`), for `load` to compare. beside: other
+        numbers that are kept in the file (`dyadlm.state_file.read_beside`).
         """
         tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self.tensors().items()}
-        write_state(Path(path), tensors, signature_of(config), self.columns_seen, weights)
+        write_state(Path(path), tensors, signature_of(config), self.columns_seen, weights, beside)
 
     @classmethod
     def load(

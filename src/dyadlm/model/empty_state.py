@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from dyadlm.model.boundaries import Boundaries
 from dyadlm.model.configuration import DyadConfig
@@ -34,9 +35,11 @@ def _empty_state(fields: str) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in cache.tensors().items()}
 
 
-def identity_of(model: DyadForCausalLM) -> str:
+def identity_of(model: PreTrainedModel) -> str:
     """What tells the weights of a model from those of others, for `DyadCache.save` and `load`, in any dtype."""
     tensors = model.state_dict()
+    if not isinstance(model, DyadForCausalLM):  # whose names are not known: all of them count
+        tensors = {f"model.layers.{name}": tensor for name, tensor in tensors.items()}
 
     def sample(name: str, places: np.ndarray) -> np.ndarray:
         flat = tensors[name].detach().reshape(-1)

@@ -1,0 +1,156 @@
+"""Reading lines with a model and its state, in chunks, and the surprise at each byte of them.
+
+Dimension letters: T tokens, V vocabulary, D width.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dyadlm.data.encoding import AnyTokenizer, TextEncoder, prefix_token
+from dyadlm.errors import RunFailed, UserError
+from dyadlm.generate.engine_reader import EngineModel
+from dyadlm.generate.session import Model, Session
+from dyadlm.score.drift import Drift
+from dyadlm.score.follow import Place
+from dyadlm.score.learning import Learner
+from dyadlm.score.lines import Line
+from dyadlm.score.units import ScoredLine
+from dyadlm.state_file import read_beside
+
+
+class Scorer:
+    """A session that reads lines and gives the surprise at each byte. The state is carried from line to line.
+
+    The beginning token stands before the first line, and the end-of-document token between two documents, as in
+    prepared data. Each line is tokenised by itself; all lines of a call are read at once.
+
+    drift: of all lines that were read. learner: None where nothing is learned. lines, size, bits: how many lines (or
+    parts of long ones), bytes and bits were read since the scorer was made.
+    """
+
+    def __init__(self, session: Session, tokenizer: AnyTokenizer, drift: Drift, learner: Learner | None = None):
+        self._session, self._encoder, self.drift, self.learner = session, TextEncoder(tokenizer), drift, learner
+        self.lines, self.size, self.bits = 0, 0, 0.0
+        self._between = False  # whether a document that starts has one before it
+        if session.begins:
+            self._surprises(np.array([prefix_token(tokenizer)]), [])
+
+    def read(self, lines: Sequence[Line]) -> list[ScoredLine]:
+        """Read lines; the surprise at each byte of them. A token that nothing predicted counts as 0 bits.
+
+        Raises:
+            UserError: bytes that are no text, under a tokenizer of text.
+            RunFailed: the model's logits are not numbers.
+        """
+        ids: list[np.ndarray] = []
+        places: list[tuple[int, int, np.ndarray]] = []  # of each line: its tokens, and the bytes at which these begin
+        at = 0
+        for line in lines:
+            if line.starts_document and self._between:
+                ids.append(np.array([self._encoder.end_id]))
+                at += 1
+            self._between = True
+            tokens, starts = self._encoded(line)
+            ids.append(tokens)
+            places.append((at, at + len(tokens), starts))
+            at += len(tokens)
+        if not places:
+            return []
+        nats = self._surprises(np.concatenate(ids), [stop for _, stop, _ in places])
+        scored = []
+        for line, (begin, end, starts) in zip(lines, places, strict=True):
+            found = spread(np.nan_to_num(nats[begin:end].astype(np.float64)) / math.log(2), starts, len(line.content))
+            scored.append(ScoredLine(line, *found))
+            total = float(found[0].sum())
+            self.drift.add(total, len(line.content))
+            self.lines, self.size, self.bits = self.lines + 1, self.size + len(line.content), self.bits + total
+        return scored
+
+    def _encoded(self, line: Line) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return self._encoder.encode(line.content)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{line.document}, line {line.number} is not UTF-8 text, which the tokenizer of this model needs; "
+                "convert it (with iconv, say) or use a byte-level model."
+            ) from error
+
+    def _surprises(self, ids: np.ndarray, line_ends: Sequence[int]) -> np.ndarray:
+        """Nats (T,) of ids (T,). line_ends: the token behind each line; what is learned ends a block there."""
+        if self.learner is None:
+            return self._session.read(ids)
+        logits, hidden = self._session.read_inside(ids)
+        edges = [0, *line_ends, *([] if line_ends else [len(ids)])]
+        nats = [self.learner.nats(logits[a:b], hidden[a:b], ids[a:b]) for a, b in pairwise(edges)]
+        found = np.concatenate(nats)
+        if np.isnan(found[int(np.isnan(logits[0, 0])) :]).any():
+            raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
+        return found
+
+    def save(self, path: Path, place: Place | None = None) -> None:
+        """Write the state of the model, and beside it all that reading on needs, atomically, replacing the file.
+
+        place: up to where a file was followed. Reading on from the file gives what reading on without it gives: to the
+        bit where torch reads (with a learner always), else up to rounding. Raises `UserError` if the model has no state
+        that can be saved.
+        """
+        beside: dict[str, Any] = {"drift": np.array(self.drift.numbers()), "between": np.array([self._between])}
+        if self._session.logits is not None:
+            beside["logits"] = self._session.logits
+        if self.learner is not None:
+            beside["delta"], beside["hidden"] = self.learner.delta, self._session.hidden
+        if place is not None:
+            beside["place"] = np.array(place, np.int64)
+        self._session.save(path, {name: np.ascontiguousarray(tensor) for name, tensor in beside.items()})
+
+    def load(self, path: Path) -> Place | None:
+        """Take up what was saved beside the state of a session that was opened with it; where the file was followed to.
+
+        A state that another command wrote has nothing beside it: the first token is then predicted by nothing.
+        Raises `UserError` for a file of other learning, or a damaged one.
+        """
+        beside = read_beside(path)
+        if ("delta" in beside) != (self.learner is not None) and "drift" in beside:
+            how = "leave out --learn" if self.learner is not None else "add --learn"
+            raise UserError(f"{path} was written by other options; {how}, or begin without --state-in.")
+        try:
+            if self.learner is not None and "delta" in beside:
+                self.learner.take(beside["delta"])
+            if "logits" in beside:
+                self._session.expect(beside["logits"], beside.get("hidden"))
+            if "drift" in beside:
+                self.drift.continue_from(beside["drift"].tolist())
+                self._between = bool(beside["between"][0])
+            return Place(*beside["place"].tolist()) if "place" in beside else None
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"What stands beside the state in {path} is damaged; begin without --state-in.") from error
+
+
+def identity_of_weights(model: Model) -> str:
+    """What tells the weights of any model from those of others."""
+    if isinstance(model, EngineModel):
+        return model.engine.identity
+    from dyadlm.model.empty_state import identity_of
+
+    return identity_of(model)
+
+
+def spread(bits: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of tokens as bits of bytes: float64 (size,), and the first byte of each token that has bytes, int64.
+
+    starts: int64 (T,), ascending; the last of the tokens that begin at the same byte has its bytes, and the bits of
+    all of them are spread over these.
+    """
+    if not len(starts):
+        return np.zeros(size), np.zeros(1, np.int64)
+    starts = np.minimum(starts, size - 1)
+    firsts = np.flatnonzero(np.diff(starts, prepend=-1))
+    own = starts[firsts].copy()
+    own[0] = 0
+    lengths = np.diff(np.append(own, size))
+    return np.repeat(np.add.reduceat(bits, firsts) / lengths, lengths), own
