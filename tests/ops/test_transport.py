@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -42,6 +42,8 @@ def test_keeps_the_length_of_the_difference(seed, width, ratio):
 def test_equals_the_matrix_form(seed, width, ratio):
     """The rotation as an explicit matrix, the guard region included."""
     q, p = vectors(seed, width, ratio)
+    # Nearer to the antipode the matrix, not the fast form, loses digits.
+    assume(bool((torch.cosine_similarity(q, p) > 1e-6 - 1).all()))
     close(phase_transport(q, p), reference.phase_transport(q, p), 1e-9)
 
 
