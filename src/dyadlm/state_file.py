@@ -150,6 +150,8 @@ def require_whole(path: str | Path) -> int:
 
 def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]:
     """The tensors, the head and the columns seen of a file that agrees with its checksum."""
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a readable state file; write a new one with --state-out.")
     try:
         with safe_open(str(path), framework="np") as file:
             head = file.metadata() or {}
@@ -165,6 +167,8 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]
         raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
     if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors, head.get("memory", "")):
         raise UserError(f"{path} is damaged (its checksum differs); write a new state with --state-out.")
+    if not tensors and int(seen):
+        raise UserError(f"{path} holds nothing of what was read; it is damaged, write a new state with --state-out.")
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise UserError(f"{path} holds values that are not numbers ({name}); write a new state with --state-out.")

@@ -234,11 +234,19 @@ def with_ids(change):
     return changed
 
 
+def without_documents(columns):
+    rows, kind = columns["segments"].to_pylist(), columns["segments"].type
+    unnamed = [[segment | {"document": None} for segment in row] for row in rows]
+    return columns | {"segments": pa.array(unnamed, kind)}
+
+
 DAMAGES = {
     "fewer tokens": with_ids(lambda ids: ids[:-1]),
     "a token below zero": with_ids(lambda ids: np.where(ids == ids[0], -1, ids).astype(np.int32)),
     "a token beyond the vocabulary": with_ids(lambda ids: np.where(ids == ids[0], 259, ids).astype(np.int32)),
     "tokens of another type": with_ids(lambda ids: ids.astype(np.int64)),
+    "segments of numbers": lambda columns: columns | {"segments": pa.array([0] * len(columns["segments"]))},
+    "a segment without a document": without_documents,
     "no segments": lambda columns: {name: column for name, column in columns.items() if name != "segments"},
 }
 
