@@ -279,17 +279,22 @@ def test_offsets_that_lead_out_of_a_list_are_not_believed(tmp_path, offsets):
         open_dataset(folder)
 
 
-def test_segments_out_of_order_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [lambda row: list(reversed(row)), lambda row: [segment | {"start": -segment["start"]} for segment in row]],
+)
+def test_segments_out_of_order_are_refused(tmp_path, change):
     folder = tmp_path / "out"
-    prepare([made_up(documents=2, words=100)], folder)
+    prepare([made_up(documents=40, words=100)], folder)
 
-    def backwards(columns):
+    def disorder(columns):
         rows = columns["segments"].to_pylist()
+        assert all(len(row) > 1 for row in rows)
         kind = columns["segments"].type
-        columns["segments"] = pa.array([list(reversed(row)) for row in rows], kind)
+        columns["segments"] = pa.array([change(row) for row in rows], kind)
         return columns
 
-    resigned(folder, backwards)
+    resigned(folder, disorder)
     with pytest.raises(UserError, match="out of order"):
         len(open_dataset(folder).split("validation").segments)
 

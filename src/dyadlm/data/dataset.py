@@ -216,10 +216,12 @@ def _read_segments(tables: Sequence[Any]) -> SegmentTable:
     )
     segments = lists.flatten()
     in_row = segments.field("start").to_numpy()
-    rows = np.repeat(index_start.to_numpy() - index_start[0].as_py(), lists.value_lengths().to_numpy())
+    lengths = lists.value_lengths().to_numpy()
+    rows = np.repeat(index_start.to_numpy() - index_start[0].as_py(), lengths)
     begins = in_row >= 0
+    first = np.isin(np.arange(len(in_row)), np.cumsum(lengths) - lengths)  # which an earlier row may have begun
     tags = segments.filter(pa.array(begins))
     starts = (rows + in_row)[begins]
-    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any():
+    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any() or not (begins | first).all():
         raise UserError("The segments of the prepared data are out of order; it is damaged, prepare it again.")
     return SegmentTable.from_arrow(starts, tags.field("document"), tags.field("section"), tags.field("kind"))
