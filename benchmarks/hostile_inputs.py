@@ -714,7 +714,10 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
 
 
 def commands(draw: random.Random, intact: Intact, place: Path) -> Trials:
-    """Values of options, outputs that cannot be written, readers that leave, and signals."""
+    """Values of options, outputs that cannot be written, readers that leave, and signals.
+
+    No output is ever a device: what replaces it would replace it for the whole machine.
+    """
     run, text = str(intact / "run"), str(intact / "text.txt")
     base = {
         "generate": ["generate", run, "--prompt", "bad", "--seed", "1", "--device", "cpu", "--max-new-tokens", "4"],
@@ -802,7 +805,7 @@ def commands(draw: random.Random, intact: Intact, place: Path) -> Trials:
                 ]
             expect = "any" if (verb, how) == ("train", "a folder") else "refuse"
             yield Trial(f"{verb} {option}: {how}", line, expect, NEXT)
-        for where in (text + "/below", "/proc/x/y", "/dev/full", "a" * 300, "\0"):
+        for where in (text + "/below", "/proc/x/y", "a" * 300, "\0"):
             line = (
                 [*base[verb], option, where]
                 if verb != "train"
