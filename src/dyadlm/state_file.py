@@ -123,6 +123,8 @@ def add_memory(path: Path, options: Mapping[str, Any], tensors: Mapping[str, np.
 
 def holds_memory(path: str | Path) -> bool:
     """Whether a state file holds a memory; False where it cannot be read, which loading it will say."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        return False
     try:
         with safe_open(str(path), framework="np") as file:
             return "memory" in (file.metadata() or {})

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from dyadlm import DyadCache, UserError
 from dyadlm.engine import Engine
 from dyadlm.model.empty_state import identity_of
-from dyadlm.state_file import FORMAT
+from dyadlm.state_file import FORMAT, holds_memory
 
 from .conftest import engine_of, make_model, text
 
@@ -96,6 +96,7 @@ def test_a_pipe_is_refused_rather_than_waited_for(model, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable state file"):
         engine_of(model).load_state(tmp_path / "pipe")
+    assert not holds_memory(tmp_path / "pipe")
 
 
 def test_a_changed_number_shows_in_the_checksum(model, path):
