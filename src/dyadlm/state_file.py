@@ -141,6 +141,8 @@ def memory_beside(options: Mapping[str, Any], tensors: Mapping[str, np.ndarray])
 
 def holds_memory(path: str | Path) -> bool:
     """Whether a state file holds a memory; False where it cannot be read, which loading it will say."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        return False
     try:
         with safe_open(str(path), framework="np") as file:
             return BESIDE + MEMORY_OPTIONS in file.keys()  # noqa: SIM118 - not a mapping
@@ -168,6 +170,8 @@ def require_whole(path: str | Path) -> int:
 
 def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]:
     """The tensors, the head and the columns seen of a file that agrees with its checksum."""
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a readable state file; write a new one with --state-out.")
     try:
         with safe_open(str(path), framework="np") as file:
             head = file.metadata() or {}
@@ -183,6 +187,8 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]
         raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
     if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors):
         raise UserError(f"{path} is damaged (its checksum differs); write a new state with --state-out.")
+    if not tensors and int(seen):
+        raise UserError(f"{path} holds nothing of what was read; it is damaged, write a new state with --state-out.")
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise UserError(f"{path} holds values that are not numbers ({name}); write a new state with --state-out.")

@@ -170,6 +170,21 @@ def test_zstd_with_a_long_window(tmp_path):
     assert b"".join(contents(tmp_path / "a.txt.zst")) == b"to be\n" * 10_000
 
 
+@pytest.mark.parametrize("pack", [lambda content: content, gzip.compress, zstandard.compress])
+def test_lines_of_json_may_be_longer_than_what_is_looked_at(tmp_path, pack):
+    text = "word " * 500_000
+    (tmp_path / "a.json").write_bytes(pack(json.dumps({"text": text}).encode() + b"\n"))
+    assert b"".join(contents(tmp_path / "a.json")) == text.encode()
+
+
+def test_compressed_data_that_changed_inside_is_refused(tmp_path):
+    packed = bytearray(gzip.compress(bytes(range(32, 127)) * 40))
+    for at in range(10, len(packed) - 8):
+        (tmp_path / "a.txt.gz").write_bytes(packed[:at] + bytes([packed[at] ^ 0x5A]) + packed[at + 1 :])
+        with pytest.raises(UserError, match="cannot be read"):
+            contents(tmp_path / "a.txt.gz")
+
+
 def test_records_are_bounded_and_long_ones_come_in_blocks(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 1000, "section": "s"}) + "\n")
     monkeypatch.setattr(formats, "BLOCK_BYTES", 1000)

@@ -234,11 +234,19 @@ def with_ids(change):
     return changed
 
 
+def without_documents(columns):
+    rows, kind = columns["segments"].to_pylist(), columns["segments"].type
+    unnamed = [[segment | {"document": None} for segment in row] for row in rows]
+    return columns | {"segments": pa.array(unnamed, kind)}
+
+
 DAMAGES = {
     "fewer tokens": with_ids(lambda ids: ids[:-1]),
     "a token below zero": with_ids(lambda ids: np.where(ids == ids[0], -1, ids).astype(np.int32)),
     "a token beyond the vocabulary": with_ids(lambda ids: np.where(ids == ids[0], 259, ids).astype(np.int32)),
     "tokens of another type": with_ids(lambda ids: ids.astype(np.int64)),
+    "segments of numbers": lambda columns: columns | {"segments": pa.array([0] * len(columns["segments"]))},
+    "a segment without a document": without_documents,
     "no segments": lambda columns: {name: column for name, column in columns.items() if name != "segments"},
 }
 
@@ -271,17 +279,22 @@ def test_offsets_that_lead_out_of_a_list_are_not_believed(tmp_path, offsets):
         open_dataset(folder)
 
 
-def test_segments_out_of_order_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [lambda row: list(reversed(row)), lambda row: [segment | {"start": -segment["start"]} for segment in row]],
+)
+def test_segments_out_of_order_are_refused(tmp_path, change):
     folder = tmp_path / "out"
-    prepare([made_up(documents=2, words=100)], folder)
+    prepare([made_up(documents=40, words=100)], folder)
 
-    def backwards(columns):
+    def disorder(columns):
         rows = columns["segments"].to_pylist()
+        assert all(len(row) > 1 for row in rows)
         kind = columns["segments"].type
-        columns["segments"] = pa.array([list(reversed(row)) for row in rows], kind)
+        columns["segments"] = pa.array([change(row) for row in rows], kind)
         return columns
 
-    resigned(folder, backwards)
+    resigned(folder, disorder)
     with pytest.raises(UserError, match="out of order"):
         len(open_dataset(folder).split("validation").segments)
 

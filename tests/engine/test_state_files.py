@@ -1,5 +1,7 @@
 """State files: whatever is not the whole state of this very model is refused, by torch and by the engine."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from dyadlm import DyadCache, UserError
 from dyadlm.engine import Engine
 from dyadlm.model.empty_state import identity_of
-from dyadlm.state_file import FORMAT
+from dyadlm.state_file import FORMAT, holds_memory
 
 from .conftest import engine_of, make_model, text
 
@@ -58,6 +60,7 @@ DAMAGES = {
     "no marks": without("text.marks.0"),
     "no slots": without("layers.2.slots.1"),
     "no rings at all": lambda tensors: {name: part for name, part in tensors.items() if ".rings." not in name},
+    "nothing at all": lambda tensors: {},
     "more": lambda tensors: {**tensors, "layers.9.rings.0": np.zeros((1, 1, 2), np.float32)},
     "another name": lambda tensors: {**tensors, "foo": np.zeros(1, np.float32)},
     "another width": changed("layers.0.rings.0", lambda tensor: tensor[..., :-1].copy()),
@@ -86,6 +89,14 @@ def test_damaged_states_are_refused_by_torch_and_by_the_engine(model, path, dama
         DyadCache.load(path, model.config)
     with pytest.raises(UserError):
         engine_of(model).load_state(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused_rather_than_waited_for(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="not a readable state file"):
+        engine_of(model).load_state(tmp_path / "pipe")
+    assert not holds_memory(tmp_path / "pipe")
 
 
 def test_a_changed_number_shows_in_the_checksum(model, path):

@@ -110,5 +110,5 @@ def test_words_that_differ_in_order_or_repetition_have_tags_of_their_own():
 
 @pytest.mark.parametrize("context", [0, -1, "sentence", 1.5])
 def test_a_context_that_is_none_names_the_remedy(context):
-    with pytest.raises(UserError, match="a number of tokens from 1 on, 'word' or 'code'"):
+    with pytest.raises(UserError, match="a number of tokens from 1 to 65,536, 'word' or 'code'"):
         tag_words([1, context], 256)

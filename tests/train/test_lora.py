@@ -186,6 +186,7 @@ def test_odd_weights_are_refused(adapter, base, tmp_path):
         {},
         {name: t for name, t in tensors.items() if name != first},
         tensors | {first: tensors[first][:, :-1].clone()},
+        tensors | {first: tensors[first].int()},
     ):
         save_file(changed, odd / ADAPTER_WEIGHTS)
         with pytest.raises(UserError, match="cannot be merged into"):

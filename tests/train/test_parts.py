@@ -280,3 +280,6 @@ def test_metrics_cut_short_are_read_up_to_there(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read_metrics(file) == [{"step": 1, "loss": 2.0}]
+    for damaged in (b"null", b"[]", b'{"loss": 2.0}', b"\xff\xfe", b"[" * 100_000):
+        file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + damaged + b"\n")
+        assert read_metrics(file) == [{"step": 1, "loss": 2.0}]

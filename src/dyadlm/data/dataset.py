@@ -32,6 +32,7 @@ from dyadlm.files import sha256_of
 
 FORMAT = 1
 ROW_TOKENS = 4_096
+SEGMENT = pa.struct([("start", pa.int64()), ("document", pa.string()), ("section", pa.string()), ("kind", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,14 @@ def _require_sound(file: Path, tokens: int, vocabulary: int) -> None:
         wanted = {"input_ids": pa.list_(pa.int32()), "index_start": pa.int64()}
         if "byte_lengths" in kinds:
             wanted["byte_lengths"] = pa.list_(pa.int32())
-        if any(kinds.get(name) != kind for name, kind in wanted.items()) or "segments" not in kinds:
+        wanted["segments"] = pa.list_(SEGMENT)
+        if any(kinds.get(name) != kind for name, kind in wanted.items()):
             raise ValueError(f"its columns are {', '.join(f'{name}: {kind}' for name, kind in kinds.items())}")
-        if any(table.column(name).null_count for name in (*wanted, "segments")):
+        if any(table.column(name).null_count for name in wanted):
             raise ValueError("values are missing")
+        for chunk in table.column("segments").chunks:
+            if any(chunk.flatten().field(field.name).null_count for field in SEGMENT):
+                raise ValueError("tags of segments are missing")
         ids = [chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks]
         found = sum(map(len, ids))
         if found != tokens:
@@ -211,10 +216,12 @@ def _read_segments(tables: Sequence[Any]) -> SegmentTable:
     )
     segments = lists.flatten()
     in_row = segments.field("start").to_numpy()
-    rows = np.repeat(index_start.to_numpy() - index_start[0].as_py(), lists.value_lengths().to_numpy())
+    lengths = lists.value_lengths().to_numpy()
+    rows = np.repeat(index_start.to_numpy() - index_start[0].as_py(), lengths)
     begins = in_row >= 0
+    first = np.isin(np.arange(len(in_row)), np.cumsum(lengths) - lengths)  # which an earlier row may have begun
     tags = segments.filter(pa.array(begins))
     starts = (rows + in_row)[begins]
-    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any():
+    if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any() or not (begins | first).all():
         raise UserError("The segments of the prepared data are out of order; it is damaged, prepare it again.")
     return SegmentTable.from_arrow(starts, tags.field("document"), tags.field("section"), tags.field("kind"))

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ UNREADABLE = (
     lzma.LZMAError,
     pa.ArrowException,
     zipfile.BadZipFile,
+    zlib.error,
     zstandard.ZstdError,
 )
 
@@ -291,11 +293,15 @@ def _json_lines(file: BinaryIO, name: str, text_field: str) -> Iterator[Passage]
 
 
 def _is_line_of_json(head: bytes, text_field: str) -> bool:
-    """Whether the first line is a JSON object with the field, as in many files of JSON lines called `.json`."""
+    """Whether the first line is a JSON object with the field, as in many files of JSON lines called `.json`.
+
+    Of a line that is longer than `head` the field's name has to do.
+    """
+    line, end, _ = head.lstrip().partition(b"\n")
     try:
-        record = json.loads(head.lstrip().split(b"\n", 1)[0])
+        record = json.loads(line)
     except (ValueError, RecursionError):
-        return False
+        return not end and line.startswith(b"{") and json.dumps(text_field).encode() in line
     return isinstance(record, dict) and (text_field in record or has_messages(record))
 
 

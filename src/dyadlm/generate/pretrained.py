@@ -42,7 +42,7 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(1, device=place).tolist()
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
         raise UserError(f"There is no device {device!r} here; use --device cpu or auto.") from error
     return place

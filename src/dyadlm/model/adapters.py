@@ -6,6 +6,7 @@ merged into its weights: an ordinary model of the same size and speed. The work 
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -152,6 +153,15 @@ def base_of_adapter(path_or_name: str | Path) -> str | None:
     return str(folder / base) if not Path(base).is_absolute() and (folder / base).is_dir() else base
 
 
+def require_kinds(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where a file holds whole numbers for a weight of floating point, which torch would convert."""
+    with safe_open(str(file), framework="pt") as saved:
+        for name in sorted(weights.keys() & set(saved.keys())):
+            kind = saved.get_slice(name).get_dtype()
+            if weights[name].is_floating_point() and not kind.startswith(("F", "BF")):
+                raise ValueError(f"{name} is {kind}, not of floating point")
+
+
 def merge_adapter(base: PreTrainedModel, path_or_name: str | Path) -> PreTrainedModel:
     """The base model with the adapter of a folder or name merged into its weights, in evaluation mode.
 
@@ -171,6 +181,7 @@ def merge_adapter(base: PreTrainedModel, path_or_name: str | Path) -> PreTrained
             adapted = PeftModel.from_pretrained(base, str(folder))
             with safe_open(str(file), framework="pt") as saved:
                 odd = set(saved.keys()) ^ set(get_peft_model_state_dict(adapted))
+            require_kinds(file, get_peft_model_state_dict(adapted))
             if odd:
                 raise ValueError(f"{min(odd)} is missing on one side")
             _require_mergeable(base)

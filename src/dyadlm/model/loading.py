@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from dyadlm.errors import UserError
-from dyadlm.model.adapters import ADAPTER_CONFIG, adapter_folder, base_of_adapter, merge_adapter
+from dyadlm.model.adapters import ADAPTER_CONFIG, adapter_folder, base_of_adapter, merge_adapter, require_kinds
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.values import coerce_fields, type_of
 
@@ -69,6 +69,8 @@ def load_weights(
                 ignore_mismatched_sizes=True,  # reported below, in a sentence
                 **fields,
             )
+        for file in Path(path_or_name).glob("*.safetensors"):
+            require_kinds(file, loaded[0].state_dict())
     except UserError:
         raise
     except Exception as error:  # broken files raise errors of many kinds

@@ -15,6 +15,8 @@ from torch import Tensor
 from dyadlm.errors import UserError
 from dyadlm.ops.pyramid import Clock, next_position
 
+# The longest context: its tokens are part of the state and of each tag.
+LONGEST_CONTEXT = 65_536
 SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # digits of pi: two hashes that know nothing of each other
 
 
@@ -69,8 +71,12 @@ def tag_words(contexts: Sequence[int | str], vocab_size: int) -> int:
         UserError: a context is neither a positive number nor "word".
     """
     for context in contexts:
-        if context != "word" and (not isinstance(context, int) or context < 1):
-            raise UserError(f"A slot context is a number of tokens from 1 on, 'word' or 'code'; replace {context!r}.")
+        number = isinstance(context, int) and not isinstance(context, bool) and 1 <= context <= LONGEST_CONTEXT
+        if context != "word" and not number:
+            raise UserError(
+                f"A slot context is a number of tokens from 1 to {LONGEST_CONTEXT:,}, 'word' or 'code'; "
+                f"replace {context!r}."
+            )
     fits = tokens_per_word(vocab_size)
     return max(-(-c // fits) if isinstance(c, int) else len(SEEDS) for c in contexts)
 

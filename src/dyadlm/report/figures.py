@@ -38,6 +38,7 @@ def draw_losses(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "
 
     metrics: the lines of RUN/metrics.jsonl. Raises `UserError` if they hold no loss.
     """
+    metrics = [{name: value for name, value in m.items() if isinstance(value, int | float)} for m in metrics]
     training = [(m["tokens"], m["bits_per_byte"]) for m in metrics if "tokens" in m and "bits_per_byte" in m]
     if not training:
         raise UserError("There is no loss to draw yet; train for a while first.")

@@ -20,15 +20,16 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.inspection import behaviour
 from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
 from dyadlm.model import DyadConfig, DyadForCausalLM
-from dyadlm.model.adapters import is_adapted, load_adapter, save_adapter
+from dyadlm.model.adapters import is_adapted, load_adapter, require_kinds, save_adapter
 from dyadlm.model.extension import COMPANIONS
 from dyadlm.model.loading import without_bars_of_transformers
 from dyadlm.train.average import WeightAverage, load_raw, save_raw
@@ -106,6 +107,29 @@ class LogSpacedSaves(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step in LOG_SPACED:
             control.should_save = True
+
+
+@contextmanager
+def _reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """A manifest that agrees shows that nothing changed since, not that what was written is a checkpoint."""
+    try:
+        yield
+    except (UserError, RunFailed):
+        raise
+    except Exception as error:  # torch, safetensors and json each have their own
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{checkpoint} is damaged ({reason}); remove it to go on from an earlier checkpoint."
+        ) from error
+
+
+def _require_sound_state(folder: Path) -> None:
+    """Raise ValueError unless trainer_state.json is of the step that its folder is named for."""
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    if state.global_step != int(folder.name.rpartition("-")[2]):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.global_step}")
+    if not isinstance(state.best_model_checkpoint, str | None):
+        raise ValueError(f"best_model_checkpoint in {TRAINER_STATE_NAME} is no path")
 
 
 class LanguageModelTrainer(Trainer):
@@ -440,23 +464,36 @@ class LanguageModelTrainer(Trainer):
         return set(cast(PreTrainedModel, self.model).all_tied_weights_keys or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if is_adapted(cast(PreTrainedModel, self.model)):
-            load_adapter(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average.begin()
-        load_raw(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
-        load_companions(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        with _reading(folder):
+            _require_sound_state(folder)
+            if is_adapted(cast(PreTrainedModel, self.model)):
+                load_adapter(cast(PreTrainedModel, self.model), folder)
+            else:
+                if not self.is_fsdp_enabled:
+                    require_kinds(folder / SAFE_WEIGHTS_NAME, cast(PreTrainedModel, self.model).state_dict())
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.average is not None:
+                self.average.begin()
+            load_raw(cast(PreTrainedModel, self.model), folder)
+            load_companions(cast(PreTrainedModel, self.model), folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the moments and the position in the schedule, but keep the values of this run's settings."""
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
         told = [{name: group[name] for name in group if name != "params"} for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._require_fitting_moments(checkpoint)
+        with _reading(checkpoint):
+            if not self.is_fsdp_enabled:  # which has a folder instead; transformers goes on without either file
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+                    (Path(checkpoint) / name).stat()
+            super()._load_optimizer_and_scheduler(checkpoint)
+            self._require_fitting_moments(checkpoint)
         # Loading replaced the optimizer's groups.
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
         scheduler = cast(LambdaLR, self.lr_scheduler)
@@ -466,16 +503,25 @@ class LanguageModelTrainer(Trainer):
             group["lr"] = values["initial_lr"] * factor(scheduler.last_epoch)
 
     def _require_fitting_moments(self, checkpoint: str) -> None:
-        """Compiled code of the optimizer does not look where a tensor ends."""
+        """Compiled code of the optimizer does not look where a tensor ends, nor whether its numbers are all there."""
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        wrapped = getattr(optimizer, "optimizer", optimizer)  # by accelerate
+        needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(wrapped, torch.optim.Adam) else set()
+        if needed and not optimizer.state:
+            raise ValueError("it holds no state of the optimizer")
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            for name, value in optimizer.state.get(weight, {}).items():
+            state = optimizer.state.get(weight, {})
+            if state and not needed <= state.keys():
+                raise ValueError(f"the optimizer's {min(needed - state.keys())} is missing")
+            for name, value in state.items():
                 moment = isinstance(value, torch.Tensor) and value.dim() > 0
                 if moment and (value.shape != weight.shape or not value.is_floating_point()):
                     raise UserError(
                         f"The optimizer's {name} in {checkpoint} is {tuple(value.shape)} where the weight is "
                         f"{tuple(weight.shape)}; the checkpoint is damaged, remove it to go on from an earlier one."
                     )
+                if moment and (value.layout != weight.layout or value.stride() != weight.stride()):
+                    raise ValueError(f"the optimizer's {name} is laid out in another way than the weight")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once and so are missing; anything else means another model."""
