@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -176,7 +176,8 @@ def test_requests_that_are_refused(logs, capsys, request_, message):
 
 
 @pytest.mark.parametrize(
-    "options", ["--follow a.log", "--alert 0.1", "--learn", "--score mean", "--per line --continue 3"]
+    "options",
+    ["--follow a.log", "--alert 0.1", "--learn", "--score mean", "--per line --continue 3", "--per line --memory"],
 )
 def test_streams_of_tokens_have_no_lines(logs, capsys, options):
     assert call("stream", "run", *options.split()) == 2
@@ -268,20 +269,23 @@ def test_the_commands_of_the_guide_run_as_printed(tmp_path, monkeypatch, capsys)
     """The training is shorter here, so that a line has to be long to be odd; all else is as printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DYADLM_CACHE", str(tmp_path / "cache"))
+    odd = "SOMETHING ELSE!" * 40 + "\n"
     Path("train.log").write_text(words(400))
     Path("normal.log").write_text(words(12) * 1100)
-    Path("today.log").write_text(words(12) * 20 + "SOMETHING ELSE!" * 40 + "\n")
-    Path("app.log").write_text("SOMETHING ELSE!" * 40 + "\n" + words(12) * 20)
+    Path("today.log").write_text(words(12) * 20 + odd)
+    Path("app.log").write_text(words(12) * 20)
     for arguments in commands():
         if arguments[0] == "train":
             arguments = [*arguments[: arguments.index("--set")], *SMALL]
         if "--follow" in arguments:
+            with Path("app.log").open("a") as log:
+                log.write(odd)
             with start(tmp_path, *arguments) as process:
-                deadline = time.monotonic() + 60
-                row = ""
-                while "app.log:1:" not in row and time.monotonic() < deadline:
-                    row = process.stdout.readline()
-                assert "SOMETHING" in row
+                watch = threading.Timer(100, process.kill)  # so that a fault ends the test
+                watch.start()
+                while "SOMETHING" not in (row := process.stdout.readline()):
+                    assert row, process.stderr.read()
+                watch.cancel()
                 process.send_signal(signal.SIGTERM)
                 process.communicate(timeout=60)
             assert process.returncode == 143

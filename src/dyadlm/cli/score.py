@@ -146,11 +146,13 @@ def stream_lines(
     from dyadlm.score import Follower, units_of, waiting_chunks
     from dyadlm.score.judging import Rule
 
+    follower = None if follow is None else Follower(follow)
     calibration, alert, threshold = wanted
     scorer, normal, place = open_scorer(model, device, dtype, fields, reading, calibration, state_in, state_out)
     rule = Rule(normal, alert, threshold)
     printer = Printer(form_of(json, False), "line", rule)
-    follower = None if follow is None else Follower(follow, place)
+    if follower is not None:
+        follower.place = place
     chunks = waiting_chunks(standard_input(), "standard input") if follower is None else iter(follower)
 
     def save() -> None:
@@ -188,12 +190,13 @@ def open_scorer(
     making: a new calibration is made, not read.
     """
     from dyadlm.generate import EngineModel, open_session
-    from dyadlm.generate.states import require_learnable
+    from dyadlm.generate.states import require_learnable, require_state_files
     from dyadlm.score import Calibration, Drift, Scorer
     from dyadlm.score.calibration import load_calibration
     from dyadlm.score.learning import Learner
     from dyadlm.score.scorer import identity_of_weights
 
+    require_state_files(state_in, False, state_out)
     loaded, tokenizer = load_to_read(model, device, dtype, fields)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal

@@ -92,8 +92,8 @@ def stream(
     from dyadlm.score import Reading
 
     if per == "line":
-        if continuation or new_document:
-            raise UserError("Lines are only scored; leave out --continue and --new-document, or leave out --per line.")
+        if continuation or new_document or memory:
+            raise UserError("Lines are only scored; leave out --continue, --new-document and --memory, or --per line.")
         reading = Reading("line", judged, learn)
         rule = (calibration, alert, threshold)
         stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields)

@@ -38,11 +38,10 @@ def _empty_state(fields: str) -> dict[str, np.ndarray]:
 def identity_of(model: PreTrainedModel) -> str:
     """What tells the weights of a model from those of others, for `DyadCache.save` and `load`, in any dtype."""
     tensors = model.state_dict()
-    if not isinstance(model, DyadForCausalLM):  # whose names are not known: all of them count
-        tensors = {f"model.layers.{name}": tensor for name, tensor in tensors.items()}
+    others = not isinstance(model, DyadForCausalLM)
 
     def sample(name: str, places: np.ndarray) -> np.ndarray:
         flat = tensors[name].detach().reshape(-1)
         return np.asarray(flat[torch.from_numpy(places).to(flat.device)].float().cpu().numpy())
 
-    return weights_identity({name: tuple(tensor.shape) for name, tensor in tensors.items()}, sample)
+    return weights_identity({name: tuple(tensor.shape) for name, tensor in tensors.items()}, sample, every=others)
