@@ -320,3 +320,8 @@ def test_what_it_costs(base, words, tmp_path):
     adapted = cost["parameters"] - weights
     assert 0 < adapted < weights / 5
     assert cost["static_memory_bytes"] == 4 * weights + 16 * adapted
+
+
+def test_the_card_counts_the_parameters_of_the_merged_model(base, adapter):
+    line = next(line for line in (base / "README.md").read_text().splitlines() if line.startswith("| Parameters"))
+    assert line in (adapter / "README.md").read_text()

@@ -123,3 +123,12 @@ def test_only_the_answers_are_scored(chats, tmp_path):
     assert found.tokens == int(targets.sum()) < len(stream) / 10
     assert found.nats_per_token == pytest.approx(nats[targets].mean().item(), rel=1e-4)
     assert found.bytes == sum(len(f"{n}!") for n in range(90))
+
+
+def test_the_card_of_a_model_that_chats(chats, tale, tmp_path):
+    card = (train(small_run(tmp_path / "run", chats), console=Console(quiet=True)).output / "README.md").read_text()
+    assert "tokenizer.apply_chat_template(" in card
+    assert "dyadlm generate" not in card
+    card = (train(small_run(tmp_path / "other", tale), console=Console(quiet=True)).output / "README.md").read_text()
+    assert 'tokenizer("once upon' in card
+    assert "dyadlm generate" in card

@@ -19,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from dyadlm.errors import UserError
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.extension import COMPANIONS
 from dyadlm.registration import LORA_TARGETS
 from dyadlm.state_file import weights_identity
 
@@ -65,6 +66,14 @@ def add_adapter(model: PreTrainedModel, base: str, rank: int, alpha: float, drop
 def is_adapted(model: PreTrainedModel) -> bool:
     """Whether `add_adapter` was called on the model."""
     return hasattr(model, "adapter_base_identity")
+
+
+def adapter_parameters(model: PreTrainedModel) -> int:
+    """How many parameters the adapter of a model has; 0 where there is none."""
+    if not is_adapted(model):
+        return 0
+    trained = {name: weight for name, weight in model.named_parameters() if not name.startswith(COMPANIONS)}
+    return sum(weight.numel() for weight in trained.values() if weight.requires_grad)
 
 
 def base_identity(model: PreTrainedModel) -> str:

@@ -122,7 +122,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     facts: name, prompt, model_type, parameters, sources, licences, tokenizer, sequence_length, steps, tokens, loss,
     validation_loss, validation_bits_per_byte; None where unknown. consensus: of a planner, with which validation was
     scored; 0 for none. validation_of: the loss of each source, where there are several. adapter: its rank, 0 for none;
-    base: the model beside which it was trained.
+    base: the model beside which it was trained. chat: whether the tokenizer has a chat template.
     """
 
     def figure(name: str, form: str) -> str:
@@ -143,6 +143,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
     rows |= {
         f"Validation loss of {name}": f"{loss:.4f} nats per token" for name, loss in facts["validation_of"].items()
     }
+    prepared = f'tokenizer("{facts["prompt"]}", return_tensors="pt")'
+    if facts["chat"]:
+        prepared = (
+            'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
+            'return_dict=True, return_tensors="pt"\n)'
+        )
+    command = "" if facts["chat"] else f'\nor `dyadlm generate . --prompt "{facts["prompt"]}"`.\n'
     needs = "import dyadlm  # registers the architecture\n" if facts["model_type"] == "dyadlm" else ""
     scorer = ""
     if facts["consensus"] and facts["validation_loss"] is not None:
@@ -151,8 +158,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     if facts["adapter"]:
         rows["Adapter"] = f"LoRA of rank {facts['adapter']}, trained beside {facts['base']}"
         adapter = (
-            f"\nA folder with `{ADAPTER_WEIGHTS}` holds the adapter alone. Programs then need peft and the base model; "
-            "`dyadlm export` merges the two.\n"
+            f"\nWhere `{ADAPTER_WEIGHTS}` is in this folder, it holds the adapter alone. Programs then need peft and "
+            "the base model; `dyadlm export` merges the two.\n"
         )
     table = "\n".join(f"| {as_markdown(name)} | {as_markdown(value)} |" for name, value in rows.items())
     return f"""---
@@ -178,9 +185,7 @@ The validation figures are those of the last evaluation during training, on a sa
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
-inputs = tokenizer("{facts["prompt"]}", return_tensors="pt")
+inputs = {prepared}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
-
-or `dyadlm generate . --prompt "{facts["prompt"]}"`.
-"""
+{command}"""

@@ -70,6 +70,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+# Columns of a terminal that the bar takes with all figures.
+ROOM_FOR_FIGURES = 110
 # A run prints at most so many lines of each kind where there is no terminal; the metrics file has them all.
 LOSS_LINES, VALIDATION_LINES = 16, 10
 
@@ -126,7 +128,8 @@ class ProgressDisplay(TrainerCallback):
             return
         text = "  ".join(filter(None, [_loss(self._latest, "loss", "loss"), _speed(self._latest)]))
         if self._bar is not None:
-            self._bar.update(self._task, figures=text)
+            short = f"loss {self._latest['loss']:.4f}"  # so that the step and the time left have room
+            self._bar.update(self._task, figures=text if self._console.width >= ROOM_FOR_FIGURES else short)
         elif self._is_due("loss", step, LOSS_LINES):
             rate = self._latest.get("steps_per_second", 0.0)
             left = f"  {_duration((self._total - step) / rate)} left" if rate else ""

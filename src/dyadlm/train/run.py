@@ -22,6 +22,7 @@ from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.resolve import parse_weight
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
+from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.configuration import CHOOSING, DyadConfig
 from dyadlm.model.loading import is_model_folder
 from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, remove_leftovers, require_same
@@ -310,7 +311,7 @@ def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any])
             "name": _title(settings),
             "prompt": plan.prompt,
             "model_type": plan.model.config.model_type,
-            "parameters": published_parameters(plan.model),
+            "parameters": published_parameters(plan.model) - adapter_parameters(plan.model),
             "sources": settings.sources,
             "licences": plan.licences,
             "tokenizer": f"{len(plan.tokenizer):,} tokens",
@@ -318,6 +319,7 @@ def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any])
             "consensus": getattr(plan.model.config, "consensus", 0),
             "adapter": settings.lora.rank,
             "base": settings.model,
+            "chat": bool(plan.tokenizer.chat_template),
         }
     )
 
