@@ -2,6 +2,7 @@
 
 import json
 import struct
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def test_a_run_has_text_of_its_own_and_so_do_its_checkpoints(capsys, tmp_path):
         (["whole"], "give some with --data"),
         (["whole", "--data", "text.txt", "--probe", "leek"], "no probe 'leek'"),
         (["nowhere.gguf"], "no file nowhere.gguf"),
-        (["garbage.gguf"], "cannot be loaded as a GGUF model"),
+        (["garbage.gguf"], "cannot be loaded as a GGUF model" if find_spec("gguf") else "pip install 'dyadlm[gguf]'"),
         (["whole", "--data", "text.txt", "--dtype", "float12"], "Unknown dtype"),
         (["whole", "--data", "nothing.txt"], "nothing.txt"),
         (["text.txt"], "no model folder"),
