@@ -14,6 +14,7 @@ from dyadlm.data import prepare
 from dyadlm.generate import generate_text, load_model
 from dyadlm.train import export, train
 from dyadlm.train.checkpoint import write_manifest
+from dyadlm.train.settings import read_record
 from dyadlm.train.verification import verify
 
 pytestmark = pytest.mark.slow
@@ -165,3 +166,11 @@ def test_links_out_of_a_run_are_not_published(run, tmp_path):
     (run / "notes.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(UserError, match="is a link out of the folder"):
         export(run, tmp_path / "exported")
+
+
+@pytest.mark.parametrize("name", ["settings", "order_of_text", "training_arguments", "model", "result"])
+def test_a_record_of_other_types_is_refused(run, name):
+    record = json.loads((run / "dyadlm.json").read_text())
+    (run / "dyadlm.json").write_text(json.dumps(record | {name: True}))
+    with pytest.raises(UserError, match=r"dyadlm\.json is (not the record of a run|damaged)"):
+        read_record(run)

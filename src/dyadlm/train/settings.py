@@ -412,6 +412,11 @@ def read_record(run: Path) -> dict[str, Any]:
         raise UserError(f"{run / RECORD_NAME} cannot be read ({error}); is {run} a run of dyadlm?") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise UserError(f"{run / RECORD_NAME} is not the record of a run.")
+    for name in ("order_of_text", "training_arguments", "model", "result"):
+        if not isinstance(record.get(name, {}), dict):
+            raise UserError(
+                f"{run / RECORD_NAME} is damaged ({name} is {record[name]!r}); take it from a copy of the run."
+            )
     return record
 
 
