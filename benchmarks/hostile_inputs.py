@@ -124,7 +124,7 @@ def odd_entries(draw: random.Random, file: Path, number: int, leave: tuple[str, 
     for _ in range(number):
         path, value = draw.choice(places), draw.choice([*ODD, ...])
         what = "missing" if value is ... else f"= {value!r}"
-        yield f"{'.'.join(map(str, path))} {what}", json.dumps(changed(content, path, value))  # type: ignore[misc]
+        yield f"{'.'.join(map(str, path))} {what}", json.dumps(changed(content, path, value))
 
 
 def tensor_damages(tensors: dict[str, np.ndarray], draw: random.Random) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
@@ -270,7 +270,7 @@ def checkpoints(draw: random.Random, intact: Intact, place: Path) -> Trials:
         yield trial(f"model.safetensors {how}", True)
     # Of the others nothing shows whether they were so, or nothing depends on them.
     for name, leave in (("trainer_state.json", ("log_history",)), ("checkpoint.json", ())):
-        for how, text in odd_entries(draw, intact / "run/checkpoint-4" / name, 12, leave):  # type: ignore[misc]
+        for how, text in odd_entries(draw, intact / "run/checkpoint-4" / name, 12, leave):
             (interrupted(intact / "run", run) / name).write_text(text)
             yield trial(f"{name} {how}", name != "checkpoint.json")
 
@@ -457,7 +457,7 @@ def prepared(draw: random.Random, intact: Intact, place: Path) -> Trials:
     # Nothing depends on names, licences and counts of documents; bytes are believed.
     for how, text in odd_entries(
         draw, intact / "prepared/manifest.json", SAMPLE, ("bytes", "bytes_per_token", "documents")
-    ):  # type: ignore[misc]
+    ):
         damaged("validation", lambda file: None, False)
         (folder / "manifest.json").write_text(text)
         yield Trial(f"manifest {how}", command, figure=loss)
@@ -490,7 +490,7 @@ def models(draw: random.Random, intact: Intact, place: Path) -> Trials:
     for verb in commands:
         fresh()
         yield Trial(f"intact {verb}", commands[verb], "same", NEXT, loss if verb == "evaluate" else shown)
-    for how, text in odd_entries(draw, intact / "run/config.json", 2 * SAMPLE):  # type: ignore[misc]
+    for how, text in odd_entries(draw, intact / "run/config.json", 2 * SAMPLE):
         if how != "max_position_embeddings missing":  # another window is a valid one
             (fresh() / "config.json").write_text(text)
             yield trial(f"config.json {how}")
@@ -501,7 +501,7 @@ def models(draw: random.Random, intact: Intact, place: Path) -> Trials:
             other = {"cut": content[: draw.randrange(1, len(content) - 4)], "noise": draw.randbytes(99), "empty": b""}
             file.write_bytes(other.get(how, {"list": b"[]", "null": b"null", "number": b"7"}.get(how, b"")))
             yield trial(f"{name} {how}")
-    for how, text in odd_entries(draw, intact / "run/generation_config.json", 12):  # type: ignore[misc]
+    for how, text in odd_entries(draw, intact / "run/generation_config.json", 12):
         (fresh() / "generation_config.json").write_text(text)
         yield trial(f"generation_config.json {how}")
     weights = load_file(intact / "run/model.safetensors")
@@ -555,7 +555,7 @@ def records(draw: random.Random, intact: Intact, place: Path) -> Trials:
     verbs = ["resume", "resume", "report", "evaluate"]
     shutil.copytree(intact / "run", run)
     yield Trial("intact evaluate", commands["evaluate"], figure=loss)
-    for number, (how, text) in enumerate(odd_entries(draw, intact / "run/dyadlm.json", SAMPLE)):  # type: ignore[misc]
+    for number, (how, text) in enumerate(odd_entries(draw, intact / "run/dyadlm.json", SAMPLE)):
         shutil.copytree(intact / "run", run)
         (run / "dyadlm.json").write_text(text)
         yield trial(f"dyadlm.json {how}", verbs[number % 4])
@@ -832,7 +832,10 @@ def commands(draw: random.Random, intact: Intact, place: Path) -> Trials:
             )
     train = [*base["train"][:-4], "max_steps=400", "save_steps=400", *base["train"][-3:]]
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        saved_run = lambda told: bool(told.code and told.code > 0 and list((place / "out").glob("checkpoint-*")))  # noqa: E731
+
+        def saved_run(told, place=place):
+            return bool(told.code and told.code > 0 and list((place / "out").glob("checkpoint-*")))
+
         yield Trial(
             f"train {number.name}", train, act=partial(signalled_training, number, place / "out"), check=saved_run
         )
@@ -900,7 +903,7 @@ def adapters(draw: random.Random, intact: Intact, place: Path) -> Trials:
     yield Trial("intact", command, stdin=NEXT)
     # Other values of these are valid adapters, or mean nothing to inference.
     leave = ("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "revision", "inference_mode")
-    for how, text in odd_entries(draw, intact / "adapter/adapter_config.json", SAMPLE, leave):  # type: ignore[misc]
+    for how, text in odd_entries(draw, intact / "adapter/adapter_config.json", SAMPLE, leave):
         (fresh() / "adapter_config.json").write_text(text)
         yield Trial(f"adapter_config.json {how}", command, stdin=NEXT)
     content = json.loads((intact / "adapter/adapter_config.json").read_text())

@@ -15,6 +15,7 @@ from dyadlm.generate import generate_text, load_model
 from dyadlm.train import export, train
 from dyadlm.train.checkpoint import write_manifest
 from dyadlm.train.settings import read_record
+from dyadlm.train.trainer import _reading
 from dyadlm.train.verification import verify
 
 pytestmark = pytest.mark.slow
@@ -174,3 +175,10 @@ def test_a_record_of_other_types_is_refused(run, name):
     (run / "dyadlm.json").write_text(json.dumps(record | {name: True}))
     with pytest.raises(UserError, match=r"dyadlm\.json is (not the record of a run|damaged)"):
         read_record(run)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), OSError(5, "a disk that fails")])
+def test_nobody_is_told_to_remove_a_checkpoint_that_could_not_be_read(error):
+    with pytest.raises(type(error)) as raised, _reading("run/checkpoint-2"):
+        raise error
+    assert raised.value is error

@@ -111,12 +111,17 @@ class LogSpacedSaves(TrainerCallback):
 
 @contextmanager
 def _reading(checkpoint: str | Path | None) -> Iterator[None]:
-    """A manifest that agrees shows that nothing changed since, not that what was written is a checkpoint."""
+    """A manifest that agrees shows that nothing changed since, not that what was written is a checkpoint.
+
+    A disk that fails and memory that is full say nothing against it: nobody is told to remove it for these.
+    """
     try:
         yield
-    except (UserError, RunFailed):
+    except (UserError, RunFailed, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch, safetensors and json each have their own
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{checkpoint} is damaged ({reason}); remove it to go on from an earlier checkpoint."
