@@ -17,6 +17,7 @@ from torch import Tensor
 from dyadlm.errors import UserError
 from dyadlm.model.boundaries import TextState
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.ops.clock import Clock, next_position
 from dyadlm.ops.slots import SlotState, SlotWrite, slot_put
 from dyadlm.state_file import read_state, require_fitting, state_signature, write_state
 
@@ -86,6 +87,7 @@ class DyadCache:
     planner: PlannerState
     position: Tensor | None  # (B,) int64, tokens of each row's open document
     columns_seen: int  # columns read so far, padding included: what `generate` counts
+    may_begin: bool  # whether some row may stand at the start of a document; False only where that is known
 
     def __init__(self) -> None:
         self.rows: Rows | None = None
@@ -93,7 +95,7 @@ class DyadCache:
         self._set({}, 0)
 
     def _set(self, tensors: dict[str, Tensor], layers: int) -> None:
-        self.position = tensors.get("position")
+        self.position, self.may_begin = tensors.get("position"), True
         self.text = _read(TextState, tensors, "text")
         self.planner = _read(PlannerState, tensors, "planner")
         self.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(layers)]
@@ -130,15 +132,17 @@ class DyadCache:
         return self.__dict__[name]
 
     def update(
-        self, layers: list[BlockState], text: TextState, planner: PlannerState, position: Tensor, columns: int
+        self, layers: list[BlockState], text: TextState, planner: PlannerState, clock: Clock
     ) -> None:
-        """Take the state after a chunk of `columns` columns. Copies, so that no view keeps a whole chunk alive; but
+        """Take the state after the chunk of a clock. Copies, so that no view keeps a whole chunk alive; but
         what one token changes in the tables of slots is put into them."""
         self.layers = [_taken(layer, self.layers[i].slots if self.layers else ()) for i, layer in enumerate(layers)]
         self.text = _map_tensors(text, torch.clone)
         self.planner = _map_tensors(planner, torch.clone)
-        self.position = position
-        self.columns_seen += columns
+        self.position = next_position(clock)
+        self.columns_seen += clock.index.shape[1]
+        # A row of padding alone stays where it was.
+        self.may_begin = self.may_begin and clock.padded
 
     @property
     def is_empty(self) -> bool:
@@ -170,6 +174,7 @@ class DyadCache:
             chosen.text = _map_tensors(self.text, lambda t: t.index_select(0, rows.to(t.device)))
             chosen.planner = _map_tensors(self.planner, lambda t: t.index_select(0, rows.to(t.device)))
             chosen.position = self.position.index_select(0, rows.to(self.position.device))
+            chosen.may_begin = self.may_begin
         chosen.columns_seen = self.columns_seen
         return chosen
 
@@ -197,7 +202,7 @@ class DyadCache:
         if self.position is not None:
             self.layers = [BlockState(slots=layer.slots) for layer in self.layers]
             self.text, self.planner = TextState(), PlannerState()
-            self.position = torch.zeros_like(self.position)
+            self.position, self.may_begin = torch.zeros_like(self.position), True
             self.columns_seen = 0
 
     def copy(self) -> "DyadCache":

@@ -37,7 +37,8 @@ def chunk_layout(
     sums = torch.promote_types(dtype, torch.float32)
     shares = [level_shares(k, a, clock, nodes, config.early, sums) for k, a in enumerate(alignments)]
     index = clock.index[:1] if clock.fresh else clock.index
-    period = 2 ** torch.tensor(changes, device=index.device, dtype=torch.int64)
+    # Filled on the device: a tensor of a list would wait for a copy from the host.
+    period = torch.cat([index.new_full((1,), 2**change) for change in changes] or [index.new_empty(0)])
     angle = (index[..., None] + 1) % period * (2 * math.pi / period)
     ages = torch.cat([angle.sin(), angle.cos()], -1)
     if segments is not None:

@@ -29,7 +29,7 @@ from dyadlm.model.pretrained import DyadPreTrainedModel
 from dyadlm.model.slots import plan_slots, plans_alike
 from dyadlm.model.text import read_text
 from dyadlm.model.variants import part_of, variant_of
-from dyadlm.ops.clock import Clock, next_position
+from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.segments import SegmentPlan
 from dyadlm.ops.slots import SlotState
@@ -121,7 +121,7 @@ class DyadModel(DyadPreTrainedModel):
                 self, read, segments, aux[-1], clock, planner, output_outlook
             )
         if cache is not None and use_cache:
-            cache.update(states, text, planner, next_position(clock), embedded.shape[1])
+            cache.update(states, text, planner, clock)
 
         outputs = [rows.unpack(output) for output in outputs]
         routes = tuple(rows.unpack(part.routes) for part in aux if part.routes is not None)

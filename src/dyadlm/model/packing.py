@@ -104,4 +104,5 @@ def chunk_clock(
         if not bool(inside.any()):
             starts = None
     position = cache.position if cache is not None else None
-    return make_clock(batch, time, position=position, length=length, starts=starts, device=device)
+    begins = cache is None or cache.may_begin
+    return make_clock(batch, time, position=position, length=length, starts=starts, device=device, begins=begins)

@@ -22,6 +22,7 @@ class Clock:
     padded: bool  # some row may end in padding
     restarts: bool  # a document may start inside the chunk; if none does, the zeros of the start need no mask
     fresh: bool  # every row is one document from its first token to column T: trees align with columns
+    begins: bool = True  # some row may stand at the start of a document; False only where that is known
 
 
 def make_clock(
@@ -32,6 +33,7 @@ def make_clock(
     length: Tensor | None = None,
     starts: Tensor | None = None,
     device: torch.device | None = None,
+    begins: bool = True,
 ) -> Clock:
     """The clock of a chunk of `time` columns.
 
@@ -39,6 +41,7 @@ def make_clock(
         position: (B,) int64 tokens already seen of each row's document; None for a fresh start.
         length: (B,) int64 real tokens per row; None if all are.
         starts: (B, T) bool, True where a new document begins; None if none does.
+        begins: False if every row is known to continue a document.
     """
     padded, restarts = length is not None, starts is not None
     fresh = position is None and not padded and not restarts
@@ -51,7 +54,7 @@ def make_clock(
     if starts is not None:
         start = torch.where(starts, column, -1).cummax(1).values
         index = torch.where(start >= 0, column - start, index)
-    return Clock(index, length, position, padded, restarts, fresh)
+    return Clock(index, length, position, padded, restarts, fresh, begins or restarts)
 
 
 def next_position(clock: Clock) -> Tensor:

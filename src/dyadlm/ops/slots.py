@@ -150,7 +150,7 @@ def slot_lookup(
     pending = items.tags.gather(2, index).squeeze(2)
     alone = state is not None and clock.index.shape[1] == 1
     # Within a document one token touches two sets; the start of one may empty whole tables.
-    if alone and (scope == "stream" or not bool((clock.index == 0).any())):
+    if alone and (scope == "stream" or not clock.begins):
         assert state is not None
         return _lookup_token(items, pending, state, rules)
     return _lookup_chunk(items, pending, clock, state, rules)
