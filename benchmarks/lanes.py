@@ -24,7 +24,9 @@ WARM_UP = 2
 ADAMW = {"betas": (0.9, 0.99)}
 
 
-def batches(streams: list[tuple[TokenStream, float]], steps: int, rows: int, length: int, seed: int) -> dict[str, Tensor]:
+def batches(
+    streams: list[tuple[TokenStream, float]], steps: int, rows: int, length: int, seed: int
+) -> dict[str, Tensor]:
     """All batches of a run in the order of the trainer: input_ids and labels, int64 (S, B, T) each."""
     windows = TrainingWindows(streams, length, steps * rows, seed=seed)
     parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
@@ -97,6 +99,19 @@ class Lane:
         """Mean loss of the last twentieth of the steps."""
         return float(self.losses[self.done - max(1, self.done // 20) : self.done].mean())
 
+    @torch.no_grad()
+    def rewind(self, weights: Sequence[Tensor]) -> None:
+        """Begin again with these weights: what a warm-up has moved goes back to where it was."""
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.copy_(weight)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        self.counter.zero_()
+        self.losses.fill_(torch.nan)
+        self.done = 0
+
     def _step(self) -> None:
         batch = {name: values.index_select(0, self.counter)[0] for name, values in self.data.items()}
         if isinstance(self.model, dyadlm.DyadForCausalLM):
@@ -132,16 +147,7 @@ class Lane:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
             self._step()
-        # What the warm-up has moved goes back to where it was.
-        with torch.no_grad():
-            for parameter, weight in zip(self.parameters, weights, strict=True):
-                parameter.copy_(weight)
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
-            self.counter.zero_()
-            self.losses.fill_(torch.nan)
+        self.rewind(weights)
 
 
 def run(lanes: Sequence[Lane], until: float, watch: Callable[[int], None] | None = None) -> bool:

@@ -131,9 +131,7 @@ class DyadCache:
         self._set(rows.tensors(), self._depth)
         return self.__dict__[name]
 
-    def update(
-        self, layers: list[BlockState], text: TextState, planner: PlannerState, clock: Clock
-    ) -> None:
+    def update(self, layers: list[BlockState], text: TextState, planner: PlannerState, clock: Clock) -> None:
         """Take the state after the chunk of a clock. Copies, so that no view keeps a whole chunk alive; but
         what one token changes in the tables of slots is put into them."""
         self.layers = [_taken(layer, self.layers[i].slots if self.layers else ()) for i, layer in enumerate(layers)]

@@ -1,10 +1,10 @@
-"""Decoding with a state that never moves (`dyadlm.engine.graph_step`) gives what decoding otherwise gives."""
+"""Decoding with a state that never moves (`dyadlm.generate.graph_step`) gives what decoding otherwise gives."""
 
 import pytest
 import torch
 
 from dyadlm import DyadCache, DyadConfig, DyadForCausalLM
-from dyadlm.engine.graph_step import GraphStep
+from dyadlm.generate.graph_step import GraphStep
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

@@ -1,0 +1,194 @@
+"""Everything that only a GPU can say, in one command of at most nine minutes; resumable.
+
+    python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages tests training decoding study text]
+
+tests: the tests that need a GPU. training: time of a step (`gpu_training.py`). decoding: time of a token
+(`gpu_decoding.py`). study: models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside a
+Llama, on as much text as the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
+
+Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
+measured again. With `--rehearse` everything runs at small sizes on the CPU where there is no GPU.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+STAGES = ("tests", "training", "decoding", "study", "text")
+# Of the whole time.
+SHARES = {"tests": 0.14, "training": 0.22, "decoding": 0.1, "study": 0.32, "text": 0.22}
+TRAINED = [
+    ("ours", "small"),
+    ("ours-compiled", "small"),
+    ("llama-compiled", "small"),
+    ("ours-compiled", "base"),
+    ("llama-compiled", "base"),
+    ("mamba2", "small"),
+]
+
+
+class Run:
+    """The folder of results and the time that is left."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.folder, self.options = options.output, options
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.until = time.time() + 60 * options.minutes
+        self.gpu = torch.cuda.is_available()
+
+    def command(self, script: str, *arguments: Any) -> list[str]:
+        return [sys.executable, str(HERE / script), *map(str, arguments)]
+
+    def start(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
+        """A process whose output goes to a file, with the source tree on its path."""
+        paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))
+        with (self.folder / log).open("ab") as output:
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
+
+    def finish(self, process: subprocess.Popen[bytes], log: str, seconds: float) -> None:
+        """Wait for a process, at most so long; show the end of what it said."""
+        try:
+            process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            print(f"{log}: stopped after {seconds:.0f} s", flush=True)
+        lines = (self.folder / log).read_text(errors="replace").splitlines()
+        print("\n".join(f"  {line[:240]}" for line in lines[-self.options.tail :]), flush=True)
+
+
+def tests(run: Run, seconds: float) -> None:
+    """The tests of the GPU and of what they build on."""
+    chosen = ["tests/gpu", "tests/generate/test_graph_step.py", "tests/ops/test_transport.py"]
+    command = [
+        sys.executable, "-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider", "--override-ini=addopts=",
+        "-W", "default", "-x" if run.options.first else "--maxfail=20",
+    ]  # fmt: skip
+    run.finish(run.start(command, "tests.log"), "tests.log", seconds)
+
+
+def training(run: Run, seconds: float) -> None:
+    """All contenders get ready side by side; then one after the other is measured."""
+    begun, folder = time.time(), run.folder / "training"
+    folder.mkdir(exist_ok=True)
+    small = ["--device", "cpu", "--tokens", 256, "--lengths", 128, 256] if not run.gpu else []
+    contenders = [("ours", "tiny"), ("llama-compiled", "tiny")] if run.options.rehearse else TRAINED
+    if run.options.rehearse and run.gpu:
+        small = ["--tokens", 8192, "--lengths", 2048]
+        contenders = [("ours", "small"), ("ours-compiled", "small"), ("llama-compiled", "small")]
+    open_ones = {}
+    for contender, preset in contenders:
+        name = f"{contender} {preset}"
+        if not (folder / f"{name}.json").exists():
+            for sign in ("ready", "go"):
+                (folder / f"{name}.{sign}").unlink(missing_ok=True)
+            command = run.command(
+                "gpu_training.py", "--contender", contender, "--preset", preset, "--folder", folder, *small
+            )
+            open_ones[name] = run.start(command, f"training {name}.log")
+    waiting = begun + 0.7 * seconds
+    while time.time() < waiting and not all(
+        (folder / f"{name}.ready").exists() or process.poll() is not None for name, process in open_ones.items()
+    ):
+        time.sleep(0.2)
+    print(f"prepared in {time.time() - begun:.0f} s", flush=True)
+    for name, process in open_ones.items():
+        if not (folder / f"{name}.ready").exists():
+            print(f"{name}: not ready in time", flush=True)
+            process.kill()
+    for name, process in open_ones.items():
+        if process.poll() is None:
+            (folder / f"{name}.go").touch()
+        run.finish(process, f"training {name}.log", begun + seconds - time.time())
+
+
+def decoding(run: Run, seconds: float) -> None:
+    if not run.gpu:
+        return
+    presets = ["small"] if run.options.rehearse else ["small", "base"]
+    command = run.command(
+        "gpu_decoding.py", "--folder", run.folder, "--until", time.time() + seconds - 8, "--preset", *presets
+    )
+    run.finish(run.start(command, "decoding.log"), "decoding.log", seconds)
+
+
+def study(run: Run, seconds: float) -> None:
+    arguments: list[Any] = ["--output", run.folder / "study.json", "--weights", run.folder / "weights"]
+    arguments += ["--seconds", max(5.0, seconds - 40), "--device", "cuda" if run.gpu else "cpu"]
+    if run.options.compile_study:
+        arguments += ["--compile"]
+    if run.options.rehearse:
+        arguments += ["--steps", 60 if run.gpu else 3, "--sweep-steps", 40 if run.gpu else 2]
+        arguments += ["--validation-tokens", 4096, "--study", "families"]
+    run.finish(run.start(run.command("gpu_study.py", *arguments), "study.log"), "study.log", seconds)
+
+
+def text(run: Run, seconds: float) -> None:
+    """tiny-en, then `small` and the Llama with equal time."""
+    if run.options.shard is None:
+        print("no shard was given", flush=True)
+        return
+    unpacked = run.folder / "shard"
+    if not unpacked.exists():
+        with tarfile.open(run.options.shard) as archive:
+            archive.extractall(unpacked, filter="data")
+    begun = time.time()
+    names, overhead = run.options.texts, 25.0
+    each = max(4.0, (seconds - len(names) * overhead) / len(names))
+    for name in names:
+        if (run.folder / f"{name}.json").exists():
+            continue
+        arguments: list[Any] = ["--model", name, "--shard", unpacked, "--folder", run.folder, "--seconds", round(each)]
+        arguments += [] if run.gpu else ["--device", "cpu", "--rows", 1]
+        arguments += ["--compile"] if run.options.compile_text and run.gpu else []
+        log = f"text {name}.log"
+        run.finish(run.start(run.command("gpu_text.py", *arguments), log), log, begun + seconds + 20 - time.time())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shard", type=Path, help="what shard.py wrote")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--texts", nargs="+", default=["tiny-en", "small", "llama-small"])
+    parser.add_argument("--rehearse", action="store_true", help="small sizes")
+    parser.add_argument("--compile-study", action="store_true")
+    parser.add_argument("--compile-text", action="store_true")
+    parser.add_argument("--first", action="store_true", help="stop the tests at the first failure")
+    parser.add_argument("--tail", type=int, default=12, help="lines shown of each log")
+    options = parser.parse_args()
+    run = Run(options)
+    card: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
+    if run.gpu:
+        card |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    print(json.dumps(card), flush=True)
+    (run.folder / "card.json").write_text(json.dumps(card))
+    for number, stage in enumerate(options.stages):
+        left = run.until - time.time()
+        if left < 10:
+            print(f"no time for {stage}", flush=True)
+            continue
+        seconds = left * SHARES[stage] / sum(SHARES[later] for later in options.stages[number:])
+        begun = time.time()
+        print(f"==== {stage}: at most {seconds:.0f} s of {left:.0f}", flush=True)
+        globals()[stage](run, seconds)
+        print(f"==== {stage}: {time.time() - begun:.0f} s", flush=True)
+    shutil.rmtree(run.folder / "shard", ignore_errors=True)
+    shutil.rmtree(run.folder / "inductor", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
