@@ -1,6 +1,6 @@
 """Everything that only a GPU can say, in one command of at most nine minutes; resumable.
 
-    python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages tests training decoding study text]
+    python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages STAGE ...]
 
 tests: the tests that need a GPU. training: time of a step (`gpu_training.py`). decoding: time of a token
 (`gpu_decoding.py`). study: models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside a

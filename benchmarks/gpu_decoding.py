@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,9 @@ def main() -> None:
     for preset in options.preset:
         for rows in ROWS:
             cells: dict[str, Callable[[], dict[str, Any]]] = {
-                f"ours graph {preset} {rows}": lambda: ours(preset, rows, True),
-                f"ours {preset} {rows}": lambda: ours(preset, rows, False),
-                **{
-                    f"llama {preset} {rows} at {context}": lambda context=context: peer(preset, rows, context)
-                    for context in CONTEXTS
-                },
+                f"ours graph {preset} {rows}": partial(ours, preset, rows, True),
+                f"ours {preset} {rows}": partial(ours, preset, rows, False),
+                **{f"llama {preset} {rows} at {context}": partial(peer, preset, rows, context) for context in CONTEXTS},
             }
             for name, cell in cells.items():
                 if name in found or time.time() > options.until:
