@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages STAGE ...]
 
-tests: the tests that need a GPU. training: time of a step (`gpu_training.py`). decoding: time of a token
-(`gpu_decoding.py`). study: models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside a
-Llama, on as much text as the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
+tests: the tests that need a GPU. training: time of a step (`gpu_training.py`), and of a decoded token
+(`gpu_decoding.py`). study: models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside
+a Llama, on as much text as the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
 
 Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
 measured again. With `--rehearse` everything runs at small sizes on the CPU where there is no GPU.
@@ -24,16 +24,16 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("tests", "training", "decoding", "study", "text")
+STAGES = ("tests", "training", "study", "text")
 # Of the whole time.
-SHARES = {"tests": 0.14, "training": 0.22, "decoding": 0.1, "study": 0.32, "text": 0.22}
+SHARES = {"tests": 0.1, "training": 0.27, "study": 0.39, "text": 0.24}
+LENGTHS = (2048, 8192, 32768)
 TRAINED = [
-    ("ours", "small"),
-    ("ours-compiled", "small"),
     ("llama-compiled", "small"),
-    ("ours-compiled", "base"),
+    ("ours-compiled", "small"),
     ("llama-compiled", "base"),
-    ("mamba2", "small"),
+    ("ours-compiled", "base"),
+    ("ours", "small"),
 ]
 
 
@@ -45,6 +45,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.until = time.time() + 60 * options.minutes
         self.gpu = torch.cuda.is_available()
+        self.texts: dict[str, subprocess.Popen[bytes]] = {}  # models that get ready to train on text
 
     def command(self, script: str, *arguments: Any) -> list[str]:
         return [sys.executable, str(HERE / script), *map(str, arguments)]
@@ -54,6 +55,7 @@ class Run:
         paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
 
@@ -80,81 +82,95 @@ def tests(run: Run, seconds: float) -> None:
 
 
 def training(run: Run, seconds: float) -> None:
-    """All contenders get ready side by side; then one after the other is measured."""
+    """All contenders get ready side by side, while tokens are decoded; then one after the other is measured."""
     begun, folder = time.time(), run.folder / "training"
     folder.mkdir(exist_ok=True)
-    small = ["--device", "cpu", "--tokens", 256, "--lengths", 128, 256] if not run.gpu else []
-    contenders = [("ours", "tiny"), ("llama-compiled", "tiny")] if run.options.rehearse else TRAINED
-    if run.options.rehearse and run.gpu:
-        small = ["--tokens", 8192, "--lengths", 2048]
-        contenders = [("ours", "small"), ("ours-compiled", "small"), ("llama-compiled", "small")]
-    open_ones = {}
-    for contender, preset in contenders:
-        name = f"{contender} {preset}"
+    cells = [(contender, preset, length) for contender, preset in TRAINED for length in LENGTHS]
+    extra: list[Any] = []
+    if run.options.rehearse:
+        cells = [("ours", "tiny", 256), ("llama-compiled", "tiny", 256)]
+        extra = ["--tokens", 512] + ([] if run.gpu else ["--device", "cpu"])
+    waiting = {}
+    for contender, preset, length in cells:
+        name = f"{contender} {preset} {length}"
         if not (folder / f"{name}.json").exists():
             for sign in ("ready", "go"):
                 (folder / f"{name}.{sign}").unlink(missing_ok=True)
-            command = run.command(
-                "gpu_training.py", "--contender", contender, "--preset", preset, "--folder", folder, *small
-            )
-            open_ones[name] = run.start(command, f"training {name}.log")
-    waiting = begun + 0.7 * seconds
-    while time.time() < waiting and not all(
-        (folder / f"{name}.ready").exists() or process.poll() is not None for name, process in open_ones.items()
+            arguments = ["--contender", contender, "--preset", preset, "--lengths", length, "--name", name]
+            command = run.command("gpu_training.py", "--folder", folder, *arguments, *extra)
+            waiting[name] = run.start(command, "training.log")
+    if run.gpu:
+        presets = ["small"] if run.options.rehearse else ["small", "base"]
+        arguments = ["--folder", run.folder, "--until", begun + 0.6 * seconds - 5, "--preset", *presets]
+        run.finish(run.start(run.command("gpu_decoding.py", *arguments), "decoding.log"), "decoding.log", 0.6 * seconds)
+    while time.time() < begun + 0.66 * seconds and not all(
+        (folder / f"{name}.ready").exists() or process.poll() is not None for name, process in waiting.items()
     ):
         time.sleep(0.2)
     print(f"prepared in {time.time() - begun:.0f} s", flush=True)
-    for name, process in open_ones.items():
+    for name, process in waiting.items():
         if not (folder / f"{name}.ready").exists():
             print(f"{name}: not ready in time", flush=True)
             process.kill()
-    for name, process in open_ones.items():
+    for name, process in waiting.items():
         if process.poll() is None:
             (folder / f"{name}.go").touch()
-        run.finish(process, f"training {name}.log", begun + seconds - time.time())
-
-
-def decoding(run: Run, seconds: float) -> None:
-    if not run.gpu:
-        return
-    presets = ["small"] if run.options.rehearse else ["small", "base"]
-    command = run.command(
-        "gpu_decoding.py", "--folder", run.folder, "--until", time.time() + seconds - 8, "--preset", *presets
-    )
-    run.finish(run.start(command, "decoding.log"), "decoding.log", seconds)
+            try:
+                process.wait(timeout=max(1.0, begun + seconds - time.time()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        result = folder / f"{name}.json"
+        print(name, result.read_text() if result.exists() else "no result", flush=True)
 
 
 def study(run: Run, seconds: float) -> None:
+    if "text" in run.options.stages:
+        prepare_texts(run)  # on the processor, meanwhile
     arguments: list[Any] = ["--output", run.folder / "study.json", "--weights", run.folder / "weights"]
-    arguments += ["--seconds", max(5.0, seconds - 40), "--device", "cuda" if run.gpu else "cpu"]
+    arguments += ["--seconds", max(5.0, seconds - 18), "--device", "cuda" if run.gpu else "cpu"]
     if run.options.compile_study:
         arguments += ["--compile"]
     if run.options.rehearse:
-        arguments += ["--steps", 60 if run.gpu else 3, "--sweep-steps", 40 if run.gpu else 2]
+        arguments += ["--steps", 60 if run.gpu else 3, "--sweep-steps", 40 if run.gpu else 1]
         arguments += ["--validation-tokens", 4096, "--study", "families"]
     run.finish(run.start(run.command("gpu_study.py", *arguments), "study.log"), "study.log", seconds)
 
 
-def text(run: Run, seconds: float) -> None:
-    """tiny-en, then `small` and the Llama with equal time."""
-    if run.options.shard is None:
-        print("no shard was given", flush=True)
+def prepare_texts(run: Run) -> None:
+    """Start the models that train on text; they compile and wait."""
+    if run.options.shard is None or run.texts:
         return
     unpacked = run.folder / "shard"
     if not unpacked.exists():
         with tarfile.open(run.options.shard) as archive:
             archive.extractall(unpacked, filter="data")
-    begun = time.time()
-    names, overhead = run.options.texts, 25.0
-    each = max(4.0, (seconds - len(names) * overhead) / len(names))
-    for name in names:
+    for name in run.options.texts:
         if (run.folder / f"{name}.json").exists():
             continue
-        arguments: list[Any] = ["--model", name, "--shard", unpacked, "--folder", run.folder, "--seconds", round(each)]
-        arguments += [] if run.gpu else ["--device", "cpu", "--rows", 1]
-        arguments += ["--compile"] if run.options.compile_text and run.gpu else []
-        log = f"text {name}.log"
-        run.finish(run.start(run.command("gpu_text.py", *arguments), log), log, begun + seconds + 20 - time.time())
+        for sign in ("ready", "go"):
+            (run.folder / f"{name}.{sign}").unlink(missing_ok=True)
+        arguments: list[Any] = ["--model", name, "--shard", unpacked, "--folder", run.folder]
+        arguments += ["--compile"] if run.gpu else ["--device", "cpu", "--rows", 1]
+        run.texts[name] = run.start(run.command("gpu_text.py", *arguments), f"text {name}.log")
+
+
+def text(run: Run, seconds: float) -> None:
+    """tiny-en with two fifths of the time, then `small` and the Llama with equal parts."""
+    prepare_texts(run)
+    if not run.texts:
+        print("no shard was given", flush=True)
+        return
+    until = time.time() + seconds
+    while time.time() < until - 0.5 * seconds and not all(
+        (run.folder / f"{name}.ready").exists() or process.poll() is not None for name, process in run.texts.items()
+    ):
+        time.sleep(0.2)
+    shares = {name: 1.4 if name == "tiny-en" else 1.0 for name in run.texts}
+    after = 6.0 * len(shares)  # in which models are scored and saved
+    each = max(2.0, (until - time.time() - after) / sum(shares.values()))
+    for name, process in run.texts.items():
+        (run.folder / f"{name}.go").write_text(f"{each * shares[name]:.1f}")
+        run.finish(process, f"text {name}.log", until + 10 - time.time())
 
 
 def main() -> None:
@@ -166,7 +182,6 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["tiny-en", "small", "llama-small"])
     parser.add_argument("--rehearse", action="store_true", help="small sizes")
     parser.add_argument("--compile-study", action="store_true")
-    parser.add_argument("--compile-text", action="store_true")
     parser.add_argument("--first", action="store_true", help="stop the tests at the first failure")
     parser.add_argument("--tail", type=int, default=12, help="lines shown of each log")
     options = parser.parse_args()

@@ -3,8 +3,9 @@
     python benchmarks/gpu_study.py --output FILE --weights DIR --seconds 200
 
 families: ours, Mamba-2 and Llama, all with Muon and equal n-gram tables: learning rates swept alike at 1.02M tokens,
-then 6.0M tokens (fewer where that is asked for: said in the cell) at the best rate with three seeds. optimizers: the
-arms of `optimizers.py` with three seeds. Windows of 256 bytes, four a step, float32.
+then 6.0M tokens at the best rate with three seeds, in windows of 256 bytes, and with the same rates in windows of
+1,024; 4,096 bytes a step, which takes a GPU hardly longer than 1,024. optimizers: the arms of `optimizers.py` as there,
+with three seeds. float32.
 
 Scores: nats in fresh windows of 256, and at the same positions with 1,024 bytes of context. A cell that is there is not
 measured again. Weights of the first seed are kept.
@@ -13,8 +14,10 @@ measured again. Weights of the first seed are kept.
 import argparse
 import json
 import time
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -26,8 +29,9 @@ from dyadlm.train.validation import ValidationSample
 from lanes import Lane, batches, run
 from optimizers import ARMS, NGRAMS, after_context
 
-ROWS, LENGTH = 4, 256
-SWEEP, FULL = 1000, 5860  # steps
+TOKENS, LENGTH, LONG = 4096, 256, 1024  # of a step, and of a window
+MAMBA_CHUNK = 32  # of the form in torch; its memory grows with the chunk
+SWEEP, FULL = 250, 1465  # steps
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 AT_ONCE = 24
@@ -40,8 +44,24 @@ def build(family: str) -> Any:
     if family == "dyad":
         return dyad(**NGRAMS)
     model = mamba2() if family == "mamba2" else matched_llama(positions=2 * CONTEXT)
+    if family == "mamba2":
+        for layer in model.backbone.layers:
+            layer.mixer.chunk_size = MAMBA_CHUNK
     add_ngrams(model, NGRAMS["ngram_sizes"])
     return model
+
+
+class Cell(NamedTuple):
+    """What is trained, and how."""
+
+    build: Callable[[], Any]
+    steps: int
+    seed: int
+    optimizer: str = "muon"
+    rate: float = 4e-3
+    final: float = 0.1
+    length: int = LENGTH
+    tokens: int = TOKENS  # of a step
 
 
 class Study:
@@ -59,41 +79,44 @@ class Study:
         self.late = after_context(self.fresh, CONTEXT)
         self.batches: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
-    def data(self, steps: int, seed: int) -> dict[str, torch.Tensor]:
-        """The batches of a run; the order depends on the number of steps and the seed."""
-        if (steps, seed) not in self.batches:
-            found = batches(self.streams, steps, ROWS, LENGTH, seed)
-            self.batches[steps, seed] = {name: values.to(self.device) for name, values in found.items()}
-        return self.batches[steps, seed]
+    def data(self, steps: int, seed: int, tokens: int, length: int) -> dict[str, torch.Tensor]:
+        """The batches of a run; their order depends on all of these."""
+        key = (steps, seed, tokens, length)
+        if key not in self.batches:
+            found = batches(self.streams, steps, tokens // length, length, seed)
+            self.batches[key] = {name: values.to(self.device) for name, values in found.items()}
+        return self.batches[key]
 
-    def lane(self, model: Any, steps: int, seed: int, optimizer: str, rate: float, final: float) -> Lane:
-        model = model.to(self.device)
+    def lane(self, cell: "Cell") -> Lane:
+        torch.manual_seed(cell.seed)
+        model = cell.build().to(self.device)
         if self.compile:
             for layer in model.model.layers if hasattr(model, "model") else model.backbone.layers:
                 layer.compile()
-        data = self.data(steps, seed)
-        return Lane(model, data, optimizer=optimizer, rate=rate, final=final, record=self.device == "cuda")
+        data = self.data(cell.steps, cell.seed, cell.tokens, cell.length)
+        return Lane(
+            model, data, optimizer=cell.optimizer, rate=cell.rate, final=cell.final, record=self.device == "cuda"
+        )
 
     @torch.no_grad()
     def score(self, lane: Lane) -> dict[str, Any]:
         """Nats in both protocols."""
         model, found = lane.model.eval(), {}
         for name, sample in (("nats", self.fresh), ("nats_after_context", self.late)):
-            nats, tokens, _ = sample.measure(model, 0, 1, 256).sum(0).tolist()
+            rows = 32 if "Mamba" in type(model).__name__ else 256
+            nats, tokens, _ = sample.measure(model, 0, 1, rows).sum(0).tolist()
             found[name] = round(nats / tokens, 4)
         return found
 
-    def measure(self, cells: dict[str, tuple[Any, int, int, str, float, float]], keep: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
-        """Train and score the cells that are not there: (builder, steps, seed, optimizer, rate, final). Whether all are
-        there at the end."""
+    def measure(self, cells: dict[str, "Cell"], keep: Collection[str] = ()) -> bool:
+        """Train and score the cells that are not there. Whether all are there at the end. keep: names whose weights are
+        written."""
         todo = [name for name in cells if name not in self.cells]
         for first in range(0, len(todo), self.at_once):
             names = todo[first : first + self.at_once]
             begun, lanes = time.monotonic(), {}
             for name in names:
-                builder, steps, seed, optimizer, rate, final = cells[name]
-                torch.manual_seed(seed)
-                lanes[name] = self.lane(builder(), steps, seed, optimizer, rate, final)
+                lanes[name] = self.lane(cells[name])
             print(f"{len(names)} lanes in {time.monotonic() - begun:.1f} s: {', '.join(names)}", flush=True)
             begun = time.monotonic()
             whole = run(list(lanes.values()), self.until)
@@ -108,7 +131,7 @@ class Study:
                     **found,
                     "parameters": size(lane.model),
                     "training_nats": round(lane.training_nats(), 4),
-                    "tokens": lane.steps * ROWS * LENGTH,
+                    "tokens": lane.steps * cells[name].tokens,
                     "compiled": self.compile,
                     "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
                 }
@@ -124,24 +147,28 @@ class Study:
 
 
 def families(study: Study, steps: int, sweep: int) -> bool:
-    """Ours beside the peers, with the same optimizer and tables."""
-
-    def cell(family: str, steps: int, seed: int, rate: float) -> Any:
-        return (lambda: build(family), steps, seed, "muon", rate, 0.1)
-
-    grid = {f"{f} {sweep} {rate:g} 0": cell(f, sweep, 0, rate) for f in FAMILIES for rate in RATES}
+    """Ours beside the peers, with the same optimizer and tables; then with windows of 1,024."""
+    built = {family: partial(build, family) for family in FAMILIES}
+    grid = {f"{f} {sweep} {rate:g} 0": Cell(built[f], sweep, 0, rate=rate) for f in FAMILIES for rate in RATES}
     if not study.measure(grid):
         return False
     best = {f: min(RATES, key=lambda r: study.cells[f"{f} {sweep} {r:g} 0"]["nats"]) for f in FAMILIES}
     print(f"best rates: {best}", flush=True)
-    full = {f"{f} {steps} {best[f]:g} {s}": cell(f, steps, s, best[f]) for f in FAMILIES for s in SEEDS}
-    return study.measure(full, keep={f"{f} {steps} {best[f]:g} 0" for f in FAMILIES})
+    for length, mark in ((LENGTH, ""), (LONG, f" windows of {LONG}")):
+        full = {
+            f"{f} {steps} {best[f]:g} {seed}{mark}": Cell(built[f], steps, seed, rate=best[f], length=length)
+            for f in FAMILIES
+            for seed in SEEDS
+        }
+        if not study.measure(full, keep=[name for name, cell in full.items() if cell.seed == 0]):
+            return False
+    return True
 
 
 def optimizers(study: Study, steps: int) -> bool:
-    """The arms of `optimizers.py`."""
+    """The arms of `optimizers.py`, with its steps of 1,024 tokens."""
     cells = {
-        f"{arm} / {seed}": (lambda fields=fields: dyad(**fields), steps, seed, optimizer, 4e-3, final)
+        f"{arm} / {seed}": Cell(partial(dyad, **fields), steps, seed, optimizer, 4e-3, final, tokens=1024)
         for seed in SEEDS
         for arm, (fields, optimizer, final) in ARMS.items()
     }
@@ -166,7 +193,7 @@ def main() -> None:
     if "families" in options.study:
         families(study, options.steps, options.sweep_steps)
     if "optimizers" in options.study and study.left() > 10:
-        optimizers(study, options.sweep_steps)
+        optimizers(study, 4 * options.sweep_steps)
 
 
 if __name__ == "__main__":

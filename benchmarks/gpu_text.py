@@ -96,12 +96,22 @@ def scores(model: Any, shard: Path, length: int) -> dict[str, float]:
     return found
 
 
+def told(folder: Path, name: str) -> float:
+    """Say that a model is prepared, and wait for the seconds that it may train."""
+    (folder / f"{name}.ready").touch()
+    while not (folder / f"{name}.go").exists():
+        time.sleep(0.1)
+    return float((folder / f"{name}.go").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, required=True)
     parser.add_argument("--shard", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="of training, without building and compiling")
+    parser.add_argument(
+        "--seconds", type=float, help="of training; without it the file MODEL.go says so, when it comes"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rows", type=int)
@@ -137,8 +147,12 @@ def main() -> None:
     weights = [parameter.detach().clone() for parameter in lane.parameters]
     timed(2)
     per_step = timed(CALIBRATION - 2)
-    steps = max(CALIBRATION, int(options.seconds / per_step * 0.97))
-    print(f"{options.model}: prepared in {prepared:.1f} s, {1000 * per_step:.1f} ms a step, {steps} steps", flush=True)
+    print(f"{options.model}: prepared in {prepared:.1f} s, {1000 * per_step:.1f} ms a step", flush=True)
+    seconds = options.seconds or told(options.folder, options.model)
+    if options.seconds is None:
+        per_step = timed(CALIBRATION)  # now that no other program runs
+    steps = max(CALIBRATION, int(seconds / per_step * 0.97))
+    print(f"{options.model}: {1000 * per_step:.1f} ms a step, {steps} steps", flush=True)
 
     # From the beginning again, with the schedule of all steps; batches come in pieces through the same tensors.
     lane.rewind(weights)
@@ -162,10 +176,10 @@ def main() -> None:
         history.append([done, round(time.perf_counter() - begun, 2), round(float(lane.losses[:piece].mean()), 4)])
         if len(history) % 20 == 0:
             print(options.model, history[-1], flush=True)
-        if time.perf_counter() - begun > options.seconds * 1.15:
+        if time.perf_counter() - begun > seconds * 1.15:
             print("slower than foreseen: the schedule is cut", flush=True)
             break
-    seconds = time.perf_counter() - begun
+    taken = time.perf_counter() - begun
     model.eval()
     if hasattr(model, "model") and hasattr(model.model, "progress"):
         model.model.progress.fill_(1.0)
@@ -173,10 +187,10 @@ def main() -> None:
         "parameters": size(model),
         "tokens": done * rows * length,
         "text_bytes": text.bytes,
-        "seconds": round(seconds, 1),
+        "seconds": round(taken, 1),
         "prepared_seconds": round(prepared, 1),
-        "milliseconds_per_step": round(1000 * seconds / done, 2),
-        "tokens_per_second": round(done * rows * length / seconds),
+        "milliseconds_per_step": round(1000 * taken / done, 2),
+        "tokens_per_second": round(done * rows * length / taken),
         "training_nats": history[-1][2],
         "validation_nats": scores(model, options.shard, length),
         "history": history[:: max(1, len(history) // 100)],

@@ -1,8 +1,7 @@
 """Time and memory of a training step on a GPU: `small` and `base` beside a Llama of their size, by length of text.
 
-One process is one contender at one size: `python benchmarks/gpu_training.py --contender ours-compiled --preset small
---folder DIR`. It prepares each shape (compiles, warms up), says so, and waits until it may measure; so compilers of all
-contenders run side by side, and steps are timed alone. `benchmarks/gpu.py` starts them.
+One process is one contender at one size; `benchmarks/gpu.py` starts them. It prepares its shapes (compiles, warms up),
+says so, and waits until it may measure; so compilers of all contenders run side by side, and steps are timed alone.
 
 bfloat16 autocast, fused AdamW, 32,768 tokens a step. The Llama reads with torch's fused attention and is compiled.
 """
@@ -20,7 +19,7 @@ import dyadlm
 from common import dyad, llama, size
 from lanes import optimizer_of
 
-CONTENDERS = ("ours", "ours-compiled", "llama-compiled", "mamba2")
+CONTENDERS = ("ours", "ours-compiled", "llama-compiled")
 LENGTHS = (2048, 8192, 32768)
 TOKENS = 32_768
 LLAMAS = {"tiny": (5, 128, 4), "small": (8, 320, 5), "base": (12, 768, 12)}  # layers, width, heads
@@ -34,26 +33,6 @@ def build(contender: str, preset: str, longest: int) -> Any:
         model = llama(size(dyad(preset)), layers, width, heads, longest)
         model.config._attn_implementation = "sdpa"
         return model
-    if contender == "mamba2":
-        from transformers import Mamba2Config, Mamba2ForCausalLM
-
-        _, width, _ = LLAMAS[preset]
-        width = (width + 63) // 64 * 64
-        goal, layers = size(dyad(preset)), 1
-
-        def made(layers: int) -> Any:
-            return Mamba2ForCausalLM(
-                Mamba2Config(
-                    vocab_size=259, hidden_size=width, state_size=64, num_hidden_layers=layers, expand=2, head_dim=64,
-                    num_heads=2 * width // 64, n_groups=1, chunk_size=128, tie_word_embeddings=True, bos_token_id=257,
-                    eos_token_id=258, pad_token_id=256,
-                )
-            )  # fmt: skip
-
-        with torch.device("meta"):
-            each = size(made(2)) - size(made(1))
-            layers = max(1, round((goal - size(made(1))) / each) + 1)
-        return made(layers)
     return dyad(preset, max_position_embeddings=longest)
 
 
@@ -112,12 +91,13 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
     parser.add_argument("--preset", choices=LLAMAS, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where signals and results lie")
+    parser.add_argument("--name", required=True, help="of the files there")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    name = f"{options.contender} {options.preset}"
+    name = options.name
     model = build(options.contender, options.preset, max(options.lengths)).to(options.device).train()
     if isinstance(model, dyadlm.DyadForCausalLM):
         model.model.progress.fill_(1.0)
