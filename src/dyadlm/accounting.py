@@ -12,6 +12,7 @@ import torch
 
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.cost import Cost
+from dyadlm.model.slots import plans_alike, tag_integers
 
 
 def parameters(config: DyadConfig) -> int:
@@ -42,7 +43,7 @@ def forward_flops(config: DyadConfig, sequence_length: int) -> int:
 def state_bytes(config: DyadConfig, bytes_per_number: int = 4) -> int:
     """Bytes of the streaming state of one row: constant in the number of tokens seen."""
     cost = _cost(config, 1, planning=False)
-    return cost.numbers * bytes_per_number + cost.integers * 8 + cost.flags
+    return cost.numbers * bytes_per_number + cost.halves * 2 + cost.integers * 8 + cost.flags
 
 
 def _cost(config: DyadConfig, time: int, planning: bool) -> Cost:
@@ -60,11 +61,14 @@ def _cost(config: DyadConfig, time: int, planning: bool) -> Cost:
 
 
 def _text_cost(config: DyadConfig) -> Cost:
-    """Position, marks and counts of the rules, and the tokens that contexts and n-grams need."""
+    """Position, marks and counts of the rules, the tokens that contexts and n-grams need, and the tags of slots, where
+    all blocks share them."""
     contexts = config.text_contexts
     longest = max((context for context in contexts if isinstance(context, int)), default=1)
     ruled = len(config.rules) - config.word_apart
     integers = 1 + 2 * ruled + longest - 1 + 3 * ("word" in contexts)
+    if config.slot_contexts and config.slot_layers and plans_alike(config):
+        integers += tag_integers(config)
     return Cost(integers=integers, flags=2 * len(config.rules))
 
 

@@ -17,12 +17,15 @@ from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
 
 FORMAT = "dyadlm-state"
-VERSION = "2"  # 1 has neither a checksum nor the identity of the weights
+# 1 has neither a checksum nor the identity of the weights; before 3, tensors that are alike are written each.
+VERSION = "3"
 # Numbers of each weight by which a model is told from others: of those of the blocks, and of these.
 SAMPLED = 64
 WEIGHTS_OUTSIDE_BLOCKS = (
     "model.embed_tokens.weight", "model.norm.weight", "model.ngrams.tables.weight", "model.ngrams.project.weight",
 )  # fmt: skip
+# What may be chosen when a model is used, and belongs to its states.
+SLOTS_AT_USE = {"slot_entries": 1024, "slot_values": "float32"}
 # Before the names of numbers that stand beside the state: of whoever reads, not of the model.
 BESIDE = "beside."
 
@@ -44,6 +47,8 @@ def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: lis
         also.append("ngram_sizes")
     if fields["slot_contexts"]:
         also += ["vocab_size", "slot_layers", "slot_entries", "slot_ways", "slot_width"]
+        if fields.get("slot_values", "float32") != "float32":
+            also.append("slot_values")
     if fields["selector_margin"] or fields["decision_slots"]:
         also += ["selector_heads", "selector_margin"]
     if fields["tower"] != "layer":
@@ -84,11 +89,15 @@ def write_state(
 ) -> None:
     """Write a state, atomically. columns_seen: tokens read, padding included. weights: `weights_identity`.
 
+    Of tensors that are alike one is written (blocks share the tags of their slots), and the head says which is which.
     beside: other numbers that are kept with the state; `read_state` passes over them, `read_beside` gives them.
     """
     from safetensors.numpy import save
 
     tensors = {**tensors, **{BESIDE + name: tensor for name, tensor in (beside or {}).items()}}
+    first: dict[str, str] = {}
+    alike = {name: first.setdefault(_checksum({"": tensor}), name) for name, tensor in tensors.items()}
+    alike = {name: other for name, other in alike.items() if other != name}
 
     head = {
         "format": FORMAT,
@@ -96,8 +105,10 @@ def write_state(
         "model": signature,
         "columns_seen": str(columns_seen),
         "checksum": _checksum(tensors),
+        "alike": json.dumps(alike),
     }
-    write_atomically(path, save(dict(tensors), head | ({} if weights is None else {"weights": weights})))
+    written = {name: tensor for name, tensor in tensors.items() if name not in alike}
+    write_atomically(path, save(written, head | ({} if weights is None else {"weights": weights})))
 
 
 def read_state(path: str | Path, signature: str, weights: str | None = None) -> tuple[dict[str, np.ndarray], int]:
@@ -109,13 +120,27 @@ def read_state(path: str | Path, signature: str, weights: str | None = None) -> 
         UserError: no such file, no state file, a damaged one, or the state of another model.
     """
     tensors, head, seen = _read(path)
-    if head.get("model") != signature:
-        raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
+    _require_signature(path, head.get("model", ""), signature)
     if None not in (weights, head.get("weights")) and head["weights"] != weights:
         raise UserError(
             f"{path} is the state of a model with other weights; use it with the model that wrote it, as it was then."
         )
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(BESIDE)}, seen
+
+
+def _require_signature(path: str | Path, written: str, wanted: str) -> None:
+    """Raises `UserError` unless a state was written by a model of the same shape, whose slots were the same size."""
+    if written == wanted:
+        return
+    try:
+        theirs, mine = ({**SLOTS_AT_USE, **json.loads(one)} for one in (written, wanted))
+        different = sorted(name for name in {*theirs, *mine} if theirs.get(name) != mine.get(name))
+    except (ValueError, TypeError):  # a head that somebody has changed
+        different = []
+    if different and set(different) <= SLOTS_AT_USE.keys():
+        chosen = " ".join(f"{name}={theirs[name]}" for name in different)
+        raise UserError(f"{path} was written with {chosen}; use it with --set {chosen}.")
+    raise UserError(f"{path} is the state of a model of another shape; use it with the model that wrote it.")
 
 
 def read_beside(path: str | Path) -> dict[str, np.ndarray]:
@@ -176,9 +201,11 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]
         with safe_open(str(path), framework="np") as file:
             head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors |= {name: tensors[other] for name, other in json.loads(head.get("alike", "{}")).items()}
     except FileNotFoundError:
         raise UserError(f"There is no state file {path}; write one with --state-out first.") from None
-    except (SafetensorError, OSError, TypeError, ValueError):  # TypeError: numbers that numpy does not have
+    # TypeError: numbers that numpy does not have. The others: a head that somebody has changed.
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{path} is not a readable state file; write a new one with --state-out.") from None
     if head.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out.")
@@ -215,7 +242,7 @@ def require_fitting(tensors: Mapping[str, np.ndarray], expected: Mapping[str, np
             raise UserError(f"The state does not fit this model ({name}); {remedy}.")
         if found.dtype.kind != "f" and found.dtype != wanted.dtype:
             raise UserError(f"The state does not fit this model ({name} is {found.dtype}); {remedy}.")
-        if found.dtype.kind == "f" and found.dtype.itemsize < 4:
+        if found.dtype.kind == "f" and (found.dtype.itemsize == 2) != (wanted.dtype.itemsize == 2):
             raise UserError(f"The state does not fit this model ({name} is {found.dtype}); {remedy}.")
     if tensors.keys() != expected.keys() and position.any():
         raise UserError("The state lacks what was read of its document; it is damaged, write a new one.")

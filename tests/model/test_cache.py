@@ -86,7 +86,9 @@ def test_names_and_bytes_are_those_of_all_tensors(model):
     assert named["layers.0.slots.1"] is cache.layers[0].slots[1]
     assert {name.split(".")[0] for name in named} == {"position", "text", "layers"}
     assert len(named) == 1 + sum(len(part) for record in (cache.text, *cache.layers) for part in record)
-    assert cache.state_bytes() == sum(tensor.nbytes for tensor in named.values())
+    shared = {id(tensor): tensor.nbytes for tensor in named.values()}  # tags of slots, of both blocks
+    assert len(shared) == len(named) - 2
+    assert cache.state_bytes() == sum(shared.values())
 
 
 def test_a_state_keeps_no_chunk_alive(model):
@@ -120,6 +122,15 @@ def test_copies_of_a_state_that_the_engine_holds(by_the_engine, copied):
     assert twin.tensors().keys() == cache.tensors().keys()
     assert all(torch.equal(tensor, cache.tensors()[name]) for name, tensor in twin.tensors().items())
     assert len(twin.layers) == 2
+
+
+def test_a_copy_of_a_state_that_the_engine_holds_stays_in_the_engine(by_the_engine):
+    model, cache = by_the_engine
+    twin = cache.copy()
+    assert None not in (twin.rows, cache.rows)
+    ahead = decoder_of(model).step([66], twin)
+    assert (twin.columns_seen, cache.columns_seen) == (22, 21)
+    torch.testing.assert_close(decoder_of(model).step([66], cache), ahead)
 
 
 def test_what_the_engine_holds_comes_back_when_it_is_asked_for(by_the_engine):

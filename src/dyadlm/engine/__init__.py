@@ -126,6 +126,7 @@ class Engine:
                 raise IndexError(f"The vocabulary has {self.vocab_size} tokens; this is token {token}.")
         if len(tokens) != state.rows:
             raise ValueError(f"The state has {state.rows} rows, but there are {len(tokens)} tokens.")
+        state.own_tables()
         if not self.shape.keeps_slots:  # a document begins with empty tables
             begins = state.counter == 0
             if begins.any():

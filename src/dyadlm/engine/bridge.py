@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dyadlm.engine import Engine, EngineState, unsupported
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.model.cache import DyadCache
+from dyadlm.model.cache import DyadCache, once
 from dyadlm.model.decoding import FAST_DECODER
 from dyadlm.model.modeling import DyadForCausalLM
 
@@ -36,7 +36,12 @@ class EngineRows:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of all rows by the names of `DyadCache.tensors`, (B, ...) each."""
-        return {name: torch.from_numpy(array) for name, array in self.state.tensors().items()}
+        tensor = once(torch.from_numpy)
+        return {name: tensor(array) for name, array in self.state.tensors().items()}
+
+    def copy(self) -> "EngineRows":
+        """Rows that go on by themselves, read by the same engine."""
+        return EngineRows(self.state.copy(), self.engine)
 
 
 def cache_of(state: EngineState) -> DyadCache:
@@ -64,7 +69,8 @@ class Decoder:
             IndexError: a token outside the vocabulary, as the embedding of torch raises it.
         """
         if not isinstance(cache.rows, EngineRows) or cache.rows.engine is not self.engine:
-            tensors = {name: tensor.detach().numpy() for name, tensor in cache.tensors().items()}
+            array = once(lambda tensor: tensor.detach().numpy())
+            tensors = {name: array(tensor) for name, tensor in cache.tensors().items()}
             cache.hand_over(EngineRows(self.engine.state_from(tensors, cache.columns_seen), self.engine))
         held = cache.rows
         assert isinstance(held, EngineRows)

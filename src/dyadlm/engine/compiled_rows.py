@@ -9,7 +9,7 @@ from dyadlm.engine import numba_step
 from dyadlm.engine.layout import Shape
 from dyadlm.engine.numpy_step import Loops, Text
 from dyadlm.engine.pack import Weights
-from dyadlm.engine.state import EngineState
+from dyadlm.engine.state import EngineState, bits_of
 
 Array = np.ndarray
 
@@ -73,5 +73,6 @@ class CompiledLoops(Loops):
 
     def recall(self, s: Shape, table: int, value: Array, text: Text, state: EngineState) -> Array:
         recalled = np.empty((len(value), len(s.contexts) * (s.slot_width + 1)), np.float32)
-        numba_step.recall_of_rows(state.values, table, np.ascontiguousarray(value), text.written, text.found, recalled)
+        tables = bits_of(state.values)
+        numba_step.recall_of_rows(tables, table, np.ascontiguousarray(value), text.written, text.found, recalled)
         return recalled

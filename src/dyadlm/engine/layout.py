@@ -23,6 +23,7 @@ ENDS, STARTS, STICKS, HEAD, TAIL = 1, 2, 4, 8, 16
 PHI = np.uint64(0x9E3779B97F4A7C15)
 SEED_0, SEED_1 = np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344)
 MIX_0, MIX_1 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+LARGEST_HALF = 65_504.0  # of float16, as in `dyadlm.ops.slots`
 SLIDING_WIDTH = 8  # `hybrid` is sliding up to here, dual beyond
 
 # What has to stand in the configuration, what it is where nothing is said, and what it is called if it is another.
@@ -61,6 +62,7 @@ class Shape:
     sets: int
     ways: int
     slot_width: int
+    slot_values: str  # float32 or float16
     keeps_slots: bool  # tables live on from document to document
     tied: bool
     ngrams: tuple[int, ...]  # numbers of tokens; 0 is the open word
@@ -182,6 +184,7 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
         and shape.sets * shape.ways == fields.get("slot_entries", 1024),
         "slot_layers": set(shape.slot_layers) <= set(range(shape.layers))
         and len(set(shape.slot_layers)) == len(shape.slot_layers),
+        "slot_values": shape.slot_values in ("float32", "float16"),
         "slot_contexts": all(0 <= context < 2**16 for context in shape.contexts),
         "ngram_sizes": all(0 <= size < 2**16 for size in shape.ngrams),
         "semantic_levels": all(isinstance(rule, str) for rule in shape.rules),
@@ -216,6 +219,7 @@ def _read_shape(fields: Mapping[str, Any]) -> Shape:
         sets=fields.get("slot_entries", 1024) // ways,
         ways=ways,
         slot_width=fields.get("slot_width", 16),
+        slot_values=fields.get("slot_values", "float32"),
         keeps_slots=fields.get("slot_scope", "document") == "stream",
         tied=bool(fields.get("tie_word_embeddings", True)),
         ngrams=_sizes(ngrams),

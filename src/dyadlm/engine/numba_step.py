@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from dyadlm.engine.layout import ENDS, HEAD, MIX_0, MIX_1, PHI, SEED_0, SEED_1, STARTS, STICKS, TAIL
+from dyadlm.engine.layout import ENDS, HEAD, LARGEST_HALF, MIX_0, MIX_1, PHI, SEED_0, SEED_1, STARTS, STICKS, TAIL
 
 # Sums may be taken in any order, for vectors; infinities stay what they are: silu of -100 passes one on its way to 0.
 FAST = {"reassoc", "contract", "nsz"}
@@ -38,6 +38,55 @@ def _widened(number):
     if number == types.uint16:
         return lambda number: _as_float32(np.uint32(number) << np.uint32(16))
     return lambda number: np.float32(number)
+
+
+@intrinsic
+def _half_of(context, number):
+    """The bits of the float16 that is nearest to a float32."""
+    signature = types.uint16(types.float32)
+    half, bits = ir.HalfType(), ir.IntType(16)
+    return signature, lambda _, builder, __, arguments: builder.bitcast(builder.fptrunc(arguments[0], half), bits)
+
+
+@intrinsic
+def _of_half(context, bits):
+    """The float32 of the bits of a float16."""
+    signature = types.float32(types.uint16)
+    half, wide = ir.HalfType(), ir.FloatType()
+    return signature, lambda _, builder, __, arguments: builder.fpext(builder.bitcast(arguments[0], half), wide)
+
+
+def put_value(entry, i, number):
+    """Write a number of a slot: as it is, or as the bits of a float16."""
+    entry[i] = number
+
+
+@overload(put_value, inline="always")
+def _put_value(entry, i, number):
+    if entry.dtype == types.uint16:
+        largest = np.float32(LARGEST_HALF)
+
+        def put_half(entry, i, number):
+            entry[i] = _half_of(min(max(number, -largest), largest))
+
+        return put_half
+
+    def put(entry, i, number):
+        entry[i] = number
+
+    return put
+
+
+def value_at(entry, i):
+    """A number of a slot as float32."""
+    return np.float32(entry[i])
+
+
+@overload(value_at, inline="always")
+def _value_at(entry, i):
+    if entry.dtype == types.uint16:
+        return lambda entry, i: _of_half(entry[i])
+    return lambda entry, i: np.float32(entry[i])
 
 
 @njit(**OPTIONS)
@@ -296,13 +345,13 @@ def recall_slots(values, value, written, found, recalled):
                 for i in range(slot_width):
                     own_set[way, i] = own_set[way - 1, i]
             for i in range(slot_width):
-                own_set[0, i] = value[i]
+                put_value(own_set[0], i, value[i])
         out = recalled[n * (slot_width + 1) : (n + 1) * (slot_width + 1)]
         if found[n, 0] >= 0:
             any_found = True
             entry = values[n, found[n, 0], found[n, 1]]
             for i in range(slot_width):
-                out[i] = entry[i]
+                out[i] = value_at(entry, i)
             out[slot_width] = np.float32(1)
         else:
             for i in range(slot_width + 1):

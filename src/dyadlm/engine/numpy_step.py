@@ -14,6 +14,7 @@ import numpy as np
 from dyadlm.engine.layout import (
     ENDS,
     HEAD,
+    LARGEST_HALF,
     MIX_0,
     MIX_1,
     PHI,
@@ -277,6 +278,8 @@ def recall(tables: Array, value: Array, text: Text) -> Array:
     rows, columns = np.nonzero(text.written >= 0)
     place = text.written[rows, columns]
     tables[rows, columns, place, 1:] = tables[rows, columns, place, :-1]
+    if tables.dtype == np.float16:
+        value = np.clip(value, -LARGEST_HALF, LARGEST_HALF)
     tables[rows, columns, place, 0] = value[rows]
     entries = np.zeros((*text.written.shape, value.shape[1] + 1), np.float32)
     rows, columns = np.nonzero(text.found[..., 0] >= 0)

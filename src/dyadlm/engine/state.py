@@ -27,7 +27,9 @@ class EngineState:
         self.owner: object = None  # the engine whose weights `nodes` and `summed` follow from
         self._views: dict[int, tuple[Array, ...]] = {}
         self.tags = np.full((rows, tables, s.sets, s.ways, s.tag_parts), -1, np.int64)
-        self.values = np.zeros((rows, len(s.slot_layers), tables, s.sets, s.ways, s.slot_width), np.float32)
+        self.values = np.zeros((rows, len(s.slot_layers), tables, s.sets, s.ways, s.slot_width), s.slot_values)
+        # Tags and values. A copy and what it was made of share theirs, until one of them is written to.
+        self._owns_tables = True
         self.pending = np.full((rows, tables, s.tag_parts), -1, np.int64)
         self.counter = np.zeros(rows, np.int64)  # tokens of the open document
         # Whether a TAIL stands last, and whether a segment has ended.
@@ -52,11 +54,17 @@ class EngineState:
         """All arrays by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
+    def own_tables(self) -> None:
+        """Have tags and values that no other state has, before they are written to."""
+        if not self._owns_tables:
+            self.tags, self.values = self.tags.copy(), self.values.copy()
+            self._owns_tables, self._views = True, {}
+
     def row(self, row: int) -> tuple[Array, ...]:
         """What the compiled step changes in one row; views."""
         if row not in self._views:
             own = slice(row, row + 1)
-            texts = (self.marks, self.counts, self.history, self.word, self.pending, self.tags, self.values)
+            texts = (self.marks, self.counts, self.history, self.word, self.pending, self.tags, bits_of(self.values))
             levels = (self.rings, self.blocks, self.running, self.complete, self.nodes, self.summed)
             self._views[row] = (self.counter[own], *(array[row] for array in (*texts, *levels)))
         return self._views[row]
@@ -72,15 +80,19 @@ class EngineState:
         return not self.counter.any() and not (self.tags >= 0).any()
 
     def copy(self) -> "EngineState":
-        """A state that goes on by itself."""
-        return self.select(range(self.rows))
+        """A state that goes on by itself. The tables of slots are copied when one of the two reads on."""
+        self._owns_tables = False
+        twin = object.__new__(EngineState)
+        own = {name: value.copy() for name, value in self.arrays().items() if name not in ("tags", "values")}
+        twin.__dict__.update({**vars(self), **own, "_views": {}})
+        return twin
 
     def select(self, rows: Sequence[int]) -> "EngineState":
         """A state of the given rows in that order; rows may repeat."""
         chosen = object.__new__(EngineState)
         chosen.shape, chosen.rows, chosen.columns_seen = self.shape, len(rows), self.columns_seen
         chosen.owner = self.owner
-        chosen._views, index = {}, list(rows)
+        chosen._views, chosen._owns_tables, index = {}, True, list(rows)
         for name, array in self.arrays().items():
             setattr(chosen, name, array[index])
         return chosen
@@ -124,7 +136,8 @@ class EngineState:
                 named[at + "slots.0"] = self.tags
                 named[at + "slots.1"] = self.values[:, s.slot_layers.index(index)]
                 named[at + "slots.2"] = self.pending
-        return {name: array.copy() for name, array in named.items()}
+        copies = {id(array): array.copy() for array in named.values()}  # one of the tags, which blocks share
+        return {name: copies[id(array)] for name, array in named.items()}
 
     @classmethod
     def from_named(cls, shape: Shape, tensors: Mapping[str, Array], columns_seen: int) -> "EngineState":
@@ -172,6 +185,11 @@ class EngineState:
                 state.values[:, s.slot_layers.index(index)] = tensors[at + "slots.1"]
                 state.pending[:] = tensors[at + "slots.2"]
         return state
+
+
+def bits_of(values: Array) -> Array:
+    """Values as the compiled step takes them, which knows no float16: the same bits as uint16. A view."""
+    return values.view(np.uint16) if values.dtype == np.float16 else values
 
 
 def _turned(counter: Array, size: int) -> tuple[Array, Array]:

@@ -34,7 +34,9 @@ class BlockState(NamedTuple):
     segments: tuple[Tensor, ...] = ()  # SegmentState of the semantic levels that follow rules
     learned: tuple[Tensor, ...] = ()  # of the learned boundary: its key, SegmentCount, SegmentState
     held: tuple[Tensor, ...] = ()  # the selector's last choice (B, heads, K), where choices persist
-    slots: tuple[Tensor, ...] = ()  # SlotState; on its way to the cache, of one token, a SlotWrite
+    # SlotState, tags and pending the same tensors in all blocks that share a plan; on its way to the cache, of one
+    # token, a SlotWrite.
+    slots: tuple[Tensor, ...] = ()
     decision: tuple[Tensor, ...] = ()  # one (B, heads, K + D / heads): the choice last made, and what it said
 
 
@@ -71,6 +73,10 @@ class Rows(Protocol):
         """All rows as `DyadCache.tensors` names them."""
         ...
 
+    def copy(self) -> "Rows":
+        """Rows that stand where these do and go on by themselves."""
+        ...
+
     def __len__(self) -> int: ...
 
 
@@ -99,6 +105,7 @@ class DyadCache:
         self.text = _read(TextState, tensors, "text")
         self.planner = _read(PlannerState, tensors, "planner")
         self.layers = [_read(BlockState, tensors, f"layers.{i}") for i in range(layers)]
+        self._owns_tables = True  # of slots; a fork and what it was forked from share theirs, until one is written to
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the state as tensors, whoever holds it."""
@@ -134,9 +141,14 @@ class DyadCache:
     def update(self, layers: list[BlockState], text: TextState, planner: PlannerState, clock: Clock) -> None:
         """Take the state after the chunk of a clock. Copies, so that no view keeps a whole chunk alive; but
         what one token changes in the tables of slots is put into them."""
-        self.layers = [_taken(layer, self.layers[i].slots if self.layers else ()) for i, layer in enumerate(layers)]
-        self.text = _map_tensors(text, torch.clone)
-        self.planner = _map_tensors(planner, torch.clone)
+copied = once(torch.clone)
+        tables = [layer.slots for layer in self.layers] or [()] * len(layers)
+        if not self._owns_tables and any(_writes_to_tables(layer) for layer in layers):
+            tables = [tuple(map(copied, own)) for own in tables]
+        self._owns_tables = True
+        self.layers = [_taken(layer, own, copied) for layer, own in zip(layers, tables, strict=True)]
+        self.text = _map_tensors(text, copied)
+        self.planner = _map_tensors(planner, copied)
         self.position = next_position(clock)
         self.columns_seen += clock.index.shape[1]
         # A row of padding alone stays where it was.
@@ -166,11 +178,9 @@ class DyadCache:
         """A new cache of the given rows (M,) int64, in that order; rows may repeat."""
         chosen = DyadCache()
         if self.position is not None:
-            chosen.layers = [
-                _map_tensors(layer, lambda t: t.index_select(0, rows.to(t.device))) for layer in self.layers
-            ]
-            chosen.text = _map_tensors(self.text, lambda t: t.index_select(0, rows.to(t.device)))
-            chosen.planner = _map_tensors(self.planner, lambda t: t.index_select(0, rows.to(t.device)))
+            select = once(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            chosen.layers = [_map_tensors(layer, select) for layer in self.layers]
+            chosen.text, chosen.planner = _map_tensors(self.text, select), _map_tensors(self.planner, select)
             chosen.position = self.position.index_select(0, rows.to(self.position.device))
             chosen.may_begin = self.may_begin
         chosen.columns_seen = self.columns_seen
@@ -206,12 +216,12 @@ class DyadCache:
     def copy(self) -> "DyadCache":
         """A cache that stands where this one does and goes on by itself.
 
-        They share tensors, which nobody writes to, but for the tables of slots.
+        They share tensors, which nobody writes to; the tables of slots are copied when one of the two reads on.
         """
-        layers = [layer._replace(slots=tuple(map(torch.clone, layer.slots))) for layer in self.layers]
-        twin = DyadCache()
+        self._owns_tables = False
+        twin = object.__new__(DyadCache)
         twin.__dict__.update(self.__dict__)
-        twin.layers = layers
+        twin.rows = None if self.rows is None else self.rows.copy()
         return twin
 
     def reset(self) -> None:
@@ -220,9 +230,9 @@ class DyadCache:
 
     def to(self, device: torch.device | str) -> "DyadCache":
         """Move every tensor to a device, in place."""
-        self.layers = [_map_tensors(layer, lambda t: t.to(device)) for layer in self.layers]
-        self.text = _map_tensors(self.text, lambda t: t.to(device))
-        self.planner = _map_tensors(self.planner, lambda t: t.to(device))
+        move = once(lambda tensor: tensor.to(device))
+        self.layers = [_map_tensors(layer, move) for layer in self.layers]
+        self.text, self.planner = _map_tensors(self.text, move), _map_tensors(self.planner, move)
         self.position = None if self.position is None else self.position.to(device)
         return self
 
@@ -238,8 +248,9 @@ class DyadCache:
         return named
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        """Bytes of all tensors; those that several blocks share count once."""
+        different = {id(tensor): tensor for tensor in self.tensors().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in different.values())
 
     def save(
         self,
@@ -253,7 +264,8 @@ class DyadCache:
         weights: what tells the model's weights from others (`identity_of`), for `load` to compare. beside: other
         numbers that are kept in the file (`dyadlm.state_file.read_beside`).
         """
-        tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self.tensors().items()}
+        array = once(lambda tensor: tensor.detach().cpu().numpy())
+        tensors = {name: array(tensor) for name, tensor in self.tensors().items()}
         write_state(Path(path), tensors, signature_of(config), self.columns_seen, weights, beside)
 
     @classmethod
@@ -273,7 +285,8 @@ class DyadCache:
 
         arrays, columns_seen = read_state(path, signature_of(config), weights)
         require_fitting(arrays, empty_state(config))
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        tensor = once(lambda array: torch.from_numpy(array).to(device))
+        tensors = {name: tensor(array) for name, array in arrays.items()}
         cache = cls()
         cache.columns_seen = columns_seen
         cache._set(tensors, config.num_hidden_layers if "position" in tensors else 0)
@@ -285,13 +298,31 @@ def signature_of(config: DyadConfig) -> str:
     return state_signature(vars(config), config.alignments, config.ranks)
 
 
-def _taken(layer: BlockState, tables: tuple[Tensor, ...]) -> BlockState:
+def _writes_to_tables(layer: BlockState) -> bool:
+    """Whether a block says what one token changes of its slots, not what they are."""
+    return len(layer.slots) == len(SlotWrite._fields)
+
+
+def _taken(layer: BlockState, tables: tuple[Tensor, ...], copied: Callable[[Tensor], Tensor]) -> BlockState:
     """What a block says to carry, with the tables of its slots as they were before."""
-    if len(layer.slots) != len(SlotWrite._fields):
-        return _map_tensors(layer, torch.clone)
+    if not _writes_to_tables(layer):
+        return _map_tensors(layer, copied)
+    # Tags that blocks share are written once for each of them, and stay the same.
     slots = slot_put(SlotState(*tables), SlotWrite(*layer.slots), owned=True)
-    rest = _map_tensors(layer._replace(slots=()), torch.clone)
-    return rest._replace(slots=(slots.tags, slots.values, slots.pending.clone()))
+    rest = _map_tensors(layer._replace(slots=()), copied)
+    return rest._replace(slots=(slots.tags, slots.values, copied(slots.pending)))
+
+
+def once(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function that gives the same for the same object, so that blocks go on sharing what they share."""
+    made: dict[int, tuple[Any, Any]] = {}  # with what it was made of, whose id nothing else may take meanwhile
+
+    def of(given: Any) -> Any:
+        if id(given) not in made:
+            made[id(given)] = given, function(given)
+        return made[id(given)][1]
+
+    return of
 
 
 def _map_tensors(state: Record, function: Callable[[Tensor], Tensor]) -> Record:

@@ -87,8 +87,11 @@ class DyadConfig(PreTrainedConfig):
         slot_contexts: what identity slots are addressed by: numbers of tokens, `word` (the open word), `code` (a
             learned code of the state). One table each. None: no slots.
         slot_layers: blocks that have slots, if there are contexts; None: the later half.
-        slot_entries: entries of each table. slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
-        slot_evict: ring | lru.
+        slot_entries: entries of each table. Weights do not depend on it: it may be changed when a model is loaded.
+        slot_ways: W, entries of a set. slot_width: M, numbers a slot keeps.
+        slot_values: how values are kept, float32 | float16. What is read is what is kept. Weights do not depend on it.
+        slot_evict: what leaves a full set: `ring`: its oldest entry; `lru`: the one whose context was seen longest ago,
+            and each context has one entry. Weights do not depend on it.
         slot_scope: `document`: tables are empty where a document starts; `stream`: they live on. Weights do not depend
             on it: it may be changed after loading.
         slot_gate: whether a learned gate decides what is written.
@@ -145,6 +148,7 @@ class DyadConfig(PreTrainedConfig):
     slot_entries: int = 1024
     slot_ways: int = 8
     slot_width: int = 16
+    slot_values: str = "float32"
     slot_evict: str = "ring"
     slot_scope: str = "document"
     slot_gate: bool = False
@@ -277,6 +281,7 @@ class DyadConfig(PreTrainedConfig):
                 f"slot_entries {self.slot_entries} in sets of slot_ways {self.slot_ways} make no power of two of sets; "
                 f"choose for example slot_entries={self.slot_ways * 2 ** max(0, sets - 1).bit_length()}."
             )
+        _require_choice("slot_values", self.slot_values, slots.VALUES)
         _require_choice("slot_evict", self.slot_evict, slots.EVICTIONS)
         _require_choice("slot_scope", self.slot_scope, slots.SCOPES)
         if self.slot_layers is None:

@@ -14,6 +14,7 @@ class Cost(NamedTuple):
     products: int = 0  # multiplications with an addition, forward
     fixed: int = 0  # products that a training step does without, of the two that follow each forward product
     numbers: int = 0  # of the state, floating point
+    halves: int = 0  # of the state, floating point of 16 bits
     integers: int = 0  # of the state, 64 bits each
     flags: int = 0  # of the state, a byte each
 

@@ -14,7 +14,7 @@ from dyadlm.model.configuration import LEARNED_CODE, DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts, tag_words
-from dyadlm.ops.slots import SlotLookup, SlotState, slot_change, slot_lookup, slot_read
+from dyadlm.ops.slots import SlotLookup, SlotState, slot_change, slot_lookup, slot_read, slot_values
 
 
 def plan_slots(
@@ -36,6 +36,13 @@ def plan_slots(
 def plans_alike(config: DyadConfig) -> bool:
     """Whether the tokens alone say what is written and read, so that all blocks share one plan."""
     return not config.slot_gate and LEARNED_CODE not in (config.slot_contexts or ())
+
+
+def tag_integers(config: DyadConfig) -> int:
+    """Integers of the tags of all tables: of entries, and of what is still to be written."""
+    tables, contexts = len(config.slot_contexts or ()), config.read_contexts
+    parts = tag_words(contexts, config.vocab_size) if contexts else 1
+    return tables * (config.slot_entries + 1) * parts
 
 
 class IdentitySlots(nn.Module):
@@ -68,21 +75,24 @@ class IdentitySlots(nn.Module):
         contexts: of the tables that tokens address, in order. plan: if all blocks share it.
         """
         before = SlotState(*state) if state else None
-        values = self.value(x)[:, :, None]
+        values = slot_values(self.value(x)[:, :, None], self.config.slot_values)
         if plan is None:
             assert contexts is not None
             plan = plan_slots(contexts, clock, self.config, before)
-        recalled = slot_read(values, plan, before)
-        return self.recall(recalled, plan), tuple(slot_change(values, plan, before)) if keep else (), None
+        recalled = self.recall(slot_read(values, plan, before), plan)
+        return recalled, self.after(values, plan, before) if keep else (), None
+
+    def after(self, values: Tensor, plan: SlotLookup, before: SlotState | None) -> tuple[Tensor, ...]:
+        """The state after a chunk of values (B, T, 1 or N, M), or what a single token changes of it."""
+        return tuple(slot_change(values, plan, before, self.config.slot_values))
 
     def cost(self, time: int) -> Cost:
-        """Of one block over T tokens: entries with their tags, and the tag that is still to be written."""
+        """Of one block over T tokens: values, and tags that are not those of all blocks."""
         config, width = self.config, self.config.hidden_size
-        tables, contexts = len(config.slot_contexts or ()), config.read_contexts
-        parts = tag_words(contexts, config.vocab_size) if contexts else 1
         products = time * width * (config.slot_width + self.read.in_features)
-        entries = tables * config.slot_entries
-        return Cost(products, numbers=entries * config.slot_width, integers=(entries + tables) * parts)
+        values = len(config.slot_contexts or ()) * config.slot_entries * config.slot_width
+        kept = {"halves" if config.slot_values == "float16" else "numbers": values}
+        return Cost(products, integers=0 if plans_alike(config) else tag_integers(config), **kept)
 
     def recall(self, recalled: Tensor, plan: SlotLookup) -> Tensor:
         """What is added to the residual stream (B, T, D), of what is read from the tables (B, T, N, M)."""

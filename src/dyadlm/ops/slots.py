@@ -28,6 +28,8 @@ from dyadlm.ops.pyramid import Clock, accumulator
 
 EVICTIONS = ("ring", "lru")
 SCOPES = ("document", "stream")
+VALUES = ("float32", "float16")
+LARGEST_HALF = 65_504.0
 PHI = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio, as 64 bits: sets the parts of a tag apart
 
 
@@ -35,7 +37,7 @@ class SlotState(NamedTuple):
     """The tables after a chunk, newest entry of a set first; sized by the configuration alone."""
 
     tags: Tensor  # (B, N, S, W, P) int64, -1 where empty
-    values: Tensor  # (B, N, S, W, M), 0 where empty
+    values: Tensor  # (B, N, S, W, M), 0 where empty; float32 or wider, or float16
     pending: Tensor  # (B, N, P) int64: the context that ended at the last token, still to be written; -1 for none
 
 
@@ -390,6 +392,17 @@ def _gathered(values: Tensor, column: Tensor, state: SlotState | None, slot: Ten
     return rows.masked_fill_(~there[..., None], 0)
 
 
+def slot_values(values: Tensor, kept_as: str) -> Tensor:
+    """Values as slots give them back: as they are, or rounded to the nearest float16, beyond its range to its largest.
+
+    The dtype stays. Gradients pass as if nothing were rounded.
+    """
+    if kept_as == "float32":
+        return values
+    rounded = values.detach().clamp(-LARGEST_HALF, LARGEST_HALF).half().to(values.dtype)
+    return rounded + (values - values.detach()) if values.requires_grad else rounded
+
+
 def slot_read(values: Tensor, lookup: SlotLookup, state: SlotState | None = None) -> Tensor:
     """The value read at every token, exactly zero where nothing is found.
 
@@ -405,20 +418,29 @@ def slot_read(values: Tensor, lookup: SlotLookup, state: SlotState | None = None
     return read.transpose(1, 2)
 
 
-def slot_store(values: Tensor, lookup: SlotLookup, state: SlotState | None = None) -> SlotState:
-    """The state after the chunk. Arguments as in `slot_read`; values are kept in float32 at least."""
-    stored = slot_change(values, lookup, state)
+def slot_store(
+    values: Tensor, lookup: SlotLookup, state: SlotState | None = None, kept_as: str = "float32"
+) -> SlotState:
+    """The state after the chunk. Arguments as in `slot_read`.
+
+    kept_as: float32: values are kept in float32 at least; float16: in half precision, which is exact for what
+    `slot_values` gives.
+    """
+    stored = slot_change(values, lookup, state, kept_as)
     if isinstance(stored, SlotState):
         return stored
     assert state is not None, "a single token that continues something"
     return slot_put(state, stored)
 
 
-def slot_change(values: Tensor, lookup: SlotLookup, state: SlotState | None = None) -> SlotState | SlotWrite:
+def slot_change(
+    values: Tensor, lookup: SlotLookup, state: SlotState | None = None, kept_as: str = "float32"
+) -> SlotState | SlotWrite:
     """What `slot_store` gives, or of a single token only what it changes, for `slot_put`. Arguments as there."""
     tags, column, slot, changed = lookup.survivors
     there = column >= 0 if slot is None else (column >= 0) | (slot >= 0)
-    kept = _gathered(accumulator(values), column, state, slot, there)
+    values = values.half() if kept_as == "float16" else accumulator(values)
+    kept = _gathered(values, column, state, slot, there)
     if changed is None:
         return SlotState(tags, kept, lookup.pending)
     return SlotWrite(changed, tags, kept, lookup.pending)

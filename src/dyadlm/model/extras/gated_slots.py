@@ -15,7 +15,7 @@ from dyadlm.model.slots import IdentitySlots, plan_slots
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.selection import real_tokens, straight_through
-from dyadlm.ops.slots import SlotLookup, SlotState, slot_change, slot_read
+from dyadlm.ops.slots import SlotLookup, SlotState, slot_read, slot_values
 
 WRITE_COST = 0.01  # nats a token that writes everything pays
 
@@ -64,12 +64,13 @@ class GatedSlots(IdentitySlots):
             cost = WRITE_COST * (chance * real).sum() / real.sum().clamp(min=1)
         if sure is not None:
             values = values * straight_through(sure)[..., None]
+        values = slot_values(values, self.config.slot_values)
         assert contexts is not None
         plan = plan_slots(contexts, clock, self.config, before, writes)
         recalled = slot_read(values, plan, before)
         if sure is not None:
             recalled = recalled * straight_through(sure)[..., None]
-        return self.recall(recalled, plan), tuple(slot_change(values, plan, before)) if keep else (), cost
+        return self.recall(recalled, plan), self.after(values, plan, before) if keep else (), cost
 
     def _with_code(self, x: Tensor, contexts: Contexts | None, clock: Clock) -> tuple[Contexts, Tensor]:
         """The contexts with the learned code put in its place, and how sure each table's code is (B, T, N)."""
