@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 import typer
 
 from dyadlm.cli.early import require_sources, require_split
-from dyadlm.cli.shared import Device, Dtype, Fields, Memory, MemoryEntries, Model, load, memory_for, token_progress
+from dyadlm.cli.shared import (
+    Device,
+    Dtype,
+    Fields,
+    Memory,
+    MemoryEntries,
+    Model,
+    SlotEntries,
+    load,
+    memory_for,
+    token_progress,
+)
 
 
 def evaluate(
@@ -29,6 +40,7 @@ def evaluate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Carry the state through the whole text instead of cutting it.")
     ] = False,
+    slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 32,
@@ -54,7 +66,7 @@ def evaluate(
     require_split(split)
     require_sources(data, text_field)
     memory_for(memory, memory_entries)
-    loaded, tokenizer = load(model, device, dtype, fields)
+    loaded, tokenizer = load(model, device, dtype, fields, slot_entries)
     require_causal(loaded, model)
     remembers = memory_for(memory, memory_entries, len(tokenizer))
     if split is None:

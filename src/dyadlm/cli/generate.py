@@ -17,6 +17,7 @@ from dyadlm.cli.shared import (
     Model,
     NewDocument,
     Raw,
+    SlotEntries,
     StateIn,
     as_shown,
     errors,
@@ -53,6 +54,7 @@ def generate(
             help="With --temperature 0, for models with a planner: read two tokens at once where it proposed both.",
         ),
     ] = False,
+    slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
     raw: Raw = False,
@@ -77,7 +79,7 @@ def generate(
     memory_for(memory, memory_entries)
     if speculate and memory:
         raise UserError("Speculation cannot use a memory; leave out --speculate or --memory.")
-    loaded, tokenizer = load_to_read(model, device, dtype, fields)
+    loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     drafts = None
     remembers = memory_for(memory, memory_entries, len(tokenizer))
     if speculate:

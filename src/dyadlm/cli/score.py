@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, StateIn, load_to_read, standard_input
+from dyadlm.cli.shared import Device, Dtype, Fields, Model, SlotEntries, StateIn, load_to_read, standard_input
 from dyadlm.cli.stopping import Stopped, Stops, ending_well
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def score(
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state at the end, to read on from there.")
     ] = None,
+    slot_entries: SlotEntries = None,
     text_field: Annotated[str, typer.Option(help="The field with the text in JSON and Parquet.")] = "text",
     fields: Fields = None,
     device: Device = "auto",
@@ -101,7 +102,7 @@ def score(
         say_what_was_trained_on(model, files)  # its lines are less surprising than other normal lines
     reading = Reading(per, judged, learn)
     scorer, normal, _ = open_scorer(
-        model, device, dtype, fields, reading, calibration, state_in, state_out, making=calibrate is not None
+        model, device, dtype, fields, slot_entries, reading, calibration, state_in, state_out, calibrate is not None
     )
     rule = Rule(None if calibrate is not None else normal, alert, threshold)
     printer = Printer(form_of(json, csv), per, rule)
@@ -136,6 +137,7 @@ def stream_lines(
     device: str,
     dtype: str,
     fields: Iterable[str] | None,
+    slot_entries: int | None,
 ) -> None:
     """`dyadlm stream --per line`: score the lines of standard input, or of a file that grows, without end.
 
@@ -148,7 +150,9 @@ def stream_lines(
 
     follower = None if follow is None else Follower(follow)
     calibration, alert, threshold = wanted
-    scorer, normal, place = open_scorer(model, device, dtype, fields, reading, calibration, state_in, state_out)
+    scorer, normal, place = open_scorer(
+        model, device, dtype, fields, slot_entries, reading, calibration, state_in, state_out
+    )
     rule = Rule(normal, alert, threshold)
     printer = Printer(form_of(json, False), "line", rule)
     if follower is not None:
@@ -179,6 +183,7 @@ def open_scorer(
     device: str,
     dtype: str,
     fields: Iterable[str] | None,
+    slot_entries: int | None,
     reading: "Reading",
     calibration: Path | None,
     state_in: Path | None,
@@ -197,7 +202,7 @@ def open_scorer(
     from dyadlm.score.scorer import identity_of_weights
 
     require_state_files(state_in, False, state_out)
-    loaded, tokenizer = load_to_read(model, device, dtype, fields)
+    loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
 

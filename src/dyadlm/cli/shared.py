@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 from rich.progress import (
@@ -46,6 +46,13 @@ NewDocument = Annotated[
     typer.Option("--new-document", help="Begin a new document. Only the slots of the saved state are kept."),
 ]
 
+SlotEntries = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Entries of each table of slots, a power of two times slot_ways (8). Default: as the model was trained.",
+    ),
+]
 Memory = Annotated[
     bool,
     typer.Option(
@@ -72,29 +79,50 @@ def silence_transformers() -> None:
 
 
 def load(
-    model: str, device: str, dtype: str, fields: Iterable[str] | None = None
+    model: str, device: str, dtype: str, fields: Iterable[str] | None = None, slot_entries: int | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model and its tokenizer, without the bars that transformers shows while loading. fields: `FIELD=VALUE`s."""
+    """The model and its tokenizer, without the bars that transformers shows while loading. fields: `FIELD=VALUE`s.
+
+    Raises `UserError` if there is no such model or field, or for entries of slots that it does not have.
+    """
     from transformers.utils import logging
 
     from dyadlm.generate import load_model
-    from dyadlm.values import parse_assignment
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return load_model(model, device, dtype, dict(parse_assignment(text) for text in fields or ()))
+    loaded = load_model(model, device, dtype, _fields(fields, slot_entries))
+    if slot_entries is not None:
+        _require_slots(model, getattr(loaded[0].config, "slot_contexts", None))
+    return loaded
 
 
 def load_to_read(
-    model: str, device: str, dtype: str, fields: Iterable[str] | None = None
+    model: str, device: str, dtype: str, fields: Iterable[str] | None = None, slot_entries: int | None = None
 ) -> "tuple[PreTrainedModel | EngineModel, AnyTokenizer]":
     """As `load`, but by the engine where it serves, which starts without torch."""
     from dyadlm.generate import engine_model
 
-    if not fields:
-        light = engine_model(model, device, dtype)
-        if light is not None:
-            return light, light.tokenizer
-    return load(model, device, dtype, fields)
+    light = engine_model(model, device, dtype, _fields(fields, slot_entries))
+    if light is None:
+        return load(model, device, dtype, fields, slot_entries)
+    if slot_entries is not None:
+        _require_slots(model, light.fields.get("slot_contexts"))
+    return light, light.tokenizer
+
+
+def _fields(given: Iterable[str] | None, slot_entries: int | None) -> dict[str, Any]:
+    """The fields of a configuration that are changed when a model is loaded."""
+    from dyadlm.values import parse_assignment
+
+    fields = dict(parse_assignment(text) for text in given or ())
+    return fields if slot_entries is None else {**fields, "slot_entries": slot_entries}
+
+
+def _require_slots(model: str, contexts: object) -> None:
+    from dyadlm.errors import UserError
+
+    if not contexts:
+        raise UserError(f"{model} has no slots; leave out --slot-entries.")
 
 
 def memory_for(asked: bool, entries: int | None, vocabulary: int = 1) -> "ContextMemory | None":

@@ -20,6 +20,7 @@ from dyadlm.cli.shared import (
     Model,
     NewDocument,
     Raw,
+    SlotEntries,
     StateIn,
     as_shown,
     errors,
@@ -76,6 +77,7 @@ def stream(
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state at the end of the input.")
     ] = None,
+    slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
     raw: Raw = False,
@@ -96,7 +98,7 @@ def stream(
             raise UserError("Lines are only scored; leave out --continue, --new-document and --memory, or --per line.")
         reading = Reading("line", judged, learn)
         rule = (calibration, alert, threshold)
-        stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields)
+        stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields, slot_entries)
         return
     if learn or (follow, threshold, alert, calibration) != (None, None, None, None) or judged != "excess":
         raise UserError("Alerts, --follow, --score and --learn are of whole lines; add --per line.")
@@ -109,7 +111,7 @@ def stream(
     require_state_files(state_in, new_document, state_out)
     source = waiting_lines(standard_input())
     memory_for(memory, memory_entries)
-    loaded, tokenizer = load_to_read(model, device, dtype, fields)
+    loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
 

@@ -69,8 +69,12 @@ class Engine:
         self._scratch_size = scratch_size(self.shape)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, weights: str = "float32") -> "Engine":
+    def from_folder(
+        cls, folder: str | Path, *, weights: str = "float32", fields: Mapping[str, Any] | None = None
+    ) -> "Engine":
         """The engine of a saved model: config.json and safetensors. weights: as above.
+
+        fields: of the configuration, to change; those that the weights do not depend on, such as `slot_entries`.
 
         Raises:
             UserError: no such model, or one that the engine does not support.
@@ -79,7 +83,7 @@ class Engine:
 
         folder = Path(folder)
         try:
-            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             index = folder / "model.safetensors.index.json"
             names = ["model.safetensors"]
             if not (folder / names[0]).is_file() and index.is_file():  # in the order of transformers
@@ -91,9 +95,9 @@ class Engine:
                 tensors |= read_tensors(folder / name)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} is no model folder ({error}); give one that `dyadlm train` wrote.") from error
-        if not isinstance(fields, dict) or fields.get("model_type") != "dyadlm":
+        if not isinstance(saved, dict) or saved.get("model_type") != "dyadlm":
             raise UserError(f"{folder} holds no dyadlm model; give a folder that `dyadlm train` wrote.")
-        return cls(fields, tensors, weights=weights)
+        return cls({**saved, **(fields or {})}, tensors, weights=weights)
 
     def start(self, rows: int = 1) -> EngineState:
         """An empty state of B rows."""

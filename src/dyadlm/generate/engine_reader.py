@@ -17,6 +17,7 @@ from dyadlm.errors import UserError
 from dyadlm.generate.reader import nats_of
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.states import require_lasting_slots
+from dyadlm.state_file import SLOTS_AT_USE
 
 if TYPE_CHECKING:
     from dyadlm.generate.torch_reader import TorchReader
@@ -36,9 +37,10 @@ class EngineModel:
     a text.
     """
 
-    def __init__(self, folder: Path):
-        """Raises `UserError` if the weights are missing or damaged."""
-        self.folder, self.engine = folder, Engine.from_folder(folder)
+    def __init__(self, folder: Path, changed: Mapping[str, Any] | None = None):
+        """changed: fields of its configuration. Raises `UserError` if the weights are missing or damaged."""
+        self.folder, self._changed = folder, dict(changed or {})
+        self.engine = Engine.from_folder(folder, fields=self._changed)
         self.fields = self.engine.fields
         self.end_tokens = _end_tokens(folder, self.fields)
         self.tokenizer = ByteTokenizer(_splits_special_tokens(folder))
@@ -53,7 +55,7 @@ class EngineModel:
         from dyadlm.generate.pretrained import load_model
 
         if self._torch is None:
-            self._torch = load_model(self.folder, "cpu", "float32")[0]
+            self._torch = load_model(self.folder, "cpu", "float32", self._changed)[0]
         return self._torch
 
 
@@ -171,20 +173,22 @@ class EngineReader:
         self._state = self._engine.start()
 
 
-def engine_model(path_or_name: str | Path, device: str, dtype: str) -> EngineModel | None:
+def engine_model(
+    path_or_name: str | Path, device: str, dtype: str, fields: Mapping[str, Any] | None = None
+) -> EngineModel | None:
     """The model of a folder if the engine can run it without torch, as it was asked for; else None.
 
-    The log `dyadlm.engine` says why not.
+    fields: of its configuration, to change. The log `dyadlm.engine` says why not.
     """
-    folder = Path(path_or_name)
-    reason = _refusal(folder, device, dtype)
+    folder, changed = Path(path_or_name), dict(fields or {})
+    reason = _refusal(folder, device, dtype, changed)
     if reason is not None:
         log.info("The model runs in torch, since %s.", reason)
         return None
-    return EngineModel(folder)
+    return EngineModel(folder, changed)
 
 
-def _refusal(folder: Path, device: str, dtype: str) -> str | None:
+def _refusal(folder: Path, device: str, dtype: str, changed: Mapping[str, Any]) -> str | None:
     """Why torch has to load a model, as the end of a sentence. Its loader also says what is wrong with a folder."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -205,10 +209,18 @@ def _refusal(folder: Path, device: str, dtype: str) -> str | None:
         alike = False
     if not alike or names != list(SPECIAL_TOKENS):
         return "its tokens are not bytes"
+    if not changed.keys() <= SLOTS_AT_USE.keys():
+        return "fields are changed that torch checks"
     try:
-        return unsupported(fields)
+        reason = unsupported(fields)
     except (KeyError, TypeError, ValueError):
         return "its configuration is incomplete"
+    if reason is None and changed:
+        try:
+            reason = unsupported({**fields, **changed})
+        except UserError:  # which torch says in a sentence of its own
+            reason = "what is changed does not fit"
+    return reason
 
 
 def _splits_special_tokens(folder: Path) -> bool:
