@@ -183,6 +183,14 @@ def test_a_document_begins_without_context_and_remembers():
     assert memory.mix(logits)[TOKENS[4]] > -1.5
 
 
+def test_a_memory_of_documents_forgets_where_one_starts():
+    memory, fresh = (ContextMemory(MemoryOptions(entries=64, scope="document")) for _ in range(2))
+    memory.read(np.arange(40) % 7, np.ones(40))
+    memory.start_document()
+    assert all((array == fresh.tensors()[name]).all() for name, array in memory.tensors().items())
+    assert ContextMemory.from_tensors(memory.to_dict(), memory.tensors()).options.scope == "document"
+
+
 def test_what_nothing_predicted_is_read_and_not_learned_from():
     memory = ContextMemory(SMALL)
     memory.read(TOKENS[:100], np.full(100, np.nan))
@@ -201,6 +209,7 @@ def test_what_nothing_predicted_is_read_and_not_learned_from():
         ({"entries": -4, "ways": -8}, "power of two"),
         ({"entries": 2**28}, "more than 4 GiB"),
         ({"ways": 3}, "ways"),
+        ({"scope": "page"}, "scope is one of stream, document"),
         ({"entries": 4, "ways": 8}, "as many entries as ways"),
         ({"followers": 0}, "followers"),
         ({"fade": 0.0}, "fade"),

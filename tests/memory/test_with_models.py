@@ -2,6 +2,8 @@
 
 import io
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -129,6 +131,30 @@ def test_what_is_not_scored_is_read(folder):
     assert np.array_equal(memory.read(stream.tokens(200, 300), nats), second)
 
 
+def test_a_memory_of_documents_reads_each_as_if_it_were_alone():
+    """Wherever the pieces of the text end, and whether or not all of it is scored."""
+    tokens, options = np.frombuffer(TEXT.encode() * 2, np.uint8)[:300], replace(OPTIONS, scope="document")
+
+    class Documents:
+        documents = ((0, 110, "a"), (110, 180, "b"), (180, 300, "c"))
+
+        def tokens(self, start, stop):
+            return tokens[start:stop].astype(np.int64)
+
+    nats = np.linspace(0.1, 5, 300).astype(np.float32)
+    alone = [ContextMemory(options).read(tokens[a:b].astype(np.int64), nats[a:b]) for a, b, _ in Documents.documents]
+    for cuts in ((0, 300), (0, 50, 110, 300), (0, 200, 300)):
+        pieces = [(a, nats[a:b]) for a, b in pairwise(cuts)]
+        found = [mixed for _, mixed in remembered(pieces, Documents(), ContextMemory(options))]
+        assert np.array_equal(np.concatenate(found), np.concatenate(alone))
+    ((_, last),) = remembered([(250, nats[250:])], Documents(), ContextMemory(options))
+    memory = ContextMemory(options)
+    memory.read(tokens[180:250].astype(np.int64), np.full(70, np.nan))
+    assert np.array_equal(last, memory.read(tokens[250:].astype(np.int64), nats[250:]))
+    stream = next(remembered([(0, nats)], Documents(), ContextMemory(OPTIONS)))[1]
+    assert stream[110:].sum() != np.concatenate(alone[1:]).sum()
+
+
 def call(*arguments) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
@@ -157,6 +183,11 @@ def test_the_commands(folder, tmp_path, capsys, monkeypatch):
     assert "has 16384 entries, which cannot change" in capsys.readouterr().err
     assert call("generate", folder, "--prompt", "pack", "--memory", "--speculate", "--temperature", 0) == 2
     assert "Speculation cannot use a memory" in capsys.readouterr().err
+    again = ("--state-in", state, "--memory", "--memory-scope", "document")
+    assert call("generate", folder, "--prompt", "pack", *again) == 2
+    assert "has the scope stream, which cannot change" in capsys.readouterr().err
+    assert call("generate", folder, "--prompt", "pack", "--memory-scope", "document") == 2
+    assert "does nothing without --memory" in capsys.readouterr().err
     assert call("generate", folder, "--prompt", "pack", "--memory-entries", 64) == 2
     assert "does nothing without --memory" in capsys.readouterr().err
     assert call("generate", folder, "--prompt", "pack", "--memory", "--memory-entries", 63) == 2

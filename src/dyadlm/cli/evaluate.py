@@ -13,6 +13,7 @@ from dyadlm.cli.shared import (
     Fields,
     Memory,
     MemoryEntries,
+    MemoryScope,
     Model,
     SlotEntries,
     load,
@@ -43,6 +44,7 @@ def evaluate(
     slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
+    memory_scope: MemoryScope = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of windows in a batch.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     fields: Fields = None,
@@ -65,10 +67,10 @@ def evaluate(
         raise UserError(f"A window has at least 1 token; --window cannot be {window}.")
     require_split(split)
     require_sources(data, text_field)
-    memory_for(memory, memory_entries)
+    memory_for(memory, memory_entries, memory_scope)
     loaded, tokenizer = load(model, device, dtype, fields, slot_entries)
     require_causal(loaded, model)
-    remembers = memory_for(memory, memory_entries, len(tokenizer))
+    remembers = memory_for(memory, memory_entries, memory_scope, len(tokenizer))
     if split is None:
         streams, parts = resolve_text(data, tokenizer, text_field)
     else:

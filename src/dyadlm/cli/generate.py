@@ -14,6 +14,7 @@ from dyadlm.cli.shared import (
     Fields,
     Memory,
     MemoryEntries,
+    MemoryScope,
     Model,
     NewDocument,
     Raw,
@@ -24,7 +25,7 @@ from dyadlm.cli.shared import (
     load_to_read,
     memory_for,
     read_prompt,
-    require_entries,
+    require_same_memory,
 )
 from dyadlm.cli.stopping import ending_well
 
@@ -57,6 +58,7 @@ def generate(
     slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
+    memory_scope: MemoryScope = None,
     raw: Raw = False,
     fields: Fields = None,
     device: Device = "auto",
@@ -76,19 +78,19 @@ def generate(
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
     require_state_files(state_in, new_document, state_out)
-    memory_for(memory, memory_entries)
+    memory_for(memory, memory_entries, memory_scope)
     if speculate and memory:
         raise UserError("Speculation cannot use a memory; leave out --speculate or --memory.")
     loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     drafts = None
-    remembers = memory_for(memory, memory_entries, len(tokenizer))
+    remembers = memory_for(memory, memory_entries, memory_scope, len(tokenizer))
     if speculate:
         from dyadlm.generate.speculation import Drafts
 
         drafts = Drafts()
         require_speculation(loaded, sampling)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
-    require_entries(session, memory_entries)
+    require_same_memory(session, memory_entries, memory_scope)
     session.read_prompt(text)
     pieces = session.write(max_new_tokens, sampling, stop or (), drafts)
     with ending_well(session.saving(state_out), state_out) as stops, closing(pieces):

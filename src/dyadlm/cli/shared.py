@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 from rich.progress import (
@@ -62,6 +62,11 @@ Memory = Annotated[
 ]
 MemoryEntries = Annotated[
     int | None, typer.Option(metavar="N", help="Contexts that --memory keeps of each length, a power of two.")
+]
+
+MemoryScope = Annotated[
+    Literal["stream", "document"] | None,
+    typer.Option(help="What --memory keeps where a document starts: stream (all, the default) or document (nothing)."),
 ]
 
 Raw = Annotated[
@@ -125,27 +130,35 @@ def _require_slots(model: str, contexts: object) -> None:
         raise UserError(f"{model} has no slots; leave out --slot-entries.")
 
 
-def memory_for(asked: bool, entries: int | None, vocabulary: int = 1) -> "ContextMemory | None":
-    """The memory that was asked for, for a model with so many tokens. Raises `UserError` for entries without it, or of
-    another number than a power of two."""
+def memory_for(asked: bool, entries: int | None, scope: str | None, vocabulary: int = 1) -> "ContextMemory | None":
+    """The memory that was asked for, for a model with so many tokens. Raises `UserError` for options without it, or
+    another number of entries than a power of two."""
     from dyadlm.errors import UserError
     from dyadlm.memory import ContextMemory, MemoryOptions
 
     if not asked:
         if entries is not None:
             raise UserError("--memory-entries does nothing without --memory; add it, or leave the entries out.")
+        if scope is not None:
+            raise UserError("--memory-scope does nothing without --memory; add it, or leave the scope out.")
         return None
-    return ContextMemory(MemoryOptions.of_vocabulary(vocabulary, entries))
+    return ContextMemory(MemoryOptions.of_vocabulary(vocabulary, entries, scope))
 
 
-def require_entries(session: "Session", entries: int | None) -> None:
-    """Raise `UserError` if the memory of a loaded state has another number of entries than was asked for."""
+def require_same_memory(session: "Session", entries: int | None, scope: str | None) -> None:
+    """Raise `UserError` if the memory of a loaded state has other options than were asked for."""
     from dyadlm.errors import UserError
 
-    if entries is not None and session.memory is not None and session.memory.options.entries != entries:
+    if session.memory is None:
+        return
+    options = session.memory.options
+    if entries is not None and options.entries != entries:
         raise UserError(
-            f"The memory in this state has {session.memory.options.entries} entries, which cannot change; leave "
-            "--memory-entries out."
+            f"The memory in this state has {options.entries} entries, which cannot change; leave --memory-entries out."
+        )
+    if scope is not None and options.scope != scope:
+        raise UserError(
+            f"The memory in this state has the scope {options.scope}, which cannot change; leave --memory-scope out."
         )
 
 

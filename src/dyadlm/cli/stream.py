@@ -17,6 +17,7 @@ from dyadlm.cli.shared import (
     Fields,
     Memory,
     MemoryEntries,
+    MemoryScope,
     Model,
     NewDocument,
     Raw,
@@ -26,7 +27,7 @@ from dyadlm.cli.shared import (
     errors,
     load_to_read,
     memory_for,
-    require_entries,
+    require_same_memory,
     standard_input,
 )
 from dyadlm.cli.stopping import Stops, ending_well
@@ -80,6 +81,7 @@ def stream(
     slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
+    memory_scope: MemoryScope = None,
     raw: Raw = False,
     fields: Fields = None,
     device: Device = "auto",
@@ -110,15 +112,15 @@ def stream(
     sampling = Sampling(temperature, seed=seed)
     require_state_files(state_in, new_document, state_out)
     source = waiting_lines(standard_input())
-    memory_for(memory, memory_entries)
+    memory_for(memory, memory_entries, memory_scope)
     loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
 
         require_causal(loaded, model)
-    remembers = memory_for(memory, memory_entries, len(tokenizer))
+    remembers = memory_for(memory, memory_entries, memory_scope, len(tokenizer))
     session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
-    require_entries(session, memory_entries)
+    require_same_memory(session, memory_entries, memory_scope)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with ending_well(session.saving(state_out), state_out, interrupt_code=0) as stops:
         if continuation:

@@ -3,7 +3,9 @@
 Dimensions: B windows in a batch, C inputs in a chunk, V vocabulary.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -72,13 +74,28 @@ def score(
 def remembered(
     pieces: Iterable[tuple[int, np.ndarray]], stream: Stream, memory: ContextMemory
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """What `score` yields, in the order of the text, with a memory mixed in. What is not scored is read as well."""
+    """What `score` yields, in the order of the text, with a memory mixed in. What is not scored is read as well.
+
+    A memory whose scope is a document begins anew with each document of the stream.
+    """
+    starts = [start for start, _, _ in stream.documents] if memory.options.scope == "document" else []
+
+    def read(first: int, nats: np.ndarray) -> np.ndarray:
+        stop = first + len(nats)
+        inside = starts[bisect_right(starts, first) : bisect_left(starts, stop)]
+        mixed = []
+        for begin, end in pairwise([first, *inside, stop]):
+            if starts and starts[bisect_right(starts, begin) - 1] == begin:
+                memory.start_document()
+            mixed.append(memory.read(stream.tokens(begin, end), nats[begin - first : end - first]))
+        return np.concatenate(mixed)
+
     at = 0
     for first, nats in pieces:
         if first > at:
-            memory.read(stream.tokens(at, first), np.full(first - at, np.nan))
+            read(at, np.full(first - at, np.nan))
         at = first + len(nats)
-        yield first, memory.read(stream.tokens(first, at), nats)
+        yield first, read(first, nats)
 
 
 def _tensors_of_logits(model: PreTrainedModel) -> int:

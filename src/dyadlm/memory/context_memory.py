@@ -26,6 +26,7 @@ Array: TypeAlias = np.ndarray
 MOST_BYTES = 2**32
 # Vocabularies up to this size are of bytes or characters: a word takes several tokens.
 SMALL_VOCABULARY = 512
+SCOPES = ("stream", "document")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class MemoryOptions:
     """lengths: of the contexts, in tokens, ascending. entries: of each table, a power of two. ways: of each set.
 
     followers: kept of each context. fade: what is left of the counts of a context's other followers when one comes.
-    rate: of learning how far each context is believed; 0: nothing is learned.
+    rate: of learning how far each context is believed; 0: nothing is learned. scope: stream: what is remembered lives on
+    from document to document; document: a document begins with an empty memory.
     """
 
     lengths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
@@ -42,6 +44,7 @@ class MemoryOptions:
     followers: int = 4
     fade: float = 0.9
     rate: float = 0.2
+    scope: str = "stream"
 
     def __post_init__(self) -> None:
         ascending = list(self.lengths) == sorted({length for length in self.lengths if length >= 1})
@@ -53,6 +56,7 @@ class MemoryOptions:
             (1 <= self.followers <= MOST_FOLLOWERS, f"followers lie between 1 and {MOST_FOLLOWERS}"),
             (0 < self.fade <= 1, "fade lies above 0 and at most at 1"),
             (0 <= self.rate <= 10, "rate lies between 0 and 10"),
+            (self.scope in SCOPES, f"its scope is one of {', '.join(SCOPES)}"),
             (self._table_bytes() <= MOST_BYTES, f"it would take more than {MOST_BYTES >> 30} GiB; give fewer entries"),
         ):
             if not holds:
@@ -63,9 +67,10 @@ class MemoryOptions:
         return len(self.lengths) * self.entries * (8 + 4 + 8 * self.followers)
 
     @classmethod
-    def of_vocabulary(cls, size: int, entries: int | None = None) -> "MemoryOptions":
-        """For a model with so many tokens: of pieces of words fewer make a context."""
-        given: dict[str, Any] = {} if entries is None else {"entries": entries}
+    def of_vocabulary(cls, size: int, entries: int | None = None, scope: str | None = None) -> "MemoryOptions":
+        """For a model with so many tokens: of pieces of words fewer make a context. None: the default."""
+        chosen = {"entries": entries, "scope": scope}
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         return cls(**given) if size <= SMALL_VOCABULARY else cls(lengths=(1, 2, 3, 4, 5), **given)
 
 
@@ -124,7 +129,9 @@ class ContextMemory:
             return np.log(probabilities).astype(np.float32)
 
     def start_document(self) -> None:
-        """No context reaches back over this place; what was remembered stays."""
+        """No context reaches back over this place. What was remembered and learned stays, unless its scope is a document."""
+        if self.options.scope == "document":
+            self._state = ContextMemory(self.options)._state
         self._state["history"][:] = -1
 
     def copy(self) -> "ContextMemory":
