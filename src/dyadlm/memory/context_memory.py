@@ -34,8 +34,8 @@ class MemoryOptions:
     """lengths: of the contexts, in tokens, ascending. entries: of each table, a power of two. ways: of each set.
 
     followers: kept of each context. fade: what is left of the counts of a context's other followers when one comes.
-    rate: of learning how far each context is believed; 0: nothing is learned. scope: stream: what is remembered lives on
-    from document to document; document: a document begins with an empty memory.
+    rate: of learning how far each context is believed; 0: nothing is learned. scope: `stream`: what is remembered lives
+    on from document to document; `document`: a document begins with an empty memory.
     """
 
     lengths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
@@ -129,7 +129,7 @@ class ContextMemory:
             return np.log(probabilities).astype(np.float32)
 
     def start_document(self) -> None:
-        """No context reaches back over this place. What was remembered and learned stays, unless its scope is a document."""
+        """No context reaches back over this place. What was remembered and learned stays, if the scope is `stream`."""
         if self.options.scope == "document":
             self._state = ContextMemory(self.options)._state
         self._state["history"][:] = -1
