@@ -34,6 +34,7 @@ COMPOSITIONS = {
         "ngram_width": 5,
     },
     "memory of a stream": {"preset": "tiny", "slot_scope": "stream", "slot_layers": [1]},
+    "slots by use": {"preset": "tiny", "slot_evict": "lru", "slot_layers": [0, 2], "slot_entries": 16, "slot_ways": 4},
 }
 
 

@@ -186,7 +186,18 @@ class Engine:
         s, w = self.shape, self.weights
         word = s.rules.index("word") if "word" in s.rules else -1
         radix = max(s.vocabulary, 2)
-        sizes = (s.sliding, s.semantic, s.rank, s.slot_width, word, s.longest, s.fits, radix, s.ngram_entries)
+        sizes = (
+            s.sliding,
+            s.semantic,
+            s.rank,
+            s.slot_width,
+            word,
+            s.longest,
+            s.fits,
+            radix,
+            int(s.lru),
+            s.ngram_entries,
+        )
         slots = np.array([s.slot_layers.index(i) if i in s.slot_layers else -1 for i in range(s.layers)], np.int64)
         contexts, ngrams = np.array(s.contexts, np.int64), np.array(s.ngrams, np.int64)
         embedding = (w.embedding, w.ngram_tables, *w.ngram_project)

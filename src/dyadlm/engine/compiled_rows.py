@@ -30,6 +30,7 @@ class CompiledLoops(Loops):
             np.array(s.contexts, np.int64),
             s.fits,
             max(s.vocabulary, 2),
+            int(s.lru),
             np.array(s.ngrams, np.int64),
             s.ngram_entries,
             w.ngram_tables,

@@ -39,7 +39,6 @@ REQUIRED: tuple[tuple[str, Any, Any, str], ...] = (
     ("planner", "none", "none", "it has a planner"),
     ("early", "zero", "zero", "its early windows are not zero"),
     ("slot_gate", False, False, "its slots have a gate"),
-    ("slot_evict", "ring", "ring", "its slots evict by use"),
 )
 
 
@@ -63,6 +62,7 @@ class Shape:
     ways: int
     slot_width: int
     slot_values: str  # float32 or float16
+    lru: bool  # a context has one entry, which comes to the front when it is written again
     keeps_slots: bool  # tables live on from document to document
     tied: bool
     ngrams: tuple[int, ...]  # numbers of tokens; 0 is the open word
@@ -184,6 +184,7 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
         and shape.sets * shape.ways == fields.get("slot_entries", 1024),
         "slot_layers": set(shape.slot_layers) <= set(range(shape.layers))
         and len(set(shape.slot_layers)) == len(shape.slot_layers),
+        "slot_evict": fields.get("slot_evict", "ring") in ("ring", "lru"),
         "slot_values": shape.slot_values in ("float32", "float16"),
         "slot_contexts": all(0 <= context < 2**16 for context in shape.contexts),
         "ngram_sizes": all(0 <= size < 2**16 for size in shape.ngrams),
@@ -220,6 +221,7 @@ def _read_shape(fields: Mapping[str, Any]) -> Shape:
         ways=ways,
         slot_width=fields.get("slot_width", 16),
         slot_values=fields.get("slot_values", "float32"),
+        lru=fields.get("slot_evict", "ring") == "lru",
         keeps_slots=fields.get("slot_scope", "document") == "stream",
         tied=bool(fields.get("tie_word_embeddings", True)),
         ngrams=_sizes(ngrams),

@@ -214,8 +214,21 @@ def remember(token, history):
 
 
 @njit(**OPTIONS)
-def address(token, contexts, fits, radix, t, history, word, pending, tags, written, found):
-    """Contexts: which set of each table is written (-1: none), and which set and way is read (-1: none)."""
+def way_of(entries, tag):
+    """The newest way of a set (W, P) that holds a tag (P,); W: none."""
+    for way in range(entries.shape[0]):
+        same = True
+        for part in range(entries.shape[1]):
+            same = same and entries[way, part] == tag[part]
+        if same:
+            return way
+    return entries.shape[0]
+
+
+@njit(**OPTIONS)
+def address(token, contexts, fits, radix, lru, t, history, word, pending, tags, written, found):
+    """Contexts: what each table writes and reads. written (N,): set * W + the way whose entry goes, and those before it
+    move back by one; -1: none. found (N, 2): set and way; -1: none."""
     carried = history.shape[0]
     sets, ways, parts = tags.shape[1], tags.shape[2], tags.shape[3]
     for n in range(contexts.shape[0]):
@@ -223,12 +236,15 @@ def address(token, contexts, fits, radix, t, history, word, pending, tags, writt
         found[n, 0] = -1
         if t > 0 and pending[n, 0] >= 0:
             place = set_of(pending[n], sets)
-            for way in range(ways - 1, 0, -1):
+            last = ways - 1
+            if lru:
+                last = min(last, way_of(tags[n, place], pending[n]))
+            for way in range(last, 0, -1):
                 for part in range(parts):
                     tags[n, place, way, part] = tags[n, place, way - 1, part]
             for part in range(parts):
                 tags[n, place, 0, part] = pending[n, part]
-            written[n] = place
+            written[n] = place * ways + last
         length = contexts[n]
         if length == 0:
             pending[n, 0] = np.int64(np.uint64(word[0]) >> np.uint64(1))
@@ -247,14 +263,10 @@ def address(token, contexts, fits, radix, t, history, word, pending, tags, writt
                 pending[n, part] = number
         if t > 0 and pending[n, 0] >= 0:
             place = set_of(pending[n], sets)
-            for way in range(ways):
-                same = True
-                for part in range(parts):
-                    same = same and tags[n, place, way, part] == pending[n, part]
-                if same:
-                    found[n, 0] = place
-                    found[n, 1] = way
-                    break
+            way = way_of(tags[n, place], pending[n])
+            if way < ways:
+                found[n, 0] = place
+                found[n, 1] = way
 
 
 @njit(**OPTIONS)
@@ -340,8 +352,8 @@ def recall_slots(values, value, written, found, recalled):
     any_found = False
     for n in range(tables):
         if written[n] >= 0:
-            own_set = values[n, written[n]]
-            for way in range(ways - 1, 0, -1):
+            own_set = values[n, written[n] // ways]
+            for way in range(written[n] % ways, 0, -1):
                 for i in range(slot_width):
                     own_set[way, i] = own_set[way - 1, i]
             for i in range(slot_width):
@@ -413,7 +425,7 @@ def step(
     logits,
 ):
     """Reads one token. Arrays of state are changed in place; logits (V,) are written."""
-    sliding, semantic, rank, slot_width, word_rule, longest, fits, radix, ngram_entries = sizes
+    sliding, semantic, rank, slot_width, word_rule, longest, fits, radix, lru, ngram_entries = sizes
     width, layers, inner = embedding.shape[1], read.shape[0], down.shape[2]
     tables, dual, depth = contexts.shape[0], nodes.shape[1], blocks.shape[1]
     token_levels, channels = sliding + semantic, rank + 1
@@ -425,7 +437,7 @@ def step(
     if tables or ngrams.shape[0]:
         read_word(token, word_begins, word)
     if tables:
-        address(token, contexts, fits, radix, t, history, word, pending, tags, written, found)
+        address(token, contexts, fits, radix, lru, t, history, word, pending, tags, written, found)
 
     at = 0
     hidden = scratch[at : at + width]
@@ -593,8 +605,8 @@ def step(
 
 @njit(**OPTIONS)
 def text_of_rows(
-    tokens, vocabulary_marks, word_rule, longest, contexts, fits, radix, ngrams, entries, ngram_tables, counter, marks,
-    counts, history, word, pending, tags, begins, written, found, said,
+    tokens, vocabulary_marks, word_rule, longest, contexts, fits, radix, lru, ngrams, entries, ngram_tables, counter,
+    marks, counts, history, word, pending, tags, begins, written, found, said,
 ):  # fmt: skip
     """`read_text`, `address` and `read_ngrams` for each row. begins: (B, S), written: (B, N), found: (B, N, 2),
     said: (B, G)."""
@@ -605,7 +617,7 @@ def text_of_rows(
             read_word(token, word_begins, word[b])
         if contexts.shape[0]:
             address(
-                token, contexts, fits, radix, t, history[b], word[b], pending[b], tags[b], written[b], found[b]
+                token, contexts, fits, radix, lru, t, history[b], word[b], pending[b], tags[b], written[b], found[b]
             )  # fmt: skip
         if ngrams.shape[0]:
             read_ngrams(token, ngrams, entries, t, history[b], word[b], ngram_tables, said[b])

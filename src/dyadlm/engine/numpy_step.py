@@ -37,7 +37,7 @@ class Text(NamedTuple):
     the tables of n-grams say."""
 
     begins: Array  # (B, S) bool
-    written: Array  # (B, N): the set of each table that is written; -1: none
+    written: Array  # (B, N): what each table writes, set * W + the way whose entry goes; -1: none
     found: Array  # (B, N, 2): the set and the way that are read; -1: none
     ngrams: Array  # (B, G) float32
 
@@ -181,9 +181,12 @@ def find_slots(s: Shape, recent: Sequence[Array], state: EngineState) -> tuple[A
         tags, pending = state.tags[:, n], state.pending[:, n]
         some = rows[goes_on & (pending[:, 0] >= 0)]
         place = set_of(pending[some], s.sets)
-        tags[some, place, 1:] = tags[some, place, :-1]
-        tags[some, place, 0] = pending[some]
-        written[some, n] = place
+        last = np.full(len(some), s.ways - 1)
+        if s.lru:
+            same = (tags[some, place] == pending[some, None]).all(-1)
+            last = np.where(same.any(1), same.argmax(1), last)
+        written[some, n] = place * s.ways + last
+        put_first(tags, (some,), written[some, n], pending[some])
         if length == 0:
             pending[:] = 0
             pending[:, :2] = (word[:, :2] >> np.uint64(1)).astype(np.int64)
@@ -200,6 +203,18 @@ def find_slots(s: Shape, recent: Sequence[Array], state: EngineState) -> tuple[A
         found[some, n, 0] = np.where(same.any(1), place, -1)
         found[some, n, 1] = same.argmax(1)
     return written, found
+
+
+def put_first(tables: Array, where: tuple[Array, ...], written: Array, entries: Array) -> None:
+    """Put entries (n, X) in front of sets of tables (..., sets, W, X), which `where` picks by n indices for each axis
+    before the sets. written (n,): as in `Text`; the entries before the one that goes move back by one."""
+    place, last = np.divmod(written, tables.shape[-2])
+    way = np.arange(tables.shape[-2])
+    source = np.where((way > 0) & (way <= last[:, None]), way - 1, way)
+    at: tuple[Array, ...] = (*where, place)
+    moved = np.take_along_axis(tables[at], source[..., None], 1)
+    moved[:, 0] = entries
+    tables[at] = moved
 
 
 def mixed(x: Array) -> Array:
@@ -276,11 +291,9 @@ def node_feature(blocks: Array, level: int, read: Array) -> Array:
 def recall(tables: Array, value: Array, text: Text) -> Array:
     """Write values (B, M) into the tables (B, N, sets, W, M) of a layer; returns what is found, (B, N (M + 1))."""
     rows, columns = np.nonzero(text.written >= 0)
-    place = text.written[rows, columns]
-    tables[rows, columns, place, 1:] = tables[rows, columns, place, :-1]
     if tables.dtype == np.float16:
         value = np.clip(value, -LARGEST_HALF, LARGEST_HALF)
-    tables[rows, columns, place, 0] = value[rows]
+    put_first(tables, (rows, columns), text.written[rows, columns], value[rows])
     entries = np.zeros((*text.written.shape, value.shape[1] + 1), np.float32)
     rows, columns = np.nonzero(text.found[..., 0] >= 0)
     place, way = text.found[rows, columns].T

@@ -209,7 +209,7 @@ def _refusal(folder: Path, device: str, dtype: str, changed: Mapping[str, Any]) 
         alike = False
     if not alike or names != list(SPECIAL_TOKENS):
         return "its tokens are not bytes"
-    if not changed.keys() <= SLOTS_AT_USE.keys():
+    if not changed.keys() <= {*SLOTS_AT_USE, "slot_evict"}:
         return "fields are changed that torch checks"
     try:
         reason = unsupported(fields)
