@@ -59,11 +59,14 @@ class Text:
 # ---- any text
 
 
+# Control and format characters (soft hyphens, marks of direction and of byte order) but the newline.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ue000-\uf8ff\ufeff]")
+
+
 def clean(text: str) -> str:
     """Lines that end in a newline alone, without control characters and spaces at their ends; at most two empty."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(r"[^\S\n]", " ", text)
-    text = "".join(letter for letter in text if letter == "\n" or unicodedata.category(letter)[0] != "C")
+    text = _CONTROL.sub("", re.sub(r"[^\S\n]", " ", text))
     return re.sub(r"\n{4,}", "\n\n\n", re.sub(r" +\n", "\n", text)).strip()
 
 

@@ -8,9 +8,13 @@ import struct
 import sys
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from dyadlm.data.formats import Passage
+from dyadlm.data.sources import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +53,21 @@ def test_the_last_hundredth_is_for_validation(shard):
     assert parts["train"].rstrip("\n").split("\n\n") == paragraphs[:198]
     large = shard.divide(["x" * 1000] * 100_000)
     assert 199_000 < len(large["validation"]) <= shard.MOST_VALIDATION_BYTES
+
+
+def test_a_split_of_a_corpus_is_its_documents_with_a_line_between(shard, monkeypatch):
+    passages = {
+        "train": [
+            Passage("one", b"a\n", starts=True),
+            Passage("one", b"\nb\n", offset=2, starts=False),
+            Passage("two", b"c", starts=True),
+        ],
+        "test": [Passage("three", b"d\n", starts=True)],
+    }
+    source = Source("name", "public domain", "key", {name: partial(iter, part) for name, part in passages.items()})
+    monkeypatch.setattr(shard, "open_corpus", lambda name: source)
+    assert shard.corpus_text("name", "train") == "a\n\nb\n\nc\n"
+    assert shard.corpus_text("name", "test") == "d\n"
 
 
 def sword(shard, osis: str, kind: str = "texts/ztext") -> list[str]:
