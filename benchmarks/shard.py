@@ -5,8 +5,8 @@
 The file holds, for each text, NAME.train.txt and NAME.validation.txt, LICENCES.json (package, version, licence, bytes
 and sha256 of each part) and the copyright file of each Debian package. Test splits are left out.
 
-    the corpora    Shakespeare, King James Bible, State of the Union: the splits of `dyadlm.data`, byte for byte, with
-                   an empty line between documents.
+    the corpora    Shakespeare, King James Bible, State of the Union: the splits of `dyadlm.data`, document for
+                   document, with an empty line between two.
     the others     Debian packages, fetched by `apt-get download` and kept in the cache. Markup, tables and code are
                    taken out; a paragraph is one line, except verse and lists. The last hundredth of each is for
                    validation, at most 200 kB.
@@ -452,7 +452,7 @@ def field_of(package: Path, field: str) -> str:
 
 
 def corpus_text(name: str, split: str) -> str:
-    """A split of a built-in corpus: its passages as they are, an empty line between documents."""
+    """A split of a built-in corpus: its documents as they are but for newlines at their ends, an empty line between."""
     documents: list[bytearray] = []
     for passage in open_corpus(name).splits[split]():
         if passage.starts or not documents:
