@@ -284,7 +284,8 @@ def plain_gcide(text: str) -> str:
     for _ in range(2):  # a label or an etymology may hold codes of letters
         text = re.sub(r"\[([^\[\]]+)\]", letter, text)
     text = re.sub(r"\s*--\s?[A-Z]\w*[\"`*]\w[^.]*(?:\.|$)", "", text.translate(_NO_BRACES))  # derived words
-    text = re.sub(r"^\d+\. |^\([a-z]\) |^\([^()]*\"[^()]*\)[,.]? ", "", text.strip())  # numbers, pronunciations
+    number, pronunciation = r"(?:\d+\. |\([a-z]\) )?", r"(?:\([^()]*\"[^()]*\)[,.]? )?"
+    text = re.sub(f"^{number}{pronunciation}", "", text.strip())
     text = re.sub(r"--(?=[A-Z])", "-- ", text)
     return re.sub(r" +(?=[,.;:])", "", re.sub(r" {2,}", " ", text)).strip()
 

@@ -137,7 +137,7 @@ Germander \\Ger*man"der\\ (j[~e]r*m[a^]n"d[~e]r), Germandree
          to the lion.                    --Shak.
    [1913 Webster]
 
-   1. A ph[oe]nix.
+   1. (f[=e]"n[i^]ks) A ph[oe]nix.
       (a) A second herb.
    Note: It is rare.
       [1913 Webster]
