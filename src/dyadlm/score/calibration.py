@@ -110,10 +110,11 @@ def load_calibration(path: Path, weights: str, reading: Reading) -> Calibration:
     if found.get("weights") != weights:
         raise UserError(f"{path} was made with another model; calibrate this one with --calibrate.")
     for name, wanted in reading._asdict().items():
-        if found.get(name) != wanted:
-            option = {"unit": "--per", "score": "--score", "learn": "--learn"}[name]
+        had = found.get(name, 0 if name == "memory" else None)  # files from before there was a memory do not name it
+        if had != wanted:
+            option = {"unit": "--per", "score": "--score", "learn": "--learn", "memory": "--memory"}[name]
             raise UserError(
-                f"{path} was made with another {option} ({found.get(name)!r}, not {wanted!r}); "
+                f"{path} was made with another {option} ({had!r}, not {wanted!r}); "
                 "use the same options, or calibrate again."
             )
     calibration = Calibration(weights, reading)

@@ -29,6 +29,8 @@ class Scorer:
     The beginning token stands before the first line, and the end-of-document token between two documents, as in
     prepared data. Each line is tokenised by itself; all lines of a call are read at once.
 
+    A memory of the session, if it has one, is mixed in, and reads what the model reads.
+
     drift: of all lines that were read. learner: None where nothing is learned. lines, size, bits: how many lines (or
     parts of long ones), bytes and bits were read since the scorer was made.
     """
@@ -87,7 +89,7 @@ class Scorer:
         logits, hidden = self._session.read_inside(ids)
         edges = [0, *line_ends, *([] if line_ends else [len(ids)])]
         nats = [self.learner.nats(logits[a:b], hidden[a:b], ids[a:b]) for a, b in pairwise(edges)]
-        found = np.concatenate(nats)
+        found = self._session.remember(ids, np.concatenate(nats))
         if np.isnan(found[int(np.isnan(logits[0, 0])) :]).any():
             raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
         return found
@@ -100,8 +102,8 @@ class Scorer:
         that can be saved.
         """
         beside: dict[str, Any] = {"drift": np.array(self.drift.numbers()), "between": np.array([self._between])}
-        if self._session.logits is not None:
-            beside["logits"] = self._session.logits
+        if self._session.predicts:
+            beside["logits"] = self._session.expected
         if self.learner is not None:
             beside["delta"], beside["hidden"] = self.learner.delta, self._session.hidden
         if place is not None:

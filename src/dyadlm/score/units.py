@@ -17,11 +17,15 @@ EXPECTED_BITS = 3.0
 
 
 class Reading(NamedTuple):
-    """How scores come about: of which units, which score, and whether the model learns while it reads."""
+    """How scores come about: of which units, which score, and whether the model learns while it reads.
+
+    memory: entries of each table of the memory that is mixed in; 0 without one.
+    """
 
     unit: UnitName = "line"
     score: ScoreName = "excess"
     learn: bool = False
+    memory: int = 0
 
 
 class ScoredLine(NamedTuple):
