@@ -1,0 +1,312 @@
+"""Finding the lines of faults in logs of real programs: `dyadlm score` beside three methods for logs.
+
+    python benchmarks/anomaly_logs.py --work logs-work
+
+`benchmarks/data/logs` holds the logs and says of each line whether it belongs to a fault; `benchmarks/real_logs.py`
+made them. Splits are chronological. Of the lines before the first fault, the first two thirds are for training and
+the rest for calibration; all lines from the first fault on are the test. Every method sees the same lines in the same
+order and gives one score for each.
+
+Each cell (one method on one log) runs in a process of its own, whose largest memory is measured, and is kept in the
+results; what is there is not run again. Needs the extra `bench`.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from anomalies import auc
+from common import ROOT, Cells
+from dyadlm.files import write_atomically
+
+LOGS = ROOT / "benchmarks" / "data" / "logs"
+SOURCES = ("nginx", "redis", "sshd", "postgres", "dpkg", "fail2ban")
+RATES = (0.001, 0.01)
+TRAINING = ["--preset", "tiny", "--set", "max_steps=300", "learning_rate=2e-3"]
+# Lines that are drawn together for intervals: what a fault writes stands together.
+BLOCK, DRAWS = 20, 1000
+
+
+class Log(NamedTuple):
+    """Lines of a log, with their line ends, in three parts; odd: bool, of each line of the test."""
+
+    train: list[bytes]
+    calibration: list[bytes]
+    test: list[bytes]
+    odd: np.ndarray
+
+
+def read_log(name: str) -> Log:
+    """A log of `LOGS`, in parts."""
+    content = lzma.decompress((LOGS / f"{name}.log.xz").read_bytes())
+    rows = [row.split(b"\t", 1) for row in content.split(b"\n")[:-1]]
+    odd = np.array([kind != b"-" for kind, _ in rows])
+    lines = [line + b"\n" for _, line in rows]
+    first = int(odd.argmax())
+    cut = first * 2 // 3
+    return Log(lines[:cut], lines[cut:first], lines[first:], odd[first:])
+
+
+# --- the peers: each learns from lines, and scores lines; higher is odder
+
+
+def drain(train: list[bytes], lines: list[bytes]) -> list[float]:
+    """How rare the template of a line is among the lines of the training, by drain3; a line with none is the oddest."""
+    from drain3 import TemplateMiner
+    from drain3.masking import MaskingInstruction
+    from drain3.template_miner_config import TemplateMinerConfig
+
+    config = TemplateMinerConfig()
+    # Those of its own example.
+    config.masking_instructions = [
+        MaskingInstruction(r"((?<=[^A-Za-z0-9])|^)(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})((?=[^A-Za-z0-9])|$)", "IP"),
+        MaskingInstruction(r"((?<=[^A-Za-z0-9])|^)(0x[a-f0-9A-F]+)((?=[^A-Za-z0-9])|$)", "HEX"),
+        MaskingInstruction(r"((?<=[^A-Za-z0-9])|^)([\-\+]?\d+)((?=[^A-Za-z0-9])|$)", "NUM"),
+    ]
+    miner = TemplateMiner(config=config)
+    for line in train:
+        miner.add_log_message(text_of(line))
+    sizes = {cluster.cluster_id: cluster.size for cluster in miner.drain.clusters}
+    found = [miner.match(text_of(line)) for line in lines]
+    return [math.log(len(train) / (0.5 if one is None else sizes[one.cluster_id])) for one in found]
+
+
+def trigrams(parts: Callable[[bytes], list[str]]) -> Callable[[list[bytes], list[bytes]], list[float]]:
+    """The share of a line's trigrams that the training does not hold."""
+
+    def score(train: list[bytes], lines: list[bytes]) -> list[float]:
+        known = {three for line in train for three in threes(parts(line))}
+        return [float(np.mean([three not in known for three in threes(parts(line))])) for line in lines]
+
+    return score
+
+
+def threes(parts: list[str]) -> list[tuple[str, ...]]:
+    parts = ["", "", *parts]
+    return list(zip(parts, parts[1:], parts[2:], strict=False))
+
+
+def forest(train: list[bytes], lines: list[bytes]) -> list[float]:
+    """An isolation forest over counts of words, numbers masked."""
+    from sklearn.ensemble import IsolationForest
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(analyzer=words, max_features=2000)
+    model = IsolationForest(n_estimators=200, random_state=0).fit(counter.fit_transform(map(masked, train)).tocsc())
+    found: list[float] = (-model.score_samples(counter.transform(map(masked, lines)).tocsr())).tolist()
+    return found
+
+
+def text_of(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r\n")
+
+
+def masked(line: bytes) -> bytes:
+    return re.sub(rb"\d+", b"0", line)
+
+
+def words(line: bytes) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text_of(line))
+
+
+PEERS: dict[str, Callable[[list[bytes], list[bytes]], list[float]]] = {
+    "drain3": drain,
+    "trigrams of characters": trigrams(lambda line: list(text_of(line))),
+    "trigrams of characters, numbers masked": trigrams(lambda line: list(text_of(masked(line)))),
+    "trigrams of words, numbers masked": trigrams(lambda line: words(masked(line))),
+    "isolation forest": forest,
+}
+OURS = {
+    "dyadlm": (False, False),
+    "dyadlm --memory": (True, False),
+    "dyadlm --learn": (False, True),
+    "dyadlm --memory --learn": (True, True),
+}
+
+
+def ours(model: Path, lines: list[bytes], memory: bool, learn: bool) -> list[float]:
+    """What `dyadlm score` gives the lines, read as one stream."""
+    from dyadlm.cli.score import entries_of, open_scorer
+    from dyadlm.score import Reading, chunks, units_of
+    from dyadlm.score.lines import Numbering
+
+    reading = Reading(learn=learn, memory=entries_of(memory, None))
+    scorer, _, _ = open_scorer(str(model), "cpu", "float32", None, reading, None, None, None)
+    placed = map(Numbering("log").place, lines)
+    return [unit.score for chunk in chunks(placed) for unit in units_of(scorer.read(chunk), reading)]
+
+
+# --- cells
+
+
+def train(name: str, work: Path) -> dict[str, object]:
+    """A model of the first lines of a log, by the command."""
+    (work / f"{name}.train.log").write_bytes(b"".join(read_log(name).train))
+    command = [sys.executable, "-m", "dyadlm", "train", "--data", work / f"{name}.train.log", *TRAINING]
+    started = time.perf_counter()
+    subprocess.run([*map(str, command), "--output", str(work / f"{name}.model")], check=True)
+    return {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def score(name: str, method: str, work: Path) -> dict[str, object]:
+    """One method on one log, in this process; the scores go to a file."""
+    log = read_log(name)
+    lines = [*log.calibration, *log.test]
+    started = time.perf_counter()
+    if method in PEERS:
+        scores = np.array(PEERS[method](log.train, lines))
+    else:
+        ours(work / f"{name}.model", lines[:3], *OURS[method])  # what is compiled is compiled
+        started = time.perf_counter()
+        scores = np.array(ours(work / f"{name}.model", lines, *OURS[method]))
+    seconds = time.perf_counter() - started
+    np.save(work / scores_name(name, method), scores)
+    return {"bytes_per_second": round(sum(map(len, lines)) / seconds), **measures(scores, log)}
+
+
+def scores_name(name: str, method: str) -> str:
+    return f"{name}.{re.sub('[^a-z0-9]+', '_', method)}.npy"
+
+
+def measures(scores: np.ndarray, log: Log) -> dict[str, object]:
+    """AUC and F1 with intervals; at each rate that was asked for, by conformal thresholds, what was alerted."""
+    calibration, test = np.sort(scores[: len(log.calibration)]), scores[len(log.calibration) :]
+    p = (len(calibration) - np.searchsorted(calibration, test) + 1) / (len(calibration) + 1)
+    picks = [draw(number, len(test)) for number in range(DRAWS)]
+    picks = [pick for pick in picks if 0 < log.odd[pick].sum() < len(pick)]
+    found: dict[str, object] = {
+        "auc": with_interval(auc(test, log.odd), [auc(test[pick], log.odd[pick]) for pick in picks]),
+        "best_f1": with_interval(best_f1(test, log.odd), [best_f1(test[pick], log.odd[pick]) for pick in picks]),
+    }
+    for rate in RATES:
+        alerts = p <= rate
+        if rate * (len(calibration) + 1) < 1:
+            continue  # no threshold is so strict
+        f1 = [f1_of(alerts[pick], log.odd[pick]) for pick in picks]
+        found[f"at {rate:g}"] = {
+            "false_alarms": float(alerts[~log.odd].mean()),
+            "found": float(alerts[log.odd].mean()),
+            "f1": with_interval(f1_of(alerts, log.odd), f1),
+        }
+    return found
+
+
+def draw(number: int, size: int) -> np.ndarray:
+    """Places of blocks of lines, drawn with replacement; the same for every method."""
+    blocks = -(-size // BLOCK)
+    chosen = np.random.default_rng(number).integers(blocks, size=blocks)
+    places: np.ndarray = (chosen[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    return places[places < size]
+
+
+def with_interval(value: float, draws: list[float]) -> list[float]:
+    """The value, and the 95 % interval of its bootstrap."""
+    return [round(float(number), 4) for number in (value, *np.quantile(draws, (0.025, 0.975)))]
+
+
+def f1_of(alerts: np.ndarray, odd: np.ndarray) -> float:
+    return float(2 * (alerts & odd).sum() / max(alerts.sum() + odd.sum(), 1))
+
+
+def best_f1(scores: np.ndarray, odd: np.ndarray) -> float:
+    """The largest F1 of any threshold, which nobody knows before."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(odd[order])
+    whole = np.append(np.diff(scores[order]) != 0, True)  # equal scores are alerted together
+    return float((2 * hits / (np.arange(1, len(scores) + 1) + odd.sum()))[whole].max())
+
+
+def differences(name: str, work: Path) -> dict[str, object]:
+    """AUC of each of ours less that of each peer, with the interval of a paired bootstrap."""
+    log = read_log(name)
+    saved = {method: np.load(work / scores_name(name, method))[len(log.calibration) :] for method in (*OURS, *PEERS)}
+    picks = [draw(number, len(log.test)) for number in range(DRAWS)]
+    picks = [pick for pick in picks if 0 < log.odd[pick].sum() < len(pick)]
+    values = {method: auc(scores, log.odd) for method, scores in saved.items()}
+    draws = {method: np.array([auc(scores[pick], log.odd[pick]) for pick in picks]) for method, scores in saved.items()}
+    return {
+        own: {peer: with_interval(values[own] - values[peer], list(draws[own] - draws[peer])) for peer in PEERS}
+        for own in OURS
+    }
+
+
+def measured(arguments: list[str], place: Path) -> dict[str, object]:
+    """What a process of this file found, and the most memory that it had."""
+    process = subprocess.Popen([sys.executable, __file__, *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}.")
+    found: dict[str, object] = json.loads(place.read_text())
+    return found | {"peak_mib": round(usage.ru_maxrss / 1024)}
+
+
+def draw_picture(cells: Cells, path: Path) -> None:
+    """AUC of each method on each log, with intervals."""
+    from matplotlib import pyplot as plt
+
+    methods = [*OURS, *PEERS]
+    figure, axes = plt.subplots(1, len(SOURCES), figsize=(13, 3.6), sharey=True, layout="constrained")
+    for axis, name in zip(axes, SOURCES, strict=True):
+        for place, method in enumerate(reversed(methods)):
+            value, low, high = cells.results[f"{name}: {method}"]["auc"]
+            axis.plot([low, high], [place, place], color="C0" if method in OURS else "C7")
+            axis.plot(value, place, "o", color="C0" if method in OURS else "C7", markersize=4)
+        axis.set(title=name, xlabel="AUC", yticks=range(len(methods)), yticklabels=reversed(methods))
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="a folder for models and scores")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "anomaly_logs.json")
+    parser.add_argument("--cell", nargs=2, metavar=("SOURCE", "METHOD"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    work = options.work
+    if options.cell is not None:
+        write_atomically(work / "cell.json", json.dumps(score(*options.cell, work)))
+        return
+    try:
+        import drain3
+        import sklearn
+    except ImportError as error:
+        raise SystemExit(f"The peers are not installed ({error.name}); install dyadlm[bench].") from None
+    del drain3, sklearn
+    work.mkdir(parents=True, exist_ok=True)
+    cells = Cells(options.output)
+    names = [f"{name}: {what}" for name in SOURCES for what in ("training", *PEERS, *OURS, "differences")]
+    for cell in cells.missing(names):
+        name, what = cell.split(": ")
+        if what == "training":
+            log = read_log(name)
+            counts = {"train": len(log.train), "calibration": len(log.calibration), "test": len(log.test)}
+            cells.store(cell, train(name, work) | {"lines": counts | {"of faults": int(log.odd.sum())}})
+        elif what == "differences":
+            cells.store(cell, differences(name, work))
+        else:
+            cells.store(cell, measured(["--work", str(work), "--cell", name, what], work / "cell.json"))
+    draw_picture(cells, options.output.with_suffix(".png"))
+    ahead = Counter(
+        own
+        for name in SOURCES
+        for own, peers in cells.results[f"{name}: differences"].items()
+        if own in OURS and all(low > 0 for _, low, _ in peers.values())
+    )
+    print(f"ahead of every peer, by the interval, of {len(SOURCES)} logs: {dict(ahead)}")
+
+
+if __name__ == "__main__":
+    main()
