@@ -34,7 +34,16 @@ def excess(expected: float) -> Callable[[np.ndarray], float]:
     """The largest sum over a span of the bits beyond `expected` a byte."""
 
     def of(bits: np.ndarray) -> float:
-        return units.oddest_span(bits + units.EXPECTED_BITS - expected)[0]
+        return units.oddest_span(bits - expected)[0]
+
+    return of
+
+
+def beyond(expected: float) -> Callable[[np.ndarray], float]:
+    """The sum over all bytes of the bits beyond `expected`."""
+
+    def of(bits: np.ndarray) -> float:
+        return float(np.maximum(bits - expected, 0).sum())
 
     return of
 
@@ -55,6 +64,7 @@ SCORES: dict[str, Callable[[np.ndarray], float]] = {
     "largest byte": lambda bits: float(bits.max()),
     **{f"window of {width} bytes": window(width) for width in (4, 16)},
     **{f"excess over {expected} bits": excess(expected) for expected in (1, 2, 3, 4, 5, 6)},
+    **{f"beyond {expected} bits": beyond(expected) for expected in (2, 3, 4)},
 }
 
 

@@ -3,12 +3,13 @@
     python benchmarks/anomaly_logs.py --work logs-work
 
 `benchmarks/data/logs` holds the logs and says of each line whether it belongs to a fault; `benchmarks/real_logs.py`
-made them. Splits are chronological. Of the lines before the first fault, the first two thirds are for training and
-the rest for calibration; all lines from the first fault on are the test. Every method sees the same lines in the same
-order and gives one score for each.
+made them. Splits are chronological. Of the lines before the first fault, the last third, at most 1,000, is for
+calibration, and what is before that for training; the first 1,500 lines from the first fault on are the test. Every
+method sees the same lines in the same order and gives one score for each.
 
 Each cell (one method on one log) runs in a process of its own, whose largest memory is measured, and is kept in the
-results; what is there is not run again. Needs the extra `bench`.
+results; what is there is not run again. Needs the extra `bench`. Speeds count seconds of the processor, learning of the
+peers included.
 """
 
 import argparse
@@ -21,9 +22,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,10 +32,14 @@ from anomalies import auc
 from common import ROOT, Cells
 from dyadlm.files import write_atomically
 
+if TYPE_CHECKING:
+    from dyadlm.score import Line
+
 LOGS = ROOT / "benchmarks" / "data" / "logs"
 SOURCES = ("nginx", "redis", "sshd", "postgres", "dpkg", "fail2ban")
 RATES = (0.001, 0.01)
 TRAINING = ["--preset", "tiny", "--set", "max_steps=300", "learning_rate=2e-3"]
+CALIBRATION, TEST = 1000, 1500
 # Lines that are drawn together for intervals: what a fault writes stands together.
 BLOCK, DRAWS = 20, 1000
 
@@ -55,8 +60,8 @@ def read_log(name: str) -> Log:
     odd = np.array([kind != b"-" for kind, _ in rows])
     lines = [line + b"\n" for _, line in rows]
     first = int(odd.argmax())
-    cut = first * 2 // 3
-    return Log(lines[:cut], lines[cut:first], lines[first:], odd[first:])
+    cut, stop = first - min(CALIBRATION, first // 3), first + TEST
+    return Log(lines[:cut], lines[cut:first], lines[first:stop], odd[first:stop])
 
 
 # --- the peers: each learns from lines, and scores lines; higher is odder
@@ -103,9 +108,10 @@ def forest(train: list[bytes], lines: list[bytes]) -> list[float]:
     from sklearn.ensemble import IsolationForest
     from sklearn.feature_extraction.text import CountVectorizer
 
-    counter = CountVectorizer(analyzer=words, max_features=2000)
-    model = IsolationForest(n_estimators=200, random_state=0).fit(counter.fit_transform(map(masked, train)).tocsc())
-    found: list[float] = (-model.score_samples(counter.transform(map(masked, lines)).tocsr())).tolist()
+    counter = CountVectorizer(token_pattern=r"\S+", lowercase=False, max_features=2000)
+    known, asked = ([" ".join(words(masked(line))) for line in part] for part in (train, lines))
+    model = IsolationForest(n_estimators=200, random_state=0).fit(counter.fit_transform(known).tocsc())
+    found: list[float] = (-model.score_samples(counter.transform(asked).tocsr())).tolist()
     return found
 
 
@@ -128,24 +134,50 @@ PEERS: dict[str, Callable[[list[bytes], list[bytes]], list[float]]] = {
     "trigrams of words, numbers masked": trigrams(lambda line: words(masked(line))),
     "isolation forest": forest,
 }
-OURS = {
-    "dyadlm": (False, False),
-    "dyadlm --memory": (True, False),
-    "dyadlm --learn": (False, True),
-    "dyadlm --memory --learn": (True, True),
-}
+OURS = ("dyadlm", "dyadlm --memory", "dyadlm --learn")
 
 
-def ours(model: Path, lines: list[bytes], memory: bool, learn: bool) -> list[float]:
-    """What `dyadlm score` gives the lines, read as one stream."""
-    from dyadlm.cli.score import entries_of, open_scorer
-    from dyadlm.score import Reading, chunks, units_of
+METHODS = (*PEERS, *OURS)
+
+
+def bits_of(model: Path, lines: list[bytes], learn: bool) -> np.ndarray:
+    """The bits of the bytes of all lines, read as one stream as `dyadlm score` reads them."""
+    from dyadlm.cli.score import open_scorer
+    from dyadlm.score import Reading, chunks
+
+    scorer, _, _ = open_scorer(str(model), "cpu", "float32", None, Reading(learn=learn), None, None, None)
+    return np.concatenate([scored.bits for chunk in chunks(placed(lines)) for scored in scorer.read(chunk)])
+
+
+def remembered(lines: list[bytes], bits: np.ndarray) -> np.ndarray:
+    """The bits with a memory mixed into a reading without one: those of `--memory`, to the last (tests/score)."""
+    from dyadlm.memory import ContextMemory
+
+    memory = ContextMemory()
+    memory.read(np.array([257]), np.array([np.nan]))  # the beginning token
+    ids = np.frombuffer(b"".join(lines), np.uint8).astype(np.int64)
+    nats = memory.read(ids, (bits * math.log(2)).astype(np.float32))
+    return nats.astype(np.float64) / math.log(2)
+
+
+def judged(lines: list[bytes], bits: np.ndarray) -> list[float]:
+    """The default score of each line."""
+    from dyadlm.score import Reading, units_of
+    from dyadlm.score.units import ScoredLine
+    from dyadlm.score.usual import Usual
+
+    parts = np.split(bits, np.cumsum([len(line) for line in lines])[:-1])
+    usual, nothing = Usual(), np.zeros(1, np.int64)
+    scored = (
+        ScoredLine(line, part, nothing, usual.expected(part)) for line, part in zip(placed(lines), parts, strict=True)
+    )
+    return [unit.score for unit in units_of(scored, Reading())]
+
+
+def placed(lines: list[bytes]) -> "Iterator[Line]":
     from dyadlm.score.lines import Numbering
 
-    reading = Reading(learn=learn, memory=entries_of(memory, None))
-    scorer, _, _ = open_scorer(str(model), "cpu", "float32", None, reading, None, None, None)
-    placed = map(Numbering("log").place, lines)
-    return [unit.score for chunk in chunks(placed) for unit in units_of(scorer.read(chunk), reading)]
+    return map(Numbering("log").place, lines)
 
 
 # --- cells
@@ -160,23 +192,38 @@ def train(name: str, work: Path) -> dict[str, object]:
     return {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def score(name: str, method: str, work: Path) -> dict[str, object]:
-    """One method on one log, in this process; the scores go to a file."""
+def read(name: str, method: str, work: Path) -> dict[str, object]:
+    """One method on one log, in this process; its scores, or the bits of bytes that they come from, go to a file."""
     log = read_log(name)
     lines = [*log.calibration, *log.test]
-    started = time.perf_counter()
     if method in PEERS:
-        scores = np.array(PEERS[method](log.train, lines))
+        started = time.process_time()
+        found = np.array(PEERS[method](log.train, lines))
+        seconds = time.process_time() - started
+    elif method == "dyadlm --memory":
+        plain = np.load(work / saved_name(name, "dyadlm"))
+        remembered(lines[:1], plain[: len(lines[0])])  # what is compiled is compiled
+        started = time.process_time()
+        found = remembered(lines, plain)
+        seconds = time.process_time() - started + float((work / f"{name}.seconds").read_text())
     else:
-        ours(work / f"{name}.model", lines[:3], *OURS[method])  # what is compiled is compiled
-        started = time.perf_counter()
-        scores = np.array(ours(work / f"{name}.model", lines, *OURS[method]))
-    seconds = time.perf_counter() - started
-    np.save(work / scores_name(name, method), scores)
-    return {"bytes_per_second": round(sum(map(len, lines)) / seconds), **measures(scores, log)}
+        bits_of(work / f"{name}.model", lines[:3], learn=False)
+        started = time.process_time()
+        found = bits_of(work / f"{name}.model", lines, method == "dyadlm --learn")
+        seconds = time.process_time() - started
+        if method == "dyadlm":
+            (work / f"{name}.seconds").write_text(str(seconds))
+    np.save(work / saved_name(name, method), found)
+    return {"bytes": sum(map(len, lines)), "bytes_per_second": round(sum(map(len, lines)) / seconds)}
 
 
-def scores_name(name: str, method: str) -> str:
+def scores_of(name: str, method: str, work: Path) -> np.ndarray:
+    """The score of each line of calibration and test."""
+    log, found = read_log(name), np.load(work / saved_name(name, method))
+    return found if method in PEERS else np.array(judged([*log.calibration, *log.test], found))
+
+
+def saved_name(name: str, method: str) -> str:
     return f"{name}.{re.sub('[^a-z0-9]+', '_', method)}.npy"
 
 
@@ -231,7 +278,7 @@ def best_f1(scores: np.ndarray, odd: np.ndarray) -> float:
 def differences(name: str, work: Path) -> dict[str, object]:
     """AUC of each of ours less that of each peer, with the interval of a paired bootstrap."""
     log = read_log(name)
-    saved = {method: np.load(work / scores_name(name, method))[len(log.calibration) :] for method in (*OURS, *PEERS)}
+    saved = {method: scores_of(name, method, work)[len(log.calibration) :] for method in METHODS}
     picks = [draw(number, len(log.test)) for number in range(DRAWS)]
     picks = [pick for pick in picks if 0 < log.odd[pick].sum() < len(pick)]
     values = {method: auc(scores, log.odd) for method, scores in saved.items()}
@@ -257,14 +304,13 @@ def draw_picture(cells: Cells, path: Path) -> None:
     """AUC of each method on each log, with intervals."""
     from matplotlib import pyplot as plt
 
-    methods = [*OURS, *PEERS]
     figure, axes = plt.subplots(1, len(SOURCES), figsize=(13, 3.6), sharey=True, layout="constrained")
     for axis, name in zip(axes, SOURCES, strict=True):
-        for place, method in enumerate(reversed(methods)):
+        for place, method in enumerate(reversed(METHODS)):
             value, low, high = cells.results[f"{name}: {method}"]["auc"]
             axis.plot([low, high], [place, place], color="C0" if method in OURS else "C7")
             axis.plot(value, place, "o", color="C0" if method in OURS else "C7", markersize=4)
-        axis.set(title=name, xlabel="AUC", yticks=range(len(methods)), yticklabels=reversed(methods))
+        axis.set(title=name, xlabel="AUC", yticks=range(len(METHODS)), yticklabels=reversed(METHODS))
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -273,11 +319,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder for models and scores")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "anomaly_logs.json")
+    parser.add_argument("--only", nargs="*", choices=SOURCES, default=SOURCES, help="leave out the other logs")
     parser.add_argument("--cell", nargs=2, metavar=("SOURCE", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = options.work
     if options.cell is not None:
-        write_atomically(work / "cell.json", json.dumps(score(*options.cell, work)))
+        write_atomically(work / f"{options.cell[0]}.cell.json", json.dumps(read(*options.cell, work)))
         return
     try:
         import drain3
@@ -287,17 +334,23 @@ def main() -> None:
     del drain3, sklearn
     work.mkdir(parents=True, exist_ok=True)
     cells = Cells(options.output)
-    names = [f"{name}: {what}" for name in SOURCES for what in ("training", *PEERS, *OURS, "differences")]
+    readings = [f"reading, {method}" for method in METHODS]
+    names = [f"{name}: {what}" for name in options.only for what in ("training", *readings, *METHODS, "differences")]
     for cell in cells.missing(names):
         name, what = cell.split(": ")
         if what == "training":
             log = read_log(name)
             counts = {"train": len(log.train), "calibration": len(log.calibration), "test": len(log.test)}
             cells.store(cell, train(name, work) | {"lines": counts | {"of faults": int(log.odd.sum())}})
+        elif what in readings:
+            method = what.removeprefix("reading, ")
+            cells.store(cell, measured(["--work", str(work), "--cell", name, method], work / f"{name}.cell.json"))
         elif what == "differences":
             cells.store(cell, differences(name, work))
         else:
-            cells.store(cell, measured(["--work", str(work), "--cell", name, what], work / "cell.json"))
+            cells.store(cell, measures(scores_of(name, what, work), read_log(name)))
+    if any(f"{name}: differences" not in cells.results for name in SOURCES):
+        return
     draw_picture(cells, options.output.with_suffix(".png"))
     ahead = Counter(
         own

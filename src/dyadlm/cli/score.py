@@ -42,7 +42,8 @@ Judged = Annotated[
     Literal["excess", "mean"],
     typer.Option(
         "--score",
-        help="excess: the bits of the oddest span beyond 3 for each of its bytes. mean: bits per byte of the unit.",
+        help="excess: the bits of all bytes beyond 3, or beyond what is usual at the place where that is more. "
+        "mean: bits per byte of the unit.",
     ),
 ]
 Learn = Annotated[
