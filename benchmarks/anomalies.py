@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import synthetic_log
+from anomaly_logs import auc
 from common import ROOT, circumstances
 from dyadlm.files import write_atomically
 from dyadlm.generate import EngineModel, Session, engine_model
@@ -75,13 +76,6 @@ def read(model: EngineModel, lines: list[str], learn: bool = False) -> list[np.n
     learner = Learner(model.fields["vocab_size"], model.fields["hidden_size"]) if learn else None
     scorer = Scorer(Session(model, model.tokenizer), model.tokenizer, Drift(), learner)
     return [scored.bits for chunk in chunks(placed) for scored in scorer.read(chunk)]
-
-
-def auc(scores: np.ndarray, odd: np.ndarray) -> float:
-    """The chance that an odd line scores above a normal one, ties half."""
-    normal = np.sort(scores[~odd])
-    below = (np.searchsorted(normal, scores[odd]) + np.searchsorted(normal, scores[odd], "right")) / 2
-    return float(below.mean() / len(normal))
 
 
 def study(model: EngineModel, lines: int, changed: bool, learn: bool) -> dict[str, object]:

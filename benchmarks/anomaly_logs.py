@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from anomalies import auc
-from common import ROOT, Cells
-from dyadlm.files import write_atomically
-
+# What loads torch is imported where it is used: the memory of the peers is measured.
 if TYPE_CHECKING:
+    from common import Cells
     from dyadlm.score import Line
 
+ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "benchmarks" / "data" / "logs"
 SOURCES = ("nginx", "redis", "sshd", "postgres", "dpkg", "fail2ban")
 RATES = (0.001, 0.01)
@@ -267,6 +266,13 @@ def f1_of(alerts: np.ndarray, odd: np.ndarray) -> float:
     return float(2 * (alerts & odd).sum() / max(alerts.sum() + odd.sum(), 1))
 
 
+def auc(scores: np.ndarray, odd: np.ndarray) -> float:
+    """The chance that an odd line scores above a normal one, ties half."""
+    normal = np.sort(scores[~odd])
+    below = (np.searchsorted(normal, scores[odd]) + np.searchsorted(normal, scores[odd], "right")) / 2
+    return float(below.mean() / len(normal))
+
+
 def best_f1(scores: np.ndarray, odd: np.ndarray) -> float:
     """The largest F1 of any threshold, which nobody knows before."""
     order = np.argsort(-scores, kind="stable")
@@ -300,7 +306,7 @@ def measured(arguments: list[str], place: Path) -> dict[str, object]:
     return found | {"peak_mib": round(usage.ru_maxrss / 1024)}
 
 
-def draw_picture(cells: Cells, path: Path) -> None:
+def draw_picture(cells: "Cells", path: Path) -> None:
     """AUC of each method on each log, with intervals."""
     from matplotlib import pyplot as plt
 
@@ -324,7 +330,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work
     if options.cell is not None:
-        write_atomically(work / f"{options.cell[0]}.cell.json", json.dumps(read(*options.cell, work)))
+        (work / f"{options.cell[0]}.cell.json").write_text(json.dumps(read(*options.cell, work)))
         return
     try:
         import drain3
@@ -332,6 +338,8 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f"The peers are not installed ({error.name}); install dyadlm[bench].") from None
     del drain3, sklearn
+    from common import Cells
+
     work.mkdir(parents=True, exist_ok=True)
     cells = Cells(options.output)
     readings = [f"reading, {method}" for method in METHODS]

@@ -641,7 +641,8 @@ def dpkg(programs: Path, place: Path, draw: random.Random) -> Labelled:
         for made in place.glob("*.deb"):
             made.unlink()
     entries = [(kind, line.replace(f"{place}/", "/tmp/")) for kind, line in grown.entries]
-    names = re.compile("|".join(sorted((re.escape(one[0]) for one in known), key=len, reverse=True)))
+    stems = "|".join(sorted((re.escape(one[0]) for one in known), key=len, reverse=True))
+    names = re.compile(rf"({stems})(-extra|-service|-copy|-rival)?")
     # A usual line about another package is usual.
     marks = only_new([(kind, names.sub("NAME", line)) for kind, line in entries])
     return [(kind, line) for (kind, _), (_, line) in zip(marks, entries, strict=True)]
