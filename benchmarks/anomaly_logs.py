@@ -16,7 +16,6 @@ import argparse
 import json
 import lzma
 import math
-import os
 import re
 import subprocess
 import sys
@@ -213,7 +212,8 @@ def read(name: str, method: str, work: Path) -> dict[str, object]:
         if method == "dyadlm":
             (work / f"{name}.seconds").write_text(str(seconds))
     np.save(work / saved_name(name, method), found)
-    return {"bytes": sum(map(len, lines)), "bytes_per_second": round(sum(map(len, lines)) / seconds)}
+    size = sum(map(len, lines))
+    return {"bytes": size, "bytes_per_second": round(size / seconds), "peak_mib": peak_mib()}
 
 
 def scores_of(name: str, method: str, work: Path) -> np.ndarray:
@@ -296,14 +296,16 @@ def differences(name: str, work: Path) -> dict[str, object]:
 
 
 def measured(arguments: list[str], place: Path) -> dict[str, object]:
-    """What a process of this file found, and the most memory that it had."""
-    process = subprocess.Popen([sys.executable, __file__, *arguments])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}.")
+    """What a process of this file found."""
+    subprocess.run([sys.executable, __file__, *arguments], check=True)
     found: dict[str, object] = json.loads(place.read_text())
-    return found | {"peak_mib": round(usage.ru_maxrss / 1024)}
+    return found
+
+
+def peak_mib() -> int:
+    """The most memory that this process had."""
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) // 1024
 
 
 def draw_picture(cells: "Cells", path: Path) -> None:
