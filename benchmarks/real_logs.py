@@ -14,6 +14,8 @@ that differs in the status alone. A fault of the other programs writes usual lin
 connection; there a line is labelled if no normal action wrote it, with its numbers left out. fail2ban ships the logs
 that its filters are tested on; the lines that a filter has to match are labelled.
 
+The logs of fail2ban are under its licence (GPL) and are not kept here; `--only fail2ban` copies them from the package.
+
 A file holds one line for each line of a log: its kind, `-` where it is normal, a tab, and the line.
 """
 
