@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, stream_lines
+from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, entries_of, stream_lines
 from dyadlm.cli.shared import (
     Device,
     Dtype,
@@ -92,9 +92,9 @@ def stream(
     from dyadlm.score import Reading
 
     if per == "line":
-        if continuation or new_document or memory:
-            raise UserError("Lines are only scored; leave out --continue, --new-document and --memory, or --per line.")
-        reading = Reading("line", judged, learn)
+        if continuation or new_document:
+            raise UserError("Lines are only scored; leave out --continue and --new-document, or --per line.")
+        reading = Reading("line", judged, learn, entries_of(memory, memory_entries))
         rule = (calibration, alert, threshold)
         stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields)
         return

@@ -55,6 +55,11 @@ class Session:
         return self._reader.logits
 
     @property
+    def expected(self) -> np.ndarray | None:
+        """What `expect` takes, float32 (V,): the logits of the model alone, before a memory is mixed in."""
+        return self._reader.logits if self.memory is None else self._reader.alone  # type: ignore[attr-defined]
+
+    @property
     def state(self) -> Any:
         """What the model carries: `past_key_values` in torch, an `EngineState` in the engine."""
         return self._reader.state
@@ -82,10 +87,14 @@ class Session:
         """Read token ids (T,), T > 0; what the model had before each: logits float32 (T, V), and the last hidden state
         float32 (T, D). NaN before a token that nothing predicted.
 
-        Raises `UserError` for a model that is not ours.
+        A memory has not read them before `remember` is called. Raises `UserError` for a model that is not ours.
         """
         self.begins = False
         return self._reader.read_inside(np.asarray(tokens, dtype=np.int64))
+
+    def remember(self, tokens: np.ndarray, nats: np.ndarray) -> np.ndarray:
+        """Nats (T,) of tokens (T,) that `read_inside` has read, and that cost nats (T,) without the memory."""
+        return nats if self.memory is None else self._reader.remember(tokens, nats)  # type: ignore[attr-defined]
 
     @property
     def hidden(self) -> np.ndarray | None:
