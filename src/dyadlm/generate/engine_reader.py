@@ -159,6 +159,32 @@ class EngineReader:
             self._state.start_document()
         self._logits = None
 
+    def snapshot(self) -> tuple[EngineState, np.ndarray | None, Any]:
+        """The state, the logits, and the snapshot of torch where it has taken over."""
+        return self._state.copy(), self._logits, None if self._in_torch is None else self._in_torch.snapshot()
+
+    def restore(self, snapshot: tuple[EngineState, np.ndarray | None, Any]) -> None:
+        """Stand where `snapshot` was called."""
+        state, self._logits, in_torch = snapshot
+        self._state = state.copy()
+        if in_torch is None:
+            self._in_torch = None
+        else:
+            assert self._in_torch is not None  # once torch has taken over, it stays
+            self._in_torch.restore(in_torch)
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        return self._state.columns_seen if self._in_torch is None else self._in_torch.position
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of all arrays."""
+        if self._in_torch is not None:
+            return self._in_torch.state_bytes
+        return sum(array.nbytes for array in self._state.arrays().values())
+
     def _turn_to_torch(self) -> None:
         from dyadlm.engine.bridge import cache_of
         from dyadlm.generate.torch_reader import TorchReader
