@@ -1,8 +1,11 @@
 """`dyadlm repl` and `dyadlm chat`: write with a model turn by turn, the model loaded once and its state kept."""
 
+import asyncio
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +33,7 @@ from dyadlm.cli.shared import (
     require_entries,
     standard_input,
 )
-from dyadlm.cli.stopping import Interrupts, Stops, ending_well
+from dyadlm.cli.stopping import SIGNALS, Interrupts, Stopped, Stops, ending_well
 from dyadlm.errors import UserError
 from dyadlm.files import printable
 
@@ -299,6 +302,7 @@ def _typed(conversation: "Conversation") -> Iterator[str]:
 
 
 def _prompt() -> Callable[[str], str]:
+    """What asks for a line. A signal that ends the program ends the question first, which restores the terminal."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -311,4 +315,20 @@ def _prompt() -> Callable[[str], str]:
 
     words = WordCompleter(list(COMMANDS), sentence=True)
     session: PromptSession[str] = PromptSession(completer=words, complete_while_typing=False, key_bindings=keys)
-    return session.prompt
+
+    def ask(text: str) -> str:
+        handlers = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGINT}
+
+        def prepare() -> None:
+            loop = asyncio.get_running_loop()
+            for number, handler in handlers.items():
+                if handler != signal.SIG_IGN:
+                    loop.add_signal_handler(number, partial(session.app.exit, exception=Stopped(number)))
+
+        try:
+            return session.prompt(text, pre_run=prepare)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return ask
