@@ -309,10 +309,10 @@ def _prompt() -> Callable[[str], str]:
 
     keys = KeyBindings()
 
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
+    def begin_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    keys.add("escape", "enter")(begin_line)
     words = WordCompleter(list(COMMANDS), sentence=True)
     session: PromptSession[str] = PromptSession(completer=words, complete_while_typing=False, key_bindings=keys)
 
@@ -326,7 +326,7 @@ def _prompt() -> Callable[[str], str]:
                     loop.add_signal_handler(number, partial(session.app.exit, exception=Stopped(number)))
 
         try:
-            return session.prompt(text, pre_run=prepare)
+            return str(session.prompt(text, pre_run=prepare))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
