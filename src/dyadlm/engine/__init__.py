@@ -28,8 +28,8 @@ __all__ = ["Engine", "EngineState", "unsupported"]
 # Bytes of weights that may be read again for each row; beyond, one matrix product for all rows is faster.
 MOST_BYTES = 2**25
 
-# Tokens that are read in one matrix product.
-MOST_TOKENS = 256
+# Tokens that are read in one matrix product. Fewer are read one by one, for which less has to be compiled.
+FEWEST_TOKENS, MOST_TOKENS = 8, 256
 
 SCRATCH_INTEGERS = 104  # of the compiled step: segments that begin, sets that are written, entries that are found
 
@@ -153,7 +153,7 @@ class Engine:
         fast = self.is_compiled and self.weights.read.numbers.dtype == np.float32
         for at in range(0, len(tokens), MOST_TOKENS):
             some = tokens[at : at + MOST_TOKENS]
-            if fast and len(some) > 1:
+            if fast and len(some) >= FEWEST_TOKENS:
                 self._begin(state)
                 logits[at : at + len(some)] = numpy_step.step(self.shape, self.weights, state, some, _token_loops())
                 state.columns_seen += len(some)
