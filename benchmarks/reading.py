@@ -7,8 +7,8 @@ Cells:
     stream    `dyadlm stream` over a log of 79-byte lines from a pipe: bytes per second of processor time and of wall
               time, the largest resident memory over 1 MB and over 5 MB, and the wait for the first row.
     slow      a source that writes a line every 0.2 s: how long after a line its rows are there.
-    pieces    texts of 80 and 2,048 tokens, one after the other, read by the engine's step, by the engine's form for many
-              tokens, and by torch: microseconds of processor time a token.
+    pieces    texts of 80 and 2,048 tokens read by the engine's step, by the engine's form for many tokens, and by
+              torch: microseconds of processor time a token.
     prompt    a prompt of 100,000 tokens read into a session: tokens per second of processor time.
 
 Model and log are made here, from fixed seeds; the speed does not depend on the weights.
