@@ -48,6 +48,8 @@ def piped(monkeypatch, lines: str | bytes, *arguments: str) -> int:
     return ended.value.code or 0
 
 
+# What a prompt begins with: the terminal is asked to mark what is pasted.
+PROMPT = b"\x1b[?2004h"
 REPL = ("repl", "model", "--max-new-tokens", "8", "--seed", "1")
 
 
@@ -149,16 +151,20 @@ def test_a_person_at_a_terminal(place):
             if select.select([terminal], [], [], 1)[0]:
                 seen += os.read(terminal, 65536)
         _, _, seen = seen.partition(text)
+        time.sleep(0.2)  # what is typed before a prompt reads is let go
 
     try:
-        until(b"Ctrl-D ends.")
+        until(PROMPT)
         os.write(terminal, b"To be\r")
         until(b"never", most=2000)  # the answer is being written
         process.send_signal(signal.SIGINT)
+        until(PROMPT)
         os.write(terminal, b"/state\r")
         until(b"main: 1 turns, 1 not saved")
+        until(PROMPT)
         os.write(terminal, b"\x04")
         until(b"/quit or Ctrl-D again ends.")
+        until(PROMPT)
         os.write(terminal, b"\x04")
         assert process.wait(60) == 0
     finally:
