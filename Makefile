@@ -12,7 +12,7 @@ RUN := $(DEMO)/run
 EXTRAS ?= dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup quick test lint types clean-demo lock
+.PHONY: demo setup quick test lint types clean-demo lock wheel wheel-test lowest-test
 
 # ---- Environment: made once, and again when what it follows from changes
 
@@ -73,3 +73,26 @@ types: $(INSTALLED)
 lock:
 	uv pip compile --quiet pyproject.toml --all-extras --constraint constraints.txt --generate-hashes \
 		--python-version 3.11 --universal --output-file requirements.lock
+
+# ---- Release. Needs no .venv: the tools are installed into one of their own.
+
+RELEASE := .release
+BUILDER := $(RELEASE)/bin/python
+
+$(BUILDER):
+	$(PYTHON) -m venv $(RELEASE)
+	$(BUILDER) -m pip install --quiet build twine uv
+
+# A source distribution and a wheel in dist/.
+wheel: $(BUILDER)
+	rm -rf dist
+	$(BUILDER) -m build --outdir dist .
+	$(BUILDER) -m twine check --strict dist/*
+
+# The wheel in a fresh environment: trains, generates, scores.
+wheel-test: wheel
+	PYTHON=$(PYTHON) release/wheel.sh dist/*.whl
+
+# The fast tests with the smallest versions that pyproject.toml allows.
+lowest-test: $(BUILDER)
+	PYTHON=$(PYTHON) UV=$(RELEASE)/bin/uv release/lowest.sh

@@ -12,12 +12,18 @@ from dyadlm.cli.shared import (
     Device,
     Dtype,
     Fields,
+    MaxNewTokens,
     Memory,
     MemoryEntries,
     Model,
     NewDocument,
     Raw,
+    Seed,
     StateIn,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
     as_shown,
     errors,
     load_to_read,
@@ -31,16 +37,12 @@ from dyadlm.cli.stopping import ending_well
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="What to continue; `-` reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0: from all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens whose probabilities sum to this.")
-    ] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling. The same seed gives the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text. May be repeated.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    stop: Stop = None,
     state_in: StateIn = None,
     new_document: NewDocument = False,
     state_out: Annotated[

@@ -40,6 +40,12 @@ Fields = Annotated[
         help="Change fields of the model's configuration, where the weights do not depend on them.",
     ),
 ]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")]
+TopK = Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens whose probabilities sum to this.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling. The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop after this text. May be repeated.")]
 StateIn = Annotated[Path | None, typer.Option(metavar="FILE", help="Continue from this saved state.")]
 NewDocument = Annotated[
     bool,

@@ -111,3 +111,24 @@ class MemoryReader:
         self._reader.start_document()
         self.memory.start_document()
         self._mixed = None
+
+    def snapshot(self) -> tuple[Any, ContextMemory]:
+        """That of the model, and a copy of the memory."""
+        return self._reader.snapshot(), self.memory.copy()
+
+    def restore(self, snapshot: tuple[Any, ContextMemory]) -> None:
+        """Stand where `snapshot` was called."""
+        kept, memory = snapshot
+        self._reader.restore(kept)
+        self.memory, self._mixed = memory.copy(), None
+
+    @property
+    def position(self) -> int:
+        """That of the model."""
+        return self._reader.position
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Of the model and the memory."""
+        own = self._reader.state_bytes
+        return None if own is None else own + self.memory.state_bytes
