@@ -78,7 +78,7 @@ $(VENV)/.docs: $(INSTALLED)
 # Fails on every warning: a page that no menu names, a link that leads nowhere, a docstring that cannot be read.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
-	@echo "Open site/index.html, or run: $(VENV)/bin/python -m http.server --directory site"
+	@echo "Open site/index.html; with search: $(VENV)/bin/python -m http.server --directory site"
 
 # Runs the notebook anew, with its training; the outputs are stored in it.
 notebook: $(VENV)/.docs

@@ -1,7 +1,8 @@
-"""The blocks of code of a Markdown page, and how tests run them: in order, in one folder, smaller than printed.
+"""The blocks of code of a page or notebook, and how tests run them: in order, in one folder, smaller than printed.
 
 A fence marked `python` or `sh` is run, and so are an indented block that holds a command and a cell of a table that is
-one. Marks stand in HTML comments, each on a line of its own, above the block or the table:
+one. Of a notebook each cell is run; those of `%%sh` are commands. Marks stand in HTML comments, each on a line of its
+own, above the block or the table:
 
     <!-- given: runs/first notes.txt -->    what is in the folder at first (`test_blocks.py` says what each is)
     <!-- not run: needs a GPU -->           the next block is not run, and why
@@ -18,6 +19,7 @@ What is smaller than printed:
 
 import glob
 import io
+import json
 import os
 import re
 import shlex
@@ -69,6 +71,8 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     """The blocks of a page that are code to run, in order, each with its marks."""
+    if page.suffix == ".ipynb":
+        return cells(page)
     found: list[Block] = []
     marks: dict[str, str] = {}
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -101,6 +105,17 @@ def blocks(page: Path) -> list[Block]:
         if language in ("sh", "python"):
             found.append(Block(language, "\n".join(text), start + 1, marks))
         marks = {}
+    return found
+
+
+def cells(notebook: Path) -> list[Block]:
+    """The cells of a notebook that hold code. line: the number of the cell."""
+    found = []
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"], 1):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            commands = text.removeprefix("%%sh\n")
+            found.append(Block("sh" if commands != text else "python", commands, number))
     return found
 
 
@@ -160,7 +175,7 @@ class Runner:
         """What a block prints. Raises AssertionError where a command ends otherwise than it should."""
         if block.language == "python":
             text = re.sub(r"(max_steps ?= ?)\d+", r"\g<1>2", block.text)
-            text = re.sub(r"(max_new_tokens ?= ?)\d+", r"\g<1>8", text)
+            text = re.sub(r"(max_new_tokens ?= ?)\d+", r"\g<1>8", text).replace('"shakespeare"', '"shakespeare.txt"')
             exec(compile("\n" * block.line + text, "page", "exec"), self.names)
             return self.capture.readouterr().out
         expected = int(block.marks.get("exit code", 0))

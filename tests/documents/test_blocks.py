@@ -1,5 +1,6 @@
 """Every command and Python block of the documents and the notebook runs, or says in its source why it does not."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,9 @@ from .blocks import NARROW, TRAINING, Runner, blocks, dyadlm_commands, given
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # read by peft, not by us
 
 ROOT = Path(__file__).parents[2]
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if blocks(path)]
+NOTEBOOK = ROOT / "notebooks" / "tour.ipynb"
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in (*TEXTS, NOTEBOOK) if blocks(page)]
 WORDS = ["the", "king", "queen", "speaks", "of", "love", "and", "war", "in", "a", "dark", "wood"]
 ODD = "SOMETHING ELSE!" * 40 + "\n"
 
@@ -24,6 +27,7 @@ SHOWN = [
     ("anomalies.md", "score runs/log today.log --top", "SOMETHING"),
     ("anomalies.md", "score runs/log today.log --calibration normal.json --alert", "SOMETHING"),
     ("anomalies.md", "--follow app.log --calibration normal.json --alert 0.001 --state-out", "SOMETHING"),
+    ("tour.ipynb", "score first lines.txt", "ERROR 2024"),
     ("diagnose.md", "class Bigrams", "leak No leak"),
     ("diagnose.md", "class Bigrams", "bytes Every byte is a token"),
 ]
@@ -41,7 +45,7 @@ FILES = {
     "notes.txt": words(300),
     "more.txt": words(301),
     "letters.jsonl": '{"text": "the king speaks of love and war in a dark wood"}\n' * 40,
-    "shakespeare.txt": words(300),
+    "shakespeare.txt": words(60) * 80,
     "train.log": words(400),
     "normal.log": words(12) * 1100,
     "today.log": words(12) * 20 + ODD,
@@ -128,11 +132,21 @@ def test_a_wrong_option_is_found():
         parse(["generate", "model", "--promt", "x"])
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=name)
+@pytest.mark.parametrize("page", TEXTS, ids=name)
 def test_python_stands_in_fences_that_say_so(page):
     """Else it would not be run."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert not re.findall(r"^    (?:import|from) \w+|^    \w+ = \w+[.(]", prose, re.MULTILINE)
+
+
+def test_the_notebook_has_its_outputs_and_is_small():
+    assert NOTEBOOK.stat().st_size < 1_000_000
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 8
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 # ---- the mechanism itself
