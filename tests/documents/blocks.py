@@ -1,17 +1,19 @@
 """The blocks of code of a page or notebook, and how tests run them: in order, in one folder, smaller than printed.
 
-A fence marked `python` or `sh` is run, and so are an indented block that holds a command and a cell of a table that is
-one. Of a notebook each cell is run; those of `%%sh` are commands. Marks stand in HTML comments, each on a line of its
-own, above the block or the table:
+A fence marked `python` or `sh` is run, and so is an indented block that holds a command. Of a notebook each cell is
+run; those of `%%sh` are commands. Marks stand in HTML comments, each on a line of its own, above the block or the table:
 
     <!-- given: runs/first notes.txt -->    what is in the folder at first (`test_blocks.py` says what each is)
     <!-- not run: needs a GPU -->           the next block is not run, and why
     <!-- needs: peft -->                    the next block is run where this package is installed
     <!-- exit code: 1 -->                   the next block ends with this code, as the page says
+    <!-- tables: run -->                    cells of this page's tables that are a command are run; of other pages the
+                                            tests check that their options exist
 
 What is smaller than printed:
 
-- `dyadlm train` takes four steps of a narrow model (`TRAINING`); `recall`, `diagnose` and `generate` do less (`LESS`)
+- `dyadlm train` takes four steps of a narrow model (`TRAINING`), and plants no strings
+- `recall`, `diagnose`, `audit` and `generate` do less (`LESS`)
 - `shakespeare` is a text of some kilobytes; `tail -f` and `tail -F` end, as `cat` does
 - what follows a file without end (`--follow`) is ended by SIGTERM when it has waited for a second
 - in Python, `max_steps` is 2 and `max_new_tokens` 8
@@ -35,7 +37,7 @@ from pathlib import Path
 
 from dyadlm.cli import main
 
-MARK = re.compile(r"<!-- (given|not run|needs|exit code): (.+?) -->")
+MARK = re.compile(r"<!-- (given|not run|needs|exit code|tables): (.+?) -->")
 IN_TABLE = re.compile(r"\| `((?:[^`]*\\\| )?dyadlm [^`]*)` \|")
 COMMAND = re.compile(r"^(?:[^#|]*\| )?(?:dyadlm|make|pip|python|torchrun|source|docker|curl) ", re.MULTILINE)
 
@@ -76,6 +78,7 @@ def blocks(page: Path) -> list[Block]:
     found: list[Block] = []
     marks: dict[str, str] = {}
     lines = page.read_text(encoding="utf-8").splitlines()
+    tables = "<!-- tables: run -->" in lines
     number = 0
     while number < len(lines):
         line, start = lines[number], number
@@ -90,7 +93,7 @@ def blocks(page: Path) -> list[Block]:
                 number += 1
             text = [each[4:] for each in lines[start:number]]
             language = "sh" if COMMAND.search("\n".join(text)) else ""
-        elif line.startswith("| ") and (command := IN_TABLE.search(line)):
+        elif tables and (command := IN_TABLE.search(line)):
             found.append(Block("sh", command[1].replace("\\|", "|"), number, marks))
             continue
         elif line.startswith("|"):
@@ -106,6 +109,11 @@ def blocks(page: Path) -> list[Block]:
             found.append(Block(language, "\n".join(text), start + 1, marks))
         marks = {}
     return found
+
+
+def in_tables(page: Path) -> list[str]:
+    """The commands that stand in the tables of a page."""
+    return [command.replace("\\|", "|") for command in IN_TABLE.findall(page.read_text(encoding="utf-8"))]
 
 
 def cells(notebook: Path) -> list[Block]:
@@ -156,6 +164,7 @@ def smaller(arguments: list[str]) -> list[str]:
     """The arguments of dyadlm, for a test: less work, and no corpus from elsewhere."""
     verb = arguments[0]
     arguments = ["shakespeare.txt" if word == "shakespeare" else word for word in arguments]
+    arguments = [word for word in arguments if not word.startswith("data.canaries=")]
     if verb == "train" and "--resume" not in arguments:
         added = [*TRAINING, *(NARROW if "--preset" in arguments else [])]
         return [*arguments, "--set", *added]

@@ -11,7 +11,7 @@ import typer
 
 from dyadlm.cli.app import app, main, spread_lists
 
-from .blocks import NARROW, TRAINING, Runner, blocks, dyadlm_commands, given
+from .blocks import NARROW, TRAINING, Block, Runner, blocks, dyadlm_commands, given, in_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # read by peft, not by us
 
@@ -112,10 +112,11 @@ def test_blocks_that_are_not_run_say_why():
     assert len(left_out) < len(everything) / 4
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", TEXTS, ids=name)
 def test_commands_that_are_not_run_have_the_options_that_they_use(page):
-    for block in blocks(page):
-        for arguments in dyadlm_commands(block) if block.missing and block.language == "sh" else ():
+    left_out = [block for block in blocks(page) if block.missing and block.language == "sh"]
+    for block in [*left_out, *(Block("sh", command, 0) for command in in_tables(page))]:
+        for arguments in dyadlm_commands(block):
             parse(arguments)
 
 
@@ -154,14 +155,15 @@ def test_the_notebook_has_its_outputs_and_is_small():
 
 def test_commands_in_tables(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(
-        "<!-- not run: takes hours -->\n\n"
+    table = (
         "| a | b |\n| --- | --- |\n| `dyadlm x` | 1 |\n| b | `cat a \\| dyadlm y` |\n\n"
         "Prose with `dyadlm z`.\n\n| a |\n| --- |\n| `--data A\\|B` | of `dyadlm score` |\n"
     )
-    assert [(block.text, block.missing) for block in blocks(page)] == [
-        ("dyadlm x", "takes hours"), ("cat a | dyadlm y", "takes hours"),
-    ]  # fmt: skip
+    page.write_text(table)
+    assert in_tables(page) == ["dyadlm x", "cat a | dyadlm y"]
+    assert not blocks(page)
+    page.write_text("<!-- tables: run -->\n\n" + table)
+    assert [block.text for block in blocks(page)] == in_tables(page)
 
 
 def test_blocks_marks_and_pipes(tmp_path, capsys, monkeypatch):
