@@ -1,12 +1,13 @@
 """The blocks of code of a page or notebook, and how tests run them: in order, in one folder, smaller than printed.
 
 A fence marked `python` or `sh` is run, and so is an indented block that holds a command. Of a notebook each cell is
-run; those of `%%sh` are commands. Marks stand in HTML comments, each on a line of its own, above the block or the table:
+run; those of `%%sh` are commands. Marks stand in HTML comments, each on a line of its own, above the block:
 
     <!-- given: runs/first notes.txt -->    what is in the folder at first (`test_blocks.py` says what each is)
     <!-- not run: needs a GPU -->           the next block is not run, and why
     <!-- needs: peft -->                    the next block is run where this package is installed
     <!-- exit code: 1 -->                   the next block ends with this code, as the page says
+    <!-- run by: tests/x.py -->             a test of its own runs this page
     <!-- tables: run -->                    cells of this page's tables that are a command are run; of other pages the
                                             tests check that their options exist
 
@@ -37,7 +38,7 @@ from pathlib import Path
 
 from dyadlm.cli import main
 
-MARK = re.compile(r"<!-- (given|not run|needs|exit code|tables): (.+?) -->")
+MARK = re.compile(r"<!-- (given|not run|needs|exit code|tables|run by): (.+?) -->")
 IN_TABLE = re.compile(r"\| `((?:[^`]*\\\| )?dyadlm [^`]*)` \|")
 COMMAND = re.compile(r"^(?:[^#|]*\| )?(?:dyadlm|make|pip|python|torchrun|source|docker|curl) ", re.MULTILINE)
 
@@ -109,6 +110,11 @@ def blocks(page: Path) -> list[Block]:
             found.append(Block(language, "\n".join(text), start + 1, marks))
         marks = {}
     return found
+
+
+def run_by(page: Path) -> str | None:
+    """The test of its own that runs a page, if there is one."""
+    return next((name for kind, name in MARK.findall(page.read_text(encoding="utf-8")) if kind == "run by"), None)
 
 
 def in_tables(page: Path) -> list[str]:
