@@ -1,4 +1,5 @@
-# `make demo` shows everything at once, `make test` checks everything, `make quick` the fast part. Each makes .venv when it is missing.
+# `make demo` shows everything at once, `make test` checks everything, `make quick` the fast part, `make docs` builds the site.
+# Each makes .venv when it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ RUN := $(DEMO)/run
 EXTRAS ?= dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup quick test lint types clean-demo lock wheel wheel-test lowest-test
+.PHONY: demo setup quick test lint types docs notebook clean-demo lock wheel wheel-test lowest-test
 
 # ---- Environment: made once, and again when what it follows from changes
 
@@ -66,6 +67,22 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
+
+# ---- Documents
+
+# The packages of the extra `docs`, beside those of EXTRAS.
+$(VENV)/.docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# Fails on every warning: a page that no menu names, a link that leads nowhere, a docstring that cannot be read.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "Open site/index.html; with search: $(VENV)/bin/python -m http.server --directory site"
+
+# Runs the notebook anew, with its training; the outputs are stored in it.
+notebook: $(VENV)/.docs
+	$(VENV)/bin/python notebooks/run.py
 
 # ---- Versions
 

@@ -5,11 +5,9 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from dyadlm.data import byte_tokenizer
 from dyadlm.generate.streaming import LONGEST_LINE
 from dyadlm.score import Unit
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "anomalies.md"
 LOG = b"the king speaks\n\nthe queen\r\nof love \xff\xfe\nno end"
 
 
@@ -290,42 +287,3 @@ def test_the_span_is_shown_in_any_width(room, span):
         assert len(before) + len(odd) + len(after) <= room
     else:
         assert before + odd + after == content.decode().replace("\n", "\\n" if span[1] == 61 else "")
-
-
-# ---- the guide
-
-
-def commands() -> list[list[str]]:
-    return [shlex.split(line) for line in re.findall(r"^    dyadlm (.*)$", PAGE.read_text(), re.MULTILINE)]
-
-
-def test_the_commands_of_the_guide_run_as_printed(tmp_path, monkeypatch, capsys):
-    """The training is shorter here, so that a line has to be long to be odd; all else is as printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DYADLM_CACHE", str(tmp_path / "cache"))
-    odd = "SOMETHING ELSE!" * 40 + "\n"
-    Path("train.log").write_text(words(400))
-    Path("normal.log").write_text(words(12) * 1100)
-    Path("today.log").write_text(words(12) * 20 + odd)
-    Path("app.log").write_text(words(12) * 20)
-    for arguments in commands():
-        if arguments[0] == "train":
-            arguments = [*arguments[: arguments.index("--set")], *SMALL]
-        if "--follow" in arguments:
-            with Path("app.log").open("a") as log:
-                log.write(odd)
-            with start(tmp_path, *arguments) as process:
-                watch = threading.Timer(100, process.kill)  # so that a fault ends the test
-                watch.start()
-                while "SOMETHING" not in (row := process.stdout.readline()):
-                    assert row, process.stderr.read()
-                watch.cancel()
-                process.send_signal(signal.SIGTERM)
-                process.communicate(timeout=60)
-            assert process.returncode == 143
-            continue
-        assert call(*arguments) == 0, arguments
-        out = capsys.readouterr().out
-        if "--top" in arguments or "--alert" in arguments:
-            assert "SOMETHING" in out
-    assert Path("app.state").is_file()

@@ -32,3 +32,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         **COMPOSITION,
     },
 }
+"""The fields of the configuration, for each preset; `DyadConfig.from_preset` takes them."""

@@ -178,7 +178,6 @@ class LoraOptions:
         _require(not idle, "lora.alpha and lora.dropout do nothing without lora.rank; set it too, or leave them out")
 
 
-# A mechanism with settings of its own adds its record here.
 NAMESPACES: dict[str, type] = {
     "data": DataOptions,
     "train": TrainOptions,
@@ -187,6 +186,7 @@ NAMESPACES: dict[str, type] = {
     "planner": PlannerOptions,
     "lora": LoraOptions,
 }
+"""The records of settings by the name before the dot. A mechanism with settings of its own adds its record here."""
 
 # Every value that differs from the defaults of TrainingArguments and of the records above.
 COMMON_DEFAULTS: dict[str, Any] = {
