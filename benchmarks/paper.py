@@ -2,11 +2,11 @@
 
     python benchmarks/paper.py [--arm paper ...] [--tokens 307200] [--seeds 1]
 
-`dyadlm train` on Shakespeare's plays (Hamlet for validation), windows of 256 bytes, four a step, equal tokens and
-nearly equal parameters at inference. Scored are nats of fresh text, the windows that would have been trained on next, and of
-Hamlet: by the engineer alone and by each consensus. The control asks what part of a gain the artist brings: exponents
-that the hidden state gives, fitted afterwards on half of the fresh text and scored on the other half, of the artist
-(`weight`), of the engineer without an artist (`exponent`), and of both.
+`dyadlm train` on Shakespeare's plays, windows of 256 bytes, four a step, equal tokens and nearly equal parameters at
+inference. Scored are nats of fresh text, the windows that would have been trained on next: by the engineer alone, by
+its artist alone and by each consensus. The control asks what part of a gain the artist brings: exponents that the
+hidden state gives, fitted afterwards on half of the fresh text and scored on the other half, of the artist (`weight`),
+of the engineer without an artist (`exponent`), and of both.
 """
 
 import statistics
@@ -20,10 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from common import Cells, arguments, dyad, require_green, size, validation_nats
+from common import Cells, arguments, dyad, require_green, size
 from dyadlm import DyadForCausalLM
-from dyadlm.data import TokenStream, TrainingWindows, resolve_data
+from dyadlm.data import TrainingWindows, resolve_data
 from dyadlm.model.loading import load_weights
+from dyadlm.ops.consensus import consensus
 from dyadlm.train import TrainSettings, train
 from structure import PLANNER, fresh_nats, rank_for
 
@@ -49,21 +50,35 @@ def exponents(kind: str, outputs: Tensor) -> tuple[Tensor | float, Tensor | floa
 
 @torch.no_grad()
 def opinions(model: DyadForCausalLM, windows: Dataset[dict[str, Tensor]]) -> list[Tensor]:
-    """At every token of some windows: hidden states (N, D), both log-probabilities (N, V), and the next token (N,)."""
-    mass, model.config.consensus = model.config.consensus, 0.0
+    """At every token of some windows: hidden states (N, D), logits of engineer and artist (N, V), the next token (N,)."""
+    model.config.consensus = 0.0
     parts = []
     for batch in DataLoader(windows, 8):
         found = model(batch["input_ids"], output_plan=True, output_hidden_states=True, use_cache=False)
-        each = (found.hidden_states[-1], found.logits.log_softmax(-1), found.plan.artist.log_softmax(-1))
+        each = (found.hidden_states[-1], found.logits, found.plan.artist)
         parts.append([*(part[:, :-1].flatten(0, 1) for part in each), batch["labels"][:, 1:].flatten()])
-    model.config.consensus = mass
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def fitted(model: DyadForCausalLM, fresh: Subset[dict[str, Tensor]]) -> dict[str, float]:
-    """Nats of the second half of fresh text with exponents fitted on the first, by kind, and of the engineer there."""
-    half = len(fresh) // 2
-    known, asked = (opinions(model, Subset(fresh, part)) for part in (range(half), range(half, 2 * half)))
+@torch.no_grad()
+def scored(model: DyadForCausalLM, parts: list[Tensor]) -> dict[str, Any]:
+    """Nats by each way of choosing, and the weights that the artist has."""
+    hidden, engineer, artist, labels = parts
+    weight = model.planner.believe(hidden)
+    ways = {"engineer": engineer, "artist": artist}
+    for mass in (0.9, 1.0):
+        ways[f"product, {mass:g}"] = consensus(engineer, artist, mass)
+        ways[f"learned, {mass:g}"] = consensus(engineer, artist, mass, weight)
+    nats = {way: round(nn.functional.cross_entropy(logits, labels).item(), 5) for way, logits in ways.items()}
+    return nats | {"weight": {"mean": round(weight.mean().item(), 4), "deviation": round(weight.std().item(), 4)}}
+
+
+def fitted(parts: list[Tensor]) -> dict[str, float]:
+    """Nats of the second half of some text with exponents fitted on the first, by kind, and of the engineer there."""
+    hidden, engineer, artist, labels = parts
+    parts = [hidden, engineer.log_softmax(-1), artist.log_softmax(-1), labels]
+    half = len(labels) // 2
+    known, asked = [part[:half] for part in parts], [part[half:] for part in parts]
 
     def nats(kind: str, gate: nn.Linear, parts: list[Tensor]) -> Tensor:
         hidden, engineer, artist, labels = parts
@@ -79,7 +94,7 @@ def fitted(model: DyadForCausalLM, fresh: Subset[dict[str, Tensor]]) -> dict[str
         adam = torch.optim.Adam(gate.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, FITTING_STEPS)
         for _ in range(FITTING_STEPS):
-            picked = torch.randint(len(known[3]), (FITTED_TOKENS,), generator=generator)
+            picked = torch.randint(half, (FITTED_TOKENS,), generator=generator)
             adam.zero_grad()
             nats(kind, gate, [part[picked] for part in known]).backward()
             adam.step()
@@ -87,14 +102,6 @@ def fitted(model: DyadForCausalLM, fresh: Subset[dict[str, Tensor]]) -> dict[str
         with torch.no_grad():
             found[kind] = nats(kind, gate, asked).item()
     return {kind: round(value, 5) for kind, value in found.items()}
-
-
-def scored(
-    model: DyadForCausalLM, validation: TokenStream, fresh: Dataset[dict[str, Tensor]], mass: float
-) -> dict[str, float]:
-    """By the consensus of this mass; 0: by the engineer alone."""
-    model.config.consensus = mass
-    return {"nats": validation_nats(model, validation, 256)["nats"], "fresh_nats": round(fresh_nats(model, fresh), 5)}
 
 
 def measure(arm: str, seed: int, tokens: int, learning_rate: float, target: int) -> dict[str, Any]:
@@ -121,24 +128,15 @@ def measure(arm: str, seed: int, tokens: int, learning_rate: float, target: int)
         model = load_weights(result.output, torch.float32)
         assert isinstance(model, DyadForCausalLM)
     model.eval()
-    found = {
+    found: dict[str, Any] = {
         "parameters": size(model),
         "tokens": result.tokens,
         "milliseconds_per_step": round(1000 * result.seconds / result.steps, 2),
-        "engineer": scored(model, data.validation[0], fresh, 0.0),
     }
-    if model.planner is not None:
-        found["control"] = fitted(model, fresh)
-        for mass in (0.9, 1.0):
-            found[f"learned, {mass:g}"] = scored(model, data.validation[0], fresh, mass)
-        with torch.no_grad():
-            batches = DataLoader(fresh, 8)
-            weights = torch.cat([model(batch["input_ids"], output_plan=True).plan.weight for batch in batches])
-        found["weight"] = {"mean": round(weights.mean().item(), 4), "deviation": round(weights.std().item(), 4)}
-        model.planner.belief = None
-        for mass in (0.9, 1.0):
-            found[f"product, {mass:g}"] = scored(model, data.validation[0], fresh, mass)
-    return found
+    if model.planner is None:
+        return found | {"nats": {"engineer": round(fresh_nats(model, fresh), 5)}}
+    parts = opinions(model, fresh)
+    return found | {"nats": scored(model, parts), "control": fitted(parts)}
 
 
 def main() -> None:
@@ -161,9 +159,8 @@ def main() -> None:
         cells.store(cell, measure(arm, seed, options.tokens, options.learning_rate, target))
     for arm in dict.fromkeys(arm for arm, _ in todo.values()):
         seeds = [cells.results[cell] for cell, key in todo.items() if key[0] == arm]
-        for way in [name for name, value in seeds[0].items() if isinstance(value, dict) and "fresh_nats" in value]:
-            means = [statistics.fmean(one[way][kind] for one in seeds) for kind in ("fresh_nats", "nats")]
-            print(f"{arm:26s} {way:14s} {means[0]:.4f} nats of fresh text, {means[1]:.4f} of Hamlet")
+        for way in [way for way, value in seeds[0]["nats"].items() if isinstance(value, float)]:
+            print(f"{arm:26s} {way:14s} {statistics.fmean(one['nats'][way] for one in seeds):.4f} nats of fresh text")
 
 
 if __name__ == "__main__":
