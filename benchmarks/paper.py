@@ -50,7 +50,7 @@ def exponents(kind: str, outputs: Tensor) -> tuple[Tensor | float, Tensor | floa
 
 @torch.no_grad()
 def opinions(model: DyadForCausalLM, windows: Dataset[dict[str, Tensor]]) -> list[Tensor]:
-    """At every token of some windows: hidden states (N, D), logits of engineer and artist (N, V), the next token (N,)."""
+    """Hidden states (N, D), logits of engineer and artist (N, V) each, and next tokens (N,) of some windows."""
     model.config.consensus = 0.0
     parts = []
     for batch in DataLoader(windows, 8):
