@@ -13,6 +13,7 @@ from dyadlm.model import PRESETS
 from dyadlm.model.loading import load_weights
 from dyadlm.train import TrainSettings, train
 from dyadlm.train.companions import COMPANIONS_NAME
+from dyadlm.train.prepared_run import prepare_run
 from dyadlm.train.settings import PRESET_DEFAULTS
 
 from ..model.conftest import text_ids
@@ -42,6 +43,17 @@ def test_its_name_alone_turns_every_part_on():
     assert told.fingerprint.shown
     assert told.planner.teacher > 0
     assert PRESETS.keys() == PRESET_DEFAULTS.keys() - {None}
+
+
+def test_each_part_can_be_left_out(tmp_path, small, words):
+    """As docs/paper.md says."""
+    for told, gone in (
+        (("twin.conditioning=off",), "twin"),
+        (("fingerprint.shown=false",), "fingerprint"),
+        (("model.planner=none", "model.consensus=0", "planner.teacher=0"), "planner"),
+    ):
+        prepared = prepare_run(small(tmp_path / "run", *NARROW, *told, preset="paper"), words(), tmp_path / "run")
+        assert set(prepared.model.companions) == {"twin", "fingerprint", "planner"} - {gone}
 
 
 def test_every_part_learns_and_what_only_training_has_is_not_published(run, tmp_path):
@@ -83,6 +95,12 @@ def test_read_in_parts_and_from_a_saved_state_it_says_what_it_says_at_once(run, 
             parts.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-9
     assert whole.exp().sum(-1).sub(1).abs().max() < 1e-9  # the consensus is a distribution
+
+
+def test_it_trains_in_bfloat16_without_a_warning(tmp_path, small, words, console):
+    """Warnings are errors here; norms warn of inputs in another dtype than their weights."""
+    settings = small(tmp_path / "run", *NARROW, "max_steps=2", preset="paper", dtype="bfloat16")
+    assert train(settings, words(), console).steps == 2
 
 
 def test_the_commands_take_it(run, tmp_path):

@@ -142,7 +142,7 @@ def draw_plan(model: "DyadForCausalLM", hidden: Tensor, engineer: Tensor, outloo
         proposed = planner.propose(hidden, forecast)
     else:
         # At first all tokens are expected alike; so small a mean would have a huge gradient through the norms.
-        expected = engineer.detach().softmax(-1) @ embed.weight.detach()
+        expected = (engineer.detach().softmax(-1) @ embed.weight.detach()).to(hidden.dtype)
         proposed = planner.norm(imagine(model.model, expected, outlook))
     proposal = model.lm_head(proposed)
     futures = proposal.detach().topk(planner.futures, -1).indices
