@@ -1,6 +1,7 @@
 """The paper's system beside `tiny`, and what a consensus is worth: as a product, and with a learned weight.
 
     python benchmarks/paper.py [--arm paper ...] [--tokens 307200] [--seeds 1]
+    python benchmarks/paper.py --times     # what a step of each takes, in turns
 
 `dyadlm train` on Shakespeare's plays, windows of 256 bytes, four a step, equal tokens and nearly equal parameters at
 inference. Scored are nats of fresh text, the windows that would have been trained on next: by the engineer alone, by
@@ -18,14 +19,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from transformers import PreTrainedModel
 
-from common import Cells, arguments, dyad, require_green, size
+from common import Cells, arguments, dyad, require_green, size, step_times
 from dyadlm import DyadForCausalLM
 from dyadlm.data import TrainingWindows, resolve_data
 from dyadlm.model.loading import load_weights
 from dyadlm.ops.consensus import consensus
 from dyadlm.train import TrainSettings, train
+from dyadlm.train.prepared_run import prepare_run
 from structure import PLANNER, fresh_nats, rank_for
 
 # By arm: the preset, and what training is told beside it.
@@ -104,26 +107,34 @@ def fitted(parts: list[Tensor]) -> dict[str, float]:
     return {kind: round(value, 5) for kind, value in found.items()}
 
 
+def settings_of(arm: str, seed: int, tokens: int, learning_rate: float, target: int, output: Path) -> TrainSettings:
+    """target: how many parameters the model has for inference, or nearly so."""
+    preset, told = ARMS[arm]
+    length = f"max_steps={tokens // 1024}"
+    assignments = [length, f"seed={seed}", f"learning_rate={learning_rate}", "eval_steps=0", *told]
+    if arm == "planner":
+        assignments.append(f"model.level_rank={rank_for({**PLANNER, 'pool': 'learned'}, target)}")
+    return TrainSettings.create(
+        output, preset=preset, data=["shakespeare"], device="cpu", dtype="float32", assignments=assignments
+    )
+
+
+def ready(arm: str, target: int) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model with all that trains beside it, and a batch of four windows as its training reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(arm, 0, 4096, 2e-3, target, Path(folder) / "run")
+        prepared = prepare_run(settings, None, settings.output)
+    return prepared.model, default_collate([prepared.windows[number] for number in range(4)])
+
+
 def measure(arm: str, seed: int, tokens: int, learning_rate: float, target: int) -> dict[str, Any]:
     """Train one arm and score it in every way that it has."""
     data = resolve_data(["shakespeare"])
     seen = 4 * (tokens // 1024)
     order = TrainingWindows(data.train, 256, seen + FRESH_WINDOWS, seed=seed)
     fresh = Subset(order, range(seen, seen + FRESH_WINDOWS))
-    preset, told = ARMS[arm]
-    length = f"max_steps={tokens // 1024}"
-    assignments = [length, f"seed={seed}", f"learning_rate={learning_rate}", "eval_steps=0", *told]
-    if arm == "planner":
-        assignments.append(f"model.level_rank={rank_for({**PLANNER, 'pool': 'learned'}, target)}")
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainSettings.create(
-            Path(folder) / "run",
-            preset=preset,
-            data=["shakespeare"],
-            device="cpu",
-            dtype="float32",
-            assignments=assignments,
-        )
+        settings = settings_of(arm, seed, tokens, learning_rate, target, Path(folder) / "run")
         result = train(settings, console=Console(quiet=True))
         model = load_weights(result.output, torch.float32)
         assert isinstance(model, DyadForCausalLM)
@@ -145,10 +156,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=307_200)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--times", action="store_true", help="measure what a step takes instead, all arms in turns")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
     cells, target = Cells(options.output), size(dyad())
+    if options.times:
+        arms = options.arm or ("tiny", "planner", "paper")
+        cells.store("milliseconds", step_times({arm: ready(arm, target) for arm in arms}))
+        return
     todo = {
         f"{arm} / {options.tokens} / {options.learning_rate:g} / {seed}": (arm, seed)
         for seed in range(options.seeds)
