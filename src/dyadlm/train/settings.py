@@ -202,6 +202,15 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "tiny": {"max_steps": 1500, "learning_rate": 2e-3, "per_device_train_batch_size": 4},
+    # With what the paper's system has in training alone.
+    "paper": {
+        "max_steps": 1500,
+        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 4,
+        "twin.conditioning": "reverse",
+        "fingerprint.shown": True,
+        "planner.teacher": 0.2,
+    },
     "small": {
         "max_steps": 10_000,
         "learning_rate": 1e-3,
