@@ -26,7 +26,8 @@ class GraphStep:
         self._held = cache.tensors()
         self._token = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self._began = cache.may_begin  # a graph follows one path: that of rows that continue
-        self._graph = self._logits = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
         if record:
             self._record()
 
@@ -61,8 +62,9 @@ class GraphStep:
             for _ in range(WARM_UP):
                 self._pass()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._logits = self._pass()
+        self._graph = graph
         for name, tensor in before.items():
             self._held[name].copy_(tensor)
