@@ -1,4 +1,5 @@
-# `make demo` shows everything at once, `make test` checks everything, `make quick` the fast part. Each makes .venv when it is missing.
+# `make demo` shows everything at once, `make test` checks everything, `make quick` the fast part, `make docs` builds the site.
+# Each makes .venv when it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ RUN := $(DEMO)/run
 EXTRAS ?= dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo setup quick test lint types clean-demo lock
+.PHONY: demo setup quick test lint types docs notebook clean-demo lock wheel wheel-test lowest-test
 
 # ---- Environment: made once, and again when what it follows from changes
 
@@ -67,9 +68,48 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
 
+# ---- Documents
+
+# The packages of the extra `docs`, beside those of EXTRAS.
+$(VENV)/.docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# Fails on every warning: a page that no menu names, a link that leads nowhere, a docstring that cannot be read.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "Open site/index.html; with search: $(VENV)/bin/python -m http.server --directory site"
+
+# Runs the notebook anew, with its training; the outputs are stored in it.
+notebook: $(VENV)/.docs
+	$(VENV)/bin/python notebooks/run.py
+
 # ---- Versions
 
 # Needs uv. The lock names every package that any extra installs, with the hashes of its files.
 lock:
 	uv pip compile --quiet pyproject.toml --all-extras --constraint constraints.txt --generate-hashes \
 		--python-version 3.11 --universal --output-file requirements.lock
+
+# ---- Release. Needs no .venv: the tools are installed into one of their own.
+
+RELEASE := .release
+BUILDER := $(RELEASE)/bin/python
+
+$(BUILDER):
+	$(PYTHON) -m venv $(RELEASE)
+	$(BUILDER) -m pip install --quiet build twine uv
+
+# A source distribution and a wheel in dist/.
+wheel: $(BUILDER)
+	rm -rf dist
+	$(BUILDER) -m build --outdir dist .
+	$(BUILDER) -m twine check --strict dist/*
+
+# The wheel in a fresh environment: trains, generates, scores.
+wheel-test: wheel
+	PYTHON=$(PYTHON) release/wheel.sh dist/*.whl
+
+# The fast tests with the smallest versions that pyproject.toml allows.
+lowest-test: $(BUILDER)
+	PYTHON=$(PYTHON) UV=$(RELEASE)/bin/uv release/lowest.sh

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 
 import synthetic_log
+from anomaly_logs import auc
 from common import ROOT, circumstances
 from dyadlm.files import write_atomically
 from dyadlm.generate import EngineModel, Session, engine_model
 from dyadlm.score import Calibration, Drift, Line, Reading, Scorer, chunks, units
 from dyadlm.score.learning import Learner
 from dyadlm.score.lines import Numbering
+from dyadlm.score.units import ScoredLine
 
 RATES = (0.01, 0.001)
 OTHERWISE = (("web1", "db-prod-7"), ("10.0.", "172.16."), ("/api/v1/", "/graphql/v2/"), ("postgres[", "mariadb["))
@@ -34,7 +36,16 @@ def excess(expected: float) -> Callable[[np.ndarray], float]:
     """The largest sum over a span of the bits beyond `expected` a byte."""
 
     def of(bits: np.ndarray) -> float:
-        return units.oddest_span(bits + units.EXPECTED_BITS - expected)[0]
+        return units.oddest_span(bits - expected)[0]
+
+    return of
+
+
+def beyond(expected: float) -> Callable[[np.ndarray], float]:
+    """The sum over all bytes of the bits beyond `expected`."""
+
+    def of(bits: np.ndarray) -> float:
+        return float(np.maximum(bits - expected, 0).sum())
 
     return of
 
@@ -49,29 +60,35 @@ def window(width: int) -> Callable[[np.ndarray], float]:
     return of
 
 
+def default(scored: ScoredLine) -> float:
+    """What `dyadlm score` judges a line by."""
+    (unit,) = units.units_of([scored], Reading())
+    return unit.score
+
+
 SCORES: dict[str, Callable[[np.ndarray], float]] = {
     "mean bits per byte": lambda bits: float(bits.mean()),
     "total bits": lambda bits: float(bits.sum()),
     "largest byte": lambda bits: float(bits.max()),
     **{f"window of {width} bytes": window(width) for width in (4, 16)},
     **{f"excess over {expected} bits": excess(expected) for expected in (1, 2, 3, 4, 5, 6)},
+    **{f"beyond {expected} bits": beyond(expected) for expected in (2, 3, 4)},
 }
 
 
-def read(model: EngineModel, lines: list[str], learn: bool = False) -> list[np.ndarray]:
-    """The bits of the bytes of each line."""
+# All but the default look at bits alone.
+JUDGES: dict[str, Callable[[ScoredLine], float]] = {"default": default} | {
+    name: (lambda scored, score=score: score(scored.bits)) for name, score in SCORES.items()
+}
+
+
+def read(model: EngineModel, lines: list[str], learn: bool = False) -> list[ScoredLine]:
+    """The lines with the bits of their bytes."""
     numbering = Numbering("log")
     placed: list[Line] = [numbering.place(f"{line}\n".encode()) for line in lines]
     learner = Learner(model.fields["vocab_size"], model.fields["hidden_size"]) if learn else None
     scorer = Scorer(Session(model, model.tokenizer), model.tokenizer, Drift(), learner)
-    return [scored.bits for chunk in chunks(placed) for scored in scorer.read(chunk)]
-
-
-def auc(scores: np.ndarray, odd: np.ndarray) -> float:
-    """The chance that an odd line scores above a normal one, ties half."""
-    normal = np.sort(scores[~odd])
-    below = (np.searchsorted(normal, scores[odd]) + np.searchsorted(normal, scores[odd], "right")) / 2
-    return float(below.mean() / len(normal))
+    return [scored for chunk in chunks(placed) for scored in scorer.read(chunk)]
 
 
 def study(model: EngineModel, lines: int, changed: bool, learn: bool) -> dict[str, object]:
@@ -90,17 +107,17 @@ def study(model: EngineModel, lines: int, changed: bool, learn: bool) -> dict[st
         odd = np.isin(np.arange(1, lines + 1), list(planted))
         logs.append((read(model, found, learn), odd))
     result: dict[str, object] = {
-        "bits per byte of the normal log": float(np.concatenate(normal).mean()),
-        "of its last quarter": float(np.concatenate(normal[-len(normal) // 4 :]).mean()),
+        "bits per byte of the normal log": float(np.concatenate([scored.bits for scored in normal]).mean()),
+        "of its last quarter": float(np.concatenate([scored.bits for scored in normal[-len(normal) // 4 :]]).mean()),
     }
-    for name, score in SCORES.items():
+    for name, score in JUDGES.items():
         calibration = Calibration("", Reading())
-        for bits in normal[:lines]:
-            calibration.add(score(bits))
-        alarms = [calibration.p(score(bits)) for bits in normal[lines:]]
+        for scored in normal[:lines]:
+            calibration.add(score(scored))
+        alarms = [calibration.p(score(scored)) for scored in normal[lines:]]
         cells = []
-        for read_bits, odd in logs:
-            scores = np.array([score(bits) for bits in read_bits])
+        for read_lines, odd in logs:
+            scores = np.array([score(scored) for scored in read_lines])
             found_odd = [calibration.p(value) <= RATES[1] for value in scores[odd]]
             cells.append((auc(scores, odd), float(np.mean(found_odd))))
         result[name] = {

@@ -43,6 +43,7 @@ from dyadlm.report.figures import STYLE
 from llama_cpp import LlamaCpp, write_gguf
 from streaming import CHUNK, filled_cache
 
+PICTURE = Path(__file__).parents[1] / "docs" / "findings" / "decoding.png"
 CONTEXTS = (0, 1_000, 8_000)
 FARTHEST = 1_000_000
 FORMATS = ("float32", "bfloat16", "int8")
@@ -381,7 +382,7 @@ def main() -> None:
     options = parser.parse_args()
     cells = Cells(options.output)
     if options.draw:
-        draw(cells.results, options.output.with_suffix(".png"))
+        draw(cells.results, PICTURE)
         return
     one_thread()
     torch.set_num_threads(1)
@@ -396,7 +397,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measure = batch_cell if "batch" in name else decoding_cell
             cells.store(name, measure(name.split(",")[0], options.rounds, Path(folder)))
-    draw(cells.results, options.output.with_suffix(".png"))
+    draw(cells.results, PICTURE)
     print(json.dumps({name: cells.results[name].get("parity") for name in cells.results}, indent=1))
 
 

@@ -6,7 +6,8 @@ The path-star graph and copying with lookahead (`dyadlm.recall`), of three sizes
 with one, with one taught by the true future, and a Llama. All have 3 layers of width 64, one more than for recall:
 slots have to hold what a block made of several tokens, and what they say has to reach the next token. All steps of a
 way are taught (`ask=all`); the figure to read is that of the first (`ask=first`), chance 1 / degree or 1 / strings. A
-model with a planner is asked twice: its engineer alone, and by consensus. A cell takes at most --minutes of the
+model with a planner is asked twice: its engineer alone, and by consensus; one whose artist has a learned weight once
+more, by the product. A cell takes at most --minutes of the
 training thread's own time.
 """
 
@@ -40,6 +41,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], PlannerOptions | None]] = {
     "no planner": ("tiny", OURS, None),
     "planner": ("tiny", PLANNER, PlannerOptions()),
     "planner, teacher": ("tiny", PLANNER, PlannerOptions(teacher=0.2)),
+    "planner, learned weight": ("tiny", PLANNER | {"pool": "learned"}, PlannerOptions()),
     "llama": ("llama", LAYERS, None),
 }
 RATES = (1e-3, 3e-3)
@@ -73,6 +75,9 @@ def measure(arm: str, recipe: Recipe, rate: float, seed: int) -> dict[str, Any]:
     if lessons is not None:
         model.config.consensus = CONSENSUS
         found["consensus"] = {"mass": CONSENSUS, **right(model, recipe)}
+        if model.planner.belief is not None:  # the same weights, the artist believed as far as the engineer
+            model.planner.belief = None
+            found["product"] = {"mass": CONSENSUS, **right(model, recipe)}
     return found
 
 
@@ -102,7 +107,7 @@ def main() -> None:
         cells.store(name, measure(arm, recipe, rate, seed))
     for task, arm, rate in dict.fromkeys(key[:3] for key in todo.values()):
         seeds = [cells.results[name] for name, key in todo.items() if key[:3] == (task, arm, rate)]
-        for way in ("alone", "consensus"):
+        for way in ("alone", "consensus", "product"):
             if way in seeds[0]:
                 shares = [
                     [found[way][part]["first"]["accuracy"] for found in seeds] for part in seeds[0]["running_accuracy"]

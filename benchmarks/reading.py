@@ -7,6 +7,8 @@ Cells:
     stream    `dyadlm stream` over a log of 79-byte lines from a pipe: bytes per second of processor time and of wall
               time, the largest resident memory over 1 MB and over 5 MB, and the wait for the first row.
     slow      a source that writes a line every 0.2 s: how long after a line its rows are there.
+    pieces    texts of 80 and 2,048 tokens read by the engine's step, by the engine's form for many tokens, and by
+              torch: microseconds of processor time a token.
     prompt    a prompt of 100,000 tokens read into a session: tokens per second of processor time.
 
 Model and log are made here, from fixed seeds; the speed does not depend on the weights.
@@ -21,14 +23,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common import Cells, arguments, dyad
 from dyadlm.data import byte_tokenizer
-from dyadlm.generate import Session, load_model
+from dyadlm.generate import EngineModel, Session, load_model
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 DYADLM = [sys.executable, "-m", "dyadlm"]
@@ -151,6 +155,34 @@ def prompt(run: Path, repeats: int) -> dict[str, Any]:
     return {"median": round(statistics.median(rates)), "largest": round(max(rates))}
 
 
+def pieces(run: Path, repeats: int) -> dict[str, Any]:
+    """Microseconds a token of this thread; the fastest of some repetitions, since other programs disturb."""
+    torch.set_num_threads(1)
+    tokens = np.frombuffer(log_of(16_384)[:16_384], np.uint8).astype(np.int64)
+    light = EngineModel(run)
+    engine, found = light.engine, {}
+    for size in (80, 2048):
+        texts = [tokens[at : at + size] for at in range(0, len(tokens), size)]
+        taken: dict[str, list[float]] = {"step": [], "engine": [], "torch": []}
+        for _ in range(repeats + 1):
+            state = engine.start()
+            taken["step"].append(
+                of_thread(texts, lambda text, state=state: [engine.step(state, k) for k in text.tolist()])
+            )
+            taken["engine"].append(of_thread(texts, Session(light, light.tokenizer).read))
+            taken["torch"].append(of_thread(texts, Session(light.in_torch(), light.tokenizer).read))
+        found[f"{size} tokens"] = {name: round(1e6 * min(times[1:]) / len(tokens), 1) for name, times in taken.items()}
+    return found
+
+
+def of_thread(texts: list[np.ndarray], read: Callable[[np.ndarray], object]) -> float:
+    """Seconds of this thread for all texts."""
+    begun = time.thread_time()
+    for text in texts:
+        read(text)
+    return time.thread_time() - begun
+
+
 def main() -> None:
     parser = arguments(__doc__ or "", "reading.json")
     parser.add_argument("--run", type=Path, help="a model folder; a new tiny model by default")
@@ -165,6 +197,7 @@ def main() -> None:
             "start": lambda: start(run, options.repeats),
             "slow": lambda: slow(run),
             "stream, 1 MB": lambda: stream(run, 1_000_000),
+            "pieces": lambda: pieces(run, options.repeats),
             "prompt": lambda: prompt(run, options.repeats),
             "stream, 5 MB": lambda: stream(run, 5_000_000),
         }

@@ -107,15 +107,16 @@ def test_stream_reads_the_same_without_torch(folder):
         assert [float(number) for number in mine] == pytest.approx([float(number) for number in theirs], abs=2e-3)
 
 
-def test_much_to_read_is_read_by_torch(folder, monkeypatch, caplog):
+def test_without_numba_long_texts_are_read_by_torch(folder, monkeypatch):
     """The state goes along: the surprise and what is written are those of the engine alone."""
     from dyadlm.data.encoding import ByteTokenizer
-    from dyadlm.generate import EngineModel, Sampling, Session, engine_reader
+    from dyadlm.engine import Engine
+    from dyadlm.generate import EngineModel, Sampling, Session
 
     text = list(b"To be, or not to be, that is the question. " * 30)
     told = []
-    for limit in (10**9, 700):
-        monkeypatch.setattr(engine_reader, "MANY_TOKENS", limit)
+    for compiled in (True, False):
+        monkeypatch.setattr(Engine, "is_compiled", compiled)
         session = Session(EngineModel(folder), ByteTokenizer())
         nats = [session.read(text[at : at + 600]) for at in range(0, len(text), 600)]
         told.append((nats, "".join(session.write(30, Sampling(temperature=0))), type(session.state).__name__))

@@ -5,11 +5,9 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from dyadlm.data import byte_tokenizer
 from dyadlm.generate.streaming import LONGEST_LINE
 from dyadlm.score import Unit
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "anomalies.md"
 LOG = b"the king speaks\n\nthe queen\r\nof love \xff\xfe\nno end"
 
 
@@ -136,7 +133,7 @@ def test_alerts_need_a_calibration_of_the_same_model_and_reading(logs, capsys):
     assert call("score", "run", "normal.log", "--calibrate", "normal.json") == 2
     assert "already exists" in capsys.readouterr().err
     Path("odd.log").write_bytes(LOG + b"of something else " * 40)  # an untrained model finds long lines odd
-    assert call("score", "run", "odd.log", "--calibration", "normal.json", "--alert", "0.05", "--json") == 0
+    assert call("score", "run", "odd.log", "--calibration", "normal.json", "--alert", "0.02", "--json") == 0
     (unit,), summary = records(capsys.readouterr().out)
     assert (unit["line"], unit["p"], summary["alerts"]) == (5, 1 / 61, 1)
     for options, message in {
@@ -177,11 +174,45 @@ def test_requests_that_are_refused(logs, capsys, request_, message):
 
 @pytest.mark.parametrize(
     "options",
-    ["--follow a.log", "--alert 0.1", "--learn", "--score mean", "--per line --continue 3", "--per line --memory"],
+    ["--follow a.log", "--alert 0.1", "--learn", "--score mean", "--per line --continue 3"],
 )
 def test_streams_of_tokens_have_no_lines(logs, capsys, options):
     assert call("stream", "run", *options.split()) == 2
     assert "--per line" in capsys.readouterr().err
+
+
+def test_a_memory_is_kept_in_the_state_and_told_by_the_calibration(logs, capsys, monkeypatch):
+    small = ("--memory", "--memory-entries", "64")
+    content = Path("normal.log").read_bytes()
+    half = content.index(b"\n", len(content) // 2) + 1
+    Path("first.log").write_bytes(content[:half])
+    Path("second.log").write_bytes(content[half:])
+    levels = {}
+    for name, options in {"none": (), "small": small, "usual": ("--memory",)}.items():
+        assert call("score", "run", "first.log", *options, "--json", "--state-out", f"{name}.state") == 0
+        levels[name] = records(capsys.readouterr().out)[1]["bits_per_byte"]
+    assert levels["usual"] < levels["small"] < levels["none"]
+    assert call("score", "run", "second.log", *small, "--json", "--state-in", "small.state") == 0
+    units, _ = records(capsys.readouterr().out)
+    give_input(monkeypatch, content[half:])
+    assert call("stream", "run", "--per", "line", *small, "--json", "--state-in", "small.state") == 0
+    streamed, _ = records(capsys.readouterr().out)
+    assert [unit["bits"] for unit in streamed] == pytest.approx([unit["bits"] for unit in units], abs=0.02)
+    assert call("score", "run", "normal.log", *small, "--calibrate", "with.json") == 0
+    assert call("score", "run", "normal.log", "--calibrate", "without.json") == 0
+    assert call("score", "run", "a.log", *small, "--calibration", "with.json", "--alert", "0.1") == 0
+    capsys.readouterr()
+    for options, message in {
+        "--calibration with.json": "another --memory (64, not 0)",
+        "--calibration with.json --memory": "another --memory (64, not 16384)",
+        "--calibration without.json --memory": "another --memory (0, not 16384)",
+        "--state-in small.state": "holds a memory, which would be lost; add --memory",
+        "--state-in small.state --memory": "has 64 entries, which cannot change; add --memory-entries 64",
+        "--memory-entries 64": "does nothing without --memory",
+        "--memory --memory-entries 63": "power of two",
+    }.items():
+        assert call("score", "run", "a.log", *options.split()) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_learning_goes_on_from_the_state(logs, capsys):
@@ -256,42 +287,3 @@ def test_the_span_is_shown_in_any_width(room, span):
         assert len(before) + len(odd) + len(after) <= room
     else:
         assert before + odd + after == content.decode().replace("\n", "\\n" if span[1] == 61 else "")
-
-
-# ---- the guide
-
-
-def commands() -> list[list[str]]:
-    return [shlex.split(line) for line in re.findall(r"^    dyadlm (.*)$", PAGE.read_text(), re.MULTILINE)]
-
-
-def test_the_commands_of_the_guide_run_as_printed(tmp_path, monkeypatch, capsys):
-    """The training is shorter here, so that a line has to be long to be odd; all else is as printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DYADLM_CACHE", str(tmp_path / "cache"))
-    odd = "SOMETHING ELSE!" * 40 + "\n"
-    Path("train.log").write_text(words(400))
-    Path("normal.log").write_text(words(12) * 1100)
-    Path("today.log").write_text(words(12) * 20 + odd)
-    Path("app.log").write_text(words(12) * 20)
-    for arguments in commands():
-        if arguments[0] == "train":
-            arguments = [*arguments[: arguments.index("--set")], *SMALL]
-        if "--follow" in arguments:
-            with Path("app.log").open("a") as log:
-                log.write(odd)
-            with start(tmp_path, *arguments) as process:
-                watch = threading.Timer(100, process.kill)  # so that a fault ends the test
-                watch.start()
-                while "SOMETHING" not in (row := process.stdout.readline()):
-                    assert row, process.stderr.read()
-                watch.cancel()
-                process.send_signal(signal.SIGTERM)
-                process.communicate(timeout=60)
-            assert process.returncode == 143
-            continue
-        assert call(*arguments) == 0, arguments
-        out = capsys.readouterr().out
-        if "--top" in arguments or "--alert" in arguments:
-            assert "SOMETHING" in out
-    assert Path("app.state").is_file()

@@ -72,6 +72,40 @@ def test_logits_and_state_are_those_of_the_model(model, form, count):
     assert state.columns_seen == count
 
 
+@pytest.mark.parametrize("sizes", [[2], [1, 90, 3], [300], [64, 236]])
+def test_many_tokens_at_once_are_tokens_one_by_one(model, sizes, monkeypatch):
+    """Logits and state, over the edges of pieces; then the step reads on."""
+    monkeypatch.setattr(engine_package, "MOST_TOKENS", 128)
+    engine, ids, at = engine_of(model), text(sum(sizes) + 5), 0
+    expected, alone = read_by_engine(engine, ids)
+    state, logits = engine.start(), []
+    for size in sizes:
+        logits.append(engine.read(state, ids[at : at + size]))
+        at += size
+    logits.append(read_by_engine(engine, ids[at:], state)[0])
+    require_equal(np.concatenate(logits), expected)
+    assert state.columns_seen == len(ids)
+    require_equal_states(state.tensors(), {name: torch.from_numpy(part) for name, part in alone.tensors().items()})
+
+
+def test_many_tokens_are_read_in_one_product(monkeypatch):
+    """In float32; narrow weights are read token by token, since they would have to be widened."""
+    seen = []
+    step = engine_package.numpy_step.step
+    monkeypatch.setattr(engine_package.numpy_step, "step", lambda *rest: (seen.append(1), step(*rest))[1])
+    for weights, products in (("float32", 1), ("int8", 0)):
+        engine, other = engine_of(make_model(), weights=weights), engine_of(make_model(), weights=weights)
+        seen.clear()
+        state = engine.start()
+        logits = engine.read(state, text(40))
+        assert len(seen) == products
+        require_equal(logits, read_by_engine(other, text(40))[0])
+        with pytest.raises(IndexError, match="The vocabulary has 259 tokens"):
+            engine.read(state, np.array([1, 259]))
+        with pytest.raises(UserError, match="another engine"):
+            other.read(state, text(3))
+
+
 def test_a_state_crosses_inside_a_document_both_ways(model, form):
     """Torch, engine, torch, at odd places between two nodes of the dual levels."""
     ids = text(157)

@@ -381,6 +381,6 @@ def test_an_end_of_text_is_not_read_into_the_state(dyad):
     """What ends a text is no part of it: the next prompt continues the text itself."""
     session = Session(dyad, byte_tokenizer())
     session.read_prompt("To be")
-    session._reader.end_tokens = frozenset(range(259))
+    session.end_tokens = frozenset(range(259))
     assert list(session.write(5, Sampling(0.0))) == []
     assert session.state.position.tolist() == [5]

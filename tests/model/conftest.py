@@ -81,6 +81,7 @@ VARIANTS: dict[str, dict] = {
         "planner_width": 5,
         "planner_futures": 3,
         "artist_sees": "both",
+        "pool": "learned",
         "selector": "dense",
         "consensus": 0.9,
     },

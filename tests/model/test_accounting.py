@@ -59,11 +59,11 @@ def test_one_token_computes_the_chosen_levels_alone():
     assert counter.get_total_flops() < forward_flops(config, 1)
 
 
-@pytest.mark.parametrize(("preset", "size"), [("tiny", 1e6), ("small", 1e7), ("base", 1.2e8)])
+@pytest.mark.parametrize(("preset", "size"), [("tiny", 1e6), ("paper", 1e6), ("small", 1e7), ("base", 1.2e8)])
 def test_presets_have_the_size_they_promise(preset, size):
     config = DyadConfig.from_preset(preset)
     with torch.device("meta"):
         model = DyadForCausalLM(config)
     assert parameters(config) == sum(p.numel() for p in model.parameters())
     assert 0.8 * size <= parameters(config) <= 1.2 * size
-    assert set(PRESETS) == {"tiny", "small", "base"}
+    assert set(PRESETS) == {"tiny", "paper", "small", "base"}

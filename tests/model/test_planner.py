@@ -346,10 +346,45 @@ def test_an_artist_who_sees_the_true_future_is_caught_by_both(monkeypatch):
     assert latest_reader(model, ids, "logits", 11, training=False) == 13
 
 
+def test_an_artist_whose_weight_is_learned_changes_nothing_at_first_and_then_by_its_weight():
+    torch.manual_seed(0)
+    model, ids = DyadForCausalLM(DyadConfig(**WORDS, pool="learned", consensus=0.9)).eval(), text_ids(2, 24)
+    with torch.no_grad():
+        output = model(ids, output_plan=True)
+        model.config.consensus = 0.0
+        engineer = model(ids).logits
+    assert torch.equal(output.plan.weight, torch.zeros(2, 24))
+    assert torch.equal(output.logits, engineer.log_softmax(-1))
+    assert torch.equal(output.logits, output.plan.pool)
+
+    model, ids = make_model(**{**VARIANTS["planner"], "consensus": 0.9}), text_ids(2, 24)
+    with torch.no_grad():
+        output = model(ids, output_plan=True, output_hidden_states=True)
+        model.config.consensus = 0.0
+        alone = model(ids, output_plan=True)
+        weight = model.planner.belief(output.hidden_states[-1]).squeeze(-1).tanh()
+    torch.testing.assert_close(output.plan.weight, weight)
+    assert weight.std() > 0.01
+    torch.testing.assert_close(output.logits, consensus(alone.logits, output.plan.artist, 0.9, weight))
+    assert output.logits.exp().sum(-1).sub(1).abs().max() < EXACT
+    # With consensus off the pool is still there, over the whole vocabulary; logits are the engineer's.
+    torch.testing.assert_close(alone.plan.pool, consensus(alone.logits, alone.plan.artist, 1.0, weight))
+
+
+def test_only_the_weight_learns_from_the_pool():
+    model, ids = taught("planner"), text_ids(2, 24)
+    output = model(ids, labels=ids, output_plan=True)
+    (-output.plan.pool.gather(-1, ids[..., None]).mean()).backward()
+    learns = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learns == {"planner.belief.weight", "planner.belief.bias"}
+    assert model.planner.belief.weight.grad.abs().sum() > 0
+
+
 def test_what_does_not_fit_is_refused():
     for fields, message in (
         ({"planner": "tail"}, "choose one of none, head, stack"),
         ({"planner": "head", "artist_sees": "all"}, "choose one of forecast, both"),
+        ({"planner": "head", "pool": "sum"}, "choose one of product, learned"),
         ({"planner": "head", "planner_width": 0}, "planner_width"),
         ({"planner": "head", "planner_futures": 300}, "choose fewer"),
         ({"consensus": 0.9}, "set planner too"),

@@ -45,6 +45,39 @@ def test_nothing_changes_outside_the_nucleus_nor_its_mass(values, mass, seed):
 
 
 @examples
+@given(values=logits, mass=masses, seed=st.integers(0, 50), weight=st.floats(-1, 1))
+def test_a_weighted_pool_is_its_definition_and_a_distribution(values, mass, seed, weight):
+    engineer, artist = make_pair(values, seed)
+    found = consensus(engineer, artist, mass, weight).exp()
+    expected = reference.consensus(engineer.softmax(-1).tolist(), artist.softmax(-1).tolist(), mass, weight)
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
+    assert found.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.5, 0.9, 1.0])
+def test_weights_are_those_of_each_token_and_zero_is_the_engineer_to_the_bit(mass):
+    engineer, artist = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor([0.0, 1.0, 0.3, -0.7, 0.0]).expand(4, 5)
+    found = consensus(engineer, artist, mass, weight)
+    assert torch.equal(found[:, [0, 4]], engineer.log_softmax(-1)[:, [0, 4]])
+    assert torch.equal(found[:, 1], consensus(engineer, artist, mass)[:, 1])
+    for place in (2, 3):
+        alone = consensus(engineer[:, place], artist[:, place], mass, float(weight[0, place]))
+        torch.testing.assert_close(found[:, place], alone)
+
+
+def test_a_veto_counts_where_the_artist_is_believed_and_leaves_finite_gradients():
+    engineer = torch.zeros(3, 4, requires_grad=True)
+    artist = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(3, 4)
+    weight = torch.tensor([0.5, 0.0, -0.5], requires_grad=True)
+    found = consensus(engineer, artist, 1.0, weight)
+    assert (found[:, 3] > -torch.inf).tolist() == [False, True, True]
+    found[:, :3].sum().backward()
+    assert engineer.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+@examples
 @given(values=logits, mass=masses)
 def test_an_artist_without_opinion_changes_nothing(values, mass):
     engineer = torch.tensor(values, dtype=torch.float64)

@@ -102,7 +102,7 @@ def test_files_give_the_same_p_values(tmp_path):
     ("change", "message"),
     [
         ({"format": "other"}, "is no calibration"),
-        ({"version": 2}, "another version"),
+        ({"version": 1}, "another version"),
         ({"weights": "others"}, "another model"),
         ({"unit": "document"}, "another --per"),
         ({"score": "mean"}, "another --score"),

@@ -10,6 +10,7 @@ import torch
 from dyadlm.data.encoding import encode_bytes
 from dyadlm.errors import UserError
 from dyadlm.generate import Session, load_model, open_session
+from dyadlm.memory import ContextMemory, MemoryOptions
 from dyadlm.score import Drift, Reading, Scorer, chunks, units_of
 from dyadlm.score.learning import BLOCK, RATE, Learner
 from dyadlm.score.lines import Numbering
@@ -177,6 +178,54 @@ def test_a_saved_state_goes_on_to_the_bit(folder, tmp_path, learn):
     if learn:
         assert resumed.learner.delta.tobytes() == whole.learner.delta.tobytes()
         assert np.abs(whole.learner.delta).max() > 0
+
+
+MEMORY = MemoryOptions(lengths=(1, 2, 4), entries=64)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_memory_is_that_of_a_reader_of_single_tokens(model, learn):
+    """The slow reference: its memory is handed the model's nats token by token; the bits are equal to the last."""
+
+    def read(memory):
+        session = Session(model, model.tokenizer, memory)
+        scorer = Scorer(session, model.tokenizer, Drift(), learner_of(model) if learn else None)
+        return [scored for chunk in chunks(lines) for scored in scorer.read(chunk)]
+
+    lines = placed(b"the same kind of line\n" * 20 + TEXT)
+    plain, mixed = read(None), read(ContextMemory(MEMORY))
+    assert all(
+        one.bits.tobytes() == two.bits.tobytes() for one, two in zip(mixed, read(ContextMemory(MEMORY)), strict=True)
+    )
+    reference = ContextMemory(MEMORY)
+    reference.read(np.array([257]), np.array([np.nan]))
+    for one, two in zip(plain, mixed, strict=True):
+        nats = (one.bits * math.log(2)).astype(np.float32)
+        ids = encode_bytes(one.line.content)
+        slow = np.concatenate([reference.read(ids[[at]], nats[[at]]) for at in range(len(ids))])
+        assert two.bits.tobytes() == (slow.astype(np.float64) / math.log(2)).tobytes()
+    assert sum(scored.bits.sum() for scored in mixed[5:20]) < 0.2 * sum(scored.bits.sum() for scored in plain[5:20])
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_saved_memory_goes_on_to_the_bit(folder, tmp_path, learn):
+    model, tokenizer = load_model(folder, "cpu", "float32")
+
+    def scorer(state=None):
+        session = open_session(model, tokenizer, state, memory=ContextMemory(MEMORY))
+        return Scorer(session, tokenizer, Drift(), Learner(259, model.config.hidden_size) if learn else None)
+
+    lines = placed(TEXT * 3)
+    before, after = list(chunks(lines[:9])), list(chunks(lines[9:]))
+    whole = scorer()
+    for chunk in before:
+        whole.read(chunk)
+    whole.save(tmp_path / "state")
+    resumed = scorer(tmp_path / "state")
+    resumed.load(tmp_path / "state")
+    for chunk in after:
+        for one, other in zip(whole.read(chunk), resumed.read(chunk), strict=True):
+            assert one.bits.tobytes() == other.bits.tobytes()
 
 
 def test_the_state_of_a_scorer_serves_other_commands_and_theirs_a_scorer(folder, model, tmp_path):

@@ -37,6 +37,7 @@ MODELS = {
         "selector_margin": 0.0,
         "planner": "stack",
         "artist_sees": "both",
+        "pool": "learned",
     },
 }
 COMPANIONS = {

@@ -18,6 +18,7 @@ from dyadlm.cli import (
     generate,
     inspect,
     recall,
+    repl,
     report,
     score,
     stream,
@@ -39,6 +40,8 @@ app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(repl.repl)
+app.command()(repl.chat)
 app.command()(stream.stream)
 app.command()(score.score)
 app.command()(inspect.inspect)

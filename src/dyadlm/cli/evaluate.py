@@ -67,10 +67,10 @@ def evaluate(
         raise UserError(f"A window has at least 1 token; --window cannot be {window}.")
     require_split(split)
     require_sources(data, text_field)
-    memory_for(memory, memory_entries, memory_scope)
+    memory_for(memory, memory_entries, scope=memory_scope)
     loaded, tokenizer = load(model, device, dtype, fields, slot_entries)
     require_causal(loaded, model)
-    remembers = memory_for(memory, memory_entries, memory_scope, len(tokenizer))
+    remembers = memory_for(memory, memory_entries, len(tokenizer), memory_scope)
     if split is None:
         streams, parts = resolve_text(data, tokenizer, text_field)
     else:

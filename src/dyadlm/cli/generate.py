@@ -12,20 +12,26 @@ from dyadlm.cli.shared import (
     Device,
     Dtype,
     Fields,
+    MaxNewTokens,
     Memory,
     MemoryEntries,
     MemoryScope,
     Model,
     NewDocument,
     Raw,
+    Seed,
     SlotEntries,
     StateIn,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
     as_shown,
     errors,
     load_to_read,
     memory_for,
     read_prompt,
-    require_same_memory,
+    require_entries,
 )
 from dyadlm.cli.stopping import ending_well
 
@@ -33,16 +39,12 @@ from dyadlm.cli.stopping import ending_well
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="What to continue; `-` reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0: from all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens whose probabilities sum to this.")
-    ] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling. The same seed gives the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text. May be repeated.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    stop: Stop = None,
     state_in: StateIn = None,
     new_document: NewDocument = False,
     state_out: Annotated[
@@ -78,19 +80,19 @@ def generate(
     if not text:
         raise UserError("The prompt is empty; give at least one character.")
     require_state_files(state_in, new_document, state_out)
-    memory_for(memory, memory_entries, memory_scope)
+    memory_for(memory, memory_entries, scope=memory_scope)
     if speculate and memory:
         raise UserError("Speculation cannot use a memory; leave out --speculate or --memory.")
     loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     drafts = None
-    remembers = memory_for(memory, memory_entries, memory_scope, len(tokenizer))
+    remembers = memory_for(memory, memory_entries, len(tokenizer), memory_scope)
     if speculate:
         from dyadlm.generate.speculation import Drafts
 
         drafts = Drafts()
         require_speculation(loaded, sampling)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
-    require_same_memory(session, memory_entries, memory_scope)
+    require_entries(session, memory_entries, memory_scope)
     session.read_prompt(text)
     pieces = session.write(max_new_tokens, sampling, stop or (), drafts)
     with ending_well(session.saving(state_out), state_out) as stops, closing(pieces):

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dyadlm.cli.shared import Device, Dtype, Fields, Model, SlotEntries, StateIn, load_to_read, standard_input
+from dyadlm.cli.shared import (
+    Device,
+    Dtype,
+    Fields,
+    Memory,
+    MemoryEntries,
+    Model,
+    SlotEntries,
+    StateIn,
+    load_to_read,
+    memory_for,
+    standard_input,
+)
 from dyadlm.cli.stopping import Stopped, Stops, ending_well
 
 if TYPE_CHECKING:
@@ -31,7 +43,8 @@ Judged = Annotated[
     Literal["excess", "mean"],
     typer.Option(
         "--score",
-        help="excess: the bits of the oddest span beyond 3 for each of its bytes. mean: bits per byte of the unit.",
+        help="excess: the bits of all bytes beyond 3, or beyond what is usual at the place where that is more. "
+        "mean: bits per byte of the unit.",
     ),
 ]
 Learn = Annotated[
@@ -64,6 +77,8 @@ def score(
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each unit, and a summary.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     learn: Learn = False,
+    memory: Memory = False,
+    memory_entries: MemoryEntries = None,
     state_in: StateIn = None,
     state_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the state at the end, to read on from there.")
@@ -100,7 +115,7 @@ def score(
         from dyadlm.cli.evaluate import say_what_was_trained_on
 
         say_what_was_trained_on(model, files)  # its lines are less surprising than other normal lines
-    reading = Reading(per, judged, learn)
+    reading = Reading(per, judged, learn, entries_of(memory, memory_entries))
     scorer, normal, _ = open_scorer(
         model, device, dtype, fields, slot_entries, reading, calibration, state_in, state_out, calibrate is not None
     )
@@ -174,6 +189,12 @@ def stream_lines(
         printer.summary(scorer)
 
 
+def entries_of(memory: bool, entries: int | None) -> int:
+    """How many contexts of each length the memory that was asked for keeps; 0 where none was."""
+    asked = memory_for(memory, entries)
+    return 0 if asked is None else asked.options.entries
+
+
 def form_of(json: bool, csv: bool) -> "Form":
     return "json" if json else "csv" if csv else "rows"
 
@@ -194,6 +215,7 @@ def open_scorer(
 
     making: a new calibration is made, not read.
     """
+    from dyadlm.errors import UserError
     from dyadlm.generate import EngineModel, open_session
     from dyadlm.generate.states import require_learnable, require_state_files
     from dyadlm.score import Calibration, Drift, Scorer
@@ -203,6 +225,7 @@ def open_scorer(
 
     require_state_files(state_in, False, state_out)
     loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
+    remembers = memory_for(reading.memory > 0, reading.memory or None, len(tokenizer))
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
 
@@ -216,7 +239,12 @@ def open_scorer(
     if reading.learn:
         sizes = loaded.fields if isinstance(loaded, EngineModel) else vars(require_learnable(loaded))
         learner = Learner(sizes["vocab_size"], sizes["hidden_size"])
-    session = open_session(loaded, tokenizer, state_in, state_out=state_out)
+    session = open_session(loaded, tokenizer, state_in, state_out=state_out, memory=remembers)
+    if session.memory is not None and session.memory.options.entries != reading.memory:
+        kept = session.memory.options.entries
+        raise UserError(
+            f"The memory in {state_in} has {kept} entries, which cannot change; add --memory-entries {kept}."
+        )
     known = normal is not None and not making and normal.level.blocks > 1
     scorer = Scorer(session, tokenizer, Drift(normal.level if normal is not None and known else None), learner)
     place = None if state_in is None else scorer.load(state_in)

@@ -40,6 +40,12 @@ Fields = Annotated[
         help="Change fields of the model's configuration, where the weights do not depend on them.",
     ),
 ]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")]
+TopK = Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens whose probabilities sum to this.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling. The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop after this text. May be repeated.")]
 StateIn = Annotated[Path | None, typer.Option(metavar="FILE", help="Continue from this saved state.")]
 NewDocument = Annotated[
     bool,
@@ -130,7 +136,9 @@ def _require_slots(model: str, contexts: object) -> None:
         raise UserError(f"{model} has no slots; leave out --slot-entries.")
 
 
-def memory_for(asked: bool, entries: int | None, scope: str | None, vocabulary: int = 1) -> "ContextMemory | None":
+def memory_for(
+    asked: bool, entries: int | None, vocabulary: int = 1, scope: str | None = None
+) -> "ContextMemory | None":
     """The memory that was asked for, for a model with so many tokens. Raises `UserError` for options without it, or
     another number of entries than a power of two."""
     from dyadlm.errors import UserError
@@ -145,7 +153,7 @@ def memory_for(asked: bool, entries: int | None, scope: str | None, vocabulary: 
     return ContextMemory(MemoryOptions.of_vocabulary(vocabulary, entries, scope))
 
 
-def require_same_memory(session: "Session", entries: int | None, scope: str | None) -> None:
+def require_entries(session: "Session", entries: int | None, scope: str | None = None) -> None:
     """Raise `UserError` if the memory of a loaded state has other options than were asked for."""
     from dyadlm.errors import UserError
 

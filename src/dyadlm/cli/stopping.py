@@ -77,6 +77,35 @@ class Stops:
             yield item
 
 
+class Interrupts:
+    """Ctrl-C as a request to stop what is being done and not the program; a second one raises `KeyboardInterrupt`."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def until_one(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items until Ctrl-C."""
+        for item in items:
+            yield item
+            if self.received:
+                return
+
+
 @contextmanager
 def ending_well(
     save: Callable[[], None] | None = None, place: Path | None = None, interrupt_code: int = 130

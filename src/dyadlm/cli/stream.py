@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, stream_lines
+from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, entries_of, stream_lines
 from dyadlm.cli.shared import (
     Device,
     Dtype,
@@ -27,7 +27,7 @@ from dyadlm.cli.shared import (
     errors,
     load_to_read,
     memory_for,
-    require_same_memory,
+    require_entries,
     standard_input,
 )
 from dyadlm.cli.stopping import Stops, ending_well
@@ -96,9 +96,11 @@ def stream(
     from dyadlm.score import Reading
 
     if per == "line":
-        if continuation or new_document or memory:
-            raise UserError("Lines are only scored; leave out --continue, --new-document and --memory, or --per line.")
-        reading = Reading("line", judged, learn)
+        if continuation or new_document:
+            raise UserError("Lines are only scored; leave out --continue and --new-document, or --per line.")
+        if memory_scope is not None:
+            raise UserError("The memory of lines lives on from document to document; leave out --memory-scope.")
+        reading = Reading("line", judged, learn, entries_of(memory, memory_entries))
         rule = (calibration, alert, threshold)
         stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields, slot_entries)
         return
@@ -112,15 +114,15 @@ def stream(
     sampling = Sampling(temperature, seed=seed)
     require_state_files(state_in, new_document, state_out)
     source = waiting_lines(standard_input())
-    memory_for(memory, memory_entries, memory_scope)
+    memory_for(memory, memory_entries, scope=memory_scope)
     loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
     if not isinstance(loaded, EngineModel):
         from dyadlm.causal_lm import require_causal
 
         require_causal(loaded, model)
-    remembers = memory_for(memory, memory_entries, memory_scope, len(tokenizer))
+    remembers = memory_for(memory, memory_entries, len(tokenizer), memory_scope)
     session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
-    require_same_memory(session, memory_entries, memory_scope)
+    require_entries(session, memory_entries, memory_scope)
     listener = Listener(session, tokenizer, prefix_token(tokenizer) if session.begins else None)
     with ending_well(session.saving(state_out), state_out, interrupt_code=0) as stops:
         if continuation:

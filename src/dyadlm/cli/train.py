@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def train(
     output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run. It becomes the model.")],
-    preset: Annotated[str | None, typer.Option(help="Train a new model: tiny, small or base.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Train a new model: tiny, small, base or paper.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="Continue from the weights of a model (fine-tuning).")
     ] = None,

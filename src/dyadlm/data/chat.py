@@ -88,12 +88,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer, self._template = tokenizer, template_of(tokenizer)
-        # Two copies: special tokens are read as such in the text of the template, and spelled out in messages.
-        self._as_tokens, self._as_text = (Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) for _ in range(2))
-        for backend in (self._as_tokens, self._as_text):
-            backend.no_truncation()
-            backend.no_padding()
-        self._as_tokens.encode_special_tokens, self._as_text.encode_special_tokens = False, True
+        self._as_tokens, self._as_text = two_readings(tokenizer)
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         # An unknown token stands for the text that it was.
         silent = [number for number in special.values() if number != tokenizer.unk_token_id]
@@ -174,18 +169,7 @@ class ChatEncoder:
         )
 
     def _render(self, messages: Sequence[dict[str, Any]], document: str, opening: bool = False) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=opening
-                )
-            )
-        except Exception as error:  # templates raise errors of their own
-            reason = str(error).strip().splitlines()[:1]
-            raise UserError(
-                f"{document}: the chat template does not take these messages "
-                f"({reason[0] if reason else type(error).__name__})."
-            ) from error
+        return render(self._tokenizer, self._template, messages, document, opening)
 
     def _require_prefix(self, before: str, after: str, document: str) -> None:
         if not after.startswith(before):
@@ -193,6 +177,81 @@ class ChatEncoder:
                 f"{document}: the chat template writes earlier turns anew when another follows, so that it cannot be "
                 "told which tokens the assistant says; give a tokenizer with another chat_template."
             )
+
+
+class ChatTurns:
+    """A conversation turn by turn: the tokens of each turn, without those of the turns before it.
+
+    end_tokens: the ids of special tokens that end an answer, by the template.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", system: str | None = None):
+        """system: a message of the system before the first turn. Raises `UserError` where the chat template does not
+        take the messages, or writes later turns in another way than earlier ones."""
+        what, template = "The conversation", template_of(tokenizer)
+        self._as_tokens, self._as_text = two_readings(tokenizer)
+        head = [] if system is None else [{"role": "system", "content": system}]
+        marks = [MARK.replace("message", f"message{number}") for number in range(5)]
+        spoken = [{"role": "assistant" if number % 2 else "user", "content": mark} for number, mark in enumerate(marks)]
+        texts = [render(tokenizer, template, head + spoken[:size], what, opening=True) for size in (1, 3, 5)]
+        first, _, opening = texts[0].partition(marks[0])
+        between, found, last = texts[1].partition(marks[1])[2].partition(marks[2])
+        written = first + marks[0] + opening
+        same = bool(found)
+        for size in (1, 2):
+            written += marks[2 * size - 1] + between + marks[2 * size] + last
+            same = same and written == texts[size]
+        if not same:
+            raise UserError(
+                "The chat template of this tokenizer writes later turns in another way than the first ones, so that a "
+                "turn cannot be read alone; use `dyadlm repl`, or a tokenizer with another chat_template."
+            )
+        self._parts = {True: (first, opening), False: (between, last)}
+        begins = self._as_tokens.encode(between, add_special_tokens=False).ids[:1]
+        added = tokenizer.added_tokens_decoder
+        self.end_tokens = frozenset(token for token in begins if token in added and added[token].special)
+
+    def ids(self, said: str, first: bool) -> list[int]:
+        """The tokens from the end of the last answer (which ends there) to the beginning of the next. first: whether
+        there is no answer yet. What is said stays text: it becomes no special token."""
+        before, after = self._parts[first]
+        read = [(self._as_tokens, before), (self._as_text, said), (self._as_tokens, after)]
+        encodings = [backend.encode(text, add_special_tokens=False) for backend, text in read]
+        return [token for encoding in encodings for token in encoding.ids]
+
+
+def two_readings(tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokenizer, Tokenizer]:
+    """Two copies of a tokenizer: special tokens are read as such in the text of a template, and spelled out in what
+    messages say."""
+    as_tokens, as_text = (Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) for _ in range(2))
+    for backend in (as_tokens, as_text):
+        backend.no_truncation()
+        backend.no_padding()
+    as_tokens.encode_special_tokens, as_text.encode_special_tokens = False, True
+    return as_tokens, as_text
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    document: str,
+    opening: bool = False,
+) -> str:
+    """The text of messages under a template. opening: with the beginning of an answer. Raises `UserError`, naming the
+    document, where the template does not take them."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=opening
+            )
+        )
+    except Exception as error:  # templates raise errors of their own
+        reason = str(error).strip().splitlines()[:1]
+        raise UserError(
+            f"{document}: the chat template does not take these messages "
+            f"({reason[0] if reason else type(error).__name__})."
+        ) from error
 
 
 def _sizes(text: str, starts: np.ndarray) -> np.ndarray:

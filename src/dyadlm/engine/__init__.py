@@ -28,6 +28,9 @@ __all__ = ["Engine", "EngineState", "unsupported"]
 # Bytes of weights that may be read again for each row; beyond, one matrix product for all rows is faster.
 MOST_BYTES = 2**25
 
+# Tokens that are read in one matrix product. Fewer are read one by one, for which less has to be compiled.
+FEWEST_TOKENS, MOST_TOKENS = 8, 256
+
 SCRATCH_INTEGERS = 104  # of the compiled step: segments that begin, sets that are written, entries that are found
 
 NUMPY_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
@@ -99,6 +102,11 @@ class Engine:
             raise UserError(f"{folder} holds no dyadlm model; give a folder that `dyadlm train` wrote.")
         return cls({**saved, **(fields or {})}, tensors, weights=weights)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether numba is there."""
+        return self._compiled is not None
+
     def start(self, rows: int = 1) -> EngineState:
         """An empty state of B rows."""
         state = EngineState(self.shape, rows)
@@ -120,21 +128,10 @@ class Engine:
             IndexError: a token outside the vocabulary.
             UserError: the state of another engine.
         """
-        if state.owner is not self:
-            raise UserError(
-                "The state belongs to another engine; take it over with `engine.state_from(state.tensors(), "
-                "state.columns_seen)`."
-            )
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise IndexError(f"The vocabulary has {self.vocab_size} tokens; this is token {token}.")
+        self._require(state, tokens)
         if len(tokens) != state.rows:
             raise ValueError(f"The state has {state.rows} rows, but there are {len(tokens)} tokens.")
-        state.own_tables()
-        if not self.shape.keeps_slots:  # a document begins with empty tables
-            begins = state.counter == 0
-            if begins.any():
-                state.tags[begins], state.values[begins] = -1, 0
+        self._begin(state)
         if self._compiled is None or (state.rows > 1 and state.rows * self.weight_bytes > MOST_BYTES):
             logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64), self._loops)
         else:
@@ -145,6 +142,28 @@ class Engine:
                 parts = state.row(row)
                 self._compiled(token, *self._constants, *parts, scratch, integers, logits[row])
         state.columns_seen += 1
+        return logits
+
+    def read(self, state: EngineState, tokens: np.ndarray) -> np.ndarray:
+        """Read tokens int64 (T,) into a state of one row, many at once where numba is there and weights are in float32.
+        The state moves on. Returns logits (T, V) float32; memory grows with T.
+
+        Raises:
+            IndexError: a token outside the vocabulary.
+            UserError: the state of another engine.
+        """
+        self._require(state, tokens)
+        logits = np.empty((len(tokens), self.vocab_size), np.float32)
+        fast = self.is_compiled and self.weights.read.numbers.dtype == np.float32
+        for at in range(0, len(tokens), MOST_TOKENS):
+            some = tokens[at : at + MOST_TOKENS]
+            if fast and len(some) >= FEWEST_TOKENS:
+                self._begin(state)
+                logits[at : at + len(some)] = numpy_step.step(self.shape, self.weights, state, some, _token_loops())
+                state.columns_seen += len(some)
+            else:
+                for number, token in enumerate(some.tolist(), start=at):
+                    logits[number] = self.step(state, token)
         return logits
 
     def state_from(self, tensors: Mapping[str, np.ndarray], columns_seen: int) -> EngineState:
@@ -175,6 +194,25 @@ class Engine:
             UserError: no such file, no state file, a damaged one, or the state of another model.
         """
         return self.state_from(*read_state(path, self.signature, self.identity))
+
+    def _require(self, state: EngineState, tokens: Sequence[int] | np.ndarray) -> None:
+        """Raise an error for the state of another engine, and for tokens outside the vocabulary."""
+        if state.owner is not self:
+            raise UserError(
+                "The state belongs to another engine; take it over with `engine.state_from(state.tensors(), "
+                "state.columns_seen)`."
+            )
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise IndexError(f"The vocabulary has {self.vocab_size} tokens; this is token {token}.")
+
+    def _begin(self, state: EngineState) -> None:
+        """Before a state is written to. A document begins with empty tables of slots, unless they live on."""
+        state.own_tables()
+        if not self.shape.keeps_slots:
+            begins = state.counter == 0
+            if begins.any():
+                state.tags[begins], state.values[begins] = -1, 0
 
     def _signature(self) -> str:
         s = self.shape
@@ -262,3 +300,11 @@ def _loops() -> numpy_step.Loops:
     from dyadlm.engine.compiled_rows import CompiledLoops
 
     return CompiledLoops()
+
+
+@cache
+def _token_loops() -> numpy_step.Loops:
+    """What runs between the matrix products of many tokens of one row."""
+    from dyadlm.engine.compiled_tokens import TokenLoops
+
+    return TokenLoops()

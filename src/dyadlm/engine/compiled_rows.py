@@ -46,7 +46,7 @@ class CompiledLoops(Loops):
             found,
             said,
         )
-        return Text(begins, written, found, said)
+        return Text(state.counter, state.counts, begins, written, found, said)
 
     def read_levels(self, s: Shape, layer: int, z: Array, importance: Array, text: Text, state: EngineState) -> Array:
         features = np.empty((len(z), 3 * s.token_levels * s.rank), np.float32)

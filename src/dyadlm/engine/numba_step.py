@@ -288,6 +288,43 @@ def node_feature(blocks, level, read, read_scales, up, up_scales, mean, feature,
 
 
 @njit(**OPTIONS)
+def read_nodes(
+    x, weight, t, sliding, blocks, read, read_scales, up, up_scales, nodes, summed, block, mean, feature, both
+):
+    """What the dual levels of one row in one layer add (`summed`), after a token x (D,) that counts by its weight."""
+    width, depth, dual = x.shape[0], blocks.shape[0], nodes.shape[0]
+    for i in range(width):
+        block[i] = x[i] * weight
+    block[width] = weight - np.float32(1)
+    changed = False
+    for j in range(depth):
+        if (t + 1) % (1 << j):
+            break
+        own_blocks = blocks[j]
+        for b in range(3):
+            for i in range(width + 1):
+                own_blocks[b, i] = own_blocks[b + 1, i]
+        for i in range(width + 1):
+            own_blocks[3, i] = block[i]
+        level = j + 1
+        if level >= sliding:
+            n = level - sliding
+            node_feature(
+                own_blocks, level, read[n], read_scales[n], up[n], up_scales[n], mean, feature, both, nodes[n]
+            )  # fmt: skip
+            changed = True
+        for i in range(width + 1):
+            block[i] = own_blocks[2, i] + own_blocks[3, i]
+    if changed:
+        for i in range(width):
+            summed[i] = np.float32(0)
+        for n in range(dual):
+            own = nodes[n]
+            for i in range(width):
+                summed[i] += own[i]
+
+
+@njit(**OPTIONS)
 def read_levels(
     z, weights, dual, t, begins, counts, rings, running, complete, sliding, semantic, rank, sums, now, before, features
 ):
@@ -427,7 +464,7 @@ def step(
     """Reads one token. Arrays of state are changed in place; logits (V,) are written."""
     sliding, semantic, rank, slot_width, word_rule, longest, fits, radix, lru, ngram_entries = sizes
     width, layers, inner = embedding.shape[1], read.shape[0], down.shape[2]
-    tables, dual, depth = contexts.shape[0], nodes.shape[1], blocks.shape[1]
+    tables, dual = contexts.shape[0], nodes.shape[1]
     token_levels, channels = sliding + semantic, rank + 1
     t = counter[0]
     begins, written = integers[:8], integers[8:40]
@@ -527,47 +564,11 @@ def step(
         )
         product(up[layer], up_scales[layer], features, mix)
         if dual:
-            weight = weights[sliding]
-            for i in range(width):
-                block[i] = x[i] * weight
-            block[width] = weight - np.float32(1)
-            changed = False
-            for j in range(depth):
-                if (t + 1) % (1 << j):
-                    break
-                own_blocks = blocks[layer, j]
-                for b in range(3):
-                    for i in range(width + 1):
-                        own_blocks[b, i] = own_blocks[b + 1, i]
-                for i in range(width + 1):
-                    own_blocks[3, i] = block[i]
-                level = j + 1
-                if level >= sliding:
-                    n = level - sliding
-                    node_feature(
-                        own_blocks,
-                        level,
-                        node_read[layer, n],
-                        node_read_scales[layer, n],
-                        node_up[layer, n],
-                        node_up_scales[layer, n],
-                        gated,
-                        feature,
-                        both,
-                        nodes[layer, n],
-                    )
-                    changed = True
-                for i in range(width + 1):
-                    block[i] = own_blocks[2, i] + own_blocks[3, i]
-            if changed:
-                total = summed[layer]
-                for i in range(width):
-                    total[i] = np.float32(0)
-                for n in range(dual):
-                    own = nodes[layer, n]
-                    for i in range(width):
-                        total[i] += own[i]
             own = summed[layer]
+            read_nodes(
+                x, weights[sliding], t, sliding, blocks[layer], node_read[layer], node_read_scales[layer],
+                node_up[layer], node_up_scales[layer], nodes[layer], own, block, gated, feature, both,
+            )  # fmt: skip
             for i in range(width):
                 mix[i] += own[i]
         for i in range(width):
@@ -654,3 +655,61 @@ def normed_rows(hidden, identity, norm, share, eps, read):
         scale = scale_of(row, eps)
         for i in range(row.shape[0]):
             out[i] = row[i] * scale * norm[i] + share[i] * own[i]
+
+
+# ---- Loops over the tokens of one row, between the same products. The arrays of state are those of the row.
+
+
+@njit(**OPTIONS)
+def text_of_tokens(
+    tokens, vocabulary_marks, word_rule, longest, contexts, fits, radix, lru, ngrams, entries, ngram_tables, first,
+    marks, counts, history, word, pending, tags, begins, written, found, said, counted,
+):  # fmt: skip
+    """As `text_of_rows`, for T tokens of which the first is at position `first`. counted: (T, 2, S), the counts after
+    each token."""
+    for at in range(tokens.shape[0]):
+        token, t = tokens[at], first + at
+        word_begins = read_text(token, vocabulary_marks[token], word_rule, longest, t, marks, counts, begins[at])
+        if contexts.shape[0] or ngrams.shape[0]:
+            read_word(token, word_begins, word)
+        if contexts.shape[0]:
+            address(token, contexts, fits, radix, lru, t, history, word, pending, tags, written[at], found[at])
+        if ngrams.shape[0]:
+            read_ngrams(token, ngrams, entries, t, history, word, ngram_tables, said[at])
+        remember(token, history)
+        counted[at] = counts
+
+
+@njit(**OPTIONS)
+def levels_of_tokens(
+    z, weights, dual, first, begins, counted, rings, running, complete, rank, sliding, semantic, features
+):
+    """`read_levels` for each token. rings, running, complete: of one layer."""
+    sums = np.empty((sliding + semantic) * (rank + 1), np.float32)
+    now, before = np.empty_like(sums), np.empty_like(sums)
+    for at in range(z.shape[0]):
+        read_levels(
+            z[at], weights[at], dual, first + at, begins[at], counted[at], rings, running, complete, sliding, semantic,
+            rank, sums, now, before, features[at],
+        )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def nodes_of_tokens(x, weights, first, sliding, blocks, read, read_scales, up, up_scales, nodes, summed, out):
+    """`read_nodes` for each token. out: (T, D), what the dual levels add."""
+    width, rank = x.shape[1], read.shape[1]
+    block, mean = np.empty(width + 1, np.float32), np.empty(width, np.float32)
+    feature, both = np.empty(3 * rank, np.float32), np.empty((2, rank), np.float32)
+    for at in range(x.shape[0]):
+        read_nodes(
+            x[at], weights[at], first + at, sliding, blocks, read, read_scales, up, up_scales, nodes, summed, block,
+            mean, feature, both,
+        )  # fmt: skip
+        out[at] = summed
+
+
+@njit(**OPTIONS)
+def recall_of_tokens(values, value, written, found, recalled):
+    """`recall_slots` for each token. values: (N, sets, W, M) of one layer. recalled: (T, N (M + 1))."""
+    for at in range(value.shape[0]):
+        recall_slots(values, value[at], written[at], found[at], recalled[at])

@@ -1,6 +1,7 @@
 """One token for each of some rows through the whole model in numpy: one matrix product for all rows.
 
-It is the readable form of the step, the form for many rows, and the one that runs where numba is missing.
+It is the readable form of the step, the form for many rows, and the one that runs where numba is missing. With other
+loops between the products the rows are the tokens of one text (`dyadlm.engine.compiled_tokens`).
 
 Dimension letters: B rows, D width, L layers, K levels that change at every token, R rank, S semantic levels, N tables
 of slots, W ways, P parts of a tag, M numbers that a slot keeps, V vocabulary, G numbers that all tables of n-grams say.
@@ -36,6 +37,8 @@ class Text(NamedTuple):
     """What is read off the tokens, once for all layers: where segments begin, where slots are written and read, what
     the tables of n-grams say."""
 
+    position: Array  # (B,)
+    counts: Array  # (B, 2, S): the length of the open segment of each level, and complete ones
     begins: Array  # (B, S) bool
     written: Array  # (B, N): what each table writes, set * W + the way whose entry goes; -1: none
     found: Array  # (B, N, 2): the set and the way that are read; -1: none
@@ -54,13 +57,20 @@ class Loops:
         if s.remembers:
             read_word(tokens, word_begins, state)
         recent = [tokens, *state.history.T[::-1]]  # the newest first
-        text = Text(begins, *find_slots(s, recent, state), read_ngrams(s, w.ngram_tables, recent, state))
+        slots, ngrams = find_slots(s, recent, state), read_ngrams(s, w.ngram_tables, recent, state)
+        text = Text(state.counter, state.counts, begins, *slots, ngrams)
         state.history[:] = np.concatenate([state.history, tokens[:, None]], 1)[:, 1:]
         return text
 
     def read_levels(self, s: Shape, layer: int, z: Array, importance: Array, text: Text, state: EngineState) -> Array:
         """The features (B, 3 K R) of the levels that change at every token. z: (B, K R and more)."""
         return read_levels(s, layer, z, importance, text.begins, state)
+
+    def read_nodes(
+        self, s: Shape, w: Weights, layer: int, x: Array, weight: Array, text: Text, state: EngineState
+    ) -> Array:
+        """What the dual levels add, (B, D), after tokens x (B, D) that count by their weights (B, 1)."""
+        return read_nodes(s, w, layer, x, weight, state)
 
     def normed(self, hidden: Array, identity: Array, norm: Array, share: Array, eps: float) -> Array:
         """What a part of a block reads (B, D): the normalised hidden state, and a share (D,) of the identity."""
@@ -73,9 +83,9 @@ class Loops:
 
 def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loops: Loops | None = None) -> Array:
     """Read tokens (B,); the state moves on. Returns logits (B, V) float32."""
-    s, w, t, loops = shape, weights, state.counter, loops or Loops()
+    s, w, loops = shape, weights, loops or Loops()
     text = loops.read_text(s, w, tokens, state)
-    ages = age_features(s, t, state.counts)
+    ages = age_features(s, text.position, text.counts)
 
     hidden = w.embedding[tokens]
     if s.ngrams:
@@ -90,7 +100,7 @@ def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loop
         importance = np.exp(3 * np.tanh((z[:, end_levels:end_weights] + w.bias[layer]) / 3))
         mix = loops.read_levels(s, layer, z, importance, text, state) @ w.wide("up")[layer].T
         if s.dual:
-            mix += read_nodes(s, w, layer, x, importance[:, s.sliding, None], state)
+            mix += loops.read_nodes(s, w, layer, x, importance[:, s.sliding, None], text, state)
         hidden += mix * silu(z[:, end_weights:end_gate] + ages @ w.age[layer].T)
         if layer in s.slot_layers:
             q = s.slot_layers.index(layer)
@@ -98,7 +108,7 @@ def step(shape: Shape, weights: Weights, state: EngineState, tokens: Array, loop
         x = loops.normed(hidden, identity, w.norms[layer, 1], w.identities[layer, 1], s.eps)
         z = x @ w.wide("gates")[layer].T
         hidden += (silu(z[:, : s.inner]) * z[:, s.inner :]) @ w.wide("down")[layer].T
-    state.counter += 1
+    state.counter += len(tokens) // state.rows
     return np.asarray((hidden * scale_of(hidden, s.eps) * w.norm) @ w.wide("head").T)
 
 

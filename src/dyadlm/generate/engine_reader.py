@@ -1,4 +1,5 @@
-"""A saved model that reads through the engine, without torch, and turns to torch when there is much to read.
+"""A saved model that reads through the engine, without torch, and turns to torch where hidden states are asked for,
+or where there is much to read without numba.
 
 Dimension letters: T tokens, V vocabulary.
 """
@@ -22,9 +23,9 @@ from dyadlm.state_file import SLOTS_AT_USE
 if TYPE_CHECKING:
     from dyadlm.generate.torch_reader import TorchReader
 
-# To load torch takes as long as the engine needs for some ten thousand tokens, which torch then reads faster.
-MANY_TOKENS = 16384
-# A single text of fewer tokens says nothing of how much is to come.
+# Tokens whose logits are held at once; longer texts go through in pieces, at constant memory.
+CHUNK = 2048
+# Where numba is missing, a text of so many tokens is worth the time that loading torch takes.
 LONG_TEXT = 512
 
 log = logging.getLogger("dyadlm.engine")
@@ -62,7 +63,7 @@ class EngineModel:
 class EngineReader:
     """An engine and its state. See `dyadlm.generate.reader.Reader`.
 
-    It becomes a `TorchReader` once much was read in long pieces; the state goes along.
+    It becomes a `TorchReader`, with its state, once hidden states are asked for, or for a long text without numba.
     """
 
     def __init__(self, model: EngineModel):
@@ -71,7 +72,6 @@ class EngineReader:
         self._state: EngineState = self._engine.start()
         self._logits: np.ndarray | None = None
         self._in_torch: TorchReader | None = None
-        self._long = 0  # tokens that were read in long pieces
 
     @property
     def room(self) -> None:
@@ -90,19 +90,16 @@ class EngineReader:
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Read ids int64 (T,); returns nats float32 (T,)."""
-        if len(ids) >= LONG_TEXT:
-            self._long += len(ids)
-        if self._in_torch is None and self._long > MANY_TOKENS:
+        if self._in_torch is None and len(ids) >= LONG_TEXT and not self._engine.is_compiled:
             self._turn_to_torch()
         if self._in_torch is not None:
             return self._in_torch.read(ids)
-        if not len(ids):
-            return np.empty(0, np.float32)
         nats = np.empty(len(ids), np.float32)
-        for number, token in enumerate(ids.tolist()):
-            logits = self._engine.step(self._state, token)
-            nats[number] = np.nan if self._logits is None else nats_of(self._logits, logits[None], ids[number, None])[0]
-            self._logits = logits
+        for at in range(0, len(ids), CHUNK):
+            some = ids[at : at + CHUNK]
+            logits = self._engine.read(self._state, some)
+            nats[at : at + CHUNK] = nats_of(self._logits, logits, some)
+            self._logits = logits[-1].copy()
         return nats
 
     @property
@@ -153,7 +150,7 @@ class EngineReader:
         state = self._engine.load_state(path)
         if state.rows > 1:
             raise UserError(f"{path} holds {state.rows} rows, but a session reads one text.")
-        self._state, self._logits, self._in_torch, self._long = state, None, None, 0
+        self._state, self._logits, self._in_torch = state, None, None
 
     def start_document(self) -> None:
         """Keep the tables of slots alone."""
@@ -163,6 +160,32 @@ class EngineReader:
         else:
             self._state.start_document()
         self._logits = None
+
+    def snapshot(self) -> tuple[EngineState, np.ndarray | None, Any]:
+        """The state, the logits, and the snapshot of torch where it has taken over."""
+        return self._state.copy(), self._logits, None if self._in_torch is None else self._in_torch.snapshot()
+
+    def restore(self, snapshot: tuple[EngineState, np.ndarray | None, Any]) -> None:
+        """Stand where `snapshot` was called."""
+        state, self._logits, in_torch = snapshot
+        self._state = state.copy()
+        if in_torch is None:
+            self._in_torch = None
+        else:
+            assert self._in_torch is not None  # once torch has taken over, it stays
+            self._in_torch.restore(in_torch)
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        return self._state.columns_seen if self._in_torch is None else self._in_torch.position
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of all arrays."""
+        if self._in_torch is not None:
+            return self._in_torch.state_bytes
+        return sum(array.nbytes for array in self._state.arrays().values())
 
     def _turn_to_torch(self) -> None:
         from dyadlm.engine.bridge import cache_of

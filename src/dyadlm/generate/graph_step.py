@@ -30,7 +30,8 @@ class GraphStep:
         self._began = cache.may_begin  # a graph follows one path: that of rows that continue
         cache._set(self._held, len(cache.layers))
         cache.may_begin = self._began
-        self._graph = self._logits = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
         if record:
             self._record()
 
@@ -65,8 +66,9 @@ class GraphStep:
             for _ in range(WARM_UP):
                 self._pass()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._logits = self._pass()
+        self._graph = graph
         for name, tensor in before.items():
             self._held[name].copy_(tensor)

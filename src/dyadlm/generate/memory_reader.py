@@ -45,6 +45,11 @@ class MemoryReader:
             self._mixed = self.memory.mix(self._reader.logits)
         return self._mixed
 
+    @property
+    def alone(self) -> np.ndarray | None:
+        """Logits (V,) of the model alone, as `expect` takes them."""
+        return self._reader.logits
+
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Read ids int64 (T,); returns nats float32 (T,)."""
         self._mixed = None
@@ -71,8 +76,15 @@ class MemoryReader:
         return self._reader.hidden
 
     def read_inside(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Raises `UserError`: what is learned of logits would not know of the memory."""
-        raise UserError("Learning while reading cannot use a memory; leave out --learn or --memory.")
+        """What the model has before each token; the memory has not read them before it is told what they cost
+        (`remember`)."""
+        self._mixed = None
+        return self._reader.read_inside(ids)
+
+    def remember(self, ids: np.ndarray, nats: np.ndarray) -> np.ndarray:
+        """Let the memory read ids (T,) that cost nats (T,), after `read_inside`; returns the nats of the mixture."""
+        self._mixed = None
+        return self.memory.read(ids, nats)
 
     def expect(self, logits: np.ndarray, hidden: np.ndarray | None) -> None:
         """Take these logits (V,) of the model for those that predict the next token."""
@@ -99,3 +111,24 @@ class MemoryReader:
         self._reader.start_document()
         self.memory.start_document()
         self._mixed = None
+
+    def snapshot(self) -> tuple[Any, ContextMemory]:
+        """That of the model, and a copy of the memory."""
+        return self._reader.snapshot(), self.memory.copy()
+
+    def restore(self, snapshot: tuple[Any, ContextMemory]) -> None:
+        """Stand where `snapshot` was called."""
+        kept, memory = snapshot
+        self._reader.restore(kept)
+        self.memory, self._mixed = memory.copy(), None
+
+    @property
+    def position(self) -> int:
+        """That of the model."""
+        return self._reader.position
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Of the model and the memory."""
+        own = self._reader.state_bytes
+        return None if own is None else own + self.memory.state_bytes

@@ -74,6 +74,24 @@ class Reader(Protocol):
         """Keep the tables of slots alone; raises `UserError` for a model that keeps none."""
         ...
 
+    def snapshot(self) -> Any:
+        """All that `restore` needs to stand here again. Reading on changes nothing in it."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Stand where `snapshot` was called, any number of times."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far, those before a loaded state included."""
+        ...
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of the state; None for a model of others, whose state grows."""
+        ...
+
 
 def nats_of(before: np.ndarray | None, logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Nats float32 (T,) of ids (T,) under logits (V,) before the first of them and logits (T, V) after each."""

@@ -34,7 +34,8 @@ class Session:
     """The state of a model after all it has read and written so far.
 
     With a dyadlm model the state has constant size, and can be saved and taken up again; other models keep
-    their own growing cache. begins: whether the next token is the first of its document.
+    their own growing cache. begins: whether the next token is the first of its document. end_tokens: the ids at which
+    `write` ends.
     """
 
     def __init__(self, model: Model, tokenizer: AnyTokenizer, memory: "ContextMemory | None" = None):
@@ -43,6 +44,7 @@ class Session:
         self._reader = reader_of(model, memory)
         self._tokenizer = tokenizer
         self.begins = True
+        self.end_tokens = self._reader.end_tokens
 
     @property
     def predicts(self) -> bool:
@@ -53,6 +55,11 @@ class Session:
     def logits(self) -> np.ndarray | None:
         """Of the next token, float32 (V,); None where nothing predicts it."""
         return self._reader.logits
+
+    @property
+    def expected(self) -> np.ndarray | None:
+        """What `expect` takes, float32 (V,): the logits of the model alone, before a memory is mixed in."""
+        return self._reader.logits if self.memory is None else self._reader.alone  # type: ignore[attr-defined]
 
     @property
     def state(self) -> Any:
@@ -82,10 +89,14 @@ class Session:
         """Read token ids (T,), T > 0; what the model had before each: logits float32 (T, V), and the last hidden state
         float32 (T, D). NaN before a token that nothing predicted.
 
-        Raises `UserError` for a model that is not ours.
+        A memory has not read them before `remember` is called. Raises `UserError` for a model that is not ours.
         """
         self.begins = False
         return self._reader.read_inside(np.asarray(tokens, dtype=np.int64))
+
+    def remember(self, tokens: np.ndarray, nats: np.ndarray) -> np.ndarray:
+        """Nats (T,) of tokens (T,) that `read_inside` has read, and that cost nats (T,) without the memory."""
+        return nats if self.memory is None else self._reader.remember(tokens, nats)  # type: ignore[attr-defined]
 
     @property
     def hidden(self) -> np.ndarray | None:
@@ -97,13 +108,20 @@ class Session:
         self.read(self._tokenizer(text, add_special_tokens=self.begins)["input_ids"])
 
     def write(
-        self, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (), drafts: "Drafts | None" = None
+        self,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        drafts: "Drafts | None" = None,
+        decoder: IncrementalDecoder | None = None,
     ) -> Generator[str]:
         """Continue, yielding text as it comes. What is written has been read, too: the state includes it.
 
         Ends after `max_new_tokens`, at an end of text (which is not read), or with the token that completes
         one of the `stop` strings in what is written (it is yielded, as in Hugging Face, where the end of the
         prompt may be part of it). drafts: speculate (`dyadlm.generate.speculation`), and count in it how that goes.
+        decoder: holds back an unfinished character at the end, for the next continuation; without one it is written as
+        far as it can be read.
         Raises `UserError` if there is nothing to continue from, and `RunFailed` if
         the model's logits are not numbers.
         """
@@ -117,7 +135,8 @@ class Session:
             tokens = self._next_tokens(max_new_tokens, sampling)
         else:
             tokens = self._foreseen_tokens(max_new_tokens, sampling, drafts)
-        decoder, tail = IncrementalDecoder(self._tokenizer), ""
+        finishes = decoder is None
+        decoder, tail = decoder or IncrementalDecoder(self._tokenizer), ""
         with closing(tokens):
             for token in tokens:
                 if piece := decoder.push(token):
@@ -126,7 +145,7 @@ class Session:
                     if any(text in tail for text in stop):
                         return
                     tail = tail[-max(map(len, stop), default=1) :]
-            if rest := decoder.finish():
+            if finishes and (rest := decoder.finish()):
                 yield rest
 
     def expect(self, logits: np.ndarray, hidden: np.ndarray | None = None) -> None:
@@ -147,8 +166,10 @@ class Session:
     def load(self, path: Path) -> None:
         """Load a saved state: reading on then equals having read the whole text.
 
-        Raises `UserError` if the file is no state of a model of this shape.
+        Raises `UserError` if the file is no state of a model of this shape, or holds a memory where there is none.
         """
+        if self.memory is None and holds_memory(path):
+            raise UserError(f"{path} holds a memory, which would be lost; add --memory.")
         self._reader.load(path)
         self.begins = False
 
@@ -160,6 +181,26 @@ class Session:
         self._reader.start_document()
         self.begins = True
 
+    def snapshot(self) -> Any:
+        """Where the session stands, for `restore`. Of our models it has the size of the state; of others it holds the
+        tokens, which `restore` reads again."""
+        return self._reader.snapshot(), self.begins
+
+    def restore(self, snapshot: Any) -> None:
+        """Stand where `snapshot` was called on this session; as often as wanted."""
+        kept, self.begins = snapshot
+        self._reader.restore(kept)
+
+    @property
+    def position(self) -> int:
+        """Tokens read and written so far, those before a loaded state included."""
+        return self._reader.position
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of the state, and of the memory; None for models of others, whose state grows."""
+        return self._reader.state_bytes
+
     def _next_tokens(self, most: int, sampling: Sampling) -> Generator[int]:
         """Tokens drawn one by one; each has been read when it is handed out."""
         sampler = Sampler(sampling)
@@ -168,7 +209,7 @@ class Session:
                 log.warning("The text ends here: the model has no positions for more tokens.")
                 return
             token = sampler(require_numbers(self._reader.logits))
-            if token in self._reader.end_tokens:
+            if token in self.end_tokens:
                 return
             self._reader.read_next(token, first=number == 0)
             yield token
@@ -180,7 +221,7 @@ class Session:
             for _ in range(most):
                 require_numbers(speculation.logits)
                 token = speculation.next()
-                if token in self._reader.end_tokens:
+                if token in self.end_tokens:
                     return
                 speculation.take()
                 yield token
@@ -239,8 +280,6 @@ def open_session(
         require_saveable_state(model)
     session = Session(model, tokenizer, memory)
     if state_in is not None:
-        if memory is None and holds_memory(state_in):
-            raise UserError(f"{state_in} holds a memory, which would be lost; add --memory.")
         session.load(state_in)
     if new_document:
         session.start_document()

@@ -35,6 +35,7 @@ class TorchReader:
         self.model, self.state, self.logits = model, state, logits
         self.hidden: np.ndarray | None = None  # float32 (D,), from which logits come, after `read_inside`
         self._other = None if isinstance(model, DyadForCausalLM) else Continuation(model)
+        self._ids: list[np.ndarray] = []  # all that another model has read
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.end_tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
         self._decoder: Decoder | None = None
@@ -104,6 +105,37 @@ class TorchReader:
             self.state.start_document()
         self.logits = self.hidden = None
 
+    def snapshot(self) -> tuple[Any, np.ndarray | None, np.ndarray | None]:
+        """State, logits and hidden state. Of other models, whose states are large and not always copied, the tokens."""
+        if self._other is not None:
+            return list(self._ids), self.logits, None
+        return None if self.state is None else self.state.copy(), self.logits, self.hidden
+
+    def restore(self, snapshot: tuple[Any, np.ndarray | None, np.ndarray | None]) -> None:
+        """Stand where `snapshot` was called. Other models read their tokens again."""
+        kept, logits, hidden = snapshot
+        if self._other is not None:
+            self._other, self._ids = Continuation(self.model), []
+            self.logits = None
+            self.read(np.concatenate(kept or [np.empty(0, np.int64)]))
+        else:
+            self.state = None if kept is None else kept.copy()
+        self.logits, self.hidden = logits, hidden
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        if self._other is not None:
+            return self._other.seen
+        return 0 if self.state is None else int(self.state.get_seq_length())
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of all tensors; None for other models."""
+        if self._other is not None:
+            return None
+        return 0 if self.state is None else int(self.state.state_bytes())
+
     @torch.inference_mode()
     def _read(self, ids: np.ndarray) -> np.ndarray:
         """One forward pass over ids (T,); returns nats float32 (T,)."""
@@ -113,6 +145,7 @@ class TorchReader:
             self.state, logits = output.past_key_values, output.logits[0].float()
         else:
             logits = self._other.read(tokens[None])[0].float()
+            self._ids.append(np.array(ids))
         first = logits.new_full((1, logits.shape[-1]), torch.nan)
         if self.logits is not None:
             first = torch.as_tensor(self.logits, device=logits.device)[None]

@@ -36,6 +36,7 @@ LEARNED_CODE = "code"
 CODE_BITS = 16
 PLANNERS = ("none", "head", "stack")
 SIGHTS = ("forecast", "both")
+POOLS = ("product", "learned")
 HYBRID_SLIDING_WIDTH = 8
 WIDEST_SLIDING_LEVEL = 16
 BYTE_VOCABULARY = 259
@@ -105,6 +106,8 @@ class DyadConfig(PreTrainedConfig):
         planner_width: numbers that the recurrence of each level keeps.
         planner_futures: m, tokens after next that are considered.
         artist_sees: `forecast`: the future as foreseen alone; `both`: the hidden state beside it.
+        pool: how far the artist is believed in the consensus: `product`, as far as the engineer; `learned`, by a
+            weight for each token that the hidden state gives, 0 at first.
         consensus: the mass of the engineer's nucleus inside which the artist chooses; 0: logits are the engineer's.
             In evaluation mode alone; weights do not depend on it: it may be changed after loading.
         early: what counts before a document starts: zero | partial | mask (`dyadlm.ops.pyramid`).
@@ -160,6 +163,7 @@ class DyadConfig(PreTrainedConfig):
     planner_width: int = 32
     planner_futures: int = 1
     artist_sees: str = "forecast"
+    pool: str = "product"
     consensus: float = 0.0
     early: str = "zero"
     dropout: float = 0.0
@@ -304,6 +308,7 @@ class DyadConfig(PreTrainedConfig):
     def _settle_planner(self) -> None:
         _require_choice("planner", self.planner, PLANNERS)
         _require_choice("artist_sees", self.artist_sees, SIGHTS)
+        _require_choice("pool", self.pool, POOLS)
         for name in ("planner_width", "planner_futures"):
             _require_positive(name, getattr(self, name))
         if self.planner_futures > self.vocab_size:

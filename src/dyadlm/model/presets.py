@@ -1,4 +1,4 @@
-"""Named sizes. Only what defines a size stands here; `DyadConfig` derives the rest."""
+"""Named models. Only what defines one stands here; `DyadConfig` derives the rest."""
 
 from typing import Any
 
@@ -21,6 +21,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "level_rank": 22,
         **COMPOSITION,
     },
+    # The system that the paper describes, in about the parameters of `tiny` (docs/paper.md). What exists while training
+    # alone, the twin, the fingerprints and the teacher, is in `dyadlm.train.settings.PRESET_DEFAULTS`.
+    "paper": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 256,
+        "intermediate_size": 256,
+        "level_rank": 12,
+        "level_feature": "transport+centroid",
+        "early": "mask",
+        "semantic_levels": ["syllable", "word"],
+        "selector": "topk",
+        "selector_heads": 16,
+        "selector_margin": 0.5,
+        "decision_slots": True,
+        "slot_contexts": COMPOSITION["slot_contexts"],
+        "planner": "stack",
+        "planner_width": 16,
+        "planner_futures": 4,
+        "pool": "learned",
+        "consensus": 0.9,
+    },
     # About 11.6M parameters. Far geometric levels stay, here and below: at 1,024 tokens they have not been measured.
     "small": {"hidden_size": 288, "num_hidden_layers": 7, "max_position_embeddings": 1024, **COMPOSITION},
     # About 120M parameters.
@@ -32,3 +54,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         **COMPOSITION,
     },
 }
+"""The fields of the configuration, for each preset; `DyadConfig.from_preset` takes them."""

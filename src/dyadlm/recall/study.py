@@ -29,6 +29,7 @@ from dyadlm.train.settings import PlannerOptions, TrainOptions
 from dyadlm.version import __version__
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+"""What is tried where nothing else is said, the same for every model."""
 SOLVED = 0.999
 RECENT_STEPS = 20  # of each part: what the running accuracy looks back on
 CHUNK = 1024  # longer rows are read in chunks of so many tokens

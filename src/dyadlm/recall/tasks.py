@@ -513,6 +513,7 @@ TASKS: dict[str, type[Task]] = {
     kind.name: kind
     for kind in (AssociativeRecall, Induction, Copying, Parity, FlipFlop, Permutations, Needle, PathStar, Lookahead)
 }  # fmt: skip
+"""All tasks by their name."""
 # What is trained on, and what the same weights are asked beside it, where nothing else is said.
 TRAINED: dict[str, tuple[str, ...]] = {
     "mqar": ("length=64,pairs=4", "length=128,pairs=8", "length=256,pairs=16", "length=512,pairs=64"),

@@ -20,6 +20,7 @@ from dyadlm.score.follow import Place
 from dyadlm.score.learning import Learner
 from dyadlm.score.lines import Line
 from dyadlm.score.units import ScoredLine
+from dyadlm.score.usual import Usual
 from dyadlm.state_file import read_beside
 
 
@@ -29,6 +30,8 @@ class Scorer:
     The beginning token stands before the first line, and the end-of-document token between two documents, as in
     prepared data. Each line is tokenised by itself; all lines of a call are read at once.
 
+    A memory of the session, if it has one, is mixed in, and reads what the model reads.
+
     drift: of all lines that were read. learner: None where nothing is learned. lines, size, bits: how many lines (or
     parts of long ones), bytes and bits were read since the scorer was made.
     """
@@ -36,6 +39,7 @@ class Scorer:
     def __init__(self, session: Session, tokenizer: AnyTokenizer, drift: Drift, learner: Learner | None = None):
         self._session, self._encoder, self.drift, self.learner = session, TextEncoder(tokenizer), drift, learner
         self.lines, self.size, self.bits = 0, 0, 0.0
+        self._usual = Usual()
         self._between = False  # whether a document that starts has one before it
         if session.begins:
             self._surprises(np.array([prefix_token(tokenizer)]), [])
@@ -64,9 +68,11 @@ class Scorer:
         nats = self._surprises(np.concatenate(ids), [stop for _, stop, _ in places])
         scored = []
         for line, (begin, end, starts) in zip(lines, places, strict=True):
-            found = spread(np.nan_to_num(nats[begin:end].astype(np.float64)) / math.log(2), starts, len(line.content))
-            scored.append(ScoredLine(line, *found))
-            total = float(found[0].sum())
+            bits, firsts = spread(
+                np.nan_to_num(nats[begin:end].astype(np.float64)) / math.log(2), starts, len(line.content)
+            )
+            scored.append(ScoredLine(line, bits, firsts, self._usual.expected(bits)))
+            total = float(bits.sum())
             self.drift.add(total, len(line.content))
             self.lines, self.size, self.bits = self.lines + 1, self.size + len(line.content), self.bits + total
         return scored
@@ -87,7 +93,7 @@ class Scorer:
         logits, hidden = self._session.read_inside(ids)
         edges = [0, *line_ends, *([] if line_ends else [len(ids)])]
         nats = [self.learner.nats(logits[a:b], hidden[a:b], ids[a:b]) for a, b in pairwise(edges)]
-        found = np.concatenate(nats)
+        found = self._session.remember(ids, np.concatenate(nats))
         if np.isnan(found[int(np.isnan(logits[0, 0])) :]).any():
             raise RunFailed("The model's logits are not numbers; its weights are damaged or diverged.")
         return found
@@ -100,8 +106,9 @@ class Scorer:
         that can be saved.
         """
         beside: dict[str, Any] = {"drift": np.array(self.drift.numbers()), "between": np.array([self._between])}
-        if self._session.logits is not None:
-            beside["logits"] = self._session.logits
+        beside["usual"] = self._usual.numbers()
+        if self._session.predicts:
+            beside["logits"] = self._session.expected
         if self.learner is not None:
             beside["delta"], beside["hidden"] = self.learner.delta, self._session.hidden
         if place is not None:
@@ -126,6 +133,7 @@ class Scorer:
             if "drift" in beside:
                 self.drift.continue_from(beside["drift"].tolist())
                 self._between = bool(beside["between"][0])
+                self._usual.take(beside["usual"])
             return Place(*beside["place"].tolist()) if "place" in beside else None
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"What stands beside the state in {path} is damaged; begin without --state-in.") from error

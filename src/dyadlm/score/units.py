@@ -11,17 +11,18 @@ from dyadlm.score.lines import Line
 
 UnitName = Literal["line", "document", "token"]
 ScoreName = Literal["excess", "mean"]
-# Bits that a byte of normal text may cost. A random decimal digit costs little more, so that numbers, which nothing
-# predicts, are hardly odd. Of 1 to 6 bits, 3 found the most planted lines (benchmarks/anomalies.py).
-EXPECTED_BITS = 3.0
 
 
 class Reading(NamedTuple):
-    """How scores come about: of which units, which score, and whether the model learns while it reads."""
+    """How scores come about: of which units, which score, and whether the model learns while it reads.
+
+    memory: entries of each table of the memory that is mixed in; 0 without one.
+    """
 
     unit: UnitName = "line"
     score: ScoreName = "excess"
     learn: bool = False
+    memory: int = 0
 
 
 class ScoredLine(NamedTuple):
@@ -29,11 +30,13 @@ class ScoredLine(NamedTuple):
 
     bits: float64, one for each byte of the line; the bits of a token are spread evenly over its bytes.
     starts: int64, the first byte of each token that has bytes of its own.
+    expected: float64, what each byte may cost (`dyadlm.score.usual`).
     """
 
     line: Line
     bits: np.ndarray
     starts: np.ndarray
+    expected: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,14 @@ class Unit:
         return self.bits / max(self.size, 1)
 
 
-def oddest_span(bits: np.ndarray) -> tuple[float, int, int]:
-    """The span of bytes whose bits exceed `EXPECTED_BITS` a byte by the largest sum: (that sum, start, stop).
+def oddest_span(excess: np.ndarray) -> tuple[float, int, int]:
+    """The span of bytes whose bits exceed what is expected by the largest sum: (that sum, start, stop).
 
-    bits: (n,), n > 0. The span holds at least one byte; of equal sums the first one is taken, and the longest that
-    begins with no loss. The sum is the maximum-sum segment, the statistic of a scan for a span of unknown length.
+    excess: (n,), n > 0, the bits of each byte less those that are expected. The span holds at least one byte; of
+    equal sums the first one is taken, and the longest that begins with no loss. The sum is the maximum-sum segment,
+    the statistic of a scan for a span of unknown length.
     """
-    sums = np.concatenate([[0.0], np.cumsum(bits - EXPECTED_BITS)])
+    sums = np.concatenate([[0.0], np.cumsum(excess)])
     lowest = np.minimum.accumulate(sums[:-1])
     gains = sums[1:] - lowest
     stop = int(gains.argmax()) + 1
@@ -87,18 +91,19 @@ def units_of(lines: Iterable[ScoredLine], reading: Reading) -> Iterator[Unit]:
 
 
 def _line(scored: ScoredLine, score: ScoreName) -> Unit:
-    line, bits, _ = scored
-    excess, start, stop = oddest_span(bits)
+    line, bits, _, expected = scored
+    excess = bits - expected
+    _, start, stop = oddest_span(excess)
     total, size = float(bits.sum()), len(line.content)
-    value = excess if score == "excess" else total / size
+    value = float(np.maximum(excess, 0).sum()) if score == "excess" else total / size
     return Unit(*line, total, size, value, whole_characters(line.content, start, stop))
 
 
 def _tokens(scored: ScoredLine, score: ScoreName) -> Iterator[Unit]:
-    line, bits, starts = scored
+    line, bits, starts, expected = scored
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(line.content)], strict=True):
         size, total = stop - start, float(bits[start:stop].sum())
-        value = total - EXPECTED_BITS * size if score == "excess" else total / size
+        value = total - float(expected[start:stop].sum()) if score == "excess" else total / size
         content = line.content[start:stop]
         yield Unit(line.document, line.number, line.offset + start, content, total, size, value, (0, size))
 

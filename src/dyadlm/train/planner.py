@@ -27,13 +27,15 @@ from dyadlm.train.settings import PlannerOptions
 TAUGHT = "taught"  # the draw of `TaughtWindows`, beside the tokens
 # Told apart by it from whatever else draws from (seed, number).
 DRAWS = int.from_bytes(b"taught")
+POOL = 0.1  # weight of the pool's loss: from it the weights of the artist alone learn, so that only clipping feels it
 
 
 class PlannerLessons(AuxiliaryModule):
     """The losses of a model's own planner. It has no parameters.
 
     Logged: skill_LEVEL, one less the squared error of forecasts over that of persistence, of the levels that were
-    judged; proposal_loss, artist_loss and teacher_loss in nats per token. The artist's is that of the future that was
+    judged; proposal_loss, artist_loss, teacher_loss and, where its weight is learned, the pool_loss of the consensus in
+    nats per token. The artist's is that of the future that was
     chosen; the teacher's is a mean over the rows that were shown the true one, while there are any.
     """
 
@@ -59,6 +61,9 @@ class PlannerLessons(AuxiliaryModule):
         artist, proposal = nats(plan.artist, next_label), nats(plan.proposal, after_next)
         found |= {"proposal_loss": proposal, "artist_loss": artist}
         cost = options.forecast * errors.cost() + options.proposal * proposal + options.artist * artist
+        if plan.weight is not None:
+            found["pool_loss"] = nats(plan.pool, next_label)
+            cost = cost + POOL * found["pool_loss"]
         if options.teacher:
             mix = max(0.0, 1 - float(model.model.progress) / options.teacher_until)
             taught = self.teach(lesson, order, clock, next_label, mix) if mix else cost.new_zeros(2)

@@ -178,7 +178,6 @@ class LoraOptions:
         _require(not idle, "lora.alpha and lora.dropout do nothing without lora.rank; set it too, or leave them out")
 
 
-# A mechanism with settings of its own adds its record here.
 NAMESPACES: dict[str, type] = {
     "data": DataOptions,
     "train": TrainOptions,
@@ -187,6 +186,7 @@ NAMESPACES: dict[str, type] = {
     "planner": PlannerOptions,
     "lora": LoraOptions,
 }
+"""The records of settings by the name before the dot. A mechanism with settings of its own adds its record here."""
 
 # Every value that differs from the defaults of TrainingArguments and of the records above.
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -202,6 +202,15 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "tiny": {"max_steps": 1500, "learning_rate": 2e-3, "per_device_train_batch_size": 4},
+    # With what the paper's system has in training alone.
+    "paper": {
+        "max_steps": 1500,
+        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 4,
+        "twin.conditioning": "reverse",
+        "fingerprint.shown": True,
+        "planner.teacher": 0.2,
+    },
     "small": {
         "max_steps": 10_000,
         "learning_rate": 1e-3,

@@ -44,6 +44,7 @@ PROBES: dict[str, type[Probe]] = {
         Cost,
     )
 }
+"""All probes by their id, in the order in which they are asked."""
 
 
 def chosen(names: Sequence[str] = ()) -> list[Probe]:

@@ -1,4 +1,4 @@
-"""Mechanisms that no preset uses: subclasses of the core's parts, with what was measured of each.
+"""Mechanisms that no preset but `paper` uses: subclasses of the core's parts, with what was measured of each.
 
 Importing this package registers them. The order matters where one builds on another: later ones come outermost.
 """

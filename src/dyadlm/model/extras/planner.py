@@ -109,6 +109,8 @@ class Plan(NamedTuple):
     choice: Tensor  # (B, T) int64, which of them the artist's future is
     far: Tensor  # (B, T, C) each level's node after next, in that future
     artist: Tensor  # (B, T, V) logits of the next token, given that future
+    weight: Tensor | None  # (B, T) how far the artist is believed, where that is learned
+    pool: Tensor | None = None  # (B, T, V) log-probabilities of the consensus, where it is asked for or learned
 
 
 class GatedUnit(nn.Module):
@@ -299,10 +301,14 @@ class Planner(nn.Module):
         self.share = nn.Parameter(torch.empty(len(config.ranks)))
         self.ranks, self.geometric = config.ranks, len(config.alignments)
         self.artist = Artist(config)
+        self.belief = nn.Linear(width, 1) if config.pool == "learned" else None
 
     def initialize(self) -> None:
-        """Shares as below, and a proposal that adds nothing."""
+        """Shares as below, a proposal that adds nothing, and an artist who is not believed yet."""
         init.copy_(self.share, self.initial_shares())
+        if self.belief is not None:
+            init.zeros_(self.belief.weight)
+            init.zeros_(self.belief.bias)
         if self.proposal is not None:
             init.zeros_(self.proposal.down.weight)
 
@@ -330,8 +336,9 @@ class Planner(nn.Module):
         artist += _unit_products(self.artist.token)
         future = width * channels + 3 * keep * channels + artist + width * vocabulary
         start = width * width * (self.artist.start is not None)
-        products = width * vocabulary + proposal + start + self.futures * future
-        fixed += keep * channels * (2 + 3 * self.futures) + 2 * self.futures * width * channels
+        believed = width * (self.belief is not None)
+        products = width * vocabulary + proposal + start + believed + self.futures * future
+        fixed += believed + keep * channels * (2 + 3 * self.futures) + 2 * self.futures * width * channels
         return Cost(time * products + (time + 1) * keep * channels, time * fixed)
 
     def propose(self, hidden: Tensor, forecast: Tensor) -> Tensor:
@@ -343,6 +350,14 @@ class Planner(nn.Module):
         """The next nodes as they would be with a token: forecast (..., C), what the token is to the levels (..., C)."""
         share = spread(self.share.sigmoid(), self.ranks).to(forecast.dtype)
         return forecast + share * (token - forecast)
+
+    def believe(self, hidden: Tensor) -> Tensor | None:
+        """How far the artist is believed after hidden (..., D): (...), between -1 and 1; None if that is not learned.
+
+        No gradient flows to the hidden state: the engineer does not change for the artist's sake. A weight below 0
+        moves the pool away from what the artist says.
+        """
+        return None if self.belief is None else self.belief(hidden.detach()).squeeze(-1).tanh()
 
     def choose(self, engineer: Tensor, proposal: Tensor, futures: Tensor, artist: Tensor, mass: float) -> Tensor:
         """Which of M futures comes about, one for all: the likeliest by proposal and agreement → (B, T) int64.

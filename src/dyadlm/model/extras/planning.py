@@ -110,7 +110,15 @@ class ModelPlanner(Planner):
         hidden: (B, T, D), at those positions. outlook: at all positions.
         """
         plan = draw_plan(model, hidden, logits, outlook.each(lambda part: part[:, keep]))._replace(outlook=outlook)
-        return consensus(logits, plan.artist, mass) if mass else logits, plan
+        if not mass and plan.weight is None:
+            return logits, plan
+        weight = 1.0 if plan.weight is None else plan.weight
+        if mass:
+            pool = consensus(logits, plan.artist, mass, weight)
+            return pool, plan._replace(pool=pool)
+        # What the weight learns from: the pool as it will be used. Nothing else learns from it.
+        pool = consensus(logits.detach(), plan.artist.detach(), model.config.consensus or 1.0, weight)
+        return logits, plan._replace(pool=pool)
 
 
 def semantic_begins(config: DyadConfig, segments: SegmentPlan | None, learned: Tensor | None) -> Tensor | None:
@@ -134,7 +142,7 @@ def draw_plan(model: "DyadForCausalLM", hidden: Tensor, engineer: Tensor, outloo
         proposed = planner.propose(hidden, forecast)
     else:
         # At first all tokens are expected alike; so small a mean would have a huge gradient through the norms.
-        expected = engineer.detach().softmax(-1) @ embed.weight.detach()
+        expected = (engineer.detach().softmax(-1) @ embed.weight.detach()).to(hidden.dtype)
         proposed = planner.norm(imagine(model.model, expected, outlook))
     proposal = model.lm_head(proposed)
     futures = proposal.detach().topk(planner.futures, -1).indices
@@ -146,4 +154,4 @@ def draw_plan(model: "DyadForCausalLM", hidden: Tensor, engineer: Tensor, outloo
     far, artist = (
         part.gather(2, choice[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2) for part in (far, said)
     )
-    return Plan(outlook, proposal, futures, choice, far, artist)
+    return Plan(outlook, proposal, futures, choice, far, artist, planner.believe(hidden))

@@ -6,9 +6,9 @@ Dimension letters: V vocabulary.
 from collections.abc import Sequence
 
 
-def consensus(engineer: Sequence[float], artist: Sequence[float], mass: float) -> list[float]:
-    """Probabilities (V,) from those of both (V,): inside the engineer's nucleus of a mass the product, scaled to what
-    the nucleus holds; outside the engineer's."""
+def consensus(engineer: Sequence[float], artist: Sequence[float], mass: float, weight: float = 1.0) -> list[float]:
+    """Probabilities (V,) from those of both (V,): inside the engineer's nucleus of a mass the product, in which the
+    artist's have the exponent `weight`, scaled to what the nucleus holds; outside the engineer's."""
     inside: list[int] = []
     held = 0.0
     for token in sorted(range(len(engineer)), key=lambda token: (-engineer[token], token)):
@@ -16,8 +16,8 @@ def consensus(engineer: Sequence[float], artist: Sequence[float], mass: float) -
             break
         inside.append(token)
         held += engineer[token]
-    agreed = sum(engineer[token] * artist[token] for token in inside)
+    agreed = sum(engineer[token] * artist[token] ** weight for token in inside)
     return [
-        held * p * q / agreed if token in inside and agreed > 0 else p
+        held * p * q**weight / agreed if token in inside and agreed > 0 else p
         for token, (p, q) in enumerate(zip(engineer, artist, strict=True))
     ]
