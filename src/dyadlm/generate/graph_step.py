@@ -52,7 +52,7 @@ class GraphStep:
         working = DyadCache()
         working._set(self._held, len(self.cache.layers))
         working.may_begin = self._began
-        logits = self.model(input_ids=self._token, past_key_values=working, use_cache=True).logits[:, -1]
+        logits: Tensor = self.model(input_ids=self._token, past_key_values=working, use_cache=True).logits[:, -1]
         for name, tensor in working.tensors().items():
             if tensor is not self._held[name]:
                 self._held[name].copy_(tensor)
@@ -60,7 +60,7 @@ class GraphStep:
 
     def _record(self) -> None:
         before = {name: tensor.clone() for name, tensor in self._held.items()}
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
