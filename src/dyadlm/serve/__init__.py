@@ -1,6 +1,6 @@
 """Models behind HTTP: the API of OpenAI, and sessions whose state has constant size. Names are imported when used.
 
-The packages of the extra `serve` are imported by `app`, `openai_api`, `metrics` and `running` alone.
+The packages of the extra `serve` are imported where they are used: none of them is needed before `app` and `running`.
 """
 
 from typing import TYPE_CHECKING

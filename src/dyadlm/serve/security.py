@@ -34,10 +34,12 @@ class Gate:
         hosts: Iterable[str] | None,
         body_bytes: int,
         larger: Callable[[str], int | None],
+        answered: Callable[[str, int], None],
     ):
         """key: that requests have to name; None: none. hosts: names that a Host header may have; None: any. larger: the
-        bound of the body for a path, where it is another than body_bytes."""
+        bound of the body for a path, where it is another than body_bytes. answered: is told route and status."""
         self._app, self._key, self._body_bytes, self._larger = app, key, body_bytes, larger
+        self._answered = answered
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -56,6 +58,7 @@ class Gate:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
+                self._answered(getattr(scope.get("route"), "path", "other"), message["status"])
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-content-type-options", b"nosniff"),

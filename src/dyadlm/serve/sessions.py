@@ -344,3 +344,9 @@ def _about(path: Path) -> dict[str, Any] | None:
         return None
     fits = ID.fullmatch(known["id"]) and (known["name"] is None or NAME.fullmatch(known["name"]))
     return known if fits else None
+
+
+def tail_of(path: Path) -> str:
+    """The end of what was read, as a file says; empty where it does not."""
+    known = _about(path)
+    return "" if known is None else known["tail"][-TAIL:]
