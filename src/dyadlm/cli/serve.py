@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dyadlm.cli.shared import Device, Dtype, Fields, errors, load
+from dyadlm.cli.stopping import Stops
 
 
 def serve(
@@ -80,15 +81,18 @@ def serve(
     names = names_of(models)
     served = {}
     for model, name in names.items():
-        errors.print(f"Loading {name} ...", markup=False, highlight=False)
+        say(f"Loading {name} ...")
         served[name] = ServedModel(name, *load(model, device, dtype, fields), limits)
 
     def ready(address: str) -> None:
-        errors.print(
-            f"Serving {', '.join(names.values())} at {address} (Ctrl-C ends it)", markup=False, highlight=False
-        )
+        say(f"Serving {', '.join(names.values())} at {address} (Ctrl-C ends it)")
 
-    run(served, sessions, limits, host, port, key, allow_host or (), ready)
+    with Stops():  # a signal is how a server ends
+        run(served, sessions, limits, host, port, key, allow_host or (), ready)
+
+
+def say(text: str) -> None:
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_key(file: Path | None) -> str | None:

@@ -62,7 +62,9 @@ def create_app(
         states = [model.state_bytes for model in models.values() if model.state_bytes is not None]
         return max(limits.body_bytes, 2 * max(states, default=0) + 2**16)
 
-    app.add_middleware(Gate, key=key, hosts=hosts, body_bytes=limits.body_bytes, larger=larger, answered=server.metrics.answered)
+    app.add_middleware(
+        Gate, key=key, hosts=hosts, body_bytes=limits.body_bytes, larger=larger, answered=server.metrics.answered
+    )
     return app
 
 
