@@ -5,11 +5,11 @@
     python benchmarks/serving.py --restored               # first token after a session of 100,000 tokens was restored
 
 Needs the extras `serve` and `bench`. The preset `tiny` and a Llama of as many parameters, random weights of a scale at
-which every part speaks, float32 (the keys and values of llama.cpp are float16), greedy. Each server is a process of its
-own, and so is the client. A cell is a number of streams at a context. The context is read before the clock starts: by
-us into a session, from which every stream goes on; by llama.cpp into the cache of each of its slots. Then every stream
-asks for the same number of new tokens at once, `--rounds` times for each server in turn; the median is told, with the
-load of the machine, since both servers share it with whatever else runs.
+which every part speaks, float32 (the keys and values of llama.cpp are float16), temperature 1. Each server is a process
+of its own, and so is the client. A cell is a number of streams at a context. The context is read before the clock
+starts: by us into a session, from which every stream goes on; by llama.cpp into the cache of each of its slots. Then
+every stream asks for the same number of new tokens at once, `--rounds` times for each server in turn; the median is
+told, with the load of the machine, since both servers share it with whatever else runs.
 
 Figures: tokens per second of all streams; seconds until the first token and between two events, median and 99th
 percentile. Our server may tell several tokens in one event where the client is slower than the model.
@@ -94,7 +94,7 @@ class Ours:
             self.session = json.loads(await request(self.port, "POST", "/v1/sessions", body))["id"]
 
     async def write(self, _stream: int, told: Told) -> None:
-        body: dict[str, Any] = {"prompt": "x", "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+        body: dict[str, Any] = {"prompt": "x", "max_tokens": NEW_TOKENS, "seed": 1, "stream": True}
         body["stream_options"] = {"include_usage": True}
         if self.session:
             body |= {"session": self.session, "keep": False}
@@ -122,11 +122,11 @@ time.sleep(36000)
 class LlamaServer:
     """The server of llama.cpp, one slot a stream."""
 
-    def __init__(self, folder: Path, streams: int, context: int):
+    def __init__(self, folder: Path, streams: int, context: int, threads: int):
         positions = streams * (context + NEW_TOKENS + 64)
         command = [sys.executable, "-c", LLAMA_PROGRAM, str(folder / "llama.gguf"), str(streams), str(positions)]
         self.process = subprocess.Popen(
-            [*command, str(os.cpu_count())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, str(threads)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         assert self.process.stdout is not None
         line = ""
@@ -149,7 +149,11 @@ class LlamaServer:
             "prompt": [3 + byte for byte in text(self.context)] + [3 + ord("x")],
             "n_predict": tokens,
             "id_slot": stream,
-            "temperature": 0,
+            "temperature": 1,
+            "top_k": 0,
+            "top_p": 1,
+            "min_p": 0,
+            "seed": 1,
             "ignore_eos": True,
             "cache_prompt": True,
             "stream": told is not None,
@@ -190,7 +194,7 @@ async def measured(server: Any, streams: int) -> dict[str, float]:
     await asyncio.gather(*(server.write(number, one) for number, one in enumerate(told)))
     taken = time.perf_counter() - started
     first = [one.times[0] for one in told]
-    between = np.concatenate([np.diff(one.times) for one in told])
+    between = np.concatenate([np.diff(one.times) for one in told if len(one.times) > 1])
     return {
         "tokens_per_second": sum(one.tokens for one in told) / taken,
         "first_p50": float(np.percentile(first, 50)),
@@ -209,12 +213,12 @@ def memory(process: int) -> float:
     return float("nan")
 
 
-def cell(folder: Path, streams: int, context: int, rounds: int, seconds: float) -> dict[str, Any]:
+def cell(folder: Path, streams: int, context: int, rounds: int, seconds: float, threads: int) -> dict[str, Any]:
     """Both servers in turn."""
     limits = ("--streams", str(max(streams, 8)))
     servers: dict[str, Any] = {"dyadlm": Ours(folder, streams, context, *limits)}
     try:
-        servers["llama.cpp"] = LlamaServer(folder, streams, context)
+        servers["llama.cpp"] = LlamaServer(folder, streams, context, threads)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
         began = time.perf_counter()
 
@@ -244,6 +248,7 @@ def cell(folder: Path, streams: int, context: int, rounds: int, seconds: float) 
         "median": round(statistics.median(ratios), 3),
         "all": [round(r, 3) for r in ratios],
     }
+    told["llama_cpp_threads"] = threads
     return told | {"rounds": len(ratios), "new_tokens": NEW_TOKENS, "load_average": os.getloadavg()[0]}
 
 
@@ -313,7 +318,7 @@ def main() -> None:
             for streams in options.streams
         }
         for cell_name in cells.missing(list(wanted)):
-            cells.store(cell_name, cell(folder, *wanted[cell_name], options.rounds, options.seconds))
+            cells.store(cell_name, cell(folder, *wanted[cell_name], options.rounds, options.seconds, options.threads))
             print(cell_name, json.dumps(cells.results[cell_name]), flush=True)
 
 
