@@ -49,6 +49,9 @@ def serve(
     max_body: Annotated[float, typer.Option(metavar="MIB", help="Size of a request, at most, in MiB.")] = 8,
     deadline: Annotated[float, typer.Option(metavar="SECONDS", help="Time of a request, at most.")] = 600,
     grace: Annotated[float, typer.Option(metavar="SECONDS", help="Time that running requests have at the end.")] = 10,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Threads of a step; more than 1 helps large models alone.")
+    ] = 1,
     fields: Fields = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -59,6 +62,9 @@ def serve(
     docs/serve.md.
     """
     require_extra()
+    # Read when numpy loads its library of matrix products, which nothing has done yet.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
+    os.environ.setdefault("MKL_NUM_THREADS", str(threads))
     from dyadlm.serve import Limits, ServedModel, run
     from dyadlm.serve.running import require_key
     from dyadlm.serve.served import names_of
