@@ -128,16 +128,8 @@ class Engine:
         self._require(state, tokens)
         if len(tokens) != state.rows:
             raise ValueError(f"The state has {state.rows} rows, but there are {len(tokens)} tokens.")
-<<<<<<< HEAD
         self._begin(state)
-        if self._compiled is None or (state.rows > 1 and state.rows * self.weight_bytes > MOST_BYTES):
-=======
-        if not self.shape.keeps_slots:  # a document begins with empty tables
-            begins = state.counter == 0
-            if begins.any():
-                state.tags[begins], state.values[begins] = -1, 0
         if self._compiled is None or state.rows >= MANY_ROWS:
->>>>>>> f77cbba (The engine reads 6 rows and more in one product; the server's matrix products take one thread; hostile requests by the hundred thousand)
             logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64), self._loops)
         else:
             logits = np.empty((state.rows, self.vocab_size), np.float32)
