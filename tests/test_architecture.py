@@ -15,6 +15,7 @@ ROWS = (
     ("generate", "evaluate", "train", "recall", "score"),
     ("diagnose",),
     ("report",),
+    ("serve",),
     ("cli",),
 )
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

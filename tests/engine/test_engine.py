@@ -126,7 +126,6 @@ def test_a_state_crosses_inside_a_document_both_ways(model, form):
 def test_rows_in_one_product_are_rows_alone(model, loops):
     """Of several lengths, so that nothing is due at the same token."""
     engine, rows = engine_of(model), 12
-    assert rows * engine.weight_bytes < engine_package.MOST_BYTES  # so that each alone is compiled
     alone = [read_by_engine(engine, text(5 + 9 * row, row))[1] for row in range(rows)]
     together = engine.start(rows)
     for name, array in together.arrays().items():
@@ -144,11 +143,10 @@ def test_rows_in_one_product_are_rows_alone(model, loops):
 
 def test_many_rows_are_read_in_one_product(monkeypatch):
     engine = engine_of(make_model())
-    monkeypatch.setattr(engine_package, "MOST_BYTES", engine.weight_bytes * 3)
     seen = []
     step = engine_package.numpy_step.step
     monkeypatch.setattr(engine_package.numpy_step, "step", lambda *rest: (seen.append(1), step(*rest))[1])
-    for rows in (1, 3, 4):
+    for rows in (1, engine_package.MANY_ROWS - 1, engine_package.MANY_ROWS):
         engine.step_rows(engine.start(rows), [65] * rows)
     assert len(seen) == 1
 

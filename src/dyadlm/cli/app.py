@@ -21,6 +21,7 @@ from dyadlm.cli import (
     repl,
     report,
     score,
+    serve,
     stream,
     train,
     verify,
@@ -44,6 +45,7 @@ app.command()(repl.repl)
 app.command()(repl.chat)
 app.command()(stream.stream)
 app.command()(score.score)
+app.command()(serve.serve)
 app.command()(inspect.inspect)
 app.command()(recall.recall)
 app.command()(diagnose.diagnose)

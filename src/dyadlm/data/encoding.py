@@ -34,7 +34,7 @@ PAD_ID, BEGIN_ID, END_ID = NUM_BYTES, NUM_BYTES + 1, NUM_BYTES + 2
 
 def byte_backend() -> Tokenizer:
     """The byte tokenizer of the `tokenizers` library: ids 0..255 are the bytes, then `SPECIAL_TOKENS`."""
-    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ class ByteTokenizer:
         return b"".join(spelled).decode(errors="replace")
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The printable character that stands for each byte in byte-level vocabularies (the table of GPT-2)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))

@@ -97,6 +97,19 @@ class EngineState:
             setattr(chosen, name, array[index])
         return chosen
 
+    def first(self, rows: int) -> "EngineState":
+        """The first rows, as a state that shares their memory."""
+        part = object.__new__(EngineState)
+        part.shape, part.rows, part.columns_seen, part.owner, part._views = self.shape, rows, 0, self.owner, {}
+        for name, array in self.arrays().items():
+            setattr(part, name, array[:rows])
+        return part
+
+    def put(self, row: int, other: "EngineState", other_row: int = 0) -> None:
+        """Let a row stand where a row of another state of the same engine stands."""
+        for name, array in self.arrays().items():
+            array[row] = getattr(other, name)[other_row]
+
     def start_document(self) -> None:
         """Let the next token start a new document: of the open one only the tables of slots are kept."""
         empty = EngineState(self.shape, self.rows)

@@ -1,0 +1,78 @@
+"""A server from its start to its end: loads the models, listens, and ends in good order."""
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from dyadlm.errors import UserError
+from dyadlm.files import locked, make_folder
+from dyadlm.serve.app import create_app
+from dyadlm.serve.security import LOOPBACK
+from dyadlm.serve.served import ServedModel
+from dyadlm.serve.settings import Limits
+
+
+def run(
+    models: dict[str, ServedModel],
+    folder: Path,
+    limits: Limits,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until a signal comes. folder: of sessions, which no other server may use. ready: is told the address.
+
+    Raises `UserError` if a host beyond this machine is to be served without a key, or the port is taken.
+    """
+    require_key(host, key)
+    make_folder(folder)
+    with locked(folder):
+        hosts = None if key is not None else [*LOOPBACK, *allowed_hosts]
+        app = create_app(models, folder, limits, key, hosts)
+        listening = listen(host, port)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=int(limits.grace) + 5,
+            limit_concurrency=4 * (limits.streams + limits.queue),
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        if ready is not None:
+            address, number = listening.getsockname()[:2]
+            ready(f"http://{f'[{address}]' if ':' in address else address}:{number}")
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def require_key(host: str, key: str | None) -> None:
+    """Raise `UserError` for a server that others can reach without a key, or a key that no header can hold."""
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise UserError("The key is a word of printable ASCII characters.")
+    if host not in LOOPBACK and key is None:
+        raise UserError(
+            f"Others could reach {host}; give a key with --api-key FILE or in DYADLM_API_KEY, or leave out --host "
+            "to serve this machine alone."
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `UserError` if there can be none."""
+    try:
+        found: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"There can be no server at {host}:{port} ({reason}); choose another --port.") from error
+    return listening

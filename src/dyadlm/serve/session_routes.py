@@ -1,0 +1,126 @@
+"""Routes for sessions: created, read on, forked, saved, restored, deleted."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from dyadlm.errors import UserError
+from dyadlm.serve.answers import running, until_gone
+from dyadlm.serve.errors import ApiError
+from dyadlm.serve.openai_api import Fork, NewSession, ReadText, parsed
+from dyadlm.serve.rows import Row
+from dyadlm.serve.scheduler import Job, Read, Work
+from dyadlm.serve.served import ServedModel
+from dyadlm.serve.server import Server, require_sessions
+from dyadlm.serve.sessions import tail_of
+
+RESTORE = "/v1/sessions/restore"
+
+
+def routes(server: Server) -> APIRouter:
+    """All under `/v1/sessions`."""
+    router = APIRouter()
+    store, limits = server.store, server.limits
+
+    async def reading(model: ServedModel, ids: np.ndarray, row: Row | None) -> tuple[Row, float]:
+        """A row that has read some tokens, and the bits of those that something predicted."""
+
+        def work(job: Job) -> Work:
+            told = yield Read(ids, nats=True)
+            job.emit(float(np.nansum(told.nats, dtype=np.float64) / np.log(2)))
+
+        async with running(model, limits.deadline) as jobs:
+            jobs.start([work], [row], keep=True)
+            ((_, bits),) = await jobs.take_all()
+            return jobs.jobs[0].row, bits
+
+    @router.post("/v1/sessions", status_code=201)
+    async def create(request: Request) -> dict[str, Any]:
+        body = parsed(NewSession, await request.body())
+        model = server.model_of(body.model)
+        require_sessions(model)
+        store.require_name(body.name)
+        store.require_room()
+        row = model.rows.start()
+        if body.text:
+            ids = model.prompt_ids(body.text, begins=True)
+            row, _ = await until_gone(request, reading(model, ids, None))
+        return store.add(model, row, body.name, None, body.text, body.ttl).described()
+
+    @router.get("/v1/sessions")
+    async def all_sessions() -> dict[str, Any]:
+        return {"object": "list", "data": [session.described() for session in store.all()]}
+
+    @router.post(RESTORE, status_code=201)
+    async def restore(request: Request, name: str | None = None, model: str | None = None) -> dict[str, Any]:
+        served = server.model_of(model)
+        require_sessions(served)
+        store.require_name(name)
+        store.require_room()
+        content, staged = await request.body(), store.staging()
+
+        def load() -> tuple[Row, str]:
+            staged.write_bytes(content)
+            try:
+                return served.rows.load(staged), tail_of(staged)
+            finally:
+                staged.unlink(missing_ok=True)
+
+        try:
+            row, tail = await asyncio.to_thread(load)
+        except UserError as error:
+            message = str(error).replace(str(staged), "The file").split(";")[0] + "."
+            raise ApiError(400, message.replace("..", "."), code="state_refused") from error
+        return store.add(served, row, name, None, tail).described()
+
+    @router.get("/v1/sessions/{key}")
+    async def one_session(key: str) -> dict[str, Any]:
+        return store.find(key).described()
+
+    @router.delete("/v1/sessions/{key}")
+    async def delete(key: str) -> dict[str, Any]:
+        session = store.find(key)
+        store.delete(session)
+        return {"id": session.id, "object": "session", "deleted": True}
+
+    @router.post("/v1/sessions/{key}/read")
+    async def read(key: str, request: Request) -> dict[str, Any]:
+        body, session = parsed(ReadText, await request.body()), store.find(key)
+        async with server.continuing(session) as row:
+            ids = session.model.prompt_ids(body.text, row.begins) if body.text else np.empty(0, np.int64)
+            row, bits = await until_gone(request, reading(session.model, ids, row))
+            store.commit(session, row, body.text)
+        return session.described() | {"read": {"tokens": len(ids), "bits": bits}}
+
+    @router.post("/v1/sessions/{key}/fork", status_code=201)
+    async def fork(key: str, request: Request) -> dict[str, Any]:
+        body, session = parsed(Fork, await request.body()), store.find(key)
+        store.require_name(body.name)
+        store.require_room()
+        row = await store.row_of(session)  # never changed, so that both may have it
+        return store.add(session.model, row, body.name, session.id, session.tail, session.ttl).described()
+
+    @router.post("/v1/sessions/{key}/save")
+    async def save(key: str) -> dict[str, Any]:
+        session = store.find(key)
+        await store.save(session)
+        return session.described()
+
+    @router.get("/v1/sessions/{key}/state")
+    async def state(key: str) -> Response:
+        session = store.find(key)
+        row, staged = await store.row_of(session), store.staging()
+
+        def content() -> bytes:
+            try:
+                session.model.rows.save(row, staged, session.about())
+                return staged.read_bytes()
+            finally:
+                staged.unlink(missing_ok=True)
+
+        return Response(await asyncio.to_thread(content), media_type="application/octet-stream")
+
+    return router

@@ -1,0 +1,160 @@
+"""`dyadlm serve` as a process: how it starts and ends, and that sessions are whole after it was killed."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.cli.app import app
+from dyadlm.data.tokenizer import byte_tokenizer
+from dyadlm.generate import Session
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "slot_entries": 64, "slot_layers": [1]}
+    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, *arguments: str):
+        command = [sys.executable, "-m", "dyadlm", "serve", *arguments, "--port", "0"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said = ""
+        while not (found := re.search(r"at (http://\S+)", said)):
+            line = self.process.stderr.readline()
+            assert line, said
+            said += line
+        self.http = httpx.Client(base_url=found[1], timeout=60)
+
+    def end(self, number: int | None = signal.SIGTERM) -> int:
+        if number is not None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        self.process.stderr.close()
+        self.http.close()
+        return code
+
+
+def test_it_ends_in_good_order(folder, tmp_path):
+    server = Process(str(folder), "--sessions", str(tmp_path / "sessions"), "--autosave", "0", "--grace", "60")
+    assert server.http.post("/v1/sessions", json={"name": "kept", "text": "To be"}).status_code == 201
+    body = {"prompt": "To be", "max_tokens": 300, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert "data: [DONE]" in rest
+    assert server.end(None) == 0
+    assert len(list((tmp_path / "sessions").glob("??/*.state"))) == 1
+
+
+def test_sessions_are_whole_after_a_kill(folder, tmp_path):
+    chance = random.Random(0)
+    told: set[str] = set()
+    for round_number in range(3):
+        server = Process(str(folder), "--sessions", str(tmp_path / "sessions"), "--autosave", "0.1")
+        sessions = {one["id"]: one for one in server.http.get("/v1/sessions").json()["data"]}
+        assert told <= set(sessions)
+        for one in sessions.values():
+            assert one["tokens"] == len(one["tail"].encode(errors="replace"))
+            answer = server.http.post(
+                "/v1/completions",
+                json={
+                    "prompt": "",
+                    "session": one["id"],
+                    "keep": False,
+                    "max_tokens": 1,
+                    "temperature": 0,
+                    "logprobs": 0,
+                },
+            )
+            assert answer.status_code == 200, answer.text
+            alone = Session(DyadForCausalLM.from_pretrained(folder).eval(), byte_tokenizer())
+            alone.read_prompt(one["tail"])
+            (written,) = answer.json()["choices"][0]["logprobs"]["bytes"]
+            assert written == [int(alone.logits.argmax())]
+        if round_number == 2:
+            server.end()
+            return
+
+        def work(server=server, seed=round_number):
+            own = random.Random(seed)
+            try:
+                while True:
+                    text = "".join(own.choice("abc \n") for _ in range(20))
+                    session = server.http.post("/v1/sessions", json={"text": text}).json()["id"]
+                    server.http.post(f"/v1/sessions/{session}/save")
+                    told.add(session)
+                    server.http.post(f"/v1/sessions/{session}/read", json={"text": " and more"})
+                    body = {"prompt": "x", "max_tokens": 500, "stream": True, "session": session}
+                    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+                        next(answer.iter_lines())
+            except (httpx.HTTPError, OSError):
+                pass
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1 + chance.random())
+        server.end(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        assert told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "give a key"),
+        (["--api-key", "no-such-file"], "cannot be read"),
+        (["--port", "70000"], "65535"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, message, monkeypatch):
+    monkeypatch.delenv("DYADLM_API_KEY", raising=False)
+    result = CliRunner().invoke(app, ["serve", "no-such-model", *arguments])
+    assert result.exit_code != 0
+    assert message in " ".join((result.output + str(result.exception)).split())
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else found(name))
+    result = CliRunner().invoke(app, ["serve", "no-such-model"])
+    assert "pip install 'dyadlm[serve]'" in str(result.exception)
+
+
+def test_the_environment_gives_the_key(monkeypatch, tmp_path):
+    from dyadlm.cli.serve import read_key
+
+    monkeypatch.setenv("DYADLM_API_KEY", "secret")
+    assert read_key(None) == "secret"
+    (tmp_path / "key").write_text("other\n")
+    assert read_key(tmp_path / "key") == "other"

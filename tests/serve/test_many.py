@@ -1,0 +1,202 @@
+"""Many requests at the same time: nothing is mixed up, long readings let others pass, and all bounds hold."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from dyadlm.engine import Engine
+from dyadlm.serve import Limits
+from dyadlm.serve.rows import EngineRows
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+PROMPTS = ("To be", "Is it? ", "The slings and arrows", "été ", "x" * 300, "or not to be " * 30)
+
+
+def complete(live, **fields):
+    answer = live.http.post("/v1/completions", json={"prompt": "To be", "max_tokens": 8, "seed": 0, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def endless(live):
+    """The server, whose model never ends a text by itself."""
+    live.server_state.models["small"].end_tokens = frozenset()
+    return live
+
+
+def scheduler(live, name="small"):
+    return live.server_state.models[name].scheduler
+
+
+@pytest.mark.parametrize("name", ["small", "llama"])
+def test_answers_to_many_clients_equal_those_to_one(shared, name):
+    requests = [
+        {"model": name, "prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "max_tokens": 8 + 3 * (i % 11)}
+        for i in range(32)
+    ]
+    alone = [complete(shared, **request) for request in requests]
+    steps = scheduler(shared, name).steps
+    tokens = scheduler(shared, name).tokens_written
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda request: complete(shared, **request), requests))
+    assert together == alone
+    written = scheduler(shared, name).tokens_written - tokens
+    assert scheduler(shared, name).steps - steps < written  # they did move on together
+
+
+def test_sessions_of_many_clients_stay_apart(shared):
+    def talk(number, session):
+        return [complete(shared, prompt=f"{number} and ", session=session, seed=step) for step in range(4)]
+
+    def fresh():
+        return shared.http.post("/v1/sessions", json={"text": "To be "}).json()["id"]
+
+    alone = [talk(number, fresh()) for number in range(8)]
+    sessions = [fresh() for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(talk, range(8), sessions))
+    assert together == alone
+
+
+def test_rows_that_come_and_go_keep_their_own_state(weights):
+    model = weights["small"][0]
+    engine = Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()})
+    rows, random = EngineRows(engine, model), np.random.default_rng(0)
+    texts = [random.integers(0, 256, 40) for _ in range(9)]
+    live = [rows.start() for _ in texts]
+    at = [0] * len(texts)
+    while any(at[i] < 40 for i in range(9)):
+        chosen = [i for i in range(9) if at[i] < 40 and random.random() < 0.6]
+        if chosen:
+            rows.step([live[i] for i in chosen], [int(texts[i][at[i]]) for i in chosen])
+        for i in chosen:
+            at[i] += 1
+        if random.random() < 0.3 and (waiting := [i for i in range(9) if at[i] < 38]):
+            i = int(random.choice(waiting))
+            rows.read(live[i], texts[i][at[i] : at[i] + 2], inside=False)
+            at[i] += 2
+    for row, text in zip(live, texts, strict=True):
+        state = engine.start()
+        for token in text:
+            logits = engine.step(state, int(token))
+        np.testing.assert_allclose(row.logits, logits, atol=1e-4)
+        rows.release(row, keep=True)
+        for name, array in state.arrays().items():
+            np.testing.assert_allclose(row.state.arrays()[name], array, atol=1e-4, err_msg=name)
+
+
+def test_a_long_text_is_read_in_torch_and_by_steps_to_the_same_state(weights):
+    model = weights["small"][0]
+    engine = Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()})
+    ids = np.random.default_rng(0).integers(0, 256, 300)
+    fast, slow = EngineRows(engine, model), EngineRows(engine, None)
+    one, other = fast.start(), slow.start()
+    told, expected = fast.read(one, ids, True), slow.read(other, ids, True)
+    np.testing.assert_allclose(told.nats, expected.nats, atol=1e-4)
+    np.testing.assert_allclose(told.logits, expected.logits, atol=1e-3)
+    np.testing.assert_allclose(one.logits, other.logits, atol=1e-3)
+    assert one.tokens == other.tokens == 300
+    for name, array in other.state.arrays().items():
+        np.testing.assert_allclose(one.state.arrays()[name], array, atol=1e-3, err_msg=name)
+
+
+def test_a_long_reading_lets_short_requests_pass(serve):
+    live = serve()
+    done = threading.Event()
+
+    def read():
+        live.http.post("/v1/sessions", json={"text": "To be, or not to be. " * 20_000}, timeout=300)
+        done.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_for(lambda: scheduler(live).live == 1)
+    complete(live, max_tokens=30)
+    assert not done.is_set()
+    for model in live.server_state.models.values():
+        for one in model.scheduler._live:
+            one.job.cancel()
+    thread.join()
+
+
+def test_requests_beyond_the_queue_are_sent_away(serve):
+    live = endless(serve(limits=Limits(streams=1, queue=1)))
+    body = {"prompt": "To be", "max_tokens": 60_000, "stream": True}
+    with live.http.stream("POST", "/v1/completions", json=body) as first:
+        lines = first.iter_lines()  # kept: httpx closes the answer with it
+        next(lines)
+        waiting = threading.Thread(target=lambda: complete(live, max_tokens=1))
+        waiting.start()
+        wait_for(lambda: scheduler(live).waiting == 1)
+        refused = live.http.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+    waiting.join()
+    assert complete(live, max_tokens=1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_not_served_on(serve, stream):
+    live = endless(serve())
+    body = {"prompt": "To be", "max_tokens": 60_000, "stream": stream}
+    with httpx.Client(base_url=live.url) as client:
+        if stream:
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body, timeout=0.5)
+    wait_for(lambda: scheduler(live).live == 0, seconds=5)
+    assert scheduler(live).tokens_written < 60_000
+
+
+def test_a_client_that_leaves_leaves_its_session_as_it_was(serve):
+    live = endless(serve())
+    session = live.http.post("/v1/sessions", json={"text": "To be"}).json()["id"]
+    body = {"prompt": ", ", "max_tokens": 60_000, "stream": True, "session": session}
+    with live.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        busy = live.http.post("/v1/completions", json={"prompt": "x", "session": session})
+        assert busy.status_code == 409
+        assert complete(live, session=session, keep=False, max_tokens=2)  # as it stood before
+    wait_for(lambda: scheduler(live).live == 0, seconds=5)
+    wait_for(lambda: not live.server_state.store.find(session).busy, seconds=5)
+    assert live.http.get(f"/v1/sessions/{session}").json()["tokens"] == 5
+
+
+def test_a_request_ends_at_its_deadline(serve):
+    live = endless(serve(limits=Limits(deadline=0.5)))
+    refused = live.http.post("/v1/completions", json={"prompt": "To be", "max_tokens": 60_000})
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "deadline_exceeded"
+    body = {"prompt": "To be", "max_tokens": 60_000, "stream": True}
+    with live.http.stream("POST", "/v1/completions", json=body) as answer:
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert json.loads(events[-1])["error"]["code"] == "deadline_exceeded"
+
+
+def test_memory_does_not_grow_with_requests_that_are_over(serve):
+    live = endless(serve())
+    for number in range(40):
+        session = live.http.post("/v1/sessions", json={"text": f"To be {number}"}).json()["id"]
+        complete(live, session=session)
+        live.http.delete(f"/v1/sessions/{session}")
+    store, rows = live.server_state.store, live.server_state.models["small"].rows
+    assert (store.memory_bytes, store.disk_bytes, len(store)) == (0, 0, 0)
+    assert not rows._seated
+    assert rows._seats.rows <= 4

@@ -1,0 +1,212 @@
+"""The official client of OpenAI against a real server: completions, chats, streams, odds, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dyadlm.generate import Sampling, Session
+from dyadlm.serve.generation import StopGate
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+openai = pytest.importorskip("openai")
+
+PROMPT = "To be, or not"
+
+
+def complete(live, **fields):
+    return live.client.completions.create(**{"model": "small", "prompt": PROMPT, "max_tokens": 24, "seed": 3, **fields})
+
+
+def alone(weights, prompt=PROMPT, tokens=24, name="small", **sampling) -> str:
+    """What the library writes, without a server."""
+    session = Session(*weights[name])
+    session.read_prompt(prompt)
+    return "".join(session.write(tokens, Sampling(**{"seed": 3, **sampling})))
+
+
+def test_models_are_listed(shared):
+    found = {model.id: model for model in shared.client.models.list()}
+    assert list(found) == ["small", "talker", "llama"]
+    assert found["small"].sessions
+    assert found["small"].state_bytes > 0
+    assert not found["llama"].sessions
+    assert found["talker"].chat
+    assert shared.client.models.retrieve("llama").parameters > 1000
+
+
+@pytest.mark.parametrize("name", ["small", "llama"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}])
+def test_a_completion_is_what_the_library_writes(shared, weights, name, sampling):
+    answer = complete(shared, model=name, **sampling)
+    assert answer.choices[0].text == alone(weights, name=name, **sampling)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert answer.usage.completion_tokens == 24
+
+
+def test_a_stream_is_the_same_text(shared):
+    chunks = list(complete(shared, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == complete(shared).choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:-1]] == ["length"]
+    assert chunks[-1].usage.total_tokens == len(PROMPT) + 24
+
+
+def test_no_half_characters_are_streamed(shared, weights):
+    text = TEXT_WITH_ACCENTS * 4
+    whole = complete(shared, prompt=text, max_tokens=200, temperature=0)
+    pieces = [
+        chunk.choices[0].text for chunk in complete(shared, prompt=text, max_tokens=200, temperature=0, stream=True)
+    ]
+    assert "".join(pieces) == whole.choices[0].text
+    assert any("é" in piece or "€" in piece for piece in pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+TEXT_WITH_ACCENTS = "or not to be. été € \nTo be, or not to be. été € \n"
+
+
+def test_several_answers_to_several_prompts(shared, weights):
+    answer = complete(shared, prompt=[PROMPT, "Is it?"], n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    expected = [alone(weights, prompt, seed=3 + choice) for prompt in (PROMPT, "Is it?") for choice in range(2)]
+    assert [choice.text for choice in answer.choices] == expected
+    texts = [""] * 4
+    for chunk in complete(shared, prompt=[PROMPT, "Is it?"], n=2, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+
+
+def test_tokens_may_be_sent_instead_of_text(shared):
+    ids = list(PROMPT.encode())
+    expected = complete(shared).choices[0].text
+    assert complete(shared, prompt=ids).choices[0].text == expected
+    assert [choice.text for choice in complete(shared, prompt=[ids, ids]).choices] == [expected] * 2
+    with pytest.raises(openai.BadRequestError, match="numbers from 0 to 258"):
+        complete(shared, prompt=[259])
+
+
+def test_an_empty_prompt_begins_a_text(shared):
+    assert complete(shared, prompt="").usage.prompt_tokens == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_answer_and_is_not_shown(shared, stream):
+    whole = complete(shared).choices[0].text
+    stop = whole[5:8]
+    expected = whole[: whole.index(stop)]
+    answer = complete(shared, stop=["never written", stop], stream=stream)
+    if stream:
+        chunks = list(answer)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        assert answer.choices[0].text == expected
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_gate_holds_back_only_what_may_be_a_stop():
+    gate = StopGate(["ab", "xyz"])
+    assert [gate.push(text) for text in ("1a", "a", "c", "xy")] == [
+        ("1", False),
+        ("a", False),
+        ("ac", False),
+        ("", False),
+    ]
+    assert gate.push("xyz!") == ("xy", True)
+    gate = StopGate(["abc"])
+    gate.push("ab")
+    assert gate.finish() == "ab"
+
+
+def test_log_probabilities_with_bytes(shared, weights):
+    answer = complete(shared, prompt="été", logprobs=3, echo=True, max_tokens=8, temperature=0).choices[0]
+    told = answer.logprobs
+    assert answer.text.startswith("été")
+    assert bytes(byte for token in told.bytes for byte in token).decode(errors="replace") == answer.text
+    assert told.tokens[:3] == ["bytes:\\xc3", "bytes:\\xa9", "t"]
+    assert told.token_logprobs[0] is None
+    assert told.text_offset[2:4] == [1, 2]
+    session = Session(*weights["small"])
+    nats = session.read(list("été".encode()))
+    np.testing.assert_allclose(told.token_logprobs[1:5], -nats[1:], atol=1e-4)
+    for value, top in zip(told.token_logprobs[5:], told.top_logprobs[5:], strict=True):
+        assert len(top) == 3
+        assert value == pytest.approx(max(top.values()))  # temperature 0
+    streamed = list(complete(shared, prompt="été", logprobs=3, echo=True, max_tokens=8, temperature=0, stream=True))
+    assert [token for chunk in streamed for token in chunk.choices[0].logprobs.tokens] == told.tokens
+    offsets = [offset for chunk in streamed for offset in chunk.choices[0].logprobs.text_offset]
+    assert offsets[-3:] == told.text_offset[-3:]
+
+
+def test_scoring_a_text_without_writing(shared, weights):
+    told = complete(shared, prompt=PROMPT, logprobs=0, echo=True, max_tokens=0)
+    assert told.choices[0].text == PROMPT
+    session = Session(*weights["small"])
+    expected = session.read(list(PROMPT.encode()))[1:].sum()
+    assert sum(told.choices[0].logprobs.token_logprobs[1:]) == pytest.approx(-expected, abs=1e-3)
+
+
+def test_a_chat(shared, weights):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it?"}]
+    answer = shared.client.chat.completions.create(
+        model="talker", messages=messages, max_tokens=12, seed=1, logprobs=True, top_logprobs=2
+    )
+    text = weights["talker"][1].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert answer.choices[0].message.content == alone(weights, text, 12, "talker", seed=1)
+    assert answer.choices[0].message.role == "assistant"
+    told = answer.choices[0].logprobs.content
+    assert len(told) == 12
+    assert b"".join(bytes(token.bytes) for token in told).decode(errors="replace") == answer.choices[0].message.content
+    assert all(math.exp(token.logprob) <= 1 and len(token.top_logprobs) == 2 for token in told)
+    chunks = list(
+        shared.client.chat.completions.create(model="talker", messages=messages, max_tokens=12, seed=1, stream=True)
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+
+
+def test_a_chat_with_a_model_without_a_template_is_refused(shared):
+    with pytest.raises(openai.BadRequestError, match="no chat template") as refused:
+        shared.client.chat.completions.create(model="small", messages=[{"role": "user", "content": "Hi"}])
+    assert refused.value.code == "no_chat_template"
+
+
+def test_the_end_token_ends_an_answer(weights, serve):
+    live = serve()
+    model = live.server_state.models["small"]
+    first = complete(live, temperature=0, max_tokens=1, logprobs=1).choices[0].logprobs.bytes[0][0]
+    model.end_tokens = frozenset([first])
+    answer = complete(live, temperature=0)
+    assert answer.choices[0].text == ""
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 10**9}, "at most 65536"),
+        ({"n": 1000}, "At most 128"),
+        ({"logit_bias": {"5": 1.0}}, "not supported"),
+        ({"presence_penalty": 1.0}, "not supported"),
+        ({"stop": ""}, "stop string"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"extra_body": {"no_such_field": 1}}, "not known"),
+        ({"seed": 2**63}, "seed"),
+        ({"prompt": []}, "at least one prompt"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(shared, fields, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        complete(shared, **fields)
+
+
+def test_an_unknown_model_is_not_found(shared):
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        complete(shared, model="another")
+
+
+def test_a_text_longer_than_the_positions_of_a_model(shared):
+    answer = shared.http.post("/v1/completions", json={"model": "llama", "prompt": "x" * 50, "max_tokens": 2})
+    assert answer.status_code == 200
