@@ -171,6 +171,10 @@ class Continuation:
         """How many more tokens the model has positions for; None where there is no limit."""
         return None if self._limit is None else self._limit - self.seen
 
+    def state_bytes(self) -> int | None:
+        """Bytes of the tensors that are kept between calls; None for a model that reads everything again."""
+        return _tensor_bytes(self._state, set()) or None
+
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
         """Read on: (B, T) int64 → logits (B, T, V). Raises `UserError` where the model has no more positions."""
@@ -229,3 +233,16 @@ class Continuation:
             return cast(Tensor, last)
         before = self.model(input_ids=self._ids, use_cache=False).logits[:, -length:-1]
         return torch.cat([before, last], 1)
+
+
+def _tensor_bytes(part: Any, seen: set[int]) -> int:
+    """Bytes of all tensors in a state, of whatever classes it is made."""
+    if id(part) in seen:
+        return 0
+    seen.add(id(part))
+    if isinstance(part, Tensor):
+        return part.numel() * part.element_size()
+    inside = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+    if hasattr(part, "__dict__") and not isinstance(part, type | nn.Module):
+        inside = vars(part).values()
+    return sum(_tensor_bytes(own, seen) for own in inside)

@@ -284,6 +284,8 @@ class Tower(nn.Module):
             return {}
         return dict(zip(self.token_levels, effective_weight(self.up_tokens).split(self.token_widths, 1), strict=True))
 
-    def weighted_levels(self, x: Tensor, features: dict[int, Tensor], layout: ChunkLayout) -> list[Tensor]:
-        """What each level writes back at each token, as it counts in the sum: (B, T, D) each."""
+    def weighted_levels(
+        self, x: Tensor, features: dict[int, Tensor], layout: ChunkLayout, held: tuple[Tensor, ...] = ()
+    ) -> list[Tensor]:
+        """What each level writes back at each token, as it counts in the sum: (B, T, D) each. held: as of `choose`."""
         return list(self.apart(features, layout, range(len(self.ranks))))

@@ -1,11 +1,11 @@
 """The only way by which probes and pictures look inside a model, and silence parts of it.
 
-Everything here reads a text from a fresh state, without gradient, and leaves the model as it was.
+Everything here reads without gradient and leaves the model as it was; all but `read_on` read from a fresh state.
 
-Dimension letters: B batch, T time, L layers, K levels, F numbers of a feature.
+Dimension letters: B batch, T time, L layers, K levels, F numbers of a feature, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import NamedTuple, cast
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dyadlm.model.block import DyadBlock
-from dyadlm.model.boundaries import TextState
-from dyadlm.model.cache import BlockState
+from dyadlm.model.boundaries import LEARNED, TextState
+from dyadlm.model.cache import BlockState, DyadCache, carried_by
 from dyadlm.model.layout import ChunkLayout, chunk_layout
 from dyadlm.model.levels import LevelFeatures
 from dyadlm.model.modeling import DyadForCausalLM
@@ -25,6 +25,7 @@ from dyadlm.ops.blocks import broadcast
 from dyadlm.ops.clock import Clock, make_clock
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.segments import SegmentPlan
+from dyadlm.ops.slots import SlotLookup, SlotState
 
 
 class BlockTrace(NamedTuple):
@@ -34,6 +35,18 @@ class BlockTrace(NamedTuple):
     read: Tensor  # (B, T, D), the normalised hidden state with the identity channel
     levels: LevelFeatures
     layout: ChunkLayout
+    state: BlockState  # before the text
+
+
+class ChunkTrace(NamedTuple):
+    """What a model found in T tokens that it read on from a state."""
+
+    logits: Tensor  # (T, V) after each token
+    contributions: Tensor  # (L, K, T), as of `level_contributions`
+    begins: dict[
+        str, Tensor
+    ]  # by semantic level, (T,) bool: where a segment begins; if learned, that of the first block
+    slots: SlotLookup | None  # the plan of one row; None without slots, or where more than the tokens decides
 
 
 def _read_afresh(
@@ -57,22 +70,31 @@ def trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
 
 
 def _trace_blocks(model: DyadForCausalLM, ids: Tensor) -> Iterator[BlockTrace]:
-    inner, config = model.model, model.config
+    inner = model.model
     embedded, (clock, segments, contexts, ngrams) = inner.embed_tokens(ids), _read_afresh(model, ids)
     if inner.ngrams is not None:
         embedded = embedded + inner.ngrams(ngrams)
-    layout = chunk_layout(clock, segments, inner.progress, config, embedded.dtype)
-    outputs, _, _ = inner.stack(embedded, clock, segments, contexts, [BlockState()] * len(inner.layers), keep=False)
-    identity = inner.identity_norm(embedded)
+    layout = chunk_layout(clock, segments, inner.progress, model.config, embedded.dtype)
+    states = [BlockState()] * len(inner.layers)
+    outputs, _, _ = inner.stack(embedded, clock, segments, contexts, states, keep=False)
+    yield from _blocks(model, outputs, layout, states)
+
+
+def _blocks(
+    model: DyadForCausalLM, outputs: Sequence[Tensor], layout: ChunkLayout, states: Sequence[BlockState]
+) -> Iterator[BlockTrace]:
+    """outputs: the embedding and what each block returned, (B, T, D). states: before the chunk."""
+    inner = model.model
+    identity = inner.identity_norm(outputs[0])
     shared: LevelFeatures | None = None
-    if config.tower == "input":  # one tower reads for all blocks
+    if model.config.tower == "input":  # one tower reads for all blocks
         first = cast(DyadBlock, inner.layers[0])
-        shared, _ = first.tower.read_levels(identity, layout, BlockState())
-    for layer, hidden in zip(inner.layers, outputs[:-1], strict=True):
+        shared, _ = first.tower.read_levels(identity, layout, states[0])
+    for layer, hidden, state in zip(inner.layers, outputs[:-1], states, strict=True):
         block = cast(DyadBlock, layer)
         read = block.tower_norm(hidden) + block.tower_identity * identity
-        levels = shared if shared is not None else block.tower.read_levels(read, layout, BlockState())[0]
-        yield BlockTrace(block, read, levels, layout)
+        levels = shared if shared is not None else block.tower.read_levels(read, layout, state)[0]
+        yield BlockTrace(block, read, levels, layout, state)
 
 
 def at_tokens(trace: BlockTrace) -> dict[int, Tensor]:
@@ -111,12 +133,43 @@ def level_contributions(model: DyadForCausalLM, ids: Tensor) -> Tensor:
     """
     if ids.dim() > 2 or (ids.dim() == 2 and len(ids) > 1):
         raise ValueError(f"Levels are told of one text at a time, not of {tuple(ids.shape)}.")
-    lengths = []
-    for trace in trace_blocks(model, ids.view(1, -1)):
-        tower, layout = trace.block.tower, trace.layout
-        each = torch.stack(tower.weighted_levels(trace.read, trace.levels.features, layout), -1)
-        lengths.append((tower.output_gate(trace.read, layout)[..., None] * each).norm(dim=2)[0].T)
-    return torch.stack(lengths)
+    return torch.stack([_lengths(trace) for trace in trace_blocks(model, ids.view(1, -1))])
+
+
+def _lengths(trace: BlockTrace) -> Tensor:
+    """Of what each level of a block adds, for the first row: (K, T)."""
+    tower, layout = trace.block.tower, trace.layout
+    each = torch.stack(tower.weighted_levels(trace.read, trace.levels.features, layout, trace.state.held), -1)
+    return (tower.output_gate(trace.read, layout)[..., None] * each).norm(dim=2)[0].T
+
+
+@torch.no_grad()
+def read_on(model: DyadForCausalLM, ids: Tensor, cache: DyadCache) -> ChunkTrace:
+    """Read a chunk and say what was found in it. Chunks of any size give the same.
+
+    Args:
+        model: in evaluation mode.
+        ids: (1, T) int64, T > 0.
+        cache: of one row, or empty; it moves on.
+    """
+    inner, config = model.model, model.config
+    states, text, _ = carried_by(cache, len(inner.layers))
+    clock = make_clock(*ids.shape, position=cache.position, device=ids.device)
+    segments, contexts, _, _ = read_text(inner, ids, None, clock, text)
+    slots = None
+    if contexts is not None and config.slot_contexts and config.slot_layers and plans_alike(config):
+        tables = states[config.slot_layers[0]].slots
+        slots = plan_slots(contexts, clock, config, SlotState(*tables) if tables else None)
+        _ = slots.survivors  # now: a pass over one token writes into the tables that the plan looks at
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, output_hidden_states=True, return_dict=True)
+    outputs = output.hidden_states
+    layout = chunk_layout(clock, segments, inner.progress, config, outputs[0].dtype)
+    traces = list(_blocks(model, outputs, layout, states))
+    names = [name for name in config.semantic_levels or () if name != LEARNED]
+    begins = {} if segments is None else dict(zip(names, segments.begins[0].unbind(-1), strict=True))
+    if traces[0].levels.boundary is not None:
+        begins[LEARNED] = traces[0].levels.boundary[0]
+    return ChunkTrace(output.logits[0], torch.stack([_lengths(trace) for trace in traces]), begins, slots)
 
 
 @torch.no_grad()

@@ -111,9 +111,11 @@ class Selected(Tower):
             written = written + by_head(update, weights[:, :, level])
         return written, routes, held
 
-    def weighted_levels(self, x: Tensor, features: dict[int, Tensor], layout: ChunkLayout) -> list[Tensor]:
+    def weighted_levels(
+        self, x: Tensor, features: dict[int, Tensor], layout: ChunkLayout, held: tuple[Tensor, ...] = ()
+    ) -> list[Tensor]:
         each = super().weighted_levels(x, features, layout)
-        routes, _ = self.selector(x, layout.clock, layout.progress, ())
+        routes, _ = self.selector(x, layout.clock, layout.progress, held)
         return [by_head(update, routes[..., level] * len(each)) for level, update in enumerate(each)]
 
 
