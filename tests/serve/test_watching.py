@@ -7,12 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyadlm.data.encoding import ByteTokenizer
+from dyadlm.engine.bridge import decoder_of
 from dyadlm.errors import UserError
 from dyadlm.generate import Sampling
 from dyadlm.model.trace import level_contributions, slot_hits
 from dyadlm.serve import watching
 from dyadlm.serve.watching import Watcher
 
+from ..engine.conftest import make_model as make_engine_model
 from ..model.conftest import VARIANTS, make_model
 
 TEXT = "the cat sat on the mat. The cat ate; the rat sat.\n\nOn the mat the cat sat, é"
@@ -141,6 +143,42 @@ def test_writing_reads_what_it_writes(monkeypatch):
     other = Watcher(model, ByteTokenizer())
     list(other.read(other.encode("the cat ")))
     assert [m.token for m in other.write(12, Sampling(temperature=0.8, seed=3))] == [m.token for m in written]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 40])
+def test_the_engine_writes_what_torch_writes(most, monkeypatch):
+    model = make_engine_model()
+    assert decoder_of(model) is not None
+    written = []
+    for engine in (True, False):
+        if not engine:
+            monkeypatch.setattr(watching, "decoder_of", lambda model: None)
+        watcher = Watcher(model, ByteTokenizer())
+        list(watcher.read(watcher.encode("the cat ")))
+        written.append(list(watcher.write(most, Sampling(temperature=0.7, seed=5))))
+        assert watcher.tokens == 8 + len(written[-1])
+    one, other = written
+    assert [(m.index, m.token, m.segments, m.slots) for m in one] == [
+        (m.index, m.token, m.segments, m.slots) for m in other
+    ]
+    assert len(one) == most
+    assert [m.bits for m in one] == pytest.approx([m.bits for m in other], abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_an_end_of_text_ends_and_is_not_read(engine, monkeypatch):
+    model = make_engine_model()
+    watcher = Watcher(model, ByteTokenizer())
+    list(watcher.read(list(b"the cat ")))
+    free = [m.token for m in watcher.write(30, Sampling(seed=2))]
+    model.generation_config.eos_token_id = free[6]
+    before = free[: free.index(free[6])]
+    if not engine:
+        monkeypatch.setattr(watching, "decoder_of", lambda model: None)
+    watcher = Watcher(model, ByteTokenizer())
+    list(watcher.read(list(b"the cat ")))
+    assert [m.token for m in watcher.write(30, Sampling(seed=2))] == before
+    assert watcher.tokens == 8 + len(before)
 
 
 def test_state_stays_and_text_adds_up(monkeypatch):

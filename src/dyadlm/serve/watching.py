@@ -1,6 +1,7 @@
 """What a model does at each token that it reads or writes, for a page that shows it.
 
-Text is read in chunks, and a continuation token by token; both tell the same of every token.
+Text is read in chunks, and a continuation is written by the engine, where it can, and looked at some tokens at a time.
+Chunks of any size tell the same of every token.
 
 Dimension letters: T tokens, V vocabulary, K levels, N tables of slots, A sets of a table, W ways of a set.
 """
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 
 from dyadlm.causal_lm import Continuation
 from dyadlm.data.encoding import NUM_BYTES, AnyTokenizer, byte_identity, tokenizer_identity
+from dyadlm.engine import Engine
+from dyadlm.engine.bridge import decoder_of
 from dyadlm.errors import UserError
 from dyadlm.evaluate.inspection import level_names
 from dyadlm.generate.decoding import INCOMPLETE, IncrementalDecoder
@@ -30,6 +33,9 @@ from dyadlm.ops.slots import SlotLookup
 
 # Tokens of a text that are read at once: few, so that a reader sees them come and may stop.
 CHUNK = 128
+# Tokens of a continuation that the engine writes before they are looked at: more and more of them, so that the first
+# ones come at once and the rest come fast.
+AHEAD = (1, 1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,18 @@ class Slot:
 class Moment:
     """One token.
 
-    index: its number in the session. text: what it adds to the text, empty within a character. read: from the request,
-    or written by the model. bits: its surprise; None where nothing predicted it. entropy: of the next token, in bits.
+    index: its number in the session. text: what it adds to the text, empty within a character. name: what stands for
+    it in a list. read: from the request, or written by the model. bits: its surprise; None where nothing predicted it, or it had no chance at all. entropy:
+    of the next token, in bits.
     top: the likeliest next tokens and their probabilities. levels, segments, slots: as `read_on` tells; segments names
     the semantic levels at which a segment begins with this token. state_bytes: after it; None where it is not known.
-    ms: milliseconds; of a chunk, the mean.
+    ms: milliseconds, with what looking takes; of a chunk, the mean.
     """
 
     index: int
     token: int
     text: str
+    name: str
     read: bool
     bits: float | None
     entropy: float
@@ -75,8 +83,17 @@ class Moment:
     ms: float
 
     def as_json(self) -> dict[str, Any]:
-        """With plain lists and records."""
-        return asdict(self)
+        """With plain lists and records, and as many digits as are worth sending."""
+        found: dict[str, Any] = _rounded(asdict(self))
+        return found
+
+
+def _rounded(part: Any) -> Any:
+    if isinstance(part, float):
+        return float(f"{part:.5g}")
+    if isinstance(part, dict):
+        return {name: _rounded(own) for name, own in part.items()}
+    return [_rounded(own) for own in part] if isinstance(part, list | tuple) else part
 
 
 class SlotTimes:
@@ -143,7 +160,7 @@ class Watcher:
         self.ours = isinstance(model, DyadForCausalLM)
         self.state = state or (DyadCache() if self.ours else Continuation(model))
         self._logits = None if logits is None else torch.from_numpy(logits)
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder, self._clock = IncrementalDecoder(tokenizer), 0.0
         self._names, self._times = _Names(tokenizer), None
         self._ends = end_tokens(model)
         if self.ours:
@@ -174,6 +191,7 @@ class Watcher:
         size = cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
         if not all(0 <= token < size for token in ids):
             raise UserError(f"The vocabulary of the model has {size} tokens, from 0 to {size - 1}; use those alone.")
+        self._clock = time.perf_counter()
         for at in range(0, len(ids), CHUNK):
             yield from self._chunk(ids[at : at + CHUNK], read=True)
 
@@ -184,18 +202,48 @@ class Watcher:
         """
         if most and self._logits is None:
             raise UserError("There is nothing to continue from; give a text of at least one character.")
-        sampler = Sampler(sampling)
+        self._clock = time.perf_counter()
+        for tokens in self._written(most, Sampler(sampling)):
+            yield from self._chunk(tokens, read=False)
+
+    def _written(self, most: int, sampler: Sampler) -> Iterator[list[int]]:
+        """The tokens of a continuation, some at once; those handed out are to be read before the next are asked for."""
+        decoder = decoder_of(cast(DyadForCausalLM, self.model)) if self.ours else None
+        if decoder is not None and isinstance(self.state, DyadCache):
+            yield from self._foreseen(most, sampler, decoder.engine, self.state)
+            return
         for _ in range(most):
             if isinstance(self.state, Continuation) and self.state.room == 0:
                 return
             token = sampler(require_numbers(self.logits))
             if token in self._ends:
                 return
-            yield from self._chunk([token], read=False)
+            yield [token]
+
+    def _foreseen(self, most: int, sampler: Sampler, engine: Engine, state: DyadCache) -> Iterator[list[int]]:
+        """Tokens that the engine writes, from a state of its own; it is much faster than what looks at them."""
+        tensors = {name: tensor.numpy() for name, tensor in state.tensors().items()}
+        own, logits = engine.state_from(tensors, state.columns_seen), self.logits
+        sizes, written = iter(AHEAD), 0
+        size = 1
+        while written < most:
+            size = next(sizes, size)
+            tokens: list[int] = []
+            while len(tokens) < min(size, most - written):
+                token = sampler(require_numbers(logits))
+                if token in self._ends:
+                    break
+                tokens.append(token)
+                logits = engine.step(own, token)
+            if tokens:
+                yield tokens
+            if len(tokens) < size:
+                return
+            written += len(tokens)
 
     @torch.no_grad()
     def _chunk(self, ids: Sequence[int], read: bool) -> list[Moment]:
-        began, start = time.perf_counter(), self.tokens
+        start = self.tokens
         tokens = torch.tensor([list(ids)], device=self.model.device)
         trace: ChunkTrace | None = None
         if isinstance(self.state, DyadCache):
@@ -203,22 +251,26 @@ class Watcher:
             logits = trace.logits.float()
         else:
             logits = self.state.read(tokens)[0].float()
-        likely = logits.log_softmax(-1) / math.log(2)
+        likely = require_numbers(logits).log_softmax(-1) / math.log(2)
         entropy = -(likely.exp2() * likely).nan_to_num(0.0).sum(-1)  # a token of no chance adds nothing
         before = likely[:-1]
         if self._logits is not None:
             before = torch.cat([self._logits.to(likely.device).log_softmax(-1)[None] / math.log(2), before])
         told = before.gather(-1, tokens[0, len(ids) - len(before) :, None]).squeeze(-1)
-        bits: list[float | None] = [None] * (len(ids) - len(before)) + [-own for own in told.tolist()]
+        bits: list[float | None] = [-own if math.isfinite(own) else None for own in told.tolist()]
+        if len(bits) < len(ids):  # nothing predicted the first
+            bits.insert(0, None)
         chances, following = (part.tolist() for part in likely.exp2().topk(min(self.top, likely.shape[-1])))
         levels, segments, slots = self._inside(trace, len(ids))
         self._logits, self.tokens = logits[-1].clone(), start + len(ids)
-        size, spent = self.state.state_bytes(), (time.perf_counter() - began) * 1000 / len(ids)
+        size, now = self.state.state_bytes(), time.perf_counter()
+        spent, self._clock = (now - self._clock) * 1000 / len(ids), now
         return [
             Moment(
                 index=start + number,
                 token=token,
                 text=self._decoder.push(token),
+                name=self._names(token),
                 read=read,
                 bits=bits[number],
                 entropy=float(entropy[number]),
