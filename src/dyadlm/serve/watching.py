@@ -61,11 +61,11 @@ class Moment:
     """One token.
 
     index: its number in the session. text: what it adds to the text, empty within a character. name: what stands for
-    it in a list. read: from the request, or written by the model. bits: its surprise; None where nothing predicted it, or it had no chance at all. entropy:
-    of the next token, in bits.
-    top: the likeliest next tokens and their probabilities. levels, segments, slots: as `read_on` tells; segments names
-    the semantic levels at which a segment begins with this token. state_bytes: after it; None where it is not known.
-    ms: milliseconds, with what looking takes; of a chunk, the mean.
+    it in a list. read: from the request, or written by the model. bits: its surprise; None where nothing predicted it,
+    or it had no chance at all. entropy: of the next token, in bits. top: the likeliest next tokens and their
+    probabilities. levels, segments, slots: as `read_on` tells; segments names the semantic levels at which a segment
+    begins with this token. state_bytes: after it; None where it is not known. ms: milliseconds, with what looking
+    takes; of a chunk, the mean.
     """
 
     index: int

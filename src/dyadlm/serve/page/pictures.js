@@ -125,7 +125,7 @@ export function drawBars(list, top, came) {
     bar.className = "bar";
     bar.style.width = `${(100 * chance).toFixed(2)}%`;
     share.className = "share";
-    share.textContent = `${(100 * chance).toFixed(1)} %`;
+    share.textContent = chance < 0.0005 ? "< 0.1 %" : `${(100 * chance).toFixed(1)} %`;
     const area = document.createElement("span");
     area.append(bar);
     bar.style.display = "block";
