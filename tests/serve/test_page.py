@@ -2,14 +2,8 @@
 
 import shutil
 import time
-from contextlib import ExitStack
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from dyadlm.data.encoding import ByteTokenizer
-
-from ..engine.conftest import make_model
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -28,22 +22,6 @@ FLAGS = (
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 HOSTILE = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>&amp;'
 EDGES = [390, 1280]
-
-
-@pytest.fixture(scope="module")
-def models():
-    others = LlamaConfig(
-        vocab_size=259,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=258,
-    )
-    return {
-        "ours": (make_model(), ByteTokenizer()),
-        "theirs": (LlamaForCausalLM(others).eval(), ByteTokenizer()),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +97,12 @@ class Page:
 
 
 @pytest.fixture
-def serving(models):
-    """Starts a server of the models. key: that it asks for."""
-    from .small_server import SmallServer
-
-    with ExitStack() as running:
-        yield lambda key=None: running.enter_context(SmallServer(models, key))
+def server(serve):
+    return serve(("small", "llama"))
 
 
-@pytest.fixture
-def server(serving):
-    return serving()
+def session_named(server, name):
+    return server.server_state.store.find(name)
 
 
 @pytest.fixture
@@ -205,9 +178,9 @@ def test_a_fork_goes_on_exactly_from_its_moment(page, server):
     assert names == ["Text 1", "Text 1 › 11", "Text 3"]
     page.browser.find_element("css selector", "#tabs [aria-label='Show Text 1']").click()
     page.until(lambda: "".join(page.tokens) == "the cat sat on the mat", "the first text is shown again")
-    before = len(server.sessions)
+    before = len(server.server_state.store)
     page.browser.find_element("css selector", "#tabs [aria-label='Drop Text 3']").click()
-    page.until(lambda: len(server.sessions) < before, "what is not needed is deleted on the server")
+    page.until(lambda: len(server.server_state.store) < before, "what is not needed is deleted on the server")
 
 
 def test_two_futures_side_by_side(page):
@@ -239,19 +212,18 @@ def test_a_moment_is_saved_opened_and_deleted(page, server):
     page.choose(6)
     page["name"].send_keys("cat.1")
     page.press("save", "Saving")
-    saved = next(own for own in server.sessions.values() if own["name"] == "cat.1")
-    assert saved["watcher"].tokens == 7
-    assert saved["place"] == "disk"
+    saved = session_named(server, "cat.1")
+    assert saved.tokens == 7
+    assert saved.saved
     assert "cat.1" in page["saved"].text
-    saved["tail"] = "the cat"
     page.press("new")
     page.browser.find_element("css selector", "#saved [aria-label='Open cat.1']").click()
     page.ends("Opening")
-    assert "7 earlier tokens" in page["text"].text
+    assert "[7 earlier tokens] … the cat" in page["text"].text
     page.script("document.getElementById('count').value = 5")
     page.press("do-write", "Writing")
     assert len(page.tokens) == 5
-    assert saved["watcher"].tokens == 7, "the saved session stays as it is"
+    assert saved.tokens == 7, "the saved session stays as it is"
     page.browser.find_element("css selector", "#saved [aria-label='Delete cat.1']").click()
     page.ends("Deleting")
     assert "None yet" in page["saved"].text
@@ -340,7 +312,7 @@ def test_what_is_shown_is_never_run(page, server):
     assert "".join(page.tokens) == HOSTILE
     page["name"].send_keys("plain")
     page.press("save", "Saving")
-    next(own for own in server.sessions.values() if own["name"] == "plain").update(name=HOSTILE, tail=HOSTILE)
+    session_named(server, "plain").name = HOSTILE
     page.browser.refresh()
     page.ready()
     assert HOSTILE in page["saved"].text
@@ -353,7 +325,7 @@ def test_what_is_shown_is_never_run(page, server):
 
 def test_a_model_of_others_works_without_sessions(page, server):
     page.script(
-        "const box = document.getElementById('model'); box.value = 'theirs'; box.dispatchEvent(new Event('change'))"
+        "const box = document.getElementById('model'); box.value = 'llama'; box.dispatchEvent(new Event('change'))"
     )
     assert not page["savable"].is_displayed()
     page.type("the cat")
@@ -434,8 +406,8 @@ return [...document.querySelectorAll('body *')].filter((own) => seen(own)
 """
 
 
-def test_a_key_is_asked_for_and_stays_in_the_tab(browser, serving):
-    server = serving("secret")
+def test_a_key_is_asked_for_and_stays_in_the_tab(browser, serve):
+    server = serve(("small", "llama"), key="secret")
     page = Page(browser, server.url)
     page.until(lambda: page["ask"].is_displayed(), "a key is asked for")
     page["key"].send_keys("wrong")

@@ -143,6 +143,30 @@ def _lengths(trace: BlockTrace) -> Tensor:
     return (tower.output_gate(trace.read, layout)[..., None] * each).norm(dim=2)[0].T
 
 
+def _planned(
+    model: DyadForCausalLM, ids: Tensor, cache: DyadCache
+) -> tuple[Clock, SegmentPlan | None, SlotLookup | None]:
+    """The clock and the plans of a chunk (1, T) before it is read."""
+    config = model.config
+    states, text, _ = carried_by(cache, len(model.model.layers))
+    clock = make_clock(*ids.shape, position=cache.position, device=ids.device)
+    segments, contexts, _, _ = read_text(model.model, ids, None, clock, text)
+    if contexts is None or not config.slot_contexts or not config.slot_layers or not plans_alike(config):
+        return clock, segments, None
+    tables = states[config.slot_layers[0]].slots
+    slots = plan_slots(contexts, clock, config, SlotState(*tables) if tables else None)
+    _ = slots.survivors  # now: a pass over one token writes into the tables that the plan looks at
+    return clock, segments, slots
+
+
+@torch.no_grad()
+def pass_over(model: DyadForCausalLM, ids: Tensor, cache: DyadCache) -> tuple[Tensor, SlotLookup | None]:
+    """Read a chunk as `read_on` does, but look at nothing; the logits (V,) after it, and the plan of its slots."""
+    slots = _planned(model, ids, cache)[2]
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
+    return output.logits[0, -1], slots
+
+
 @torch.no_grad()
 def read_on(model: DyadForCausalLM, ids: Tensor, cache: DyadCache) -> ChunkTrace:
     """Read a chunk and say what was found in it. Chunks of any size give the same.
@@ -153,14 +177,8 @@ def read_on(model: DyadForCausalLM, ids: Tensor, cache: DyadCache) -> ChunkTrace
         cache: of one row, or empty; it moves on.
     """
     inner, config = model.model, model.config
-    states, text, _ = carried_by(cache, len(inner.layers))
-    clock = make_clock(*ids.shape, position=cache.position, device=ids.device)
-    segments, contexts, _, _ = read_text(inner, ids, None, clock, text)
-    slots = None
-    if contexts is not None and config.slot_contexts and config.slot_layers and plans_alike(config):
-        tables = states[config.slot_layers[0]].slots
-        slots = plan_slots(contexts, clock, config, SlotState(*tables) if tables else None)
-        _ = slots.survivors  # now: a pass over one token writes into the tables that the plan looks at
+    states, _, _ = carried_by(cache, len(inner.layers))
+    clock, segments, slots = _planned(model, ids, cache)
     output = model(input_ids=ids, past_key_values=cache, use_cache=True, output_hidden_states=True, return_dict=True)
     outputs = output.hidden_states
     layout = chunk_layout(clock, segments, inner.progress, config, outputs[0].dtype)

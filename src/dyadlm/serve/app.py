@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.serve import completing, session_routes, texts
+from dyadlm.serve import completing, page_routes, session_routes, texts, watch
 from dyadlm.serve.answers import ClientLeft, as_api_error
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.security import Gate
@@ -53,8 +53,9 @@ def create_app(
     app = FastAPI(title="dyadlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     _handle_errors(app)
-    for router in (_models(server), *(part.routes(server) for part in (completing, session_routes, texts))):
+    for router in (_models(server), *(part.routes(server) for part in (completing, session_routes, texts, watch))):
         app.include_router(router)
+    app.include_router(page_routes.routes())
 
     def larger(path: str) -> int | None:
         if path != RESTORE:

@@ -22,7 +22,7 @@ from dyadlm.state_file import read_beside
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dyadlm.model import DyadForCausalLM
+    from dyadlm.model import DyadCache, DyadForCausalLM
 
 # Beside the state in a file: the logits of the next token.
 LOGITS = "serve.logits"
@@ -83,6 +83,14 @@ class Rows(Protocol):
         """Bytes of the row's state and logits."""
         ...
 
+    def cache(self, row: Row) -> "DyadCache":
+        """A copy of the state of a row of ours that is not seated, as torch has it."""
+        ...
+
+    def taken(self, cache: "DyadCache", logits: np.ndarray | None, tokens: int) -> Row:
+        """A row of ours that stands where torch does, tokens read, with the logits of the next."""
+        ...
+
     def save(self, row: Row, path: Path, beside: Mapping[str, np.ndarray]) -> None:
         """Write a row that is not seated, with its logits and numbers beside it, atomically."""
         ...
@@ -140,6 +148,18 @@ class EngineRows:
         held = () if row.logits is None else (row.logits,)
         return sum(array.nbytes for array in (*row.state.arrays().values(), *held))
 
+    def cache(self, row: Row) -> "DyadCache":
+        from dyadlm.engine.bridge import cache_of
+
+        return cache_of(row.state.copy())
+
+    def taken(self, cache: "DyadCache", logits: np.ndarray | None, tokens: int) -> Row:
+        return Row(self._taken_state(cache), logits, tokens, begins=not tokens)
+
+    def _taken_state(self, cache: "DyadCache") -> EngineState:
+        tensors = {name: tensor.numpy() for name, tensor in cache.tensors().items()}
+        return self.engine.state_from(tensors, cache.columns_seen)
+
     def save(self, row: Row, path: Path, beside: Mapping[str, np.ndarray]) -> None:
         self.engine.save_state(row.state, path, {**beside, **logits_beside(row)})
 
@@ -160,8 +180,7 @@ class EngineRows:
         cache = cache_of(row.state)
         with torch.inference_mode():
             output = self._model(torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True)
-        tensors = {name: tensor.numpy() for name, tensor in output.past_key_values.tensors().items()}
-        row.state = self.engine.state_from(tensors, output.past_key_values.columns_seen)
+        row.state = self._taken_state(output.past_key_values)
         return np.asarray(output.logits[0].numpy())
 
     def _seat(self, rows: Sequence[Row]) -> None:
@@ -247,6 +266,19 @@ class ReaderRows:
     def nbytes(self, row: Row) -> int:
         cache = row.state.state
         return (0 if cache is None else cache.state_bytes()) + (0 if row.logits is None else row.logits.nbytes)
+
+    def cache(self, row: Row) -> "DyadCache":
+        from dyadlm.model import DyadCache
+
+        kept = row.state.state
+        return DyadCache() if kept is None else kept.copy()
+
+    def taken(self, cache: "DyadCache", logits: np.ndarray | None, tokens: int) -> Row:
+        row = self.start()
+        row.state.state = cache
+        if logits is not None:
+            row.state.expect(logits, None)
+        return Row(row.state, logits, tokens, begins=not tokens)
 
     def save(self, row: Row, path: Path, beside: Mapping[str, np.ndarray]) -> None:
         row.state.save(path, {**beside, **logits_beside(row)})

@@ -1,136 +1,160 @@
-"""`POST /v1/watch`: what a model does at each token, as server-sent events; and the page at `/` that shows it."""
+"""`POST /v1/watch`: what a model does at each token, as server-sent events."""
 
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, aclosing
-from importlib.resources import files
-from time import perf_counter
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from time import monotonic, perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from anyio import CancelScope
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.concurrency import iterate_in_threadpool
+from torch import Tensor
 
+from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.generate.sampling import Sampling
+from dyadlm.serve.answers import as_api_error
+from dyadlm.serve.errors import ApiError
+from dyadlm.serve.openai_api import Body, Seed, Text, Token, parsed
+from dyadlm.serve.rows import Row
+from dyadlm.serve.server import Server, require_sessions
+from dyadlm.serve.sessions import Session
 from dyadlm.serve.watching import Moment, Watcher
 
-# Nothing but what the server itself sends is loaded or asked, and nothing runs that stands in the page's text.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-PAGE = {
-    "index.html": "text/html",
-    "style.css": "text/css",
-    "app.js": "text/javascript",
-    "client.js": "text/javascript",
-    "future.js": "text/javascript",
-    "pictures.js": "text/javascript",
-    "icon.svg": "image/svg+xml",
-}
+# Texts that are watched at once, each in a thread of its own.
+MOST = 16
+
+# When what the slots of a row hold was written. A row never changes, and forks of a session share it; one that was
+# taken up from disk is another, of which nothing is known.
+_times: "WeakKeyDictionary[Row, Tensor]" = WeakKeyDictionary()
 
 
-class WatchRequest(BaseModel):
-    """What to read and how to go on. tokens: ids to read in place of a text. top: next tokens told with each."""
+class WatchRequest(Body):
+    """What to read and how to go on. tokens: ids to read in place of a text. top: next tokens told with each. quiet:
+    nothing is told of what is read."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | None = None
-    session: str | None = None
-    text: str = ""
-    tokens: list[int] = Field(default_factory=list, max_length=1_000_000)
-    max_tokens: int = Field(default=0, ge=0, le=100_000)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
+    model: Text | None = None
+    session: Text | None = None
+    text: Text = ""
+    tokens: list[Token] = Field(default_factory=list)
+    max_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, le=2**31)
+    seed: Seed | None = None
     top: int = Field(default=10, ge=1, le=100)
+    quiet: bool = False
 
 
-class Visit(Protocol):
-    """A model or a session that is looked at, alone until it is left. watcher: stands where it stands."""
-
-    watcher: Watcher
-
-    def settle(self) -> dict[str, Any] | None:
-        """The record of the session, which stands where the watcher does from now on; None where there is none.
-
-        Leaving the visit does the same, also where the client has gone.
-        """
-        ...
-
-
-# Gives what a request is answered with; raises what the server answers errors with.
-Open = Callable[[WatchRequest], AbstractAsyncContextManager[Visit]]
-
-
-def watch_router(open_visit: Open) -> APIRouter:
-    """The endpoint, for a server that opens its models and sessions."""
+def routes(server: Server) -> APIRouter:
+    """The endpoint."""
     router = APIRouter()
+    watched = 0
 
-    async def watch(request: WatchRequest) -> Response:
-        """One event a token (`Moment`); the last is `{"done": true, "session": ..., "tokens_per_second": ...}`."""
-        sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
-        events = _events(open_visit, request, sampling)
-        first = await anext(events)  # what is refused is answered with its status, not with a stream
+    @asynccontextmanager
+    async def place() -> AsyncIterator[None]:
+        nonlocal watched
+        if watched == MOST:
+            message = f"The server lets {MOST} texts be watched at once; try again in a moment."
+            raise ApiError(429, message, code="queue_full", retry_after=2)
+        watched += 1
+        try:
+            yield
+        finally:
+            watched -= 1
+
+    async def events(body: WatchRequest, sampling: Sampling) -> AsyncGenerator[str]:
+        count, began, end = 0, perf_counter(), monotonic() + server.limits.deadline
+        async with place(), _visit(server, body) as visit:
+            try:
+                async for moment in iterate_in_threadpool(_moments(visit.watcher, body, sampling)):
+                    count += 1
+                    if moment is not None:
+                        yield _event(moment.as_json())
+                    if monotonic() > end:
+                        raise ApiError(
+                            503, "The request took too long; ask for fewer tokens.", code="deadline_exceeded"
+                        )
+            except (ApiError, UserError, RunFailed) as error:
+                if not count:
+                    raise
+                yield _event(as_api_error(error).body)
+                return
+            record = visit.settle()
+            yield _event({"done": True, "session": record, "tokens_per_second": count / (perf_counter() - began)})
+
+    @router.post("/v1/watch")
+    async def watch(request: Request) -> Response:
+        """One event a token (`Moment`); the last is `{"done": true, "session": …, "tokens_per_second": …}`."""
+        body = parsed(WatchRequest, await request.body())
+        if body.text and body.tokens:
+            raise ApiError(400, "Give either text or tokens, not both.", param="tokens")
+        if body.max_tokens > server.limits.max_tokens:
+            raise ApiError(400, f"The server writes at most {server.limits.max_tokens} tokens.", param="max_tokens")
+        stream = events(body, Sampling(body.temperature, body.top_k, body.top_p, body.seed))
+        first = await anext(stream)  # what is refused is answered with its status, not with a stream
         return _Stream(
-            _preceded(first, events),
+            _preceded(first, stream),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
-    router.add_api_route("/v1/watch", watch, methods=["POST"])
     return router
 
 
-def page_router() -> APIRouter:
-    """The page and its files."""
-    router = APIRouter()
+class _Visit:
+    """A model or a session that is watched."""
 
-    def served(name: str) -> Response:
-        return Response(
-            (files("dyadlm.serve") / "page" / name).read_bytes(),
-            media_type=PAGE[name],
-            headers={
-                "Content-Security-Policy": POLICY,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-cache",
-            },
-        )
+    def __init__(self, server: Server, watcher: Watcher, session: Session | None):
+        self.watcher, self._server, self._session, self._from = watcher, server, session, watcher.tokens
 
-    router.add_api_route("/", lambda: served("index.html"), include_in_schema=False)
-    for name in PAGE.keys() - {"index.html"}:
-        router.add_api_route(f"/page/{name}", lambda name=name: served(name), include_in_schema=False)
-    return router
+    def settle(self) -> dict[str, Any] | None:
+        """Let the session stand where the watcher stands; its record, None without one."""
+        if self._session is None:
+            return None
+        if self.watcher.tokens > self._from:
+            row = self._session.model.rows.taken(self.watcher.state, self.watcher.logits, self.watcher.tokens)
+            if (times := self.watcher.times) is not None:
+                _times[row] = times
+            self._server.store.commit(self._session, row, self.watcher.tail)
+            self._from, self.watcher.tail = self.watcher.tokens, ""
+        return self._session.described()
 
 
-def _moments(watcher: Watcher, request: WatchRequest, sampling: Sampling) -> Iterator[Moment]:
-    if request.text and request.tokens:
-        raise UserError("Give either text or tokens, not both.")
-    watcher.top = request.top
-    yield from watcher.read(request.tokens or watcher.encode(request.text))
-    yield from watcher.write(request.max_tokens, sampling)
-
-
-async def _events(open_visit: Open, request: WatchRequest, sampling: Sampling) -> AsyncGenerator[str]:
-    """The stream. Where the client leaves, the session has read what was sent, and perhaps a little more."""
-    count, began = 0, perf_counter()
-    async with open_visit(request) as visit:
+@asynccontextmanager
+async def _visit(server: Server, body: WatchRequest) -> AsyncIterator[_Visit]:
+    """What the request watches. A session stands in the end where the watcher does, also if the client has gone."""
+    if body.session is None:
+        model = server.model_of(body.model)
+        yield _Visit(server, Watcher(model.model, model.tokenizer, top=body.top), None)
+        return
+    require_sessions(server.model_of(body.model))
+    session = server.session_of(body.session, body.model)
+    async with server.continuing(session) as row:
+        rows, model = session.model.rows, session.model
+        given = (rows.cache(row), row.logits, row.tokens, _times.get(row), body.top)
+        visit = _Visit(server, Watcher(model.model, model.tokenizer, *given), session)
         try:
-            async for moment in iterate_in_threadpool(_moments(visit.watcher, request, sampling)):
-                count += 1
-                yield _event(moment.as_json())
-        except (UserError, RunFailed) as error:
-            if not count:
-                raise
-            yield _event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
-            return
-        record = visit.settle()
-        yield _event({"done": True, "session": record, "tokens_per_second": count / (perf_counter() - began)})
+            yield visit
+        finally:
+            visit.settle()
+
+
+def _moments(watcher: Watcher, body: WatchRequest, sampling: Sampling) -> Iterator[Moment | None]:
+    """What is told; None now and then where nothing is."""
+    ids = body.tokens or (watcher.encode(body.text) if body.text else [])
+    if not ids and not watcher.tokens and body.max_tokens:
+        ids = [prefix_token(watcher.tokenizer)]
+    if body.quiet:
+        for _ in watcher.skip(ids):
+            yield None
+    else:
+        yield from watcher.read(ids)
+    yield from watcher.write(body.max_tokens, sampling)
 
 
 async def _preceded(first: str, events: AsyncGenerator[str]) -> AsyncGenerator[str]:

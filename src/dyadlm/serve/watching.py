@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dyadlm.causal_lm import Continuation
+from dyadlm.causal_lm import Continuation, vocabulary_size
 from dyadlm.data.encoding import NUM_BYTES, AnyTokenizer, byte_identity, tokenizer_identity
 from dyadlm.engine import Engine
 from dyadlm.engine.bridge import decoder_of
@@ -28,11 +28,15 @@ from dyadlm.generate.sampling import Sampler, Sampling
 from dyadlm.generate.session import require_numbers
 from dyadlm.generate.torch_reader import end_tokens
 from dyadlm.model import DyadCache, DyadConfig, DyadForCausalLM
-from dyadlm.model.trace import ChunkTrace, read_on
+from dyadlm.model.trace import ChunkTrace, pass_over, read_on
 from dyadlm.ops.slots import SlotLookup
 
 # Tokens of a text that are read at once: few, so that a reader sees them come and may stop.
 CHUNK = 128
+# Characters of the text that are kept.
+TAIL = 200
+# Tokens that are passed over at once.
+PASSED = 1024
 # Tokens of a continuation that the engine writes before they are looked at: more and more of them, so that the first
 # ones come at once and the rest come fast.
 AHEAD = (1, 1, 2, 4, 8)
@@ -140,8 +144,8 @@ class Watcher:
     """A model with the state of all it has read, and what is told of each token.
 
     state: the `DyadCache` of our models; of others `Continuation`, which grows. logits: of the next token, float32
-    (V,); None where nothing predicts it. tokens: how many were read. times: of the slots, for a watcher that goes on;
-    None without slots whose plan the tokens decide.
+    (V,); None where nothing predicts it. tokens: how many were read. tail: the end of the text that was read here.
+    times: of the slots, for a watcher that goes on; None without slots.
     """
 
     def __init__(
@@ -160,7 +164,7 @@ class Watcher:
         self.ours = isinstance(model, DyadForCausalLM)
         self.state = state or (DyadCache() if self.ours else Continuation(model))
         self._logits = None if logits is None else torch.from_numpy(logits)
-        self._decoder, self._clock = IncrementalDecoder(tokenizer), 0.0
+        self._decoder, self._clock, self.tail = IncrementalDecoder(tokenizer), 0.0, ""
         self._names, self._times = _Names(tokenizer), None
         self._ends = end_tokens(model)
         if self.ours:
@@ -188,12 +192,21 @@ class Watcher:
 
     def read(self, ids: Sequence[int]) -> Iterator[Moment]:
         """Read tokens, in chunks. Raises `UserError` for a token outside the vocabulary, and if there is no room."""
-        size = cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
-        if not all(0 <= token < size for token in ids):
-            raise UserError(f"The vocabulary of the model has {size} tokens, from 0 to {size - 1}; use those alone.")
+        self._require_known(ids)
         self._clock = time.perf_counter()
         for at in range(0, len(ids), CHUNK):
             yield from self._chunk(ids[at : at + CHUNK], read=True)
+
+    def skip(self, ids: Sequence[int]) -> Iterator[int]:
+        """Read tokens without looking; yields how many were read, now and then. Raises as `read` does."""
+        self._require_known(ids)
+        for at in range(0, len(ids), PASSED):
+            yield self._skip(ids[at : at + PASSED])
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        size = vocabulary_size(self.model)
+        if not all(0 <= token < size for token in ids):
+            raise UserError(f"The vocabulary of the model has {size} tokens, from 0 to {size - 1}; use those alone.")
 
     def write(self, most: int, sampling: Sampling) -> Iterator[Moment]:
         """Continue with at most so many tokens, one by one. An end of text ends it and is not read.
@@ -269,7 +282,7 @@ class Watcher:
             Moment(
                 index=start + number,
                 token=token,
-                text=self._decoder.push(token),
+                text=self._tell(token),
                 name=self._names(token),
                 read=read,
                 bits=bits[number],
@@ -285,6 +298,26 @@ class Watcher:
             )
             for number, token in enumerate(ids)
         ]
+
+    @torch.no_grad()
+    def _skip(self, ids: Sequence[int]) -> int:
+        tokens = torch.tensor([list(ids)], device=self.model.device)
+        if isinstance(self.state, DyadCache):
+            logits, slots = pass_over(cast(DyadForCausalLM, self.model), tokens, self.state)
+            if slots is not None and self._times is not None:
+                self._times.follow(slots, self.tokens)
+        else:
+            logits = self.state.read(tokens)[0, -1]
+        self._logits, self.tokens = logits.float().clone(), self.tokens + len(ids)
+        for token in ids:
+            self._tell(token)
+        return len(ids)
+
+    def _tell(self, token: int) -> str:
+        """What a token adds to the text."""
+        text = self._decoder.push(token)
+        self.tail = (self.tail + text)[-TAIL:]
+        return text
 
     def _inside(
         self, trace: ChunkTrace | None, count: int

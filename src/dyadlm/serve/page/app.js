@@ -110,15 +110,15 @@ function keepInSight(box, part) {
   if (above < box.scrollTop || below > box.scrollTop + box.clientHeight) box.scrollTop = below - box.clientHeight + 12;
 }
 
-function summary(tokens) {
-  const known = tokens.filter((own) => own.bits !== null);
-  const mean = known.reduce((sum, own) => sum + own.bits, 0) / Math.max(known.length, 1);
-  return `${count(tokens.length, "token")}, mean surprise ${mean.toFixed(2)} bits a token`;
+// From the token with number `from` on, where bits and known stood as told.
+function summary(own, from = 0, bits = 0, known = 0) {
+  const mean = (own.bits - bits) / Math.max(own.known - known, 1);
+  return `${count(own.length - from, "token")}, mean surprise ${mean.toFixed(2)} bits a token`;
 }
 
 // ---- Everything that depends on the chosen moment
 
-let drawing = 0;
+let drawing = 0, costsDrawn = 0;
 
 function redraw() {
   drawing ||= requestAnimationFrame(() => {
@@ -134,7 +134,7 @@ function draw() {
   if (view.to < future.length && (follows || future.length < MOST_SHOWN)) addText();
   const own = future.tokens[here];
   markText();
-  at("sum").textContent = future.length ? summary(future.tokens) : "";
+  at("sum").textContent = future.length ? summary(future) : "";
   const time = at("time");
   time.max = Math.max(0, future.length - 1);
   time.value = Math.max(0, here);
@@ -193,15 +193,21 @@ function drawSlots(own) {
 }
 
 function drawCosts() {
-  const times = (read) => thinned(future.tokens.map((own, i) => [i, own]).filter(([, own]) => own.read === read).map(([i, own]) => [i, own.ms]));
+  // Of long texts some tokens stand for all, and while they come in, not at each of them.
+  const now = performance.now();
+  if (running && now - costsDrawn < 300) return;
+  costsDrawn = now;
+  const step = Math.ceil(future.length / 2000);
+  const some = future.tokens.flatMap((own, i) => (i % step ? [] : [[i, own]]));
+  const times = (read) => some.filter(([, own]) => own.read === read).map(([i, own]) => [i, own.ms]);
   const reading = times(true), writing = times(false);
-  drawLines(at("ms"), [{ values: reading }, { values: writing, second: true }], future.length, timed);
+  drawLines(at("ms"), [{ values: thinned(reading) }, { values: thinned(writing), second: true }], future.length, timed);
   const middle = (points) => points.map(([, ms]) => ms).sort((a, b) => a - b)[points.length >> 1];
   const told = [];
   if (reading.length) told.push(`reading ${timed(middle(reading))} (solid)`);
   if (writing.length) told.push(`writing ${timed(middle(writing))} (dashed)`);
   at("ms-title").textContent = told.length ? `Time of a token, median: ${told.join(", ")}` : "Time of a token";
-  const sizes = future.tokens.map((own, i) => [i, own.state_bytes]).filter(([, bytes]) => bytes !== null);
+  const sizes = some.map(([i, own]) => [i, own.state_bytes]).filter(([, bytes]) => bytes !== null);
   drawLines(at("bytes"), [{ values: thinned(sizes) }], future.length, sized);
   let title = "Size of the state";
   if (sizes.length) {
@@ -214,8 +220,7 @@ function drawCosts() {
 function enable() {
   const busy = running !== null, some = here >= 0;
   for (const id of ["do-read", "do-write", "new", "model", "both"]) at(id).disabled = busy || !future;
-  at("do-write").disabled = busy || !future || !(future.length || future.start);
-  at("stop").disabled = !busy;
+    at("stop").disabled = !busy;
   for (const id of ["fork", "compare"]) at(id).disabled = busy || !some;
   at("latest").disabled = !some || follows;
   at("save").disabled = busy || !(some || future?.start);
@@ -347,12 +352,12 @@ async function writeBoth() {
     }
     own.written = true;
     const done = await Promise.allSettled(sides.map((side) => {
-      const twin = own.sides[side], box = at(`${side}-text`);
+      const twin = own.sides[side], box = at(`${side}-text`), before = [twin.length, twin.bits, twin.known];
       const asked = { ...request, temperature: Number(at(`${side}-temperature`).value), seed: Number(at(`${side}-seed`).value) };
       return twin.go(asked, (event) => {
         box.append(span(event, twin.length - 1));
         box.scrollTop = box.scrollHeight;
-        at(`${side}-sum`).textContent = summary(twin.tokens.slice(own.at));
+        at(`${side}-sum`).textContent = summary(twin, ...before);
       }, signal);
     }));
     const failed = done.find((one) => one.status === "rejected");
@@ -413,7 +418,7 @@ async function listSaved() {
   const found = await client.sessions();
   const named = found.filter((own) => own.name);
   at("saved").replaceChildren(...named.map((own) => {
-    const about = `${count(own.tokens, "token")}, ${sized(own.state_bytes)}, ${own.place === "disk" ? "saved" : "in memory"}, ${own.model}`;
+    const about = `${count(own.tokens, "token")}, ${sized(own.state_bytes)}, ${own.saved ? "saved" : "in memory"}, ${own.model}`;
     return item(
       own.name,
       about,

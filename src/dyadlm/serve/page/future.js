@@ -8,7 +8,17 @@ export class Future {
   // model: of the server. tokens: one event each. marks: {at, session}, by tokens. start, tail: what a session that was
   // opened had read before.
   constructor(client, model, { name = "Text", tokens = [], marks = [], start = 0, tail = "" } = {}) {
-    Object.assign(this, { client, model, name, tokens, marks, start, tail });
+    Object.assign(this, { client, model, name, tokens: [], marks, start, tail });
+    this.bits = 0; // of all tokens whose surprise is known
+    this.known = 0;
+    for (const event of tokens) this.take(event);
+  }
+
+  take(event) {
+    this.tokens.push(event);
+    if (event.bits === null) return;
+    this.bits += event.bits;
+    this.known += 1;
   }
 
   get length() {
@@ -35,7 +45,7 @@ export class Future {
       }
       for await (const event of this.client.watch(asked, signal)) {
         if (event.index - this.start < skip) continue;
-        this.tokens.push(event);
+        this.take(event);
         take(event);
       }
       if (session) this.mark(this.length, session);
@@ -61,8 +71,8 @@ export class Future {
   }
 
   async reread(session, tokens) {
-    const request = { model: this.model.id, session, tokens, max_tokens: 0, top: 1 };
-    for await (const _ of this.client.watch(request)) { /* it is known what it says */ }
+    const request = { model: this.model.id, session, tokens, quiet: true };
+    for await (const _ of this.client.watch(request)) { /* nothing is told but the end */ }
   }
 
   mark(at, session) {
