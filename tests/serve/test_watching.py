@@ -20,10 +20,14 @@ from ..model.conftest import VARIANTS, make_model
 TEXT = "the cat sat on the mat. The cat ate; the rat sat.\n\nOn the mat the cat sat, é"
 
 
+def all_of(chunks):
+    return [moment for moments in chunks for moment in moments]
+
+
 def watched(model, chunk, ids, monkeypatch, **options):
     monkeypatch.setattr(watching, "CHUNK", chunk)
     watcher = Watcher(model, ByteTokenizer(), **options)
-    return watcher, list(watcher.read(ids))
+    return watcher, all_of(watcher.read(ids))
 
 
 def alike(one, other):
@@ -134,15 +138,15 @@ def test_a_session_goes_on_with_known_distances_and_without(monkeypatch):
 def test_writing_reads_what_it_writes(monkeypatch):
     model = make_model(**VARIANTS["slots"]).eval()
     watcher = Watcher(model, ByteTokenizer())
-    begun = list(watcher.read(watcher.encode("the cat ")))
-    written = list(watcher.write(12, Sampling(temperature=0.8, seed=3)))
+    begun = all_of(watcher.read(watcher.encode("the cat ")))
+    written = all_of(watcher.write(12, Sampling(temperature=0.8, seed=3)))
     assert [m.index for m in begun + written] == list(range(20))
     assert not any(m.read for m in written)
     _, again = watched(model, 1000, [m.token for m in begun + written], monkeypatch)
     assert [m.bits for m in begun[1:] + written] == pytest.approx([m.bits for m in again[1:]], abs=1e-5)
     other = Watcher(model, ByteTokenizer())
-    list(other.read(other.encode("the cat ")))
-    assert [m.token for m in other.write(12, Sampling(temperature=0.8, seed=3))] == [m.token for m in written]
+    all_of(other.read(other.encode("the cat ")))
+    assert [m.token for m in all_of(other.write(12, Sampling(temperature=0.8, seed=3)))] == [m.token for m in written]
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40])
@@ -154,8 +158,8 @@ def test_the_engine_writes_what_torch_writes(most, monkeypatch):
         if not engine:
             monkeypatch.setattr(watching, "decoder_of", lambda model: None)
         watcher = Watcher(model, ByteTokenizer())
-        list(watcher.read(watcher.encode("the cat ")))
-        written.append(list(watcher.write(most, Sampling(temperature=0.7, seed=5))))
+        all_of(watcher.read(watcher.encode("the cat ")))
+        written.append(all_of(watcher.write(most, Sampling(temperature=0.7, seed=5))))
         assert watcher.tokens == 8 + len(written[-1])
     one, other = written
     assert [(m.index, m.token, m.segments, m.slots) for m in one] == [
@@ -169,15 +173,15 @@ def test_the_engine_writes_what_torch_writes(most, monkeypatch):
 def test_an_end_of_text_ends_and_is_not_read(engine, monkeypatch):
     model = make_engine_model()
     watcher = Watcher(model, ByteTokenizer())
-    list(watcher.read(list(b"the cat ")))
-    free = [m.token for m in watcher.write(30, Sampling(seed=2))]
+    all_of(watcher.read(list(b"the cat ")))
+    free = [m.token for m in all_of(watcher.write(30, Sampling(seed=2)))]
     model.generation_config.eos_token_id = free[6]
     before = free[: free.index(free[6])]
     if not engine:
         monkeypatch.setattr(watching, "decoder_of", lambda model: None)
     watcher = Watcher(model, ByteTokenizer())
-    list(watcher.read(list(b"the cat ")))
-    assert [m.token for m in watcher.write(30, Sampling(seed=2))] == before
+    all_of(watcher.read(list(b"the cat ")))
+    assert [m.token for m in all_of(watcher.write(30, Sampling(seed=2)))] == before
     assert watcher.tokens == 8 + len(before)
 
 
@@ -201,7 +205,7 @@ def test_a_model_of_others_is_watched_without_levels():
         eos_token_id=258,
     )
     watcher = Watcher(LlamaForCausalLM(config).eval(), ByteTokenizer())
-    moments = list(watcher.read(list(b"hello"))) + list(watcher.write(3, Sampling(seed=1)))
+    moments = all_of(watcher.read(list(b"hello"))) + all_of(watcher.write(3, Sampling(seed=1)))
     assert [m.index for m in moments] == list(range(8))
     assert not any(m.levels or m.segments or m.slots for m in moments)
     sizes = [m.state_bytes for m in moments]
@@ -211,7 +215,7 @@ def test_a_model_of_others_is_watched_without_levels():
 def test_parts_of_characters_have_names():
     model = make_model().eval()
     watcher = Watcher(model, ByteTokenizer(), top=259)
-    names = {name for name, _ in next(iter(watcher.read([65]))).top}
+    names = {name for name, _ in next(iter(watcher.read([65])))[0].top}
     assert {"A", " ", "\n", "<0xC3>", "<|end|>"} <= names
     assert len(names) == 259
 
@@ -219,6 +223,6 @@ def test_parts_of_characters_have_names():
 def test_what_cannot_be_is_refused():
     watcher = Watcher(make_model().eval(), ByteTokenizer())
     with pytest.raises(UserError, match="nothing to continue from"):
-        list(watcher.write(1, Sampling()))
+        all_of(watcher.write(1, Sampling()))
     with pytest.raises(UserError, match="259 tokens"):
-        list(watcher.read([259]))
+        all_of(watcher.read([259]))

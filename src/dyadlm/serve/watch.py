@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from time import monotonic, perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from dyadlm.serve.openai_api import Body, Seed, Text, Token, parsed
 from dyadlm.serve.rows import Row
 from dyadlm.serve.server import Server, require_sessions
 from dyadlm.serve.sessions import Session
-from dyadlm.serve.watching import Moment, Watcher
+from dyadlm.serve.watching import Watcher
 
 # Texts that are watched at once, each in a thread of its own.
 MOST = 16
@@ -71,10 +72,10 @@ def routes(server: Server) -> APIRouter:
         count, began, end = 0, perf_counter(), monotonic() + server.limits.deadline
         async with place(), _visit(server, body) as visit:
             try:
-                async for moment in iterate_in_threadpool(_moments(visit.watcher, body, sampling)):
-                    count += 1
-                    if moment is not None:
-                        yield _event(moment.as_json())
+                async for tokens, told in iterate_in_threadpool(_told(visit.watcher, body, sampling)):
+                    count += tokens
+                    if told:
+                        yield told
                     if monotonic() > end:
                         raise ApiError(
                             503, "The request took too long; ask for fewer tokens.", code="deadline_exceeded"
@@ -87,7 +88,6 @@ def routes(server: Server) -> APIRouter:
             record = visit.settle()
             yield _event({"done": True, "session": record, "tokens_per_second": count / (perf_counter() - began)})
 
-    @router.post("/v1/watch")
     async def watch(request: Request) -> Response:
         """One event a token (`Moment`); the last is `{"done": true, "session": …, "tokens_per_second": …}`."""
         body = parsed(WatchRequest, await request.body())
@@ -103,6 +103,7 @@ def routes(server: Server) -> APIRouter:
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
+    router.add_api_route("/v1/watch", watch, methods=["POST"])
     return router
 
 
@@ -144,17 +145,17 @@ async def _visit(server: Server, body: WatchRequest) -> AsyncIterator[_Visit]:
             visit.settle()
 
 
-def _moments(watcher: Watcher, body: WatchRequest, sampling: Sampling) -> Iterator[Moment | None]:
-    """What is told; None now and then where nothing is."""
+def _told(watcher: Watcher, body: WatchRequest, sampling: Sampling) -> Iterator[tuple[int, str]]:
+    """How many tokens were read or written, and what is told of them: many at once, since to go from thread to thread
+    takes longer than a token."""
     ids = body.tokens or (watcher.encode(body.text) if body.text else [])
     if not ids and not watcher.tokens and body.max_tokens:
         ids = [prefix_token(watcher.tokenizer)]
     if body.quiet:
-        for _ in watcher.skip(ids):
-            yield None
-    else:
-        yield from watcher.read(ids)
-    yield from watcher.write(body.max_tokens, sampling)
+        yield from ((tokens, "") for tokens in watcher.skip(ids))
+        ids = []
+    for moments in chain(watcher.read(ids), watcher.write(body.max_tokens, sampling)):
+        yield len(moments), "".join(_event(moment.as_json()) for moment in moments)
 
 
 async def _preceded(first: str, events: AsyncGenerator[str]) -> AsyncGenerator[str]:

@@ -190,12 +190,12 @@ class Watcher:
         ids: list[int] = self.tokenizer(text, add_special_tokens=not self.tokens)["input_ids"]
         return ids
 
-    def read(self, ids: Sequence[int]) -> Iterator[Moment]:
+    def read(self, ids: Sequence[int]) -> Iterator[list[Moment]]:
         """Read tokens, in chunks. Raises `UserError` for a token outside the vocabulary, and if there is no room."""
         self._require_known(ids)
         self._clock = time.perf_counter()
         for at in range(0, len(ids), CHUNK):
-            yield from self._chunk(ids[at : at + CHUNK], read=True)
+            yield self._chunk(ids[at : at + CHUNK], read=True)
 
     def skip(self, ids: Sequence[int]) -> Iterator[int]:
         """Read tokens without looking; yields how many were read, now and then. Raises as `read` does."""
@@ -208,8 +208,8 @@ class Watcher:
         if not all(0 <= token < size for token in ids):
             raise UserError(f"The vocabulary of the model has {size} tokens, from 0 to {size - 1}; use those alone.")
 
-    def write(self, most: int, sampling: Sampling) -> Iterator[Moment]:
-        """Continue with at most so many tokens, one by one. An end of text ends it and is not read.
+    def write(self, most: int, sampling: Sampling) -> Iterator[list[Moment]]:
+        """Continue with at most so many tokens, one by one or some at a time. An end of text ends it and is not read.
 
         Raises `UserError` if there is nothing to continue from, and `RunFailed` if logits are not numbers.
         """
@@ -217,7 +217,7 @@ class Watcher:
             raise UserError("There is nothing to continue from; give a text of at least one character.")
         self._clock = time.perf_counter()
         for tokens in self._written(most, Sampler(sampling)):
-            yield from self._chunk(tokens, read=False)
+            yield self._chunk(tokens, read=False)
 
     def _written(self, most: int, sampler: Sampler) -> Iterator[list[int]]:
         """The tokens of a continuation, some at once; those handed out are to be read before the next are asked for."""
