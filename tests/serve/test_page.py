@@ -246,6 +246,29 @@ def test_stop_keeps_what_came(page):
     assert len(page.tokens) == len(stopped) + 5
 
 
+def test_what_the_server_forgot_is_read_again(page, server):
+    page.script("document.getElementById('count').value = 6; document.getElementById('seed').value = 2")
+    page.type("the cat")
+    page.press("do-read", "Reading")
+    store = server.server_state.store
+    assert all(own.ttl < 86_400 for own in store.all()), "what has no name is kept for hours"
+    for own in store.all():
+        store.delete(own)
+    page.press("do-write", "Writing")
+    forgotten = page.tokens
+    assert [entry["message"].split()[0] for entry in page.browser.get_log("browser")] == [
+        f"{page.url}/v1/sessions/{own.id}/fork"
+    ]
+    page.press("new")
+    page.type("the cat")
+    page.press("do-read", "Reading")
+    page.press("do-write", "Writing")
+    assert page.tokens == forgotten
+    page["name"].send_keys("kept")
+    page.press("save", "Saving")
+    assert session_named(server, "kept").ttl > 86_400
+
+
 def test_sampling_controls_decide(page):
     page.type("the cat")
     page.press("do-read", "Reading")
@@ -351,6 +374,9 @@ def test_a_refusal_is_said(page, server):
     page.press("save")
     page.until(lambda: page["error"].is_displayed(), "an error is shown")
     assert "already" in page["error"].text
+    page.type("a" * 100_001)
+    page["do-read"].click()
+    page.until(lambda: "at most 100,000 characters" in page["error"].text, "a text that is too long is refused")
     refused = [entry["message"] for entry in page.browser.get_log("browser") if entry["level"] != "INFO"]
     assert len(refused) == 1, "the browser notes the answer itself"
     assert "409" in refused[0]
@@ -438,6 +464,9 @@ def test_the_policy_forbids_what_stands_in_the_page(page):
     page.script("const own = new Image(); own.src = 'http://192.0.2.1/x.png'; document.body.append(own)")
     time.sleep(0.3)
     assert page.script("return window.inline") is None
+    page.type("a" * 100_001)
+    page["do-read"].click()
+    page.until(lambda: "at most 100,000 characters" in page["error"].text, "a text that is too long is refused")
     refused = [entry["message"] for entry in page.browser.get_log("browser")]
     assert len(refused) == 2
     assert all("Content Security Policy" in message for message in refused)

@@ -145,6 +145,7 @@ class Fork(Body):
     """`POST /v1/sessions/{id}/fork`."""
 
     name: Text | None = None
+    ttl: Ttl | None = None
 
 
 Kind = TypeVar("Kind", bound=Body)

@@ -101,7 +101,8 @@ def routes(server: Server) -> APIRouter:
         store.require_name(body.name)
         store.require_room()
         row = await store.row_of(session)  # never changed, so that both may have it
-        return store.add(session.model, row, body.name, session.id, session.tail, session.ttl).described()
+        ttl = session.ttl if body.ttl is None else body.ttl
+        return store.add(session.model, row, body.name, session.id, session.tail, ttl).described()
 
     @router.post("/v1/sessions/{key}/save")
     async def save(key: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Or to take arms against a sea of troubles.
 To be, or not to be, that is the question:`;
 // Tokens that stand in the page at once; the rest is a move of the slider away.
 const MOST_SHOWN = 3000, DROPPED = 500;
+const MOST_READ = 100000; // characters
 const STEPS = [1, 2, 4, 6, 8];
 
 const at = (id) => document.getElementById(id);
@@ -279,6 +280,10 @@ async function read() {
   if (!text) {
     say("Type or paste some text first.");
     at("read").focus();
+    return;
+  }
+  if (text.length > MOST_READ) {
+    complain(`The page reads at most ${MOST_READ.toLocaleString("en")} characters at once, since it keeps what it shows of each; give longer texts to the API (docs/watch.md, quiet).`);
     return;
   }
   const before = future.length;

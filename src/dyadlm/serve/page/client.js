@@ -1,6 +1,8 @@
 // Requests to the server. The key, where it asks for one, is kept in this tab alone.
 
 const PLACE = "dyadlm-key";
+// Seconds for which the server keeps what this tab needs alone, and what has a name (at most as long as it keeps any).
+const UNNAMED = 6 * 3600, NAMED = 1e9;
 
 export class Refusal extends Error {
   constructor(status, message) {
@@ -57,11 +59,12 @@ export class Client {
   }
 
   create(model) {
-    return this.ask("POST", "/v1/sessions", { model });
+    return this.ask("POST", "/v1/sessions", { model, ttl: UNNAMED });
   }
 
   fork(session, name) {
-    return this.ask("POST", `/v1/sessions/${encodeURIComponent(session)}/fork`, name ? { name } : {});
+    const body = name ? { name, ttl: NAMED } : { ttl: UNNAMED };
+    return this.ask("POST", `/v1/sessions/${encodeURIComponent(session)}/fork`, body);
   }
 
   save(session) {

@@ -56,10 +56,16 @@ export class Future {
     }
   }
 
-  // A session that has read what a mark has, to go on with.
+  // A session that has read what a mark has, to go on with. Where the server has forgotten the mark, all is read again.
   async session(mark) {
-    const own = mark ? await this.client.fork(mark.session) : await this.client.create(this.model.id);
-    return own.id;
+    try {
+      if (mark) return (await this.client.fork(mark.session)).id;
+    } catch (error) {
+      if (error.status !== 404 || this.start) throw error;
+    }
+    const { id } = await this.client.create(this.model.id);
+    if (mark) await this.reread(id, this.tokens.slice(0, mark.at).map((own) => own.token));
+    return id;
   }
 
   // Make a mark at the end, by reading what came since another one again.
