@@ -18,6 +18,7 @@ from torch import Tensor
 from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.generate.sampling import Sampling
+from dyadlm.model import DyadCache
 from dyadlm.serve.answers import as_api_error
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.openai_api import Body, Seed, Text, Token, parsed
@@ -118,6 +119,7 @@ class _Visit:
         if self._session is None:
             return None
         if self.watcher.tokens > self._from:
+            assert isinstance(self.watcher.state, DyadCache), "only our models have sessions"
             row = self._session.model.rows.taken(self.watcher.state, self.watcher.logits, self.watcher.tokens)
             if (times := self.watcher.times) is not None:
                 _times[row] = times
