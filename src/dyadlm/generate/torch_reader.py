@@ -36,7 +36,8 @@ class TorchReader:
         self.hidden: np.ndarray | None = None  # float32 (D,), from which logits come, after `read_inside`
         self._other = None if isinstance(model, DyadForCausalLM) else Continuation(model)
         self._ids: list[np.ndarray] = []  # all that another model has read
-        self.end_tokens = end_tokens(model)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self.end_tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
         self._decoder: Decoder | None = None
 
     @property
@@ -164,12 +165,6 @@ class TorchReader:
         found = _moved_on(self.logits, logits), _moved_on(self.hidden, hidden)
         self.logits, self.hidden = logits[-1].copy(), hidden[-1].copy()
         return found
-
-
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a text, as `generate` knows them."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
 
 
 def _moved_on(before: np.ndarray | None, after: np.ndarray) -> np.ndarray:

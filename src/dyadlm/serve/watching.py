@@ -26,7 +26,7 @@ from dyadlm.evaluate.inspection import level_names
 from dyadlm.generate.decoding import INCOMPLETE, IncrementalDecoder
 from dyadlm.generate.sampling import Sampler, Sampling
 from dyadlm.generate.session import require_numbers
-from dyadlm.generate.torch_reader import end_tokens
+from dyadlm.generate.torch_reader import TorchReader
 from dyadlm.model import DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.trace import ChunkTrace, pass_over, read_on
 from dyadlm.ops.slots import SlotLookup
@@ -166,7 +166,7 @@ class Watcher:
         self._logits = None if logits is None else torch.from_numpy(logits)
         self._decoder, self._clock, self.tail = IncrementalDecoder(tokenizer), 0.0, ""
         self._names, self._times = _Names(tokenizer), None
-        self._ends = end_tokens(model)
+        self._ends = TorchReader(model).end_tokens
         if self.ours:
             config = cast(DyadConfig, model.config)
             self._levels = level_names(config)
