@@ -98,15 +98,18 @@ class EngineState:
         return chosen
 
     def first(self, rows: int) -> "EngineState":
-        """The first rows, as a state that shares their memory."""
+        """The first rows, as a state that shares their memory, so that what one writes the other reads."""
+        self.own_tables()
         part = object.__new__(EngineState)
-        part.shape, part.rows, part.columns_seen, part.owner, part._views = self.shape, rows, 0, self.owner, {}
+        part.shape, part.rows, part.columns_seen, part.owner = self.shape, rows, 0, self.owner
+        part._views, part._owns_tables = {}, True
         for name, array in self.arrays().items():
             setattr(part, name, array[:rows])
         return part
 
     def put(self, row: int, other: "EngineState", other_row: int = 0) -> None:
         """Let a row stand where a row of another state of the same engine stands."""
+        self.own_tables()
         for name, array in self.arrays().items():
             array[row] = getattr(other, name)[other_row]
 

@@ -22,11 +22,11 @@ from dyadlm.state_file import read_beside
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dyadlm.model import DyadCache, DyadForCausalLM
+    from dyadlm.model import DyadCache
 
 # Beside the state in a file: the logits of the next token.
 LOGITS = "serve.logits"
-# From so many tokens on torch reads faster than the engine, token by token.
+# A text of so many tokens is a long one: short requests go before it.
 LONG = 128
 
 
@@ -103,9 +103,8 @@ class Rows(Protocol):
 class EngineRows:
     """Rows of the engine. Those that step are seated: they are the first rows of one state of many rows."""
 
-    def __init__(self, engine: Engine, model: "DyadForCausalLM | None"):
-        """model: the same in torch, which reads long texts faster."""
-        self.engine, self._model = engine, model
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self._seats = engine.start(1)
         self._seated: list[Row] = []
         self._views: dict[int, EngineState] = {}
@@ -124,10 +123,7 @@ class EngineRows:
         if row.place >= 0:
             self._unseat(row, True)
         before = row.logits
-        if self._model is not None and len(ids) >= LONG:
-            logits = self._read_in_torch(row, ids)
-        else:
-            logits = np.stack([self.engine.step(row.state, token) for token in ids.tolist()])
+        logits = self.engine.read(row.state, ids)
         row.logits, row.tokens, row.begins = logits[-1].copy(), row.tokens + len(ids), False
         nats = nats_of(before, logits, ids)
         return Reading(nats, moved_on(before, logits) if inside else None)
@@ -154,11 +150,8 @@ class EngineRows:
         return cache_of(row.state.copy())
 
     def taken(self, cache: "DyadCache", logits: np.ndarray | None, tokens: int) -> Row:
-        return Row(self._taken_state(cache), logits, tokens, begins=not tokens)
-
-    def _taken_state(self, cache: "DyadCache") -> EngineState:
         tensors = {name: tensor.numpy() for name, tensor in cache.tensors().items()}
-        return self.engine.state_from(tensors, cache.columns_seen)
+        return Row(self.engine.state_from(tensors, cache.columns_seen), logits, tokens, begins=not tokens)
 
     def save(self, row: Row, path: Path, beside: Mapping[str, np.ndarray]) -> None:
         self.engine.save_state(row.state, path, {**beside, **logits_beside(row)})
@@ -169,19 +162,6 @@ class EngineRows:
             raise UserError(f"The file holds {state.rows} rows, but a session reads one text.")
         logits = logits_of(path, self.engine.vocab_size)
         return Row(state, logits, state.columns_seen, begins=state.is_empty)
-
-    def _read_in_torch(self, row: Row, ids: np.ndarray) -> np.ndarray:
-        """Logits (T, V) after each token."""
-        import torch
-
-        from dyadlm.engine.bridge import cache_of
-
-        assert self._model is not None
-        cache = cache_of(row.state)
-        with torch.inference_mode():
-            output = self._model(torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True)
-        row.state = self._taken_state(output.past_key_values)
-        return np.asarray(output.logits[0].numpy())
 
     def _seat(self, rows: Sequence[Row]) -> None:
         """Let exactly these rows be seated."""

@@ -46,7 +46,7 @@ class ServedModel:
         decoder = decoder_of(model) if isinstance(model, DyadForCausalLM) else None
         self.rows: Rows
         if decoder is not None:
-            self.rows = EngineRows(decoder.engine, model)  # type: ignore[arg-type]
+            self.rows = EngineRows(decoder.engine)
         else:
             self.rows = ReaderRows(model, vocabulary_size(model))
         self.scheduler = Scheduler(self.rows, limits.streams, limits.queue, name)
