@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def audit(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder, a run, a Hugging Face name, or a GGUF file.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="tiny-en, a folder, a run, a Hugging Face name, or a GGUF file."),
     ] = None,
     architecture: Annotated[
         str | None,

@@ -39,7 +39,7 @@ def diagnose(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="MODEL...", help="Folders, runs, checkpoints, Hugging Face names or GGUF files to compare."
+            metavar="MODEL...", help="Folders, runs, checkpoints, tiny-en, Hugging Face names or GGUF files to compare."
         ),
     ] = None,
     probe: Annotated[

@@ -9,7 +9,7 @@ from dyadlm.files import printable
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, one of its checkpoints, or tiny-en.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")],
     auto_map: Annotated[
         bool,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dyadlm.cli.shared import (
+    SHORT_ANSWER,
     Device,
     Dtype,
     Fields,
@@ -83,7 +84,7 @@ def generate(
     memory_for(memory, memory_entries, scope=memory_scope)
     if speculate and memory:
         raise UserError("Speculation cannot use a memory; leave out --speculate or --memory.")
-    loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries)
+    loaded, tokenizer = load_to_read(model, device, dtype, fields, slot_entries, compile_after=SHORT_ANSWER)
     drafts = None
     remembers = memory_for(memory, memory_entries, len(tokenizer), memory_scope)
     if speculate:

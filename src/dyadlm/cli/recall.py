@@ -30,7 +30,9 @@ def recall(
     ],
     model: Annotated[
         str,
-        typer.Option(help="A preset, a folder, or an architecture of transformers by its model type, such as llama."),
+        typer.Option(
+            help="A preset, a folder, tiny-en, or an architecture of transformers by its model type, such as llama."
+        ),
     ],
     part: Annotated[
         list[str] | None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dyadlm.cli.shared import (
+    SHORT_ANSWER,
     Device,
     Dtype,
     Fields,
@@ -132,7 +133,7 @@ def _converse(
     require_state_files(state_in, False, state_out)
     memory_for(*memory)
     standard_input()
-    loaded, tokenizer = load_to_read(name, *how)
+    loaded, tokenizer = load_to_read(name, *how, compile_after=SHORT_ANSWER)
     turns = None if system is None else _turns(name, tokenizer, system)
     remembers = memory_for(*memory, len(tokenizer))
     session = open_session(loaded, tokenizer, state_in, state_out=state_out, memory=remembers)

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from dyadlm.memory import ContextMemory
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run, an adapter, an exported folder, or a Hugging Face name.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="tiny-en (comes with dyadlm), a run, an adapter, an exported folder, or a Hugging Face name.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
@@ -107,13 +111,22 @@ def load(
     return loaded
 
 
+# Tokens of a short answer, for which nothing is compiled.
+SHORT_ANSWER = 512
+
+
 def load_to_read(
-    model: str, device: str, dtype: str, fields: Iterable[str] | None = None, slot_entries: int | None = None
+    model: str,
+    device: str,
+    dtype: str,
+    fields: Iterable[str] | None = None,
+    slot_entries: int | None = None,
+    compile_after: int = 0,
 ) -> "tuple[PreTrainedModel | EngineModel, AnyTokenizer]":
-    """As `load`, but by the engine where it serves, which starts without torch."""
+    """As `load`, but by the engine where it serves, which starts without torch. compile_after: tokens, see `Engine`."""
     from dyadlm.generate import engine_model
 
-    light = engine_model(model, device, dtype, _fields(fields, slot_entries))
+    light = engine_model(model, device, dtype, _fields(fields, slot_entries), compile_after)
     if light is None:
         return load(model, device, dtype, fields, slot_entries)
     if slot_entries is not None:
@@ -142,7 +155,6 @@ def memory_for(
     """The memory that was asked for, for a model with so many tokens. Raises `UserError` for options without it, or
     another number of entries than a power of two."""
     from dyadlm.errors import UserError
-    from dyadlm.memory import ContextMemory, MemoryOptions
 
     if not asked:
         if entries is not None:
@@ -150,6 +162,8 @@ def memory_for(
         if scope is not None:
             raise UserError("--memory-scope does nothing without --memory; add it, or leave the scope out.")
         return None
+    from dyadlm.memory import ContextMemory, MemoryOptions  # which imports numba
+
     return ContextMemory(MemoryOptions.of_vocabulary(vocabulary, entries, scope))
 
 

@@ -11,7 +11,9 @@ from dyadlm.files import printable
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, prepared data, a model folder, or a saved state.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint, prepared data, a model folder, tiny-en, or a saved state.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check files against their checksums and formats, and name what is damaged.

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dyadlm.data.encoding import BEGIN_TOKEN, END_TOKEN, PAD_TOKEN, byte_backend
 from dyadlm.errors import UserError
+from dyadlm.shipped import place_of_model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -26,12 +27,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer called "byte", that of a local folder or tokenizer.json, or that of a Hugging Face name.
+    """The tokenizer called "byte", that of a local folder or tokenizer.json, of a model that comes with the package, or
+    of a Hugging Face name.
 
     Raises `UserError` if there is none. Code that comes with a tokenizer is never run.
     """
     if name_or_path == "byte":
         return byte_tokenizer()
+    name_or_path = str(place_of_model(name_or_path))
     if Path(name_or_path).is_file():
         return _of_file(Path(name_or_path))
     if name_or_path.endswith(".json"):

@@ -23,6 +23,7 @@ from dyadlm.evaluate.memorisation import canaries_of_run
 from dyadlm.generate.pretrained import DTYPES, resolve_device
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.loading import is_model_folder, load_weights, without_bars_of_transformers
+from dyadlm.shipped import place_of_model
 from dyadlm.train.checkpoint import checkpoints
 from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.fingerprint import Fingerprint
@@ -43,12 +44,14 @@ class NoText(Material):
 def load_subject(path_or_name: str, device: str = "auto", dtype: str = "auto") -> HuggingFaceSubject:
     """A model with its tokenizer, or without one where there is none to be found.
 
-    path_or_name: a folder, a run or a checkpoint of one, a Hugging Face name, or a file that ends in .gguf.
+    path_or_name: a folder, a run or a checkpoint of one, a model that comes with the package, a Hugging Face name, or a
+        file that ends in .gguf.
     Raises `UserError` if there is no such model.
     """
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose auto or one of {', '.join(DTYPES)}.")
+    path_or_name = str(place_of_model(path_or_name))
     path = Path(path_or_name)
     if path.suffix.lower() == ".gguf":
         model, tokenizer = _load_gguf(path, DTYPES.get(dtype))
@@ -96,6 +99,7 @@ def load_trajectory(run: str, device: str = "auto", dtype: str = "auto") -> Traj
 
 def find_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase | None:
     """The fast tokenizer of a folder or a name, of the folder above for a checkpoint; None if there is none."""
+    path_or_name = str(place_of_model(path_or_name))
     path = Path(path_or_name)
     places = [path_or_name, str(path.resolve().parent)] if path.name.startswith("checkpoint-") else [path_or_name]
     for place in places:

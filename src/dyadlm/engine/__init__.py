@@ -46,9 +46,17 @@ class Engine:
     states. vocab_size: V. weight_bytes: bytes of weights that a token reads.
     """
 
-    def __init__(self, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, weights: str = "float32"):
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, np.ndarray],
+        *,
+        weights: str = "float32",
+        compile_after: int = 0,
+    ):
         """tensors: by the names of the model's parameters; copied. weights: how matrices are stored, one of
-        float32 | bfloat16 | int8; products are in float32 all the same.
+        float32 | bfloat16 | int8; products are in float32 all the same. compile_after: tokens that numpy reads before
+        numba is imported, which takes as long as some hundred tokens, and far longer where nothing is compiled yet.
 
         Raises:
             UserError: the engine does not support the model, or weights are missing or of another shape.
@@ -68,15 +76,24 @@ class Engine:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.identity = weights_identity(shapes, lambda name, places: tensors[name].reshape(-1)[places])
         self.vocab_size, self.weight_bytes = self.shape.vocabulary, self.weights.bytes_per_token
-        self._compiled, self._loops = _compiled_step(), _loops()
+        self._left_to_numpy = compile_after
+        self._compiled: Callable[..., None] | None = None
+        self._loops = numpy_step.Loops()
+        if not compile_after:
+            self._compile()
         self._constants = self._arguments()
         self._scratch_size = scratch_size(self.shape)
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, weights: str = "float32", fields: Mapping[str, Any] | None = None
+        cls,
+        folder: str | Path,
+        *,
+        weights: str = "float32",
+        fields: Mapping[str, Any] | None = None,
+        compile_after: int = 0,
     ) -> "Engine":
-        """The engine of a saved model: config.json and safetensors. weights: as above.
+        """The engine of a saved model: config.json and safetensors. weights, compile_after: as above.
 
         fields: of the configuration, to change; those that the weights do not depend on, such as `slot_entries`.
 
@@ -101,12 +118,12 @@ class Engine:
             raise UserError(f"{folder} is no model folder ({error}); give one that `dyadlm train` wrote.") from error
         if not isinstance(saved, dict) or saved.get("model_type") != "dyadlm":
             raise UserError(f"{folder} holds no dyadlm model; give a folder that `dyadlm train` wrote.")
-        return cls({**saved, **(fields or {})}, tensors, weights=weights)
+        return cls({**saved, **(fields or {})}, tensors, weights=weights, compile_after=compile_after)
 
     @property
     def is_compiled(self) -> bool:
         """Whether numba is there."""
-        return self._compiled is not None
+        return _compiled_step() is not None if self._left_to_numpy > 0 else self._compiled is not None
 
     def start(self, rows: int = 1) -> EngineState:
         """An empty state of B rows."""
@@ -132,6 +149,7 @@ class Engine:
         self._require(state, tokens)
         if len(tokens) != state.rows:
             raise ValueError(f"The state has {state.rows} rows, but there are {len(tokens)} tokens.")
+        self._count(len(tokens))
         self._begin(state)
         if self._compiled is None or state.rows >= MANY_ROWS:
             logits = numpy_step.step(self.shape, self.weights, state, np.asarray(tokens, np.int64), self._loops)
@@ -155,7 +173,9 @@ class Engine:
         """
         self._require(state, tokens)
         logits = np.empty((len(tokens), self.vocab_size), np.float32)
-        fast = self.is_compiled and self.weights.read.numbers.dtype == np.float32
+        if len(tokens) >= self._left_to_numpy:
+            self._count(len(tokens))
+        fast = self._compiled is not None and self.weights.read.numbers.dtype == np.float32
         for at in range(0, len(tokens), MOST_TOKENS):
             some = tokens[at : at + MOST_TOKENS]
             if fast and len(some) >= FEWEST_TOKENS:
@@ -195,6 +215,16 @@ class Engine:
             UserError: no such file, no state file, a damaged one, or the state of another model.
         """
         return self.state_from(*read_state(path, self.signature, self.identity))
+
+    def _count(self, tokens: int) -> None:
+        """So many tokens are read now. After the first ones, numba reads on."""
+        if self._left_to_numpy > 0:
+            self._left_to_numpy -= tokens
+            if self._left_to_numpy <= 0:
+                self._compile()
+
+    def _compile(self) -> None:
+        self._compiled, self._loops = _compiled_step(), _loops()
 
     def _require(self, state: EngineState, tokens: Sequence[int] | np.ndarray) -> None:
         """Raise an error for the state of another engine, and for tokens outside the vocabulary."""

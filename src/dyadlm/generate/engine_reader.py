@@ -18,6 +18,7 @@ from dyadlm.errors import UserError
 from dyadlm.generate.reader import nats_of
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.states import require_lasting_slots
+from dyadlm.shipped import place_of_model
 from dyadlm.state_file import SLOTS_AT_USE
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ class EngineModel:
     a text.
     """
 
-    def __init__(self, folder: Path, changed: Mapping[str, Any] | None = None):
-        """changed: fields of its configuration. Raises `UserError` if the weights are missing or damaged."""
+    def __init__(self, folder: Path, changed: Mapping[str, Any] | None = None, compile_after: int = 0):
+        """changed: fields of its configuration. compile_after: tokens, see `Engine`. Raises `UserError` if the weights
+        are missing or damaged."""
         self.folder, self._changed = folder, dict(changed or {})
-        self.engine = Engine.from_folder(folder, fields=self._changed)
+        self.engine = Engine.from_folder(folder, fields=self._changed, compile_after=compile_after)
         self.fields = self.engine.fields
         self.end_tokens = _end_tokens(folder, self.fields)
         self.tokenizer = ByteTokenizer(_splits_special_tokens(folder))
@@ -197,18 +199,23 @@ class EngineReader:
 
 
 def engine_model(
-    path_or_name: str | Path, device: str, dtype: str, fields: Mapping[str, Any] | None = None
+    path_or_name: str | Path,
+    device: str,
+    dtype: str,
+    fields: Mapping[str, Any] | None = None,
+    compile_after: int = 0,
 ) -> EngineModel | None:
-    """The model of a folder if the engine can run it without torch, as it was asked for; else None.
+    """The model of a folder, or one that comes with the package, if the engine can run it without torch, as it was
+    asked for; else None. compile_after: tokens, see `Engine`.
 
     fields: of its configuration, to change. The log `dyadlm.engine` says why not.
     """
-    folder, changed = Path(path_or_name), dict(fields or {})
+    folder, changed = Path(place_of_model(path_or_name)), dict(fields or {})
     reason = _refusal(folder, device, dtype, changed)
     if reason is not None:
         log.info("The model runs in torch, since %s.", reason)
         return None
-    return EngineModel(folder, changed)
+    return EngineModel(folder, changed, compile_after)
 
 
 def _refusal(folder: Path, device: str, dtype: str, changed: Mapping[str, Any]) -> str | None:

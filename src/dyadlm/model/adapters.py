@@ -21,6 +21,7 @@ from dyadlm.errors import UserError
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.extension import COMPANIONS
 from dyadlm.registration import LORA_TARGETS
+from dyadlm.shipped import place_of_model
 from dyadlm.state_file import weights_identity
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def require_peft() -> None:
 def add_adapter(model: PreTrainedModel, base: str, rank: int, alpha: float, dropout: float) -> list[str]:
     """Freeze a model and put a new adapter beside its linear maps. Returns the names of these maps' kinds.
 
-    base: the folder of the model's weights, to be kept with the adapter. alpha: the adapter's product is scaled
-    by alpha / rank. In dyadlm models `LORA_TARGETS` are adapted, in others all linear maps but the output's.
+    base: the folder of the model's weights or its name, to be kept with the adapter. alpha: the adapter's product is
+    scaled by alpha / rank. In dyadlm models `LORA_TARGETS` are adapted, in others all linear maps but the output's.
     """
     require_peft()
     from peft import LoraConfig
@@ -58,7 +59,8 @@ def add_adapter(model: PreTrainedModel, base: str, rank: int, alpha: float, drop
     identity = _identity(model)
     model.add_adapter(config)
     config = _adapter_of(model)
-    config.base_model_name_or_path = str(Path(base).resolve())
+    # A name is good in any environment, the folder behind it in this one alone.
+    config.base_model_name_or_path = base if place_of_model(base) != base else str(Path(base).resolve())
     cast(Any, model).adapter_base_identity = identity
     return sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
 
@@ -114,6 +116,7 @@ def adapter_folder(path_or_name: str | Path) -> Path | None:
 
     Raises `UserError` for an adapter that is not in safetensors, or that stands beside a whole model.
     """
+    path_or_name = place_of_model(path_or_name)
     path = Path(path_or_name)
     if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
         return None

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from dyadlm.errors import UserError
 from dyadlm.model.adapters import ADAPTER_CONFIG, adapter_folder, base_of_adapter, merge_adapter, require_kinds
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.shipped import place_of_model
 from dyadlm.values import coerce_fields, type_of
 
 # Entries of config.json that describe the file; the weights decide them.
@@ -46,13 +47,16 @@ def load_weights(
     fields: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> PreTrainedModel:
-    """The model of a folder or of a Hugging Face name, on the CPU, in evaluation mode; an adapter with its base.
+    """The model of a folder or of a name, on the CPU, in evaluation mode; an adapter with its base.
+
+    path_or_name: a folder, a model that comes with the package (`dyadlm.shipped`), or a Hugging Face name.
 
     dtype: of the weights; None: the one they were saved in. fields: of its configuration, to override, each coerced to
         the type it has. prefix: of a field's name in messages.
     Raises `UserError` if there is no such model or field, a value is of another type, or some of its weights are
     missing or do not fit.
     """
+    path_or_name = place_of_model(path_or_name)
     require_found(path_or_name)
     if (base := base_of_adapter(path_or_name)) is not None:
         return _load_adapted(path_or_name, base, dtype, fields, prefix)
@@ -95,6 +99,7 @@ def load_weights(
 
 def place_of_tokenizer(path_or_name: str | Path) -> str | Path:
     """Where the tokenizer of a model is: with the model, or with the base of an adapter that has none."""
+    path_or_name = place_of_model(path_or_name)
     folder = adapter_folder(path_or_name)
     if folder is None or (folder / "tokenizer_config.json").is_file():
         return path_or_name
@@ -145,13 +150,16 @@ def require_found(path_or_name: str | Path) -> None:
 
     What looks like a path, or lies in a folder that exists, never goes to the hub; the hub is asked once.
     """
+    path_or_name = place_of_model(path_or_name)
     path, name = Path(path_or_name), str(path_or_name)
     if path.exists():
         require_model_folder(path)
         return
     in_folder = len(path.parts) > 1 and path.parent.exists()
     if path.is_absolute() or name.startswith((".", "~")) or in_folder or not _HUB_NAME.fullmatch(name):
-        raise UserError(f"There is no model {name}; give a folder that `dyadlm train` wrote, or a Hugging Face name.")
+        raise UserError(
+            f"There is no model {name}; give a folder that `dyadlm train` wrote, tiny-en, or a Hugging Face name."
+        )
     if is_offline_mode() or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:

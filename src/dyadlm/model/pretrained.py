@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from dyadlm.errors import UserError
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.shipped import place_of_model
 
 
 class DyadPreTrainedModel(PreTrainedModel):
@@ -24,14 +25,15 @@ class DyadPreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a name of `dyadlm.shipped` is a model, too.
 
         Raises:
             UserError: a `device_map` that offloads layers to the CPU's memory or the disk. Such layers get their
                 weights when their modules are called, and blocks compute with some weights without that.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        place = None if pretrained_model_name_or_path is None else place_of_model(pretrained_model_name_or_path)
+        loaded = super().from_pretrained(place, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         away = next((name for name, part in model.named_parameters() if part.device.type == "meta"), None)
         if away is not None and torch.get_default_device().type != "meta":

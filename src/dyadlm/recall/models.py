@@ -23,6 +23,7 @@ from dyadlm.errors import UserError
 from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
 from dyadlm.recall.tasks import UNSCORED
+from dyadlm.shipped import place_of_model
 from dyadlm.values import coerce, parse_assignment
 
 WIDTH, LAYERS = 64, 2
@@ -74,11 +75,11 @@ def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any
     """A model over `vocabulary` tokens for items of up to `length`, float32 on the CPU.
 
     name: one of our presets, an architecture by its model type (both new: 2 layers of width 64, weights drawn from
-        `seed`), or a folder with weights to begin with.
+        `seed`), a folder with weights to begin with, or a name of `dyadlm.shipped`.
     given: fields of its configuration.
     Raises `UserError` if there is no such model or field, or the model cannot be what is asked.
     """
-    if name not in PRESETS and Path(name).exists():
+    if name not in PRESETS and Path(place_of_model(name)).exists():
         model = load_weights(name, torch.float32, given)
         if model.config.vocab_size < vocabulary:
             raise UserError(

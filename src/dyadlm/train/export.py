@@ -15,6 +15,7 @@ from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import printable, require_new, staged_folder, write_atomically
 from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter
 from dyadlm.model.loading import load_weights, place_of_tokenizer, without_bars_of_transformers
+from dyadlm.shipped import place_of_model
 from dyadlm.train.checkpoint import MANIFEST_NAME
 from dyadlm.train.progress import METRICS_NAME
 from dyadlm.train.settings import RECORD_NAME
@@ -61,13 +62,13 @@ AUTO_MAP = {
 def export(run: str | Path, output: str | Path, auto_map: bool = False) -> Path:
     """Copy the model of a run or a checkpoint (weights, configuration, tokenizer, card) to a new folder.
 
-    An adapter is merged into its base model.
+    run: a folder, or a name of `dyadlm.shipped`. An adapter is merged into its base model.
     auto_map: for programs that never import dyadlm: with `trust_remote_code=True` they find it by itself. It has to be
         installed there.
     Raises `UserError` if there is no model, a file is a link out of the folder, or `output` holds something, and
     `RunFailed` if weights are not numbers.
     """
-    run, output = Path(run), Path(output)
+    run, output = Path(place_of_model(run)), Path(output)
     files = model_files(run)
     require_new(output, "the exported model")
     merged = None if (run / "config.json").is_file() else load_weights(run)

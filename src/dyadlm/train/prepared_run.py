@@ -24,6 +24,7 @@ from dyadlm.evaluate.streams import target_bytes, targets_of
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.adapters import add_adapter, base_identity, base_of_adapter, require_peft
 from dyadlm.model.loading import load_weights, require_model_folder
+from dyadlm.shipped import place_of_model
 from dyadlm.train.arguments import require_optimizer, training_arguments
 from dyadlm.train.companions import add_companions, set_of_companions
 from dyadlm.train.fingerprint import FingerprintedWindows
@@ -105,7 +106,9 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
     if settings.model is None:
         _configuration(settings)
     else:
-        require_model_folder(Path(settings.model))
+        require_model_folder(Path(place_of_model(settings.model)))
+        if Path(settings.model) == output:  # of that name there would be two models from then on
+            raise UserError(f"The run cannot be called {output}, as the model it begins with; choose another --output.")
     if settings.lora.rank:
         _require_adaptable(settings, arguments)
     with arguments.main_process_first(local=False, desc="preparing the data"):

@@ -12,6 +12,7 @@ from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, sha256_of
 from dyadlm.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dyadlm.model.loading import is_model_folder
+from dyadlm.shipped import place_of_model
 from dyadlm.state_file import FORMAT, require_whole
 from dyadlm.train.checkpoint import MANIFEST_NAME, checkpoints
 from dyadlm.train.export import WEIGHTS, model_files, require_finite
@@ -33,7 +34,7 @@ def verify(path: str | Path) -> list[Finding]:
 
     Raises `UserError` if it is nothing that this package writes.
     """
-    path = Path(path)
+    path = Path(place_of_model(path))
     if path.is_file():
         return [_state(path)]
     if (path / DATA_MANIFEST).is_file():
