@@ -26,9 +26,11 @@ venv/bin/python - <<'END'
 from importlib.resources import files
 
 package = files("dyadlm")
-for name in ("py.typed", "report/usual.json", "report/diagnosis.html", "report/diagnosis.css"):
+for name in ("py.typed", "report/usual.json", "report/diagnosis.html", "report/diagnosis.css",
+             "pretrained/tiny-en/model.safetensors", "pretrained/tiny-en/README.md"):
     assert package.joinpath(name).is_file(), f"the wheel lacks {name}"
 END
+timed venv/bin/dyadlm generate tiny-en --prompt "In the beginning" --seed 1
 "$python" -c 'for number in range(2000): print(f"line {number % 50}: all is well")' > text.txt
 timed venv/bin/dyadlm train --preset tiny --data text.txt --output run --device cpu \
     --set max_steps=20 per_device_train_batch_size=4 data.sequence_length=64

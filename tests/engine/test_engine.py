@@ -263,6 +263,19 @@ def test_without_numba_numpy_decodes_and_the_log_says_so(monkeypatch, caplog):
             cached.cache_clear()
 
 
+@pytest.mark.parametrize("sizes", [[1] * 45, [12, 12, 1, 12, 8], [12, 33]])
+def test_numpy_reads_the_first_tokens_and_then_numba(sizes):
+    model, ids = make_model(), text(45)
+    expected, _ = read_by_torch(model, ids)
+    engine, at = engine_of(model, compile_after=25), 0
+    state = engine.start()
+    for size in sizes:
+        require_equal(engine.read(state, ids[at : at + size]), expected[at : at + size])
+        at += size
+        assert (engine._compiled is not None) == (at >= 25)
+    assert engine.is_compiled
+
+
 def test_without_a_folder_for_compiled_code_numpy_decodes(tmp_path):
     """As in a container whose files cannot be written. A process of its own, since numba looks once."""
     program = (

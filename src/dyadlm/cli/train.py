@@ -22,7 +22,7 @@ def train(
     output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run. It becomes the model.")],
     preset: Annotated[str | None, typer.Option(help="Train a new model: tiny, small, base or paper.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="DIR|tiny-en", help="Continue from the weights of a model (fine-tuning).")
+        str | None, typer.Option(metavar="DIR", help="Continue from the weights of a model (fine-tuning): its folder, or tiny-en.")
     ] = None,
     data: Annotated[
         list[str] | None,

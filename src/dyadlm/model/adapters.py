@@ -59,8 +59,7 @@ def add_adapter(model: PreTrainedModel, base: str, rank: int, alpha: float, drop
     identity = _identity(model)
     model.add_adapter(config)
     config = _adapter_of(model)
-    # A name is good in any environment, the folder behind it in this one alone.
-    config.base_model_name_or_path = base if place_of_model(base) != base else str(Path(base).resolve())
+    config.base_model_name_or_path = str(Path(place_of_model(base)).resolve())  # peft would ask the hub for a name
     cast(Any, model).adapter_base_identity = identity
     return sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
 
