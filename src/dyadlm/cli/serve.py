@@ -14,7 +14,8 @@ def serve(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL ...", help="Runs, exported folders, or Hugging Face names; the first is the default."
+            metavar="MODEL ...",
+            help="Runs, exported folders, tiny-en, or Hugging Face names; the first is the default.",
         ),
     ],
     host: Annotated[

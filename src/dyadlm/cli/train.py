@@ -22,7 +22,8 @@ def train(
     output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run. It becomes the model.")],
     preset: Annotated[str | None, typer.Option(help="Train a new model: tiny, small, base or paper.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Continue from the weights of a model (fine-tuning): its folder, or tiny-en.")
+        str | None,
+        typer.Option(metavar="DIR", help="Continue from the weights of a model (fine-tuning): its folder, or tiny-en."),
     ] = None,
     data: Annotated[
         list[str] | None,
