@@ -179,3 +179,10 @@ def _own_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_home_of_nobody_is_refused_and_the_conversation_goes_on(place, monkeypatch, capsys):
+    code = piped(monkeypatch, "hello\n/save ~nobodyhere/x\n/save kept\n", "repl", "model", "--max-new-tokens", "4")
+    assert code == 2
+    assert "home directory of nobody" in capsys.readouterr().err
+    require_whole(place / "kept")

@@ -141,6 +141,7 @@ def test_alerts_need_a_calibration_of_the_same_model_and_reading(logs, capsys):
         "--alert 0.1 --score mean": "another --score",
         "--alert 0.1 --per document": "another --per",
         "--alert 0.1 --learn": "another --learn",
+        "--alert 0.1 --slot-entries 64": "another --set or --slot-entries ('', not 'slot_entries=64')",
         "--alert 0.1 --threshold 3": "not both",
     }.items():
         assert call("score", "run", "a.log", "--calibration", "normal.json", *options.split()) == 2

@@ -37,3 +37,19 @@ def test_steps_equal_the_model(device: str, fields: dict[str, object]) -> None:
     assert cache.columns_seen == expected.columns_seen == 40
     for name, tensor in expected.tensors().items():
         torch.testing.assert_close(cache.tensors()[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fork_goes_on_by_itself() -> None:
+    model, cache = random_model(), DyadCache()
+    ids = torch.randint(32, 127, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model(input_ids=ids[:, :10], past_key_values=cache, use_cache=True)
+        steps = GraphStep(model, cache, record=False)
+        for column in range(10, 30):
+            steps.step(ids[:, column])
+        fork = steps.fork()
+        for column in range(30, 50):
+            steps.step(ids[:, column - 20])
+        found = model(input_ids=ids[:, 30:], past_key_values=fork, use_cache=True).logits
+        expected = model(input_ids=ids).logits[:, 30:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

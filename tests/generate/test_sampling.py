@@ -49,3 +49,8 @@ def test_a_seed_of_more_than_64_bits_is_refused():
     for seed in (2**64 - 1, -(2**63)):  # which torch takes
         expected = torch.empty(8).exponential_(1, generator=torch.Generator().manual_seed(seed)).numpy()
         np.testing.assert_allclose(TorchExponential(seed).draw(8), expected, rtol=1e-6)
+
+
+def test_a_seed_that_torch_would_refuse_is_refused_at_once():
+    with pytest.raises(UserError, match="at most 64 bits"):
+        Sampling(seed=10**26)

@@ -19,7 +19,6 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage"
 )
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 HOSTILE = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>&amp;'
 EDGES = [390, 1280]
 

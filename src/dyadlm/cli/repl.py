@@ -206,6 +206,14 @@ def _answer(conversation: "Conversation", text: str, stops: Stops, raw: bool) ->
         sys.stdout.flush()
 
 
+def path_of(name: str) -> Path:
+    """The path that was typed, `~` as the home directory. Raises `UserError` for the home of nobody."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name} is in the home directory of nobody here; give another file.") from error
+
+
 def _command(conversation: "Conversation", line: str) -> bool:
     """Do what a line that begins with a slash asks for; whether it asks to end. Raises `UserError`."""
     from dyadlm.values import nearest
@@ -219,10 +227,10 @@ def _command(conversation: "Conversation", line: str) -> bool:
     if not rest and name in ("/save", "/load", "/switch"):
         raise UserError(f"{name} needs a {'NAME' if name == '/switch' else 'FILE'} behind it.")
     if name == "/save":
-        conversation.save(Path(rest).expanduser())
+        conversation.save(path_of(rest))
         errors.print(f"The state is in {printable(rest)}.")
     elif name == "/load":
-        conversation.load(Path(rest).expanduser())
+        conversation.load(path_of(rest))
         errors.print(f"{conversation.session.position:,} tokens were read before.")
     elif name == "/undo":
         conversation.undo()

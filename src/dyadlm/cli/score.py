@@ -115,7 +115,7 @@ def score(
         from dyadlm.cli.evaluate import say_what_was_trained_on
 
         say_what_was_trained_on(model, files)  # its lines are less surprising than other normal lines
-    reading = Reading(per, judged, learn, entries_of(memory, memory_entries))
+    reading = Reading(per, judged, learn, entries_of(memory, memory_entries), changed_fields(fields, slot_entries))
     scorer, normal, _ = open_scorer(
         model, device, dtype, fields, slot_entries, reading, calibration, state_in, state_out, calibrate is not None
     )
@@ -249,6 +249,12 @@ def open_scorer(
     scorer = Scorer(session, tokenizer, Drift(normal.level if normal is not None and known else None), learner)
     place = None if state_in is None else scorer.load(state_in)
     return scorer, normal, place
+
+
+def changed_fields(fields: Iterable[str] | None, slot_entries: int | None) -> str:
+    """What a command changes of the model's configuration, as NAME=VALUE in order."""
+    size = [] if slot_entries is None else [f"slot_entries={slot_entries}"]
+    return " ".join(sorted([*(fields or ()), *size]))
 
 
 def scored_lines(scorer: "Scorer", stops: Stops, chunks: "Iterable[list[Line]]") -> "Iterator[ScoredLine]":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, entries_of, stream_lines
+from dyadlm.cli.score import Alert, CalibrationIn, Judged, Learn, Threshold, changed_fields, entries_of, stream_lines
 from dyadlm.cli.shared import (
     Device,
     Dtype,
@@ -100,7 +100,9 @@ def stream(
             raise UserError("Lines are only scored; leave out --continue and --new-document, or --per line.")
         if memory_scope is not None:
             raise UserError("The memory of lines lives on from document to document; leave out --memory-scope.")
-        reading = Reading("line", judged, learn, entries_of(memory, memory_entries))
+        reading = Reading(
+            "line", judged, learn, entries_of(memory, memory_entries), changed_fields(fields, slot_entries)
+        )
         rule = (calibration, alert, threshold)
         stream_lines(model, follow, reading, rule, json, state_in, state_out, device, dtype, fields, slot_entries)
         return

@@ -170,8 +170,11 @@ class Engine:
         Raises:
             IndexError: a token outside the vocabulary.
             UserError: the state of another engine.
+            ValueError: a state of several rows.
         """
         self._require(state, tokens)
+        if state.rows != 1:
+            raise ValueError(f"The state has {state.rows} rows; a text is read into one.")
         logits = np.empty((len(tokens), self.vocab_size), np.float32)
         if len(tokens) >= self._left_to_numpy:
             self._count(len(tokens))

@@ -87,6 +87,8 @@ class EngineState:
         twin.__dict__.update({**vars(self), **own, "_views": {}})
         return twin
 
+    __copy__ = copy  # else both would write to the same tables
+
     def select(self, rows: Sequence[int]) -> "EngineState":
         """A state of the given rows in that order; rows may repeat."""
         chosen = object.__new__(EngineState)

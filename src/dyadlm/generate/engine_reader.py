@@ -174,7 +174,9 @@ class EngineReader:
         if in_torch is None:
             self._in_torch = None
         else:
-            assert self._in_torch is not None  # once torch has taken over, it stays
+            if self._in_torch is None:
+                self._turn_to_torch()
+            assert self._in_torch is not None
             self._in_torch.restore(in_torch)
 
     @property

@@ -36,7 +36,8 @@ class GraphStep:
             self._record()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read tokens (B,) int64; returns logits (B, V), which the next call overwrites."""
+        """Read tokens (B,) int64; returns logits (B, V), which the next call overwrites, as it does the tensors of
+        `cache`; to go on from here elsewhere, take `fork`."""
         self._token.copy_(tokens[:, None])
         if self._graph is None:
             self._logits = self._pass()
@@ -45,6 +46,13 @@ class GraphStep:
         assert self._logits is not None
         self.cache.columns_seen += 1
         return self._logits
+
+    def fork(self) -> DyadCache:
+        """A state that stands here and goes on by itself."""
+        twin, own = DyadCache(), once(torch.clone)
+        twin._set({name: own(tensor) for name, tensor in self._held.items()}, len(self.cache.layers))
+        twin.columns_seen, twin.may_begin = self.cache.columns_seen, self.cache.may_begin
+        return twin
 
     @torch.inference_mode()
     def _pass(self) -> Tensor:

@@ -36,6 +36,14 @@ class Sampling:
             raise UserError(f"top-k is a number of tokens (0 keeps all), not {self.top_k}.")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top-p is above 0 and at most 1 (1 keeps all), not {self.top_p}.")
+        if self.seed is not None:
+            require_seed(self.seed)
+
+
+def require_seed(seed: int) -> None:
+    """Raise `UserError` unless torch takes it."""
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"A seed is a whole number of at most 64 bits, not {seed}.")
 
 
 class Sampler:
@@ -80,8 +88,7 @@ class TorchExponential:
 
     def __init__(self, seed: int):
         """Raises `UserError` for a seed that is no whole number of 64 bits, which torch refuses as well."""
-        if not -(2**63) <= seed < 2**64:
-            raise UserError(f"A seed is a whole number of at most 64 bits, not {seed}.")
+        require_seed(seed)
         self._random = np.random.RandomState(seed % 2**32)
 
     def draw(self, count: int) -> np.ndarray:

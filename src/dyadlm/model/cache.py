@@ -224,6 +224,8 @@ class DyadCache:
         twin.rows = None if self.rows is None else self.rows.copy()
         return twin
 
+    __copy__ = copy  # else both would write to the same tables
+
     def reset(self) -> None:
         """Forget everything."""
         self.__dict__.update(DyadCache().__dict__)

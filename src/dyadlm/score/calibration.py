@@ -22,6 +22,13 @@ from dyadlm.score.units import Reading
 FORMAT, VERSION = "dyadlm-calibration", 2
 # The grid: steps of 0.001 bits near 0, and of 0.1 % far from it; at most some 30,000 cells for any text.
 STEP = 0.001
+OPTIONS = {
+    "unit": "--per",
+    "score": "--score",
+    "learn": "--learn",
+    "memory": "--memory",
+    "changed": "--set or --slot-entries",
+}
 DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OverflowError)
 
 
@@ -111,7 +118,7 @@ def load_calibration(path: Path, weights: str, reading: Reading) -> Calibration:
         raise UserError(f"{path} was made with another model; calibrate this one with --calibrate.")
     for name, wanted in reading._asdict().items():
         if found.get(name) != wanted:
-            option = {"unit": "--per", "score": "--score", "learn": "--learn", "memory": "--memory"}[name]
+            option = OPTIONS[name]
             raise UserError(
                 f"{path} was made with another {option} ({found.get(name)!r}, not {wanted!r}); "
                 "use the same options, or calibrate again."

@@ -16,13 +16,15 @@ ScoreName = Literal["excess", "mean"]
 class Reading(NamedTuple):
     """How scores come about: of which units, which score, and whether the model learns while it reads.
 
-    memory: entries of each table of the memory that is mixed in; 0 without one.
+    memory: entries of each table of the memory that is mixed in; 0 without one. changed: fields of the model that the
+    command changed, as NAME=VALUE.
     """
 
     unit: UnitName = "line"
     score: ScoreName = "excess"
     learn: bool = False
     memory: int = 0
+    changed: str = ""
 
 
 class ScoredLine(NamedTuple):
