@@ -17,6 +17,7 @@ import torch
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.cli import main
 from dyadlm.data import byte_tokenizer
+from dyadlm.data.chat import DEFAULT_TEMPLATE
 from dyadlm.state_file import require_whole
 
 
@@ -109,7 +110,15 @@ def test_wrong_lines_are_named_and_the_rest_is_done(place, monkeypatch, capsys, 
     assert require_whole("a.state") == 11
 
 
+def test_chat_is_refused_without_a_template(place, monkeypatch, capsys):
+    assert piped(monkeypatch, "Hi\n", "chat", "model") == 2
+    assert "model has no chat template" in capsys.readouterr().err
+
+
 def test_chat_answers_in_the_template(place, monkeypatch, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = DEFAULT_TEMPLATE
+    tokenizer.save_pretrained(place / "model")
     assert piped(monkeypatch, "Hi\n/state\n", "chat", "model", "--max-new-tokens", "4", "--system", "Be kind") == 0
     out, err = capsys.readouterr()
     read = len("system:\nBe kind") + 1 + len("\nuser:\nHi") + 1 + len("\nassistant:\n")

@@ -201,3 +201,14 @@ def test_memory_does_not_grow_with_requests_that_are_over(serve):
     assert (store.memory_bytes, store.disk_bytes, len(store)) == (0, 0, 0)
     assert not rows._seated
     assert rows._seats.rows <= 4
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_the_others_go_on(serve):
+    live = serve(("llama",))
+    live.server_state.models["llama"].context = 40
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(live.http.post, "/v1/completions", json={"prompt": "a", "max_tokens": 30}) for _ in "abc"]
+        refused = live.http.post("/v1/completions", json={"prompt": "b" * 50, "max_tokens": 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert all(other.result().status_code == 200 for other in others)

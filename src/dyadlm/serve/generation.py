@@ -18,7 +18,7 @@ from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Do, Job, Read, Step, Work
 
 # Tokens of a prompt whose logits are looked at together: as many times V numbers are held.
-LOOKED_AT = 64
+LOOKED_AT = 128
 
 
 @dataclass(slots=True)

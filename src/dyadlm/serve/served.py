@@ -27,7 +27,7 @@ class ServedModel:
 
     def __init__(self, name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", limits: Limits):
         """model: in torch, in evaluation mode. Raises `UserError` for a model that sees the future."""
-        from dyadlm.causal_lm import context_of, require_causal, vocabulary_size
+        from dyadlm.causal_lm import require_causal, vocabulary_size
         from dyadlm.engine.bridge import decoder_of
         from dyadlm.generate.torch_reader import TorchReader
         from dyadlm.model import DyadForCausalLM
@@ -37,10 +37,10 @@ class ServedModel:
         self.name, self.model, self.tokenizer, self.created = name, model, tokenizer, int(time.time())
         self.sessions = isinstance(model, DyadForCausalLM)
         self.chat = bool(getattr(tokenizer, "chat_template", None))
-        self.context = context_of(model)
         self.parameters = int(model.num_parameters())
         self.vocabulary = min(vocabulary_size(model), len(tokenizer))
-        self.end_tokens = TorchReader(model).end_tokens
+        reader = TorchReader(model)
+        self.end_tokens, self.context = reader.end_tokens, reader.room  # tokens that it can read, None: any number
         self.token_bytes = TokenBytes(tokenizer)
         self.identity = identity_of(model) if isinstance(model, DyadForCausalLM) else ""
         decoder = decoder_of(model) if isinstance(model, DyadForCausalLM) else None
@@ -71,10 +71,18 @@ class ServedModel:
         return self.checked_ids(ids, begins)
 
     def checked_ids(self, ids: Sequence[int], begins: bool) -> np.ndarray:
-        """Token ids of a request, int64 (T,). Raises `ApiError` for one outside the vocabulary."""
+        """Token ids of a request, int64 (T,). Raises `ApiError` for one outside the vocabulary, and for more
+        than the model can read."""
         found = np.asarray(ids, np.int64).reshape(-1)
         if len(found) and not 0 <= found.min() <= found.max() < self.vocabulary:
             raise ApiError(400, f"Tokens of this model are numbers from 0 to {self.vocabulary - 1}.", param="prompt")
+        if self.context is not None and len(found) > self.context:
+            raise ApiError(
+                400,
+                f"This model reads at most {self.context:,} tokens, but there are {len(found):,}; give a shorter text.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
         if not len(found) and begins:
             found = np.array([prefix_token(self.tokenizer)], np.int64)
         return found
