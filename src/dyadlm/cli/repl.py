@@ -186,8 +186,8 @@ def _turns(name: str, tokenizer: object, system: str) -> "ChatTurns":
         raise UserError("The tokenizer of this model is none of the fast ones, which `dyadlm chat` needs; use repl.")
     if getattr(full, "chat_template", None) is None:
         raise UserError(
-            f"{name} has no chat template, so it was not trained on conversations; use `dyadlm repl {name}`, or train it "
-            "on conversations first."
+            f"{name} has no chat template, so it was not trained on conversations; use `dyadlm repl {name}`, or "
+            "train it on conversations first."
         )
     return ChatTurns(full, system or None)  # type: ignore[arg-type]
 
