@@ -18,10 +18,15 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/health", "/", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
 BODY_SECONDS = 60.0
+SEND_SECONDS = 30.0  # for a client to take a part of an answer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+class ClientStalled(Exception):
+    """The client does not take its answer; whatever the request holds is given back."""
 
 
 class Gate:
@@ -64,7 +69,10 @@ class Gate:
                     (b"x-content-type-options", b"nosniff"),
                     (b"cross-origin-resource-policy", b"same-origin"),
                 ]
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), SEND_SECONDS)
+            except TimeoutError:
+                raise ClientStalled from None
 
         try:
             self._require_place(scope, headers)
@@ -78,6 +86,8 @@ class Gate:
             if began:
                 raise
             await refuse(sending, error)
+        except ClientStalled:
+            return  # the server closes the connection
 
     def _require_place(self, scope: dict[str, Any], headers: dict[str, str]) -> None:
         host = headers.get("host", "")
