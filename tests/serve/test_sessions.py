@@ -135,6 +135,16 @@ def test_what_is_no_state_is_refused(shared, content):
     assert "/" not in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_is_once_in_the_tail(shared, stream):
+    session = make(shared, text="")
+    body = {"prompt": "Whether ", "session": session["id"], "max_tokens": 3, "echo": True, "stream": stream}
+    assert shared.http.post("/v1/completions", json=body).status_code == 200
+    tail = shared.http.get(f"/v1/sessions/{session['id']}").json()["tail"]
+    assert tail.count("Whether ") == 1
+    shared.http.delete(f"/v1/sessions/{session['id']}")
+
+
 def test_sessions_survive_a_restart(serve):
     live = serve()
     session = make(live, name="kept")
