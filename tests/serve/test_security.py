@@ -9,12 +9,11 @@ import pytest
 
 from dyadlm.errors import UserError
 from dyadlm.serve import Limits
+from dyadlm.serve.errors import ApiError
+from dyadlm.serve.security import bounded
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs the extra serve")
-
-from dyadlm.serve.errors import ApiError
-from dyadlm.serve.security import bounded
 
 KEY = "a-long-secret"
 
