@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -133,6 +134,10 @@ def test_sessions_are_whole_after_a_kill(folder, tmp_path):
         (["--host", "0.0.0.0"], "give a key"),
         (["--api-key", "no-such-file"], "cannot be read"),
         (["--port", "70000"], "65535"),
+        (["--session-days", "-1"], "0.001"),
+        (["--max-body", "-1"], "0.001"),
+        (["--deadline", "0"], "0.1"),
+        (["--grace", "-1"], "equal to 0"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, message, monkeypatch):
@@ -140,6 +145,13 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, messa
     result = CliRunner().invoke(app, ["serve", "no-such-model", *arguments])
     assert result.exit_code != 0
     assert message in " ".join((result.output + str(result.exception)).split())
+
+
+def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.delenv("DYADLM_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(taken.getsockname()[1])])
+    assert "choose another --port" in str(result.exception)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):

@@ -1,5 +1,6 @@
 """Many requests at the same time: nothing is mixed up, long readings let others pass, and all bounds hold."""
 
+import asyncio
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from dyadlm.engine import Engine
 from dyadlm.serve import Limits
 from dyadlm.serve.rows import EngineRows
+from dyadlm.serve.scheduler import Do, Inbox, Job, Scheduler
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -71,10 +73,13 @@ def test_sessions_of_many_clients_stay_apart(shared):
     assert together == alone
 
 
-def test_rows_that_come_and_go_keep_their_own_state(weights):
+def small_rows(weights):
     model = weights["small"][0]
-    engine = Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()})
-    rows, random = EngineRows(engine), np.random.default_rng(0)
+    return EngineRows(Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()}))
+
+
+def test_rows_that_come_and_go_keep_their_own_state(weights):
+    rows, random = small_rows(weights), np.random.default_rng(0)
     texts = [random.integers(0, 256, 40) for _ in range(9)]
     live = [rows.start() for _ in texts]
     at = [0] * len(texts)
@@ -89,9 +94,9 @@ def test_rows_that_come_and_go_keep_their_own_state(weights):
             rows.read(live[i], texts[i][at[i] : at[i] + 2], inside=False)
             at[i] += 2
     for row, text in zip(live, texts, strict=True):
-        state = engine.start()
+        state = rows.engine.start()
         for token in text:
-            logits = engine.step(state, int(token))
+            logits = rows.engine.step(state, int(token))
         np.testing.assert_allclose(row.logits, logits, atol=1e-4)
         rows.release(row, keep=True)
         for name, array in state.arrays().items():
@@ -212,3 +217,63 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_others_go_on(serve):
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "context_length_exceeded"
     assert all(other.result().status_code == 200 for other in others)
+
+
+def test_a_request_that_cannot_begin_fails_alone(serve, monkeypatch):
+    live = serve()
+    rows = scheduler(live).rows
+
+    def no_memory():
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(rows, "start", no_memory)
+    body = {"prompt": "To be", "max_tokens": 1}
+    assert live.http.post("/v1/completions", json=body, timeout=10).status_code == 500
+    assert live.http.post("/v1/completions", json=body, timeout=10).status_code == 200
+    assert live.http.get("/health").status_code == 200
+
+
+def test_a_row_that_cannot_be_given_back_ends_its_request(serve, monkeypatch):
+    live = serve()
+    rows = scheduler(live).rows
+
+    def no_memory(row, keep=False):
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(rows, "release", no_memory)
+    body = {"prompt": "To be", "max_tokens": 1}
+    assert live.http.post("/v1/completions", json=body, timeout=10).status_code == 500
+    assert live.http.post("/v1/completions", json=body, timeout=10).status_code == 200
+
+
+def test_health_tells_of_a_thread_that_has_ended(serve):
+    live = serve()
+    scheduler(live).close(0.0)
+    answer = live.http.get("/health")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "model_failed"
+
+
+def test_requests_that_were_given_up_take_no_room_in_the_queue(weights):
+    async def check():
+        rows, inbox, goes_on = small_rows(weights), Inbox(), threading.Event()
+        served = Scheduler(rows, streams=1, queue=1)
+
+        def work(job):
+            yield Do(lambda row: goes_on.wait(20))
+
+        jobs = [Job(work, inbox, index=index) for index in range(3)]
+        served.submit(jobs[0])
+        while not served.live:
+            await asyncio.sleep(0.01)
+        served.submit(jobs[1])
+        jobs[1].cancel()
+        try:
+            served.submit(jobs[2])
+        finally:
+            goes_on.set()
+            served.close(10)
+
+    asyncio.run(check())

@@ -1,6 +1,8 @@
 """The official client of OpenAI against a real server: completions, chats, streams, odds, and what is refused."""
 
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -210,3 +212,57 @@ def test_an_unknown_model_is_not_found(shared):
 def test_a_text_longer_than_the_positions_of_a_model(shared):
     answer = shared.http.post("/v1/completions", json={"model": "llama", "prompt": "x" * 50, "max_tokens": 2})
     assert answer.status_code == 200
+
+
+def test_offsets_are_counted_in_characters_and_in_linear_time(shared):
+    from dyadlm.serve.generation import TokenOdds
+    from dyadlm.serve.openai_api import Offsets, legacy_logprobs
+
+    served = shared.server_state.models["small"]
+    content = "a\u00e9\u20ac\U0001f600".encode() + bytes(np.random.default_rng(0).integers(0, 256, 200).tolist())
+    odds, slow = [TokenOdds(byte, None, []) for byte in content], []
+    for end in range(len(content)):
+        slow.append(len(content[:end].decode(errors="ignore")))
+    for size in (2, len(odds)):  # chunks of a stream may end within a character
+        offsets = Offsets()
+        chunks = [legacy_logprobs(served, odds[at : at + size], offsets) for at in range(0, len(odds), size)]
+        assert [offset for chunk in chunks for offset in chunk["text_offset"]] == slow
+    began = time.monotonic()
+    legacy_logprobs(served, [TokenOdds(0xE9, None, [])] * 30_000, Offsets())
+    assert time.monotonic() - began < 10  # all that came before, decoded at each token, takes minutes
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a" * 65_536, "max_tokens": 1, "echo": True, "logprobs": 0}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 40_000, "logprobs": 0}),
+        ("/score", {"text": "a" * 65_537, "per": "token"}),
+        ("/score", {"text": "\n" * 65_537, "per": "line"}),
+    ],
+)
+def test_answers_tell_of_a_bounded_number_of_tokens(shared, path, fields):
+    answer = shared.http.post(path, json=fields)
+    assert answer.status_code == 400
+    assert "at most 65536" in answer.json()["error"]["message"]
+
+
+def test_large_texts_are_split_into_tokens_beside_the_event_loop(shared, monkeypatch):
+    served, threads = shared.server_state.models["small"], []
+    tokenizer = served.tokenizer
+
+    def noted(*given, **options):
+        threads.append(threading.current_thread().name)
+        return tokenizer(*given, **options)
+
+    noted.bos_token_id = tokenizer.bos_token_id
+    monkeypatch.setattr(served, "tokenizer", noted)
+    for size in (10, 20_000):
+        assert shared.http.post("/tokenize", json={"text": "a" * size}).status_code == 200
+        answer = shared.http.post("/v1/sessions", json={"text": "a" * size})
+        assert answer.status_code == 201
+        shared.http.delete(f"/v1/sessions/{answer.json()['id']}")
+    loop = threads[0]
+    assert threads[:2] == [loop] * 2
+    assert len(threads) == 4
+    assert loop not in threads[2:]

@@ -1,5 +1,6 @@
 """Who is let in: keys, names of the server, pages of other origins, the size of bodies, hostile requests."""
 
+import asyncio
 import hmac
 import random
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from dyadlm.errors import UserError
 from dyadlm.serve import Limits
+from dyadlm.serve.errors import ApiError
+from dyadlm.serve.security import bounded
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -69,6 +72,22 @@ def test_bodies_are_bounded(serve, chunked):
     answer = live.http.post("/v1/completions", content=iter([content]) if chunked else content)
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_body_that_comes_byte_by_byte_is_refused(monkeypatch):
+    monkeypatch.setattr("dyadlm.serve.security.BODY_SECONDS", 0.3)
+
+    async def slow():
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def read():
+        receive = bounded(slow, 1000)
+        for _ in range(100):
+            await receive()
+
+    with pytest.raises(ApiError, match="in time"):
+        asyncio.run(read())
 
 
 def test_others_are_served_only_with_a_key():

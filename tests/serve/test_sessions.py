@@ -1,12 +1,18 @@
 """Sessions over HTTP: continued, forked, saved, restored without reading anything again."""
 
+import asyncio
+import json
+import os
 import re
 import time
 
+import numpy as np
 import pytest
 
 from dyadlm.generate import Sampling, Session
-from dyadlm.serve import Limits
+from dyadlm.serve import Limits, ServedModel
+from dyadlm.serve.errors import ApiError
+from dyadlm.serve.sessions import ABOUT, SessionStore
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
@@ -135,6 +141,16 @@ def test_what_is_no_state_is_refused(shared, content):
     assert "/" not in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_is_once_in_the_tail(shared, stream):
+    session = make(shared, text="")
+    body = {"prompt": "Whether ", "session": session["id"], "max_tokens": 3, "echo": True, "stream": stream}
+    assert shared.http.post("/v1/completions", json=body).status_code == 200
+    tail = shared.http.get(f"/v1/sessions/{session['id']}").json()["tail"]
+    assert tail.count("Whether ") == 1
+    shared.http.delete(f"/v1/sessions/{session['id']}")
+
+
 def test_sessions_survive_a_restart(serve):
     live = serve()
     session = make(live, name="kept")
@@ -217,6 +233,76 @@ def test_a_chat_goes_on_in_a_session(shared, weights):
     alone = Session(*weights["talker"])
     alone.read_prompt(whole)
     assert second == "".join(alone.write(8, Sampling(seed=1)))
+
+
+def stored(folder, weights, **limits):
+    """A store without a server, and its model."""
+    own = Limits(**limits)
+    model = ServedModel("small", *weights["small"], own)
+    return SessionStore(folder, {"small": model}, own), model
+
+
+def added(store, model):
+    return store.add(model, model.rows.start(), None, None, "x")
+
+
+def test_a_use_that_changes_nothing_counts_after_a_restart(weights, tmp_path, monkeypatch):
+    store, model = stored(tmp_path, weights, ttl=1000.0)
+    session = added(store, model)
+    session.used -= 900
+    asyncio.run(store.save(session))
+    (path,) = tmp_path.glob("??/*.state")
+    os.utime(path, (time.time() - 900,) * 2)
+    asyncio.run(store.row_of(session))
+    model.scheduler.close(0)
+    later = time.time() + 500
+    monkeypatch.setattr(time, "time", lambda: later)
+    again, model = stored(tmp_path, weights, ttl=1000.0)
+    model.scheduler.close(0)
+    (found,) = again.all()
+    assert found.used > later - 600
+
+
+def test_a_session_that_is_saved_again_takes_its_room_once(weights, tmp_path):
+    size = stored(tmp_path / "a", weights)[1].state_bytes
+    store, model = stored(tmp_path / "b", weights, session_disk=int(1.5 * size))
+    session = added(store, model)
+    for _ in range(3):
+        asyncio.run(store.save(session))
+        assert session.saved
+        store.commit(session, model.rows.start(), "y")
+    other = added(store, model)
+    with pytest.raises(ApiError, match="no room on disk"):
+        asyncio.run(store.save(other))
+
+
+def test_no_session_is_added_while_memory_is_full_and_the_disk_too(weights, tmp_path):
+    store, model = stored(tmp_path, weights, session_memory=1, session_disk=10**6)
+    first = added(store, model)
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    save, model.rows.save = model.rows.save, full
+    asyncio.run(store.tidy())
+    with pytest.raises(ApiError, match="memory"):
+        added(store, model)
+    model.rows.save = save
+    asyncio.run(store.tidy())
+    assert first.row is None
+    added(store, model)
+
+
+def test_a_file_whose_text_cannot_be_sent_is_refused(serve):
+    live = serve()
+    session = live.server_state.store.find(make(live)["id"])
+    known = json.loads(session.about()[ABOUT].tobytes()) | {"tail": "\ud800"}
+    path = live.folder / "wrong.state"
+    session.model.rows.save(session.row, path, {ABOUT: np.frombuffer(json.dumps(known).encode(), np.uint8)})
+    answer = live.http.post("/v1/sessions/restore", content=path.read_bytes())
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "state_refused"
+    assert live.http.get("/v1/sessions").status_code == 200
 
 
 def wait_for(condition, seconds=20.0):

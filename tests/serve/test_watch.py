@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 
@@ -232,3 +233,66 @@ def test_the_files_of_the_page_are_served_under_a_strict_policy(shared):
         assert "innerHTML" not in answer.text
     assert shared.http.get("/page/nothing.js").status_code == 404
     assert shared.http.get("/page/..%2fapp.py").status_code == 404
+
+
+def test_a_session_stands_where_it_stood_when_reading_fails(serve, monkeypatch):
+    from dyadlm.errors import RunFailed
+    from dyadlm.serve import watching
+
+    live = serve()
+    own, calls, require_numbers = session(live, text=TEXT), [], watching.require_numbers
+
+    def fails_at_the_second(logits):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RunFailed("Not numbers.")
+        return require_numbers(logits)
+
+    monkeypatch.setattr(watching, "require_numbers", fails_at_the_second)
+    events, last = watch(live, session=own, text="a" * 300)
+    assert len(events) == 128
+    assert last["error"]["code"] == "model_failed"
+    assert live.http.get(f"/v1/sessions/{own}").json()["tokens"] == len(TEXT)
+    monkeypatch.undo()
+    events, _ = watch(live, session=own, text="Whether ")
+    assert events[0]["index"] == len(TEXT)
+
+
+def test_a_client_that_does_not_read_loses_its_place(serve, monkeypatch):
+    monkeypatch.setattr("dyadlm.serve.security.SEND_SECONDS", 0.5)
+    monkeypatch.setattr("dyadlm.serve.watch.MOST", 1)
+    live = serve()
+    live.server_state.models["small"].end_tokens = frozenset()
+    own = session(live, text=TEXT)
+    long = {"prompt": "a", "session": own, "max_tokens": 60_000, "stream": True, "logprobs": 20}
+    with (
+        stalled(live, "/v1/watch", {"text": "a" * 100_000, "top": 100}),
+        stalled(live, "/v1/completions", long),
+    ):
+        wait_for(lambda: scheduler_of(live).live == 1)
+        wait_for(lambda: live.http.post("/v1/watch", json={"text": "a"}).status_code == 429)
+        wait_for(lambda: live.http.post("/v1/watch", json={"text": "a"}).status_code == 200)
+        wait_for(lambda: scheduler_of(live).live == 0)
+        assert live.http.post("/v1/completions", json={"session": own, "max_tokens": 1}).status_code == 200
+
+
+def scheduler_of(live):
+    return live.server_state.models["small"].scheduler
+
+
+def stalled(live, path, body):
+    """A client that sends a request and reads nothing."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", int(live.url.rpartition(":")[2])))
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n"
+    client.sendall(head.encode() + content)
+    return client
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)

@@ -37,7 +37,9 @@ def serve(
     max_sessions: Annotated[int, typer.Option(metavar="N", min=1, help="Sessions that are kept.")] = 10_000,
     session_memory: Annotated[float, typer.Option(metavar="MIB", min=0, help="Memory of sessions, in MiB.")] = 1024,
     session_disk: Annotated[float, typer.Option(metavar="MIB", min=0, help="Disk space of sessions, in MiB.")] = 10_240,
-    session_days: Annotated[float, typer.Option(metavar="DAYS", help="Sessions unused for so long are deleted.")] = 30,
+    session_days: Annotated[
+        float, typer.Option(metavar="DAYS", min=0.001, help="Sessions unused for so long are deleted.")
+    ] = 30,
     autosave: Annotated[
         float,
         typer.Option(
@@ -47,9 +49,11 @@ def serve(
     streams: Annotated[int, typer.Option(metavar="N", min=1, help="Texts that are written at once.")] = 256,
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that wait beyond those.")] = 512,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens of an answer, at most.")] = 65_536,
-    max_body: Annotated[float, typer.Option(metavar="MIB", help="Size of a request, at most, in MiB.")] = 8,
-    deadline: Annotated[float, typer.Option(metavar="SECONDS", help="Time of a request, at most.")] = 600,
-    grace: Annotated[float, typer.Option(metavar="SECONDS", help="Time that running requests have at the end.")] = 10,
+    max_body: Annotated[float, typer.Option(metavar="MIB", min=0.001, help="Size of a request, at most, in MiB.")] = 8,
+    deadline: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Time of a request, at most.")] = 600,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Time that running requests have at the end.")
+    ] = 10,
     threads: Annotated[
         int, typer.Option(metavar="N", min=1, help="Threads of a step; more than 1 helps large models alone.")
     ] = 1,
@@ -67,7 +71,7 @@ def serve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
     os.environ.setdefault("MKL_NUM_THREADS", str(threads))
     from dyadlm.serve import Limits, ServedModel, run
-    from dyadlm.serve.running import require_key
+    from dyadlm.serve.running import require_key, require_port
     from dyadlm.serve.served import names_of
 
     limits = Limits(
@@ -85,6 +89,7 @@ def serve(
     )
     key = read_key(api_key)
     require_key(host, key)
+    require_port(host, port)
     names = names_of(models)
     served = {}
     for model, name in names.items():

@@ -15,6 +15,8 @@ from dyadlm.serve.scheduler import Inbox, Job, Work
 from dyadlm.serve.served import ServedModel
 
 Result = TypeVar("Result")
+# Bytes of a text that is split into tokens in another thread, so that the event loop does not stand still.
+LARGE = 2**14
 
 log = logging.getLogger("dyadlm.serve")
 
@@ -91,6 +93,11 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(500, str(error), code="model_failed")
     log.error("A request failed.", exc_info=error)
     return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+async def away(size: int, work: Callable[..., Result], *given: Any) -> Result:
+    """What work returns; in another thread where the text that it is about is large. size: of the text."""
+    return work(*given) if size < LARGE else await asyncio.to_thread(work, *given)
 
 
 async def until_gone(request: Request, work: Awaitable[Result]) -> Result:

@@ -111,6 +111,9 @@ def _models(server: Server) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, Any]:
+        if ended := [model.name for model in server.models.values() if not model.scheduler.alive]:
+            message = f"The thread of {', '.join(ended)} has ended; start the server again."
+            raise ApiError(503, message, code="model_failed")
         return {"status": "ok", "models": list(server.models), "version": __version__}
 
     @router.get("/metrics")

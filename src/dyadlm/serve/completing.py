@@ -15,13 +15,15 @@ from fastapi.responses import JSONResponse, Response
 from sse_starlette import EventSourceResponse
 
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.serve.answers import Running, as_api_error, running, until_gone
+from dyadlm.serve.answers import Running, as_api_error, away, running, until_gone
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.generation import Ended, Piece, Plan, TokenOdds, read_prompt, write
 from dyadlm.serve.openai_api import (
+    MOST_TOLD,
     ChatRequest,
     CompletionRequest,
     Generation,
+    Offsets,
     chat_logprobs,
     joined,
     legacy_logprobs,
@@ -54,6 +56,7 @@ class Answer:
         self.echoes: list[str] = []
         self.keep = session is not None and body.keep
         self.prompt_texts: list[str] = []
+        self._told = 0
 
     id_prefix = kind = chunk_kind = ""
 
@@ -68,6 +71,11 @@ class Answer:
         if most > limits.max_tokens:
             message = f"An answer has at most {limits.max_tokens} tokens here; ask for fewer."
             raise ApiError(400, message, param="max_tokens")
+        if odds["top"] is not None:
+            self._told += (body.n or 1) * (most + (len(prompt) if odds.get("prompt_odds") else 0))
+        if self._told > MOST_TOLD:
+            message = f"An answer tells at most {MOST_TOLD} log-probabilities; ask for fewer tokens, or none of them."
+            raise ApiError(400, message, param="logprobs")
         self.prompt_tokens += len(prompt)
         self.prompt_texts.append(text)
         for choice in range(body.n or 1):
@@ -200,6 +208,7 @@ class Answer:
                     for number in dict.fromkeys(index for index, _ in items):
                         own = [item for index, item in items if index == number]
                         text, odds = joined([item for item in own if isinstance(item, Piece)])
+                        texts[number] += text
                         if number not in opened:
                             opened.add(number)
                             text = (self.echoes[number] if self.echoes else "") + text
@@ -210,7 +219,6 @@ class Answer:
                         if text or odds:
                             began = True
                             yield self._event([self.chunk(number, text, odds, None)])
-                        texts[number] += text
                         for item in own:
                             if isinstance(item, Ended):
                                 ends[number] = item
@@ -281,7 +289,7 @@ class CompletionAnswer(Answer):
             self.add(ids, text, body.max_tokens, COMPLETION_TOKENS, **odds)
         n = body.n or 1
         self.echoes = [text for text in self.prompt_texts for _ in range(n)] if body.echo else []
-        self._offsets = [0] * len(self.plans)
+        self._offsets = [Offsets() for _ in self.plans]
 
     def choice(
         self, index: int, pieces: list[Piece], odds: list[TokenOdds] | None, reason: str | None
@@ -294,7 +302,6 @@ class CompletionAnswer(Answer):
         told = None
         if self.body.logprobs is not None:
             told = legacy_logprobs(self.model, odds, self._offsets[index])
-            self._offsets[index] += len(text)
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
 
@@ -362,13 +369,16 @@ def routes(server: Server) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = parsed(CompletionRequest, await request.body())
+        content = await request.body()
+        body = parsed(CompletionRequest, content)
         session = session_for(body, (body.n or 1) * len(body.prompts))
-        return await CompletionAnswer(server, body, session).respond(request)
+        return await (await away(len(content), CompletionAnswer, server, body, session)).respond(request)
 
     @router.post("/v1/chat/completions")
     async def chats(request: Request) -> Response:
-        body = parsed(ChatRequest, await request.body())
-        return await ChatAnswer(server, body, session_for(body, body.n or 1)).respond(request)
+        content = await request.body()
+        body = parsed(ChatRequest, content)
+        session = session_for(body, body.n or 1)
+        return await (await away(len(content), ChatAnswer, server, body, session)).respond(request)
 
     return router

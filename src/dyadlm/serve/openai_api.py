@@ -3,6 +3,7 @@
 A field that would change the answer and is not supported is refused; fields that do not change it are taken and left.
 """
 
+from codecs import getincrementaldecoder
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -13,6 +14,8 @@ from dyadlm.serve.generation import Piece, TokenOdds
 from dyadlm.serve.served import ServedModel
 
 MOST_TOP = 20
+# Tokens, or other parts of a text, of which one answer tells figures.
+MOST_TOLD = 65_536
 MOST_STOPS, LONGEST_STOP = 16, 1000
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Text = Annotated[str, Field()]
@@ -173,24 +176,32 @@ def usage(prompt: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def legacy_logprobs(model: ServedModel, odds: list[TokenOdds], offset: int) -> dict[str, Any]:
-    """As `/v1/completions` tells them, with the bytes of each token. offset: characters before the first token.
+class Offsets:
+    """At which character of an answer each of its tokens begins, in the order of the tokens."""
+
+    def __init__(self) -> None:
+        self._decoder, self._characters = getincrementaldecoder("utf-8")(errors="ignore"), 0
+
+    def before(self, content: bytes) -> int:
+        """Whole characters before the next token. content: its bytes."""
+        before = self._characters
+        self._characters += len(self._decoder.decode(content))
+        return before
+
+
+def legacy_logprobs(model: ServedModel, odds: list[TokenOdds], offsets: Offsets) -> dict[str, Any]:
+    """As `/v1/completions` tells them, with the bytes of each token. offsets: of the answer, which they go on with.
 
     A token that is no text by itself is written as `bytes:\\xe2`, as OpenAI did.
     """
     tokens = [_spelled(model, one.token) for one in odds]
-    offsets = []
-    content = b""
-    for one in odds:
-        offsets.append(offset + len(content.decode(errors="ignore")))
-        content += model.token_bytes.of(one.token)
     return {
         "tokens": tokens,
         "token_logprobs": [one.logprob for one in odds],
         "top_logprobs": [
             None if one.logprob is None else {_spelled(model, token): value for token, value in one.top} for one in odds
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.before(model.token_bytes.of(one.token)) for one in odds],
         "bytes": [list(model.token_bytes.of(one.token)) for one in odds],
     }
 

@@ -178,11 +178,12 @@ class EngineRows:
 
     def _unseat(self, row: Row, keep: bool) -> None:
         """Take a row out; the last one moves to its seat. keep: it goes on."""
-        place, last = row.place, self._seated.pop()
+        place = row.place
         if keep:
-            row.state = self._seats.select([place])
+            row.state = self._seats.select([place])  # first: without memory for it, nothing has changed
             row.state.columns_seen = row.tokens
             row.logits = None if row.logits is None else row.logits.copy()  # of all rows, else
+        last = self._seated.pop()
         if last is not row:
             self._seats.put(place, self._seats, last.place)
             last.place = place

@@ -63,15 +63,24 @@ def require_key(host: str, key: str | None) -> None:
         )
 
 
+def require_port(host: str, port: int) -> None:
+    """Raise `UserError` if the port is taken, before models are loaded."""
+    listen(host, port).close()
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises `UserError` if there can be none."""
     try:
         found: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(2048)
+        except (OSError, OverflowError):
+            listening.close()
+            raise
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"There can be no server at {host}:{port} ({reason}); choose another --port.") from error

@@ -125,7 +125,8 @@ class Job:
         self._cancelled = False
         self._make = make
         self._fresh: list[tuple[int, Any]] = []
-        self.unsent = 0  # items in the inbox or on the way to it
+        # Each is written by one thread alone: that of the model, that of the loop.
+        self._sent = self._taken = 0
 
     def emit(self, item: Any) -> None:
         """Hand an item to whoever waits for the request."""
@@ -144,9 +145,14 @@ class Job:
         """For `Do`: go on from another row."""
         self.row = row
 
+    @property
+    def unsent(self) -> int:
+        """Items in the inbox or on the way to it."""
+        return self._sent - self._taken
+
     def took(self, items: int) -> None:
-        """So many items have reached the client."""
-        self.unsent -= items
+        """So many items have reached the client. In the thread of the loop."""
+        self._taken += items
 
 
 class Scheduler:
@@ -168,6 +174,11 @@ class Scheduler:
         self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def live(self) -> int:
         """Requests that are read or written now."""
         return len(self._live)
@@ -182,7 +193,10 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise ApiError(503, "The server is shutting down; try again soon.", code="shutting_down", retry_after=5)
-            if len(self._waiting) + len(jobs) > self._most_waiting + max(0, self._most_live - len(self._live)):
+            most = self._most_waiting + max(0, self._most_live - len(self._live))
+            if len(self._waiting) + len(jobs) > most:  # those whose clients have left take no room
+                self._waiting = deque(job for job in self._waiting if not job._cancelled)
+            if len(self._waiting) + len(jobs) > most:
                 waves = 1 + len(self._waiting) / self._most_live
                 raise ApiError(
                     429,
@@ -311,9 +325,15 @@ class Scheduler:
         if job._cancelled:
             self._outgoing.setdefault(job.inbox, []).append((job.index, None))
             return
-        job.rows = self.rows
-        job.row = self.rows.start() if job.row is None else self.rows.copy(job.row)
-        live = _Live(job, job._make(job))
+        try:
+            job.rows = self.rows
+            job.row = self.rows.start() if job.row is None else self.rows.copy(job.row)
+            live = _Live(job, job._make(job))
+        except Exception as error:  # such as no memory: the thread goes on with the others
+            job.error = error
+            job.emit(None)
+            self._collect(job)
+            return
         self._live.append(live)
         self._go_on(live, None)
 
@@ -332,9 +352,12 @@ class Scheduler:
 
     def _end(self, live: "_Live", error: Exception | None) -> None:
         job = live.job
-        live.work.close()
         self._live.remove(live)
-        self.rows.release(job.row, keep=job.keep_row and error is None)
+        try:
+            live.work.close()
+            self.rows.release(job.row, keep=job.keep_row and error is None)
+        except Exception as failed:  # the request has to end all the same, and the others to go on
+            error = error or failed
         job.error = error
         job.emit(None)
         self._collect(job)
@@ -342,7 +365,7 @@ class Scheduler:
 
     def _collect(self, job: Job) -> None:
         if job._fresh:
-            job.unsent += len(job._fresh)
+            job._sent += len(job._fresh)
             self._outgoing.setdefault(job.inbox, []).extend(job._fresh)
             job._fresh = []
 

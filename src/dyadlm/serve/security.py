@@ -17,11 +17,16 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Paths that are served without a key: they tell nothing, and a page has to load before it can ask for the key.
 OPEN_PATHS = ("/health", "/", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
-BODY_SECONDS = 60.0
+BODY_SECONDS, PART_SECONDS = 600.0, 60.0  # for a client to send a body, and each part of it
+SEND_SECONDS = 30.0  # for a client to take a part of an answer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+class ClientStalled(Exception):
+    """The client does not take its answer; whatever the request holds is given back."""
 
 
 class Gate:
@@ -64,7 +69,10 @@ class Gate:
                     (b"x-content-type-options", b"nosniff"),
                     (b"cross-origin-resource-policy", b"same-origin"),
                 ]
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), SEND_SECONDS)
+            except TimeoutError:
+                raise ClientStalled from None
 
         try:
             self._require_place(scope, headers)
@@ -78,6 +86,8 @@ class Gate:
             if began:
                 raise
             await refuse(sending, error)
+        except ClientStalled:
+            return  # the server closes the connection
 
     def _require_place(self, scope: dict[str, Any], headers: dict[str, str]) -> None:
         host = headers.get("host", "")
@@ -119,14 +129,15 @@ def too_large(bound: int) -> ApiError:
 
 def bounded(receive: Receive, bound: int) -> Receive:
     """The same messages; raises `ApiError` once the body is too large, or takes too long to come."""
-    taken, complete = 0, False
+    taken, complete, end = 0, False, asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def receiving() -> Message:
         nonlocal taken, complete
         if complete:
             return await receive()
         try:
-            message = await asyncio.wait_for(receive(), BODY_SECONDS)
+            left = end - asyncio.get_running_loop().time()
+            message = await asyncio.wait_for(receive(), min(PART_SECONDS, left))
         except TimeoutError:
             raise ApiError(408, "The body did not come in time.", code="body_too_slow") from None
         if message["type"] == "http.request":

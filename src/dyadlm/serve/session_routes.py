@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from dyadlm.errors import UserError
-from dyadlm.serve.answers import running, until_gone
+from dyadlm.serve.answers import away, running, until_gone
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.openai_api import Fork, NewSession, ReadText, parsed
 from dyadlm.serve.rows import Row
@@ -46,7 +46,7 @@ def routes(server: Server) -> APIRouter:
         store.require_room()
         row = model.rows.start()
         if body.text:
-            ids = model.prompt_ids(body.text, begins=True)
+            ids = await away(len(body.text), model.prompt_ids, body.text, True)
             row, _ = await until_gone(request, reading(model, ids, None))
         return store.add(model, row, body.name, None, body.text, body.ttl).described()
 
@@ -90,7 +90,9 @@ def routes(server: Server) -> APIRouter:
     async def read(key: str, request: Request) -> dict[str, Any]:
         body, session = parsed(ReadText, await request.body()), store.find(key)
         async with server.continuing(session) as row:
-            ids = session.model.prompt_ids(body.text, row.begins) if body.text else np.empty(0, np.int64)
+            ids = np.empty(0, np.int64)
+            if body.text:
+                ids = await away(len(body.text), session.model.prompt_ids, body.text, row.begins)
             row, bits = await until_gone(request, reading(session.model, ids, row))
             store.commit(session, row, body.text)
         return session.described() | {"read": {"tokens": len(ids), "bits": bits}}

@@ -12,10 +12,12 @@ written in other threads.
 import asyncio
 import json
 import logging
+import os
 import re
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,7 @@ class SessionStore:
         self._sessions: dict[str, Session] = {}
         self._names: dict[str, str] = {}
         self.memory_bytes = self.disk_bytes = 0
+        self._stuck = False  # a session that had to leave memory could not be written
         self._recover()
 
     def __len__(self) -> int:
@@ -154,6 +157,9 @@ class SessionStore:
         if self.disk_bytes + self.memory_bytes >= self._limits.session_disk + self._limits.session_memory:
             message = "The server has no room for more sessions; delete some, or start it with a larger --session-disk."
             raise ApiError(503, message, code="sessions_full")
+        if self._stuck and self.memory_bytes > self._limits.session_memory:
+            message = "The memory of sessions is full, and they cannot be written to disk; delete some."
+            raise ApiError(503, message, code="sessions_full")
 
     def add(
         self, model: ServedModel, row: Row, name: str | None, parent: str | None, tail: str, ttl: float | None = None
@@ -185,6 +191,9 @@ class SessionStore:
                 row.tokens, session.row = session.tokens, row
                 self.memory_bytes += session.nbytes
             session.used = time.time()
+            if session.file_bytes:
+                with suppress(OSError):
+                    os.utime(self._path(session))  # the file tells a new server of a use that changed nothing
             return session.row
 
     def commit(self, session: Session, row: Row, text: str) -> None:
@@ -206,7 +215,9 @@ class SessionStore:
             if session.saved or row is None:
                 return
             path, about = self._path(session), session.about()
-            if self.disk_bytes + session.nbytes > self._limits.session_disk:
+            # A state keeps its size, and the new file takes the place of the one before.
+            expected = session.file_bytes or session.nbytes
+            if self.disk_bytes - session.file_bytes + expected > self._limits.session_disk:
                 message = "The server has no room on disk for more sessions; delete some, or raise --session-disk."
                 raise ApiError(503, message, code="disk_full")
             try:
@@ -244,14 +255,16 @@ class SessionStore:
                 await self._try_to_save(session)
         if self.memory_bytes <= self._limits.session_memory:
             return
+        failed = False
         for session in sorted(self._sessions.values(), key=lambda session: session.used):
             if session.row is not None and not session.busy:
-                await self._try_to_save(session)
+                failed |= not await self._try_to_save(session)
                 if session.saved and session.row is not None:  # both may have changed meanwhile
                     session.row = None
                     self.memory_bytes -= session.nbytes
             if self.memory_bytes <= self._limits.session_memory:
-                return
+                break
+        self._stuck = failed
 
     async def save_all(self) -> None:
         """Write all that is not on disk."""
@@ -263,13 +276,16 @@ class SessionStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder / f"received-{secrets.token_hex(16)}"
 
-    async def _try_to_save(self, session: Session) -> None:
+    async def _try_to_save(self, session: Session) -> bool:
+        """Whether it did not fail."""
         try:
             await self.save(session)
         except ApiError as error:
             if error.status != 404:
                 log.warning("A session was not saved: %s", error.message)
                 session.changed = time.monotonic()  # try again later
+                return False
+        return True
 
     def _require_alive(self, session: Session) -> None:
         if session.deleted:
@@ -301,7 +317,7 @@ class SessionStore:
         by_both = {(model.name, model.identity): model for model in own}
         for path in self._folder.glob(f"??/{ID_PREFIX}*{SUFFIX}"):
             known = _about(path)
-            if known is None or known["id"] + SUFFIX != path.name:
+            if known is None or known["id"] + SUFFIX != path.name or not _is_text(known["tail"]):
                 log.warning("%s is no session that can be read; it is passed over.", path)
                 continue
             model = by_both.get((known["model"], known["identity"]), by_identity.get(known["identity"]))
@@ -309,7 +325,8 @@ class SessionStore:
                 lost += 1
                 continue
             name = known["name"] if known["name"] not in self._names else None
-            numbers = (known["tokens"], known["nbytes"], known["tail"], known["created"], known["used"], known["ttl"])
+            used = max(known["used"], path.stat().st_mtime)
+            numbers = (known["tokens"], known["nbytes"], known["tail"], known["created"], used, known["ttl"])
             session = Session(known["id"], model, name, known["parent"], None, *numbers, saved=True)
             session.file_bytes = path.stat().st_size
             self.disk_bytes += session.file_bytes
@@ -347,6 +364,19 @@ def _about(path: Path) -> dict[str, Any] | None:
 
 
 def tail_of(path: Path) -> str:
-    """The end of what was read, as a file says; empty where it does not."""
+    """The end of what was read, as a file says; empty where it does not. Raises `UserError` if it cannot be sent."""
     known = _about(path)
-    return "" if known is None else known["tail"][-TAIL:]
+    if known is None:
+        return ""
+    if not _is_text(known["tail"]):
+        raise UserError(f"{path} holds text that is not Unicode; use a file that a server wrote.")
+    return str(known["tail"][-TAIL:])
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be sent: JSON can spell one half of a pair of surrogates, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

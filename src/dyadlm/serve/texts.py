@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from dyadlm.data.encoding import TextEncoder, prefix_token
-from dyadlm.serve.answers import running, until_gone
+from dyadlm.serve.answers import away, running, until_gone
 from dyadlm.serve.errors import ApiError
-from dyadlm.serve.openai_api import Body, Text, Token, parsed
+from dyadlm.serve.openai_api import MOST_TOLD, Body, Text, Token, parsed
 from dyadlm.serve.scheduler import Job, Read, Work
 from dyadlm.serve.served import ServedModel
 from dyadlm.serve.server import Server
@@ -47,8 +47,12 @@ def routes(server: Server) -> APIRouter:
     async def tokenize(request: Request) -> dict[str, Any]:
         body = parsed(Tokenize, await request.body())
         model = server.model_of(body.model)
-        ids = [int(token) for token in model.tokenizer(body.text, add_special_tokens=False)["input_ids"]]
-        return {"tokens": ids, "pieces": [model.token_bytes.text(token) for token in ids]}
+
+        def tokens() -> dict[str, Any]:
+            ids = [int(token) for token in model.tokenizer(body.text, add_special_tokens=False)["input_ids"]]
+            return {"tokens": ids, "pieces": [model.token_bytes.text(token) for token in ids]}
+
+        return await away(len(body.text), tokens)
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
@@ -64,9 +68,12 @@ def routes(server: Server) -> APIRouter:
         model, content = server.model_of(body.model), body.text.encode()
         if not content:
             return {"unit": "bits", "items": []}
-        ids, starts = TextEncoder(model.tokenizer).encode(content)
-        bits = await until_gone(request, _bits(model, ids.astype(np.int64), server.limits.deadline))
+        ids, starts = await away(len(content), TextEncoder(model.tokenizer).encode, content)
         begins = _begins(content, starts, body.per)
+        if len(begins) > MOST_TOLD:
+            message = f"The text has {len(begins)} parts, and at most {MOST_TOLD} are scored at once; send less text."
+            raise ApiError(400, message, param="text")
+        bits = await until_gone(request, _bits(model, ids.astype(np.int64), server.limits.deadline))
         sums = np.add.reduceat(bits, np.searchsorted(starts, begins)) if len(ids) else np.zeros(len(begins))
         ends = [*begins[1:], len(content)]
         items = []

@@ -1,6 +1,7 @@
 """`POST /v1/watch`: what a model does at each token, as server-sent events."""
 
 import json
+from asyncio import CancelledError
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
@@ -71,8 +72,8 @@ def routes(server: Server) -> APIRouter:
 
     async def events(body: WatchRequest, sampling: Sampling) -> AsyncGenerator[str]:
         count, began, end = 0, perf_counter(), monotonic() + server.limits.deadline
-        async with place(), _visit(server, body) as visit:
-            try:
+        try:
+            async with place(), _visit(server, body) as visit:
                 async for tokens, told in iterate_in_threadpool(_told(visit.watcher, body, sampling)):
                     count += tokens
                     if told:
@@ -81,13 +82,13 @@ def routes(server: Server) -> APIRouter:
                         raise ApiError(
                             503, "The request took too long; ask for fewer tokens.", code="deadline_exceeded"
                         )
-            except (ApiError, UserError, RunFailed) as error:
-                if not count:
-                    raise
-                yield _event(as_api_error(error).body)
-                return
-            record = visit.settle()
-            yield _event({"done": True, "session": record, "tokens_per_second": count / (perf_counter() - began)})
+                record = visit.settle()
+        except (ApiError, UserError, RunFailed) as error:
+            if not count:
+                raise
+            yield _event(as_api_error(error).body)
+            return
+        yield _event({"done": True, "session": record, "tokens_per_second": count / (perf_counter() - began)})
 
     async def watch(request: Request) -> Response:
         """One event a token (`Moment`); the last is `{"done": true, "session": …, "tokens_per_second": …}`."""
@@ -130,7 +131,8 @@ class _Visit:
 
 @asynccontextmanager
 async def _visit(server: Server, body: WatchRequest) -> AsyncIterator[_Visit]:
-    """What the request watches. A session stands in the end where the watcher does, also if the client has gone."""
+    """What the request watches. Where the client leaves, a session stands where the watcher does; where the request
+    fails, it stands where it stood before."""
     if body.session is None:
         model = server.model_of(body.model)
         yield _Visit(server, Watcher(model.model, model.tokenizer, top=body.top), None)
@@ -140,11 +142,14 @@ async def _visit(server: Server, body: WatchRequest) -> AsyncIterator[_Visit]:
     async with server.continuing(session) as row:
         rows, model = session.model.rows, session.model
         given = (rows.cache(row), row.logits, row.tokens, _times.get(row), body.top)
-        visit = _Visit(server, Watcher(model.model, model.tokenizer, *given), session)
+        watcher = Watcher(model.model, model.tokenizer, *given)
+        visit = _Visit(server, watcher, session)
         try:
             yield visit
-        finally:
-            visit.settle()
+        except (GeneratorExit, CancelledError):  # the client has left
+            if watcher.whole:
+                visit.settle()
+            raise
 
 
 def _told(watcher: Watcher, body: WatchRequest, sampling: Sampling) -> Iterator[tuple[int, str]]:

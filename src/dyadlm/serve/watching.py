@@ -164,6 +164,7 @@ class Watcher:
         self.ours = isinstance(model, DyadForCausalLM)
         self.state = state or (DyadCache() if self.ours else Continuation(model))
         self._logits = None if logits is None else torch.from_numpy(logits)
+        self.whole = True  # state, logits and tokens are of the same place; not where reading failed
         self._decoder, self._clock, self.tail = IncrementalDecoder(tokenizer), 0.0, ""
         self._names, self._times = _Names(tokenizer), None
         self._ends = TorchReader(model).end_tokens
@@ -256,7 +257,7 @@ class Watcher:
 
     @torch.no_grad()
     def _chunk(self, ids: Sequence[int], read: bool) -> list[Moment]:
-        start = self.tokens
+        start, self.whole = self.tokens, False
         tokens = torch.tensor([list(ids)], device=self.model.device)
         trace: ChunkTrace | None = None
         if isinstance(self.state, DyadCache):
@@ -275,7 +276,7 @@ class Watcher:
             bits.insert(0, None)
         chances, following = (part.tolist() for part in likely.exp2().topk(min(self.top, likely.shape[-1])))
         levels, segments, slots = self._inside(trace, len(ids))
-        self._logits, self.tokens = logits[-1].clone(), start + len(ids)
+        self._logits, self.tokens, self.whole = logits[-1].clone(), start + len(ids), True
         size, now = self.state.state_bytes(), time.perf_counter()
         spent, self._clock = (now - self._clock) * 1000 / len(ids), now
         return [
@@ -301,6 +302,7 @@ class Watcher:
 
     @torch.no_grad()
     def _skip(self, ids: Sequence[int]) -> int:
+        self.whole = False
         tokens = torch.tensor([list(ids)], device=self.model.device)
         if isinstance(self.state, DyadCache):
             logits, slots = pass_over(cast(DyadForCausalLM, self.model), tokens, self.state)
@@ -308,7 +310,7 @@ class Watcher:
                 self._times.follow(slots, self.tokens)
         else:
             logits = self.state.read(tokens)[0, -1]
-        self._logits, self.tokens = logits.float().clone(), self.tokens + len(ids)
+        self._logits, self.tokens, self.whole = logits.float().clone(), self.tokens + len(ids), True
         for token in ids:
             self._tell(token)
         return len(ids)
