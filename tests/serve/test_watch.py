@@ -166,7 +166,7 @@ def test_a_session_is_watched_by_one_at_a_time_and_free_when_the_client_leaves(s
 
 def test_too_many_at_once_are_refused_with_when_to_come_again(shared, monkeypatch):
     monkeypatch.setattr("dyadlm.serve.watch.MOST", 1)
-    with shared.http.stream("POST", "/v1/watch", json={"text": "a", "max_tokens": 50_000}) as answer:
+    with shared.http.stream("POST", "/v1/watch", json={"text": "a", "max_tokens": 50_000, "temperature": 0}) as answer:
         next(answer.iter_lines())
         refused = shared.http.post("/v1/watch", json={"text": "a"})
         assert refused.status_code == 429
@@ -181,7 +181,7 @@ def test_a_deadline_ends_a_stream_in_an_event(serve):
     from dyadlm.serve import Limits
 
     live = serve(limits=Limits(deadline=0.2))
-    _, last = watch(live, text="a", max_tokens=50_000)
+    _, last = watch(live, text="a", max_tokens=50_000, temperature=0)
     assert last["error"]["code"] == "deadline_exceeded"
 
 
