@@ -61,7 +61,7 @@ def routes(server: Server) -> APIRouter:
     @asynccontextmanager
     async def place() -> AsyncIterator[None]:
         nonlocal watched
-        if watched == MOST:
+        if watched >= MOST:
             message = f"The server lets {MOST} texts be watched at once; try again in a moment."
             raise ApiError(429, message, code="queue_full", retry_after=2)
         watched += 1
