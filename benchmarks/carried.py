@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -188,11 +189,9 @@ def by_command(data: bytes, command: Callable[[str, str], list[str]]) -> tuple[i
 def compressors(paq8px: str | None) -> dict[str, Callable[[bytes], tuple[int, int]]]:
     """Those that are here. Of PPMd each order stands alone, since the best is not known before."""
     found: dict[str, Callable[[bytes], tuple[int, int]]] = {"xz -9e": xz, "zstd -19 --long=27": zstd}
-    try:
-        import pyppmd  # noqa: F401 - asked for, not used here
-
+    if find_spec("pyppmd") is not None:
         found |= {f"PPMd order {order}": partial(ppmd, order=order) for order in PPMD_ORDERS}
-    except ImportError:
+    else:
         print("PPMd is left out; `pip install pyppmd` adds it.")
     if shutil.which("zpaq"):
         found["zpaq -m5"] = partial(by_command, command=lambda text, archive: ["zpaq", "add", archive, text, "-m5"])

@@ -295,7 +295,7 @@ def sshd(programs: Path, place: Path, draw: random.Random) -> Labelled:
     def ssh(user: str, *options: str, command: str = "true") -> None:
         line = ["ssh", *fixed, *options, f"{user}@{HOST}", command]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run(line, env=environment, timeout=20, check=False, **quiet)  # type: ignore[call-overload]
+        subprocess.run(line, env=environment, timeout=20, check=False, **quiet)
 
     keyed = ["-i", str(place / "key"), "-o", "IdentitiesOnly=yes", "-o", "PreferredAuthentications=publickey"]
     typed = ["-o", "PubkeyAuthentication=no", "-o", "NumberOfPasswordPrompts=2"]
@@ -455,10 +455,10 @@ def postgres(programs: Path, place: Path, draw: random.Random) -> Labelled:
     def begin(*statements: str, user: str = "app", base: str = "postgres") -> "subprocess.Popen[bytes]":
         line = [tools / "psql", "-q", "-h", HOST, "-p", str(port), "-U", user, "-d", base, "-f", "-"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        client = subprocess.Popen(line, stdin=subprocess.PIPE, **quiet)  # type: ignore[call-overload]
+        client = subprocess.Popen(line, stdin=subprocess.PIPE, **quiet)
         client.stdin.write("".join(f"{text};\n" for text in statements).encode())
         client.stdin.flush()
-        return client  # type: ignore[no-any-return]
+        return client
 
     def run(*statements: str, user: str = "app", base: str = "postgres") -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -681,7 +681,7 @@ SOURCES: dict[str, Callable[[Path, Path, random.Random], Labelled]] = {
 @contextlib.contextmanager
 def running(command: list[object], errors: object = None) -> Iterator[None]:
     """A program that runs meanwhile."""
-    process = subprocess.Popen([str(word) for word in command], stderr=errors)  # type: ignore[call-overload]
+    process = subprocess.Popen([str(word) for word in command], stderr=errors)
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests" / "serve"))
 async def sent(app: object, requests: int, seed: int) -> dict[str, int]:
     """How often each status was answered. Raises `SystemExit` at the first failure."""
     chance, statuses = random.Random(seed), collections.Counter[str]()
-    transport = httpx.ASGITransport(app, raise_app_exceptions=True)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     began = time.monotonic()
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=60) as client:
         for number in range(requests):

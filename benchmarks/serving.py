@@ -180,11 +180,11 @@ def write_byte_gguf(model: Any, path: Path) -> None:
             self.add_bos_token_id(1)
             self.add_eos_token_id(2)
 
-    original, gguf.GGUFWriter = gguf.GGUFWriter, Writer  # type: ignore[misc]
+    original, gguf.GGUFWriter = gguf.GGUFWriter, Writer
     try:
         llama_cpp.write_gguf(model, path)
     finally:
-        gguf.GGUFWriter = original  # type: ignore[misc]
+        gguf.GGUFWriter = original
 
 
 async def measured(server: Any, streams: int) -> dict[str, float]:

@@ -49,7 +49,9 @@ def serve(
     streams: Annotated[int, typer.Option(metavar="N", min=1, help="Texts that are written at once.")] = 256,
     queue: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that wait beyond those.")] = 512,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens of an answer, at most.")] = 65_536,
-    max_body: Annotated[float, typer.Option(metavar="MIB", min=0.001, help="Size of a request, at most, in MiB.")] = 8,
+    max_body: Annotated[
+        float, typer.Option(metavar="MIB", min=0.001, max=1024, help="Size of a request, at most, in MiB.")
+    ] = 8,
     deadline: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Time of a request, at most.")] = 600,
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Time that running requests have at the end.")

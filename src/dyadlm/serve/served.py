@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dyadlm.data.encoding import TextEncoder, prefix_token
+from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import UserError
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.rows import EngineRows, ReaderRows, Row, Rows
@@ -112,10 +112,6 @@ class ServedModel:
         row = self.rows.start()
         self.rows.read(row, np.array([prefix_token(self.tokenizer)]), False)
         return row
-
-    def encoder(self) -> TextEncoder:
-        """For texts that are scored."""
-        return TextEncoder(self.tokenizer)
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
