@@ -67,6 +67,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file benchmarks/mypy.ini
 
 # ---- Documents
 

@@ -143,7 +143,7 @@ def bits_of(model: Path, lines: list[bytes], learn: bool) -> np.ndarray:
     from dyadlm.cli.score import open_scorer
     from dyadlm.score import Reading, chunks
 
-    scorer, _, _ = open_scorer(str(model), "cpu", "float32", None, Reading(learn=learn), None, None, None)
+    scorer, _, _ = open_scorer(str(model), "cpu", "float32", None, None, Reading(learn=learn), None, None, None)
     return np.concatenate([scored.bits for chunk in chunks(placed(lines)) for scored in scorer.read(chunk)])
 
 
@@ -332,7 +332,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work
     if options.cell is not None:
-        (work / f"{options.cell[0]}.cell.json").write_text(json.dumps(read(*options.cell, work)))
+        (work / f"{options.cell[0]}.cell.json").write_text(json.dumps(read(options.cell[0], options.cell[1], work)))
         return
     try:
         import drain3

@@ -45,7 +45,7 @@ def milliseconds(step: Callable[[], None]) -> float:
 
 @torch.no_grad()
 def ours(preset: str, rows: int, graph: bool, compiled: bool = False) -> dict[str, Any]:
-    model = dyad(preset).cuda().bfloat16().eval()
+    model = dyad(preset).to("cuda", torch.bfloat16).eval()
     if compiled:
         for layer in model.model.layers:
             layer.compile()
@@ -68,7 +68,7 @@ def ours(preset: str, rows: int, graph: bool, compiled: bool = False) -> dict[st
 def peer(preset: str, rows: int, context: int) -> dict[str, Any]:
     layers, width, heads = LLAMAS[preset]
     room = context + 8 * TOKENS
-    model = llama(size(dyad(preset)), layers, width, heads, room).cuda().bfloat16().eval()
+    model = llama(size(dyad(preset)), layers, width, heads, room).to("cuda", torch.bfloat16).eval()
     cache = StaticCache(config=model.config, max_cache_len=room)
     tokens = torch.full((rows, 1), 101, device="cuda")
 

@@ -7,7 +7,9 @@ default.
 """
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -105,7 +107,7 @@ class LlamaCpp:
         self._memory = self._call("llama_get_memory", pointer, pointer)(self._context)
         self._remove = self._call("llama_memory_seq_rm", ctypes.c_bool, pointer, number, number, number)
 
-    def _call(self, name: str, result: object, *arguments: object) -> ctypes._CFuncPtr:
+    def _call(self, name: str, result: object, *arguments: object) -> Callable[..., Any]:
         """A C function by name, its types set."""
         function = getattr(self._library, name)
         function.restype, function.argtypes = result, list(arguments)

@@ -228,7 +228,7 @@ def operator_of(name: str) -> Operator:
 
 def unnoticed(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Where no test is meant to notice a change: annotations, asserts, blocks for type checkers; begin and end."""
-    found: list[ast.AST | None] = []
+    found: list[ast.expr | ast.stmt | None] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.arg | ast.AnnAssign):
             found.append(node.annotation)

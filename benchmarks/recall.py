@@ -12,11 +12,10 @@ A cell takes at most --minutes of training, of the training thread's own time, w
 import json
 
 import torch
-from rich.console import Console
 from transformers.utils import logging
 
 from common import arguments, commit, require_green
-from dyadlm.cli.recall import table
+from dyadlm.cli.recall import show
 from dyadlm.recall import Cell, Recipe, Study, parse_fields
 
 PARTS = (
@@ -81,8 +80,7 @@ def main() -> None:
         print(f"[{number + 1}/{len(cells)}] {cell.name}", flush=True)
         result = study.run(cell)
         print(f"    {json.dumps({key: result[key] for key in ('stopped', 'steps', 'seconds', 'running_accuracy')})}")
-    console = Console(highlight=False, width=200)
-    console.print(table(cells, study.results))
+    show(cells, study.results)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,6 @@ def test_another_process_may_be_first(page, monkeypatch):
 def test_nothing_and_what_is_missing(cache):
     with pytest.raises(UserError, match="There is no data"):
         resolve_data([])
-    with pytest.raises(UserError, match="There is no file, folder or corpus 'shakespere'"):
+    with pytest.raises(UserError, match="'shakespere'; the nearest is shakespeare; "):
         resolve_data(["shakespere:2"])
     assert not cache.exists()

@@ -461,7 +461,9 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monk
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModelTrainer, "training_step", interrupted)
-        with pytest.raises(RunInterrupted, match=r"Stopped at step 3 of 6 .* --resume") as caught:
+        with pytest.raises(
+            RunInterrupted, match=r"Stopped at step 3 of 6 .* --resume .*checkpoint-3 is a model"
+        ) as caught:
             train(small(output), words(), console)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is handler

@@ -92,8 +92,9 @@ def score(
     """Score lines, documents or tokens by how surprising they are.
 
     All files are read as one stream, whose state is carried from line to line at constant memory. Columns: score, bits
-    per byte (all bits of the unit by its bytes, line ends included), bits, p-value, byte offset, document and line, and
-    the text with its oddest span highlighted. A line longer than 4,096 bytes is scored in parts.
+    per byte (all bits of the unit by its bytes, line ends included), p-value where there is a calibration, document and
+    line, and the text with its oddest span highlighted. --json and --csv have bits, offset and span, too. A line longer
+    than 4,096 bytes is scored in parts.
     """
     from dyadlm.cli.units import Printer, say_calibrated
     from dyadlm.errors import UserError

@@ -1,4 +1,7 @@
-"""How scored units are printed: rows for people, with the oddest span highlighted, JSON lines or CSV."""
+"""How scored units are printed: rows for people, with the oddest span highlighted, JSON lines or CSV.
+
+A row has what fits into a narrow terminal beside the text; JSON and CSV have all.
+"""
 
 import csv
 import json
@@ -19,7 +22,6 @@ FIELDS = (
     "unit", "document", "line", "offset", "bytes", "bits", "bits_per_byte", "score", "p",
     "span_offset", "span_bytes", "span", "text",
 )  # fmt: skip
-HEAD = f"{'score':>8} {'bits/byte':>9} {'bits':>9} {'p':>9} {'offset':>10}  document:line: text"
 HIGHLIGHT = "bold reverse"
 # Columns of text that are shown however narrow the terminal is.
 NARROWEST = 20
@@ -70,7 +72,8 @@ class Printer:
         if self._form == "csv":
             self._table.writeheader()
         elif self._form == "rows":
-            self._console.print(Text(HEAD, style="bold"))
+            p = "" if self._rule.calibration is None else f"{'p':>9} "
+            self._console.print(Text(f"{'score':>8} {'bits/byte':>9} {p} document:line: text", style="bold"))
 
     def _record(self, unit: Unit) -> dict[str, Any]:
         start, stop = unit.span
@@ -92,10 +95,8 @@ class Printer:
 
     def _row(self, unit: Unit) -> Text:
         p = self._rule.p(unit)
-        numbers = (
-            f"{unit.score:8.1f} {unit.bits_per_byte:9.3f} {unit.bits:9.1f} {'' if p is None else f'{p:.2g}':>9} "
-            f"{unit.offset:10}  {unit.document}:{unit.number}: "
-        )
+        shown_p = "" if p is None else f"{p:9.2g} "
+        numbers = f"{unit.score:8.1f} {unit.bits_per_byte:9.3f} {shown_p} {unit.document}:{unit.number}: "
         row = Text(numbers, end="")
         room = max(self._console.width - len(numbers), NARROWEST) if self._console.is_terminal else None
         for text, odd in zip(shown(unit, room), (False, True, False), strict=True):

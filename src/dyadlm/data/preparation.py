@@ -113,7 +113,7 @@ def find_source(
         raise UserError("A source has an empty name; give a corpus, a file or a folder.")
     if str(source) in CORPORA:
         return open_corpus(str(source))
-    return open_source(source, text_field, most_decompressed)
+    return open_source(source, text_field, most_decompressed, known=CORPORA)
 
 
 def _splits(sources: Sequence[Source], held_out: Source | None) -> dict[str, Iterator[Passage]]:

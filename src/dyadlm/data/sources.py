@@ -1,5 +1,6 @@
 """Where text comes from: every source yields passages, a few at a time, whatever it is stored in."""
 
+import difflib
 import hashlib
 import logging
 import os
@@ -8,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -50,7 +51,12 @@ class Source:
     splits: Mapping[str, Callable[[], Iterator[Passage]]]
 
 
-def open_source(argument: str | Path, text_field: str = "text", most_decompressed: float = MOST_DECOMPRESSED) -> Source:
+def open_source(
+    argument: str | Path,
+    text_field: str = "text",
+    most_decompressed: float = MOST_DECOMPRESSED,
+    known: Collection[str] = (),
+) -> Source:
     """The source a user names: a file, a folder (all files in it), `-` or a dataset on the Hugging Face hub.
 
     Files may be text, JSON lines, arrays of JSON objects or Parquet (`text_field` names the field with the text),
@@ -58,7 +64,8 @@ def open_source(argument: str | Path, text_field: str = "text", most_decompresse
     followed; its hidden files are not read, and those that are no text are left out with a warning. Standard input
     is read as text, whatever it holds. Hub datasets are called `owner/name` or `owner/name:configuration`.
 
-    most_decompressed: how many bytes one compressed byte may stand for. Raises `UserError`.
+    most_decompressed: how many bytes one compressed byte may stand for. known: other names that the user may have
+    meant. Raises `UserError`.
     """
     path = Path(argument)
     read = partial(read_file, text_field=text_field, ratio=most_decompressed)
@@ -75,7 +82,12 @@ def open_source(argument: str | Path, text_field: str = "text", most_decompresse
     is_path = path.suffix.lower() in FILE_SUFFIXES or path.parts[:1] in [(".",), ("..",), ("~",)]
     if hub_name and not is_path and not path.parent.exists():
         return _hub_dataset(hub_name["name"], hub_name["configuration"], text_field)
-    raise UserError(f"There is no file, folder or corpus {str(argument)!r}; `dyadlm data list` shows the corpora.")
+    beside = [str(path.with_name(name)) for name in os.listdir(path.parent)] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(argument), [*known, *beside], n=1)
+    hint = f"the nearest is {printable(near[0])}; " if near else ""
+    raise UserError(
+        f"There is no file, folder or corpus {str(argument)!r}; {hint}`dyadlm data list` shows the corpora."
+    )
 
 
 def with_validation(source: Source) -> Source:

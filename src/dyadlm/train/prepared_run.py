@@ -235,9 +235,9 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 def _require_adaptable(settings: TrainSettings, arguments: TrainingArguments) -> None:
     """Raise `UserError` where no adapter can be trained."""
-    require_peft()
     if settings.model is None:
         raise UserError("An adapter is trained beside a trained model; give --model DIR with --lora, and no --preset.")
+    require_peft()
     if base_of_adapter(settings.model) is not None:
         raise UserError(
             f"{settings.model} is an adapter itself; merge it first "

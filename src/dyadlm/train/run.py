@@ -25,7 +25,14 @@ from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require
 from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.configuration import CHOOSING, DyadConfig
 from dyadlm.model.loading import is_model_folder
-from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, remove_leftovers, require_same
+from dyadlm.train.checkpoint import (
+    checkpoint_path,
+    checkpoints,
+    last_complete,
+    read_manifest,
+    remove_leftovers,
+    require_same,
+)
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
@@ -121,8 +128,9 @@ def train(
         seconds = time.perf_counter() - begin
         if trainer.state.global_step < plan.arguments.max_steps:
             raise RunInterrupted(
-                f"Stopped at step {trainer.state.global_step} of {plan.arguments.max_steps} and saved; "
-                f"go on with: dyadlm train --output {output} --resume",
+                f"Stopped at step {trainer.state.global_step} of {plan.arguments.max_steps} and saved; go on with: "
+                f"dyadlm train --output {output} --resume (or use it as it is: "
+                f"{checkpoint_path(output, trainer.state.global_step)} is a model)",
                 handler.received,
             )
         return _finish(settings, plan, trainer, seconds)
