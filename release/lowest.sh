@@ -16,5 +16,5 @@ echo "torch==${TORCH:-2.13.0}" > "$place/torch.txt"
     ${FIND_LINKS:+--find-links "$FIND_LINKS"} --python "$python" --output-file "$place/versions.txt"
 "$uv" venv --quiet --allow-existing --python "$python" "$place/venv"
 "$uv" pip sync --quiet --python "$place/venv/bin/python" ${FIND_LINKS:+--find-links "$FIND_LINKS"} "$place/versions.txt"
-OMP_NUM_THREADS=1 PYTHONPATH=src NUMBA_CACHE_DIR="$place/numba" "$place/venv/bin/python" -m pytest \
+OMP_NUM_THREADS=1 PYTHONPATH="$PWD/src" NUMBA_CACHE_DIR="$place/numba" "$place/venv/bin/python" -m pytest \
     -p no:cacheprovider -m "not slow" -W default --numprocesses "${PROCESSES:-2}"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import BigBirdConfig, LlamaConfig, MistralConfig, Qwen2Config, ReformerConfig
+from transformers import CONFIG_MAPPING, BigBirdConfig, LlamaConfig, MistralConfig, Qwen2Config, ReformerConfig
 
 from dyadlm import DyadConfig
 from dyadlm.cli import main
@@ -31,6 +31,8 @@ PASS = ["llama", "mistral", "mamba2", "gpt2", "tiny", "ctrl", "roberta", "opt", 
 
 @pytest.mark.parametrize("architecture", PASS)
 def test_causal_models_pass(architecture):
+    if architecture != "tiny" and architecture not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {architecture}")
     found = audit(small_model(architecture, {}))
     assert found.passed, [(check.name, check.sentence) for check in found.checks]
     assert not found.left_out
