@@ -158,7 +158,8 @@ def write_picture(figure: Figure, title: str, path: Path) -> None:
     with rc_context(STYLE | _STYLE), _any_sign():
         heading = figure.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=LIGHT["ink"])
         write_figure(figure, path)
-        heading.remove()
+        # Removed, it would still be laid out by older releases of matplotlib.
+        heading.set(visible=False, in_layout=False)
 
 
 def to_svg(figure: Figure, key: str, alternative: str) -> str:
