@@ -3,9 +3,9 @@
     python benchmarks/churn.py --seconds 3600
 
 Clients on the loopback device create sessions, continue, fork, read on, save, list and delete them, score texts, leave
-in the middle of an answer, and send what is refused. Sessions are bounded in memory and on disk, so that they are
-spilled, come back, and are refused where there is no room. The resident memory of the server and the bytes of its folder are taken every ten
-seconds. Flat means: a line through the memory of the last two thirds rises by less than it varies.
+in the middle of an answer, and send what is refused. Sessions are bounded in memory and on disk: they are spilled, come
+back, and are refused where there is no room. The resident memory of the server and the bytes of its folder are taken
+every ten seconds. Flat means: a line through the memory of the last two thirds rises by less than it varies.
 """
 
 import argparse
@@ -86,8 +86,8 @@ class Client:
             if made is not None:
                 self.own.append(made["id"])
         elif kind == "continue":
-            body = {"session": own, "prompt": draw.choice(["and ", "KING:\n"]), "keep": draw.random() < 0.7}
-            await self.ask("POST", "/v1/completions", body | answer)
+            more = {"session": own, "prompt": draw.choice(["and ", "KING:\n"]), "keep": draw.random() < 0.7}
+            await self.ask("POST", "/v1/completions", more | answer)
         elif kind == "read":
             await self.ask("POST", f"/v1/sessions/{own}/read", {"text": TEXT * draw.randint(1, 20)})
         elif kind == "save":
