@@ -14,6 +14,7 @@ ROWS = (
     ("data",),
     ("generate", "evaluate", "train", "recall", "score"),
     ("diagnose",),
+    ("zoo",),
     ("report",),
     ("serve",),
     ("cli",),

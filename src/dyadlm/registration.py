@@ -38,9 +38,14 @@ def register_models() -> None:
 
 
 def register_models_unless_loading() -> None:
-    """As above, but not amid the import of the model itself, which loads the Auto classes on its way."""
+    """As above, but not amid the import of the model itself, which loads the Auto classes on its way. Then the models
+    of the zoo that stand in no library, too."""
     if not any(_is_loading(name) for name in ("dyadlm.model.block", "dyadlm.model.modeling")):
         register_models()
+    if not _is_loading("dyadlm.zoo.mixer"):
+        from dyadlm.zoo.mixer import register_mixers
+
+        register_mixers()
 
 
 def register_adapters() -> None:

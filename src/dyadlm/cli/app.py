@@ -25,6 +25,7 @@ from dyadlm.cli import (
     stream,
     train,
     verify,
+    zoo,
 )
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import printable
@@ -38,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
+app.add_typer(zoo.app, name="zoo")
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)

@@ -1,0 +1,84 @@
+"""Attention without softmax: queries read a sum of keys times values, whose size does not grow.
+
+Linear transformers: Katharopoulos et al. 2020, arXiv 2006.16236. Performer: Choromanski et al. 2021, arXiv 2009.14794.
+
+Dimension letters: B batch, T tokens, D width, H heads, E = D / H, F features of a key.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import elu
+
+from dyadlm.zoo.mixer import Mixer, MixerConfig
+
+State = tuple[Tensor, Tensor]  # sums of keys times values (B, H, F, E) and of keys (B, H, F)
+
+
+class LinearAttention(Mixer):
+    """Features of queries and keys: elu + 1, which are positive."""
+
+    keeps_state: ClassVar[bool] = True
+
+    def __init__(self, config: MixerConfig, **options: Any):
+        super().__init__(config, **options)
+        self.query = nn.Linear(self.width, self.width, bias=False)
+        self.key = nn.Linear(self.width, self.width, bias=False)
+        self.value = nn.Linear(self.width, self.width, bias=False)
+        self.out = nn.Linear(self.width, self.width, bias=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, H, T, E) as positive features (B, H, T, F)."""
+        return elu(x) + 1
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        queries, keys = (self.features(self.split(part(x))) for part in (self.query, self.key))
+        values = self.split(self.value(x))
+        read, state = linear_attention(queries, keys, values, state)
+        return self.out(read.transpose(1, 2).flatten(2)), state
+
+
+class PerformerAttention(LinearAttention):
+    """Positive random features of the softmax kernel; they are drawn once and kept with the weights."""
+
+    projection: Tensor
+
+    def __init__(self, config: MixerConfig, features: int = 32, **options: Any):
+        super().__init__(config, **options)
+        self.register_buffer("projection", torch.empty(self.heads, features, self.width // self.heads))
+        self.reset()
+
+    def reset(self) -> None:
+        """Draw rows that are orthogonal to each other, in groups of E, with the lengths of normal vectors."""
+        size = self.projection.shape[-1]
+        for head in self.projection:
+            for begin in range(0, len(head), size):
+                square, _ = torch.linalg.qr(torch.randn(size, size, device=head.device))
+                rows = square[: len(head) - begin]
+                head[begin : begin + size] = (
+                    rows * torch.randn(len(rows), size, device=head.device).norm(dim=1)[:, None]
+                )
+
+    def features(self, x: Tensor) -> Tensor:
+        x = x * x.shape[-1] ** -0.25
+        scores = x @ self.projection.transpose(-1, -2) - (x**2).sum(-1, keepdim=True) / 2
+        # No maximum is taken off: that of a whole text would let later tokens change earlier ones.
+        return torch.exp(scores.clamp(max=30)) / math.sqrt(self.projection.shape[-2]) + 1e-4
+
+
+def linear_attention(queries: Tensor, keys: Tensor, values: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """Each query reads the mean of the values up to its token, weighted by its product with their keys.
+
+    queries, keys: (B, H, T, F), positive; values: (B, H, T, E). Returns (B, H, T, E) and the sums after the last token.
+    """
+    scores = (queries @ keys.transpose(-1, -2)).tril()
+    read, weight = scores @ values, scores.sum(-1)
+    if state is not None:
+        read = read + queries @ state[0]
+        weight = weight + (queries @ state[1][..., None]).squeeze(-1)
+    sums = keys.transpose(-1, -2) @ values, keys.sum(-2)
+    if state is not None:
+        sums = sums[0] + state[0], sums[1] + state[1]
+    return read / weight.clamp(min=1e-6)[..., None], sums

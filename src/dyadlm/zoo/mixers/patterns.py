@@ -1,0 +1,77 @@
+"""Attention that sees a pattern of earlier tokens: strided, dilated, Longformer, BigBird, blocks.
+
+Strided: Child et al. 2019, arXiv 1904.10509. Dilated and Longformer: Beltagy et al. 2020, arXiv 2004.05150. BigBird:
+Zaheer et al. 2020, arXiv 2007.14062. Blocks: Qiu et al. 2019, arXiv 1911.02972. The libraries' own classes of these
+models see later tokens, so the patterns stand here as masks on one causal layer. The mask takes T² numbers: what is
+compared is what a model learns from a pattern, not its speed.
+
+Dimension letters: B batch, T tokens, D width, H heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from dyadlm.errors import UserError
+from dyadlm.zoo.mixer import Mixer, MixerConfig
+
+PATTERNS = ("strided", "dilated", "longformer", "bigbird", "block")
+BASE = 10_000.0  # of rotary positions
+
+
+def pattern(name: str, time: int, window: int, device: torch.device | None = None) -> Tensor:
+    """Which earlier tokens a token sees, (T, T) bool; the token itself and those before it alone.
+
+    strided: the last `window`, and every `window`-th. dilated: every second of the last 2 `window`. longformer: the
+    last `window`, and the first 4. bigbird: the same, and about 4 at random places, the same for every text. block:
+    those of its block of `window` and of the block before.
+    """
+    token = torch.arange(time, device=device)
+    distance = token[:, None] - token
+    near = distance < window
+    if name == "strided":
+        seen = near | (distance % window == 0)
+    elif name == "dilated":
+        seen = (distance < 2 * window) & (distance % 2 == 0)
+    elif name == "block":
+        seen = token[:, None] // window - token // window <= 1
+    else:
+        seen = near | (token < 4)
+        if name == "bigbird":
+            # By a hash of the two places, so that no longer text changes what a token sees.
+            mixed = (token[:, None] * 1_000_003 + token * 998_244_353) % 65_537
+            seen = seen | (mixed * (token[:, None] + 1) < 4 * 65_537)
+    return seen & (distance >= 0)
+
+
+class PatternAttention(Mixer):
+    """Causal attention with rotary positions under one pattern. window: tokens of its near part."""
+
+    def __init__(self, config: MixerConfig, pattern: str = "longformer", window: int = 32, **options: Any):
+        super().__init__(config, **options)
+        if pattern not in PATTERNS:
+            raise UserError(f"There is no pattern {pattern!r}; there are {', '.join(PATTERNS)}.")
+        self.pattern, self.window = pattern, window
+        self.query = nn.Linear(self.width, self.width, bias=False)
+        self.key = nn.Linear(self.width, self.width, bias=False)
+        self.value = nn.Linear(self.width, self.width, bias=False)
+        self.out = nn.Linear(self.width, self.width, bias=False)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        queries, keys, values = (self.split(part(x)) for part in (self.query, self.key, self.value))
+        queries, keys = rotated(queries), rotated(keys)
+        mask = pattern(self.pattern, x.shape[1], self.window, x.device)
+        read = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.out(read.transpose(1, 2).flatten(2)), None
+
+
+def rotated(x: Tensor) -> Tensor:
+    """(B, H, T, E) turned by rotary positions from 0 (Su et al. 2021, arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    speed = BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], -1)

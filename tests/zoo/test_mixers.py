@@ -1,0 +1,190 @@
+"""The layers of the zoo: in pieces as whole, and what they compute beside the definitions of their papers."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dyadlm.errors import UserError
+from dyadlm.zoo import Mixer, MixerConfig, MixerForCausalLM, register_mixer
+from dyadlm.zoo.mixer import MIXERS, find_mixer
+from dyadlm.zoo.mixers.linear_attention import PerformerAttention, linear_attention
+from dyadlm.zoo.mixers.patterns import PATTERNS, pattern
+
+# By s5-pytorch and yet-another-retnet.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+NAMES = ["linear", "performer", "aft", "fmm", "pattern", "s4d", "hyena", "mingru", "s5", "retention"]
+
+
+def config(mixer: str, **fields) -> MixerConfig:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 2}
+    return MixerConfig(**small | {"mixer": mixer, "max_position_embeddings": 64} | fields)
+
+
+def made(name: str, **fields) -> MixerForCausalLM:
+    pytest.importorskip({"s5": "s5", "retention": "yet_another_retnet"}.get(name, "torch"))
+    torch.manual_seed(0)
+    return MixerForCausalLM(config(name, **fields)).eval()
+
+
+def mixer_of(name: str) -> Mixer:
+    return made(name).layers[0].mixer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_pieces_of_any_length_as_whole(name):
+    model = made(name)
+    ids = torch.randint(0, 256, (2, 41), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(ids).logits
+        if not model.keeps_state:
+            assert model(ids).past_key_values is None
+            return
+        cache, pieces = None, []
+        for begin, end in [(0, 1), (1, 2), (2, 15), (15, 16), (16, 41)]:
+            output = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+    assert cache.get_seq_length() == 41
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_weight_and_no_earlier_token(name):
+    layer = mixer_of(name).train()
+    x = torch.randn(1, 13, 32, requires_grad=True)
+    out, _ = layer(x)
+    (gradient,) = torch.autograd.grad(out[:, 5].square().sum(), x, retain_graph=True)
+    assert gradient[:, 6:].abs().max() <= 1e-5 * gradient.abs().max()
+    out.square().sum().backward()
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in layer.parameters())
+
+
+def test_linear_attention_is_its_definition():
+    q, k = (torch.rand(1, 2, 7, 5) for _ in range(2))
+    v = torch.randn(1, 2, 7, 3)
+    read, sums = linear_attention(q, k, v, None)
+    for time in range(7):
+        weights = torch.stack([(q[:, :, time] * k[:, :, earlier]).sum(-1) for earlier in range(time + 1)], -1)
+        mean = (weights[..., None] * v[:, :, : time + 1]).sum(2) / weights.sum(-1, keepdim=True)
+        torch.testing.assert_close(read[:, :, time], mean)
+    torch.testing.assert_close(sums[0], torch.einsum("bhtf,bhte->bhfe", k, v))
+
+
+def test_random_features_are_near_the_softmax_kernel():
+    torch.manual_seed(0)
+    layer = PerformerAttention(config("performer"), features=4096)
+    x, y = 0.5 * torch.randn(2, 1, 2, 6, 16)
+    near = layer.features(x) @ layer.features(y).transpose(-1, -2)
+    exact = torch.exp(x @ y.transpose(-1, -2) / math.sqrt(16))
+    assert ((near / exact).log().abs() < 0.25).all()
+
+
+def test_attention_free_is_its_definition():
+    layer, x = mixer_of("aft"), torch.randn(1, 9, 32)
+    found, _ = layer(x)
+    weights, values = layer.key(x).exp(), layer.value(x)
+    for time in range(9):
+        mean = (weights[:, : time + 1] * values[:, : time + 1]).sum(1) / weights[:, : time + 1].sum(1)
+        torch.testing.assert_close(found[:, time], layer.out(torch.sigmoid(layer.query(x[:, time])) * mean))
+
+
+def test_min_gru_is_its_recurrence():
+    layer, x = mixer_of("mingru"), torch.randn(2, 11, 32)
+    found, state = layer(x)
+    hidden = torch.zeros(2, 32)
+    for time in range(11):
+        gate, candidate = torch.sigmoid(layer.gate(x[:, time])), layer.candidate(x[:, time])
+        hidden = (1 - gate) * hidden + gate * torch.where(candidate > 0, candidate + 0.5, torch.sigmoid(candidate))
+        torch.testing.assert_close(found[:, time], layer.out(hidden), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state, hidden)
+
+
+def test_a_diagonal_state_space_is_its_recurrence():
+    layer, x = mixer_of("s4d"), torch.randn(2, 11, 32)
+    found, state = layer(x)
+    poles = torch.complex(-layer.log_decay.exp(), layer.turn)
+    moved = torch.exp(poles * layer.log_step.exp()[:, None])
+    taken, read = (moved - 1) / poles, torch.complex(layer.read_real, layer.read_imaginary)
+    hidden = torch.zeros(2, 32, layer.size, dtype=torch.complex64)
+    for time in range(11):
+        hidden = moved * hidden + taken * x[:, time, :, None]
+        out = 2 * (read * hidden).sum(-1).real + layer.skip * x[:, time]
+        expected = torch.nn.functional.glu(layer.out(torch.nn.functional.gelu(out)), -1)
+        torch.testing.assert_close(found[:, time], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state, hidden, atol=1e-5, rtol=1e-4)
+
+
+def test_hyena_is_a_sum_over_distances():
+    layer, x = mixer_of("hyena"), torch.randn(1, 10, 32)
+    first, second, value = layer.short(layer.inputs(x).transpose(1, 2))[..., :10].chunk(3, 1)
+    inputs, weights = second * value, layer.filter(10)
+    read = torch.stack([(inputs[..., : t + 1] * weights[:, : t + 1].flip(-1)).sum(-1) for t in range(10)], -1)
+    expected = layer.out((first * (read + layer.skip[:, None] * inputs)).transpose(1, 2))
+    torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_band_is_attention_to_the_last_tokens():
+    layer = made("fmm", options={"band": 3}).layers[0].mixer
+    x = torch.randn(1, 9, 32)
+    query, key, value = (layer.split(part(x)) for part in (layer.query, layer.key, layer.value))
+    far, _ = layer.far(x)
+    for time in range(9):
+        near = slice(max(0, time - 2), time + 1)
+        scores = (query[:, :, time, None] * key[:, :, near]).sum(-1) / math.sqrt(16)
+        mean = (scores.softmax(-1)[..., None] * value[:, :, near]).sum(2) * layer.weight.sigmoid()[:, None]
+        torch.testing.assert_close(
+            layer(x)[0][:, time], layer.near(mean.flatten(1)) + far[:, time], atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_is_causal_and_does_not_change_with_the_text(name):
+    seen = pattern(name, 90, 8)
+    assert not seen.triu(1).any()
+    assert seen.diagonal().all()
+    assert torch.equal(pattern(name, 61, 8), seen[:61, :61])
+    assert seen[-1].sum() < 40
+    near = {"dilated": [89, 87, 85], "block": [89, 88, 80]}.get(name, [89, 88, 82])
+    assert seen[-1, near].all()
+
+
+def test_a_family_of_ones_own_is_twenty_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr("dyadlm.zoo.mixer.MIXERS", dict(MIXERS))
+
+    class Shift(Mixer):
+        keeps_state = True
+
+        def forward(self, x, state=None):
+            before = x.new_zeros(len(x), 1, x.shape[-1]) if state is None else state
+            return torch.cat([before, x], 1)[:, :-1], x[:, -1:]
+
+    register_mixer("shift", Shift)
+    with pytest.raises(UserError, match="already"):
+        register_mixer("shift", find_mixer("linear"))
+    model = MixerForCausalLM(config("shift")).eval()
+    ids = torch.arange(1, 11)[None]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(
+        written, loaded.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
+    )
+    beams = model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(
+        beams, model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=False, pad_token_id=0)
+    )
+
+
+def test_what_a_mixer_cannot_do_is_said():
+    with pytest.raises(UserError, match="There is no mixer 'magic'"):
+        MixerForCausalLM(config("magic"))
+    with pytest.raises(UserError, match="takes no option widht"):
+        MixerForCausalLM(config("linear", options={"widht": 3}))
+    with pytest.raises(UserError, match="no padding on the left"):
+        made("linear")(torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.tensor([[0, 1, 1]]))
+    with pytest.raises(UserError, match="There is no pattern"):
+        made("pattern", options={"pattern": "spiral"})
