@@ -15,6 +15,7 @@ ROWS = (
     ("generate", "evaluate", "train", "recall", "score"),
     ("diagnose",),
     ("zoo",),
+    ("compare",),
     ("report",),
     ("serve",),
     ("cli",),

@@ -20,7 +20,7 @@ NAMES = ["linear", "performer", "aft", "fmm", "pattern", "s4d", "hyena", "mingru
 
 def config(mixer: str, **fields) -> MixerConfig:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 2}
-    return MixerConfig(**small | {"mixer": mixer, "max_position_embeddings": 64} | fields)
+    return MixerConfig(**small | {"mixer": mixer, "trained_length": 64} | fields)
 
 
 def made(name: str, **fields) -> MixerForCausalLM:

@@ -11,6 +11,7 @@ import typer
 
 from dyadlm.cli import (
     audit,
+    compare,
     data,
     diagnose,
     evaluate,
@@ -52,6 +53,7 @@ app.command()(inspect.inspect)
 app.command()(recall.recall)
 app.command()(diagnose.diagnose)
 app.command()(audit.audit)
+app.command()(compare.compare)
 app.command()(export.export)
 app.command()(report.report)
 app.command()(verify.verify)

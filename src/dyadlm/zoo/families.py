@@ -16,6 +16,7 @@ from dyadlm.zoo.family import Family, Sizes
 from dyadlm.zoo.mixer import MixerConfig, MixerForCausalLM
 
 HEADS, WINDOW = 4, 32
+REACH = 8  # how many times the trained length a model may be asked to read
 
 
 def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
@@ -28,7 +29,7 @@ def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
             "num_hidden_layers": sizes.layers,
             "num_attention_heads": HEADS,
             "intermediate_size": sizes.inner,
-            "max_position_embeddings": sizes.length,
+            "max_position_embeddings": REACH * sizes.length,
             "tie_word_embeddings": True,
             "pad_token_id": None,
             "bos_token_id": None,
@@ -57,7 +58,8 @@ def mixed(mixer: str, **options: Any) -> Callable[[Sizes], PreTrainedModel]:
                 num_hidden_layers=sizes.layers,
                 num_attention_heads=HEADS,
                 intermediate_size=sizes.inner,
-                max_position_embeddings=sizes.length,
+                max_position_embeddings=REACH * sizes.length,
+                trained_length=sizes.length,
                 mixer=mixer,
                 options=options or None,
             )

@@ -47,8 +47,8 @@ MIXERS: dict[str, "str | type[Mixer]"] = {
 
 
 class MixerConfig(PreTrainedConfig):
-    """mixer: a name in `MIXERS`. options: what else it takes. length: tokens of a training text, for mixers with
-    weights for each position or distance."""
+    """mixer: a name in `MIXERS`. options: what else it takes. trained_length: tokens of a training text, for mixers
+    whose weights depend on the distance."""
 
     model_type = "dyadlm_mixer"
 
@@ -57,7 +57,8 @@ class MixerConfig(PreTrainedConfig):
     intermediate_size: int = 344
     num_hidden_layers: int = 5
     num_attention_heads: int = 4
-    max_position_embeddings: int = 256
+    max_position_embeddings: int = 2048
+    trained_length: int = 256
     mixer: str = "linear"
     options: dict[str, Any] | None = None
     rms_norm_eps: float = 1e-6
@@ -79,7 +80,7 @@ class Mixer(nn.Module):
         self.width, self.heads, self.length = (
             config.hidden_size,
             config.num_attention_heads,
-            config.max_position_embeddings,
+            config.trained_length,
         )
         if options:
             raise UserError(f"The mixer {config.mixer} takes no option {', '.join(options)}.")

@@ -1,0 +1,154 @@
+"""`dyadlm compare`: families of models on the same text, by the same trainer, and one page with the results."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dyadlm.cli.shared import errors
+
+if TYPE_CHECKING:
+    from dyadlm.compare import Cell, Recipe, Study
+    from dyadlm.compare.workers import Done
+
+
+def compare(
+    models: Annotated[
+        str, typer.Option("--models", metavar="A,B,…", help="Families, as `dyadlm zoo list` shows them.")
+    ],
+    data: Annotated[list[str], typer.Option("--data", metavar="DIR|CORPUS|FILE ...", help="The text to train on.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Cells, weights, results.json and index.html.")],
+    budget: Annotated[
+        str,
+        typer.Option(help="Of each training: tokens=5M, seconds=300 (of one core) or flops=1e15."),
+    ] = "tokens=1M",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds at the best rate.")] = 1,
+    sweep: Annotated[
+        float, typer.Option(metavar="PART", help="The part of the budget that each rate of the sweep gets.")
+    ] = 0.25,
+    learning_rates: Annotated[
+        list[float] | None,
+        typer.Option("--learning-rates", metavar="RATE ...", help="Where the sweep begins. Default: 2e-3 4e-3 8e-3."),
+    ] = None,
+    parameters: Annotated[str, typer.Option(help="Of each model, n-gram tables aside.")] = "1M",
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a training text.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 4,
+    optimizer: Annotated[Literal["adamw", "muon"], typer.Option(help="The same for all families.")] = "muon",
+    ngrams: Annotated[
+        str, typer.Option(metavar="2,3,…", help="Sizes of hashed n-grams beside the embedding, the same for all.")
+    ] = "",
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where cells run: processes here, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: one for each core.")] = None,
+    scale: Annotated[
+        float, typer.Option(metavar="PART", help="Score this part of the usual number of tokens.", hidden=True)
+    ] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")] = False,
+) -> None:
+    """Train families of models on the same text with the same budget, and write a page that compares them.
+
+    Learning rates are swept alike: each rate gets a quarter of the budget (--sweep), and the sweep goes on while the
+    best rate is at its end. Then the best rate is trained on the whole budget with each seed. With three rates and one
+    seed a family takes 1.75 budgets; cells run at once on all cores. Run the same command again to go on after a stop.
+    """
+    from dyadlm.compare import Budget, Recipe, Study, run_study
+    from dyadlm.compare.budget import parse_amount
+    from dyadlm.compare.study import RATES, summary
+    from dyadlm.errors import UserError
+    from dyadlm.report.arena import write_arena
+
+    if address is not None and engine != "ray":
+        raise UserError("--address is that of a Ray cluster; give --engine ray with it.")
+    recipe = Recipe(
+        data=tuple(data),
+        parameters=int(parse_amount(parameters, "--parameters")),
+        length=length,
+        batch=batch_size,
+        optimizer=optimizer,
+        ngrams=_sizes(ngrams),
+        scale=scale,
+    )
+    families = tuple(name for name in models.split(",") if name)
+    rates = tuple(learning_rates or RATES)
+    study = Study(recipe, families, Budget.parse(budget), seeds, sweep, rates)
+    at_once = jobs or os.cpu_count() or 1
+    if dry_run:
+        _show_plan(study, at_once)
+        return
+    _prepare(recipe)
+    progress = _Progress()
+    try:
+        finals = run_study(study, output, at_once, engine, address, progress)
+    except KeyboardInterrupt:
+        errors.print(f"Stopped; {progress.done} cells are kept in {output}. The same command goes on from there.")
+        raise typer.Exit(130) from None
+    page = write_arena(summary(study, output, finals), output, _command())
+    errors.print(f"{page}")
+
+
+def _sizes(text: str) -> tuple[int | str, ...]:
+    from dyadlm.errors import UserError
+
+    found: list[int | str] = []
+    for part in filter(None, text.split(",")):
+        if part != "word" and not (part.isdecimal() and 1 <= int(part) <= 16):
+            raise UserError(f"--ngrams takes sizes from 1 to 16 and `word`, such as 2,3,4, not {part!r}.")
+        found.append(part if part == "word" else int(part))
+    return tuple(found)
+
+
+def _command() -> str:
+    return shlex.join(["dyadlm", *sys.argv[1:]])
+
+
+def _prepare(recipe: "Recipe") -> None:
+    """Prepare the text once, before the processes that all read it, and refuse what cannot be trained on."""
+    from dyadlm.data import byte_tokenizer, resolve_data
+    from dyadlm.errors import UserError
+
+    resolved = resolve_data(list(recipe.data), byte_tokenizer())
+    if not any(len(stream) for stream in resolved.validation):
+        raise UserError("The text leaves nothing to validate on; give more text.")
+
+
+def _show_plan(study: "Study", at_once: int) -> None:
+    budgets = len(study.families) * (len(study.rates) * study.sweep + study.seeds)
+    typer.echo(f"families: {', '.join(study.families)}")
+    typer.echo(
+        f"each: {len(study.rates)} rates at {study.sweep:g} of {study.budget}, then {study.seeds} at the best rate"
+    )
+    typer.echo(f"in all: {budgets:g} times {study.budget}, and more where a sweep goes on; {at_once} cells at once")
+    if study.budget.kind == "seconds":
+        typer.echo(f"about {budgets * study.budget.amount / at_once / 60:.1f} minutes of training, and scoring")
+
+
+class _Progress:
+    """A line for each round and each cell. done: cells that are."""
+
+    def __init__(self) -> None:
+        self.done, self._number, self._begun = 0, 0, time.monotonic()
+
+    def __call__(self, cells: Sequence["Cell"], done: "Done | None") -> None:
+        if done is None:
+            self._number = 0
+            errors.print(f"{len(cells)} cells: {', '.join(dict.fromkeys(cell.family for cell in cells))}")
+            return
+        self.done, self._number = self.done + 1, self._number + 1
+        minutes = (time.monotonic() - self._begun) / 60
+        errors.print(f"[{self._number}/{len(cells)}] {self._told(done.cell, done.found)} ({minutes:.1f} min)")
+
+    @staticmethod
+    def _told(cell: "Cell", found: dict[str, Any]) -> str:
+        if not cell.tokens:
+            return (
+                f"{cell.family}: {found['parameters']:,} parameters, {1e6 * found['seconds_per_token']:.0f} µs a token"
+            )
+        nats = found["scores"]["fresh"]["nats"]
+        return f"{cell.family}: {cell.tokens:,} tokens at {cell.rate:g}, seed {cell.seed}: {nats:.4f} nats"

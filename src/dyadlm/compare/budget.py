@@ -1,0 +1,42 @@
+"""How long each model trains: tokens, seconds of one core, or floating-point operations."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from dyadlm.errors import UserError
+
+SUFFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+KINDS = ("tokens", "seconds", "flops")
+_AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?(e\+?\d+)?)(?P<suffix>[kMGTP]?)")
+
+
+def parse_amount(text: str, name: str) -> float:
+    """`5M`, `300`, `1e15` as a number. Raises `UserError` for what is none, or not above 0."""
+    match = _AMOUNT.fullmatch(text)
+    if match is None or not float(match["number"]) > 0:
+        raise UserError(f"{name} is a number above 0, such as 300, 5M or 1e15, not {text!r}.")
+    return float(match["number"]) * SUFFIXES[match["suffix"]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The same amount for every model. kind: of what."""
+
+    kind: Literal["tokens", "seconds", "flops"]
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """`tokens=5M`, `seconds=300` or `flops=1e15`. Raises `UserError`."""
+        kind, equals, amount = text.partition("=")
+        if kind not in KINDS or not equals:
+            raise UserError(f"A budget is tokens=N, seconds=N or flops=N, such as tokens=5M, not {text!r}.")
+        return cls(cast(Literal["tokens", "seconds", "flops"], kind), parse_amount(amount, f"--budget {kind}"))
+
+    def tokens(self, seconds_per_token: float, flops_per_token: float) -> int:
+        """How many tokens that is for a model of this speed and cost."""
+        return int(self.amount / {"tokens": 1.0, "seconds": seconds_per_token, "flops": flops_per_token}[self.kind])
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount:g}"

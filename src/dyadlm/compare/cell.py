@@ -1,0 +1,260 @@
+"""One cell: a model of a family is built, trained and scored. It runs in a process of its own, here or on a cluster."""
+
+import contextlib
+import io
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dyadlm.causal_lm import state_of
+from dyadlm.data import byte_tokenizer, resolve_data
+from dyadlm.data.encoding import prefix_token
+from dyadlm.data.resolve import ResolvedData
+from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
+from dyadlm.model import DyadForCausalLM
+from dyadlm.peer_ngrams import add_ngrams
+from dyadlm.train import TrainSettings
+from dyadlm.train.prepared_run import TrainingData, prepare_run
+from dyadlm.version import __version__
+from dyadlm.zoo import build
+
+POINTS = 8  # of a learning curve, evenly in tokens
+TIMED = 6  # steps that are timed, after two
+CONTEXTS = (0, 1_000, 4_000)  # tokens read before decoding is timed
+WRITTEN = 24
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all models of a study share.
+
+    data: sources, as `dyadlm train --data` takes them. parameters: of each model, n-gram tables aside. length: T, of
+    training texts; batch: of them a step. optimizer: adamw or muon. ngrams: sizes of hashed n-grams beside the
+    embedding, the same tables for all. scale: of the numbers of scored tokens.
+    """
+
+    data: tuple[str, ...]
+    parameters: int = 1_000_000
+    length: int = 256
+    batch: int = 4
+    optimizer: str = "muon"
+    ngrams: tuple[int | str, ...] = ()
+    final_learning_rate: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. tokens: to train on, whole steps; 0 measures speed and cost alone. final: scored in all protocols,
+    with a learning curve and the cost of decoding; a cell of a sweep is scored in fresh windows alone."""
+
+    family: str
+    tokens: int = 0
+    rate: float = 0.0
+    seed: int = 0
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = "final" if self.final else "sweep"
+        return f"{self.family} {kind} {self.tokens} {self.rate:g} {self.seed}" if self.tokens else f"{self.family} cost"
+
+
+def new_model(recipe: Recipe, cell: Cell) -> PreTrainedModel:
+    """The model before training, n-gram tables included."""
+    model = build(cell.family, length=recipe.length, parameters=recipe.parameters, seed=cell.seed)
+    if recipe.ngrams:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cell.seed)
+            if isinstance(model, DyadForCausalLM):
+                config = type(model.config).from_dict(model.config.to_dict() | {"ngram_sizes": list(recipe.ngrams)})
+                return DyadForCausalLM(config)
+            add_ngrams(model, list(recipe.ngrams))
+    return model
+
+
+def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
+    """Train and score; what was found, as JSON can hold it, and the weights as safetensors (empty without training).
+
+    Raises:
+        UserError: data or a family that there is not. RunFailed: the loss is no number.
+    """
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not cell.tokens:
+        return cost(recipe, cell), b""
+    data = resolve_data(list(recipe.data), byte_tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        model, curve = trained(recipe, cell, data, Path(folder))
+    prefix, streams = prefix_token(data.tokenizer), data.validation
+    if cell.final:
+        scores = three_protocols(model, streams, recipe.length, prefix, recipe.scale)
+    else:
+        scores = {"fresh": measure(model, fresh(streams, recipe.length, int(TARGETS * recipe.scale)), prefix)}
+    found = {
+        "cell": asdict(cell),
+        "recipe": asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "curve": curve,
+        "scores": {name: score._asdict() for name, score in scores.items()},
+        "decoding": decoding(model) if cell.final else [],
+        "peak_mebibytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "circumstances": circumstances(),
+    }
+    if not cell.final:
+        return found, b""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tied = {id(tensor.untyped_storage()): name for name, tensor in weights.items()}
+    return found, save({name: weights[name] for name in sorted(set(tied.values()))})
+
+
+class Curve(TrainerCallback):
+    """Seconds of training alone, and the loss on fresh windows at some points."""
+
+    def __init__(self, model: PreTrainedModel, parts: Any, prefix: int, points: set[int], tokens_per_step: int):
+        self.model, self.parts, self.prefix = model, parts, prefix
+        self.points, self.tokens_per_step = points, tokens_per_step
+        self.seconds, self._begun, self.found = 0.0, 0.0, list[dict[str, float]]()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = time.thread_time()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds += time.thread_time() - self._begun
+        if state.global_step in self.points:
+            nats = measure(self.model, self.parts, self.prefix).nats
+            self.model.train()
+            tokens = state.global_step * self.tokens_per_step
+            self.found.append({"tokens": tokens, "seconds": round(self.seconds, 3), "nats": round(nats, 5)})
+
+
+def trained(
+    recipe: Recipe, cell: Cell, data: ResolvedData, folder: Path
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """The model after training by the trainer of `dyadlm train`, and its learning curve."""
+    start = folder / "start"
+    build(cell.family, length=recipe.length, parameters=recipe.parameters, seed=cell.seed).save_pretrained(start)
+    data.tokenizer.save_pretrained(start)
+    steps = max(1, cell.tokens // (recipe.length * recipe.batch))
+    settings = TrainSettings.create(
+        folder / "run",
+        model=start,
+        data=recipe.data,
+        device="cpu",
+        dtype="float32",
+        assignments=[
+            f"max_steps={steps}", f"learning_rate={cell.rate}", f"seed={cell.seed}", f"save_steps={steps + 1}",
+            "eval_steps=0", f"per_device_train_batch_size={recipe.batch}", f"data.sequence_length={recipe.length}",
+            f"train.optimizer={recipe.optimizer}", f"train.final_learning_rate={recipe.final_learning_rate}",
+        ],
+    )  # fmt: skip
+    given = TrainingData(data.tokenizer, data.train, data.validation, "compare")
+    plan = prepare_run(settings, given, folder / "run")
+    model = new_model(recipe, cell)
+    object.__setattr__(plan, "model", model)
+    points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
+    prefix = prefix_token(data.tokenizer)
+    parts = fresh(data.validation, recipe.length, int(32_768 * recipe.scale))
+    curve = Curve(model, parts, prefix, points, recipe.length * recipe.batch)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plan.trainer(settings, curve).train()
+    return model, curve.found
+
+
+def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
+    """Seconds and operations of a training step, by forward and backward passes on random tokens."""
+    model = new_model(recipe, cell).train()
+    ids = torch.randint(0, 256, (recipe.batch, recipe.length), generator=torch.Generator().manual_seed(0))
+    moves = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        moves.zero_grad()
+        loss.backward()
+        moves.step()
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    step()
+    times = []
+    for _ in range(TIMED):
+        begun = time.thread_time()
+        step()
+        times.append(time.thread_time() - begun)
+    tokens = recipe.batch * recipe.length
+    return {
+        "cell": asdict(cell),
+        "recipe": asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds_per_token": sorted(times)[len(times) // 2] / tokens,
+        "flops_per_token": counter.get_total_flops() / tokens,
+        "circumstances": circumstances(),
+    }
+
+
+@torch.no_grad()
+def decoding(model: PreTrainedModel) -> list[dict[str, float]]:
+    """Milliseconds of thread time for one more token after some contexts, and the bytes of the state; what keeps no
+    state has none, and reads its text again."""
+    found: list[dict[str, float]] = []
+    model.eval()  # type: ignore[no-untyped-call]
+    for context in CONTEXTS:
+        ids = torch.randint(0, 256, (1, max(context, 1)), generator=torch.Generator().manual_seed(1))
+        try:
+            output = model(input_ids=ids, use_cache=True)
+            state = state_of(model, output)
+            if not state:
+                return found
+            times = []
+            for _ in range(WRITTEN):
+                begun = time.thread_time()
+                output = model(input_ids=ids[:, -1:], use_cache=True, **state)
+                state = state_of(model, output)
+                times.append(time.thread_time() - begun)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return found  # a context beyond what the model can read, or a state that cannot be continued
+        found.append({"context": context, "milliseconds": round(1000 * min(times), 4), "state_bytes": size_of(state)})
+    return found
+
+
+def size_of(state: Any) -> int:
+    """Bytes of all tensors of a state."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            list(map(look, value.values()))
+        elif isinstance(value, list | tuple):
+            list(map(look, value))
+        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
+            look(vars(value))
+
+    look(state)
+    return sum(found.values())
+
+
+def circumstances() -> dict[str, Any]:
+    """Versions and the kind of machine."""
+    return {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }

@@ -1,0 +1,221 @@
+"""A study: rates are swept alike for each family, then the best rate is trained on the whole budget with each seed.
+
+Each cell is a file of its own, written when the cell is done, so that a study that was stopped goes on where it was.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dyadlm.compare.budget import Budget
+from dyadlm.compare.cell import Cell, Recipe
+from dyadlm.compare.workers import Done, Engine, run_cells
+from dyadlm.errors import UserError
+from dyadlm.files import locked, make_folder, write_atomically
+from dyadlm.zoo import find_family, solve
+from dyadlm.zoo.family import Family
+
+RATES = (2e-3, 4e-3, 8e-3)
+SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for. sweep: the part of the budget that each rate of the sweep gets. rates: where it begins; it is
+    extended by factors of two while the best is at an end. force: families that are excluded are an error all the same
+    where they have no builder."""
+
+    recipe: Recipe
+    families: tuple[str, ...]
+    budget: Budget
+    seeds: int = 1
+    sweep: float = 0.25
+    rates: tuple[float, ...] = RATES
+
+    def __post_init__(self) -> None:
+        if not self.families:
+            raise UserError("There is nothing to compare; name families with --models (`dyadlm zoo list`).")
+        if len(set(self.families)) < len(self.families):
+            raise UserError("A family is named twice in --models; name each once.")
+        if not 0 < self.sweep <= 1:
+            raise UserError("--sweep is a part of the budget, above 0 and at most 1.")
+        if self.seeds < 1 or not self.rates or min(self.rates) <= 0:
+            raise UserError("A study has at least one seed and one rate above 0.")
+        for name in self.families:
+            require_comparable(find_family(name), self.recipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it: what another study in the same folder must agree with."""
+        asked = {"recipe": asdict(self.recipe), "budget": str(self.budget), "sweep": self.sweep}
+        return dict(json.loads(json.dumps(asked)))
+
+
+def require_comparable(family: Family, recipe: Recipe) -> None:
+    """Raise `UserError` where a family cannot be built at the size of the recipe."""
+    if family.build is None or family.missing:
+        from dyadlm.zoo import Sizes
+
+        family.make(Sizes(32, 1, 32, 259, recipe.length))
+    solve(family, recipe.parameters, None, 259, recipe.length)
+
+
+class Results:
+    """The cells of a folder. found: by name."""
+
+    def __init__(self, folder: Path, study: Study):
+        self.folder = folder
+        self.found: dict[str, dict[str, Any]] = {}
+        make_folder(folder / "cells")
+        place, asked = folder / RECIPE, study.to_dict()
+        if not place.exists():
+            write_atomically(place, json.dumps(asked, indent=1) + "\n")
+        else:
+            earlier = self._read(place)
+            if changed := [name for name in asked if earlier.get(name) != asked[name]]:
+                raise UserError(f"{folder} holds a study with another {changed[0]}; choose another --output.")
+        for file in sorted((folder / "cells").glob("*.json")):
+            content = self._read(file)
+            cell = Cell(**content["cell"]) if isinstance(content.get("cell"), dict) else None
+            if cell is None or file.name != file_name(cell):
+                raise UserError(f"{file} is no cell of this study; move it away, or choose another --output.")
+            self.found[cell.name] = content
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error}); remove it, and its cell is run again.") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} is damaged (it holds no object); remove it, and its cell is run again.")
+        return content
+
+    def keep(self, done: Done) -> None:
+        """Write what a cell found, and its weights before that."""
+        base = self.folder / "cells" / file_name(done.cell)
+        if done.weights:
+            write_atomically(base.with_suffix(".safetensors"), done.weights)
+        write_atomically(base, json.dumps(done.found, indent=1) + "\n")
+        self.found[done.cell.name] = done.found
+
+    def nats(self, cell: Cell) -> float:
+        """Loss of a trained cell in fresh windows."""
+        return float(self.found[cell.name]["scores"]["fresh"]["nats"])
+
+
+def file_name(cell: Cell) -> str:
+    """Of a cell's file: readable, and one for each cell."""
+    digest = sha256(cell.name.encode()).hexdigest()[:8]
+    return f"{cell.name.replace(' ', '_')}-{digest}.json"
+
+
+def tokens_of(study: Study, results: Results, family: str, part: float = 1.0) -> int:
+    """Tokens of whole steps that a part of the budget is for a family."""
+    cost = results.found[Cell(family).name]
+    step = study.recipe.length * study.recipe.batch
+    tokens = study.budget.tokens(cost["seconds_per_token"], cost["flops_per_token"])
+    return max(1, int(tokens * part) // step) * step
+
+
+def swept(study: Study, results: Results, family: str) -> tuple[list[Cell], float | None]:
+    """Cells of the sweep that are still to be run, and the best rate once there are none."""
+    tokens = tokens_of(study, results, family, study.sweep)
+    rates = sorted(study.rates)
+    while True:
+        cells = [Cell(family, tokens, rate) for rate in rates]
+        if missing := [cell for cell in cells if cell.name not in results.found]:
+            return missing, None
+        best = min(cells, key=results.nats).rate
+        further = best / 2 if best == rates[0] else best * 2 if best == rates[-1] else None
+        if further is None or not SMALLEST <= further <= LARGEST or len(study.rates) == 1:
+            return [], best
+        rates = sorted([*rates, further])
+
+
+def final_cells(study: Study, results: Results, family: str, rate: float) -> list[Cell]:
+    """The cells of the whole budget, one for each seed."""
+    tokens = tokens_of(study, results, family)
+    return [Cell(family, tokens, rate, seed, final=True) for seed in range(study.seeds)]
+
+
+def next_cells(study: Study, results: Results) -> list[Cell]:
+    """What can be run now: the cost of each family, then its sweep, then its seeds."""
+    cells: list[Cell] = []
+    for family in study.families:
+        if Cell(family).name not in results.found:
+            cells.append(Cell(family))
+            continue
+        missing, best = swept(study, results, family)
+        if best is not None:
+            missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
+        cells += missing
+    return cells
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    jobs: int,
+    engine: Engine = "local",
+    address: str | None = None,
+    progress: Callable[[Sequence[Cell], Done | None], None] = lambda cells, done: None,
+) -> dict[str, list[Cell]]:
+    """Run what is missing, and return the final cells of each family; `Results` reads what they found.
+
+    progress: called with the cells of a round before it begins (None), and with each that is done.
+
+    Raises:
+        UserError: a folder with another study, or what a cell refuses. RunFailed: a worker that died twice.
+    """
+    make_folder(folder)
+    with locked(folder):
+        results = Results(folder, study)
+        while cells := next_cells(study, results):
+            progress(cells, None)
+            for done in run_cells(study.recipe, cells, jobs, engine, address):
+                results.keep(done)
+                progress(cells, done)
+        return {family: final_cells(study, results, family, _best(study, results, family)) for family in study.families}
+
+
+def _best(study: Study, results: Results, family: str) -> float:
+    _, rate = swept(study, results, family)
+    assert rate is not None
+    return rate
+
+
+def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[str, Any]:
+    """Everything that the page shows, as JSON can hold it."""
+    results = Results(folder, study)
+    families: dict[str, Any] = {}
+    for name, cells in finals.items():
+        family, cost = find_family(name), results.found[Cell(name).name]
+        rates = _swept_rates(study, results, name)
+        families[name] = {
+            "title": family.title,
+            "paper": family.paper,
+            "decodes": family.decodes,
+            "parameters": cost["parameters"],
+            "flops_per_token": cost["flops_per_token"],
+            "seconds_per_token": cost["seconds_per_token"],
+            "sweep": rates,
+            "rate": cells[0].rate,
+            "rate_at_the_edge": cells[0].rate in (min(rates), max(rates)) and len(rates) > 1,
+            "tokens": cells[0].tokens,
+            "seeds": [results.found[cell.name] for cell in cells],
+        }
+    return {"study": study.to_dict(), "seeds": study.seeds, "families": families}
+
+
+def _swept_rates(study: Study, results: Results, family: str) -> dict[float, float]:
+    tokens = tokens_of(study, results, family, study.sweep)
+    cells: Iterable[Cell] = (Cell(**found["cell"]) for found in results.found.values())
+    return {
+        cell.rate: results.nats(cell)
+        for cell in sorted(cells, key=lambda one: one.rate)
+        if cell.family == family and cell.tokens == tokens and not cell.final
+    }

@@ -1,0 +1,106 @@
+"""Where cells run: in processes of this machine, or as tasks of a Ray cluster. What is done is told as it is done.
+
+A worker that dies costs one cell, which is run again; a cell that dies twice stops the study.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+from dyadlm.compare.cell import Cell, Recipe, run_cell
+from dyadlm.errors import RunFailed, UserError
+
+Engine = Literal["local", "ray"]
+Run = Callable[[Recipe, Cell], tuple[dict[str, Any], bytes]]
+TRIES = 2
+
+
+class Done(NamedTuple):
+    """A cell that has ended. found: as JSON can hold it; weights: safetensors, empty where nothing was trained."""
+
+    cell: Cell
+    found: dict[str, Any]
+    weights: bytes
+
+
+def run_cells(
+    recipe: Recipe, cells: Sequence[Cell], jobs: int, engine: Engine = "local", address: str | None = None
+) -> Iterator[Done]:
+    """Run all cells, `jobs` at once, and yield each when it is done, in any order.
+
+    address: of a Ray cluster; None starts one on this machine for the time being.
+
+    Raises:
+        UserError: what a cell refuses; Ray is not installed or not to be reached.
+        RunFailed: a cell whose worker died twice.
+    """
+    if not cells:
+        return
+    yield from _on_ray(recipe, cells, jobs, address) if engine == "ray" else _here(recipe, cells, jobs)
+
+
+def _here(
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    jobs: int,
+    run: Callable[[Recipe, Cell], tuple[dict[str, Any], bytes]] = run_cell,
+) -> Iterator[Done]:
+    waiting, tries = list(cells), dict.fromkeys(cells, 0)
+    while waiting:
+        # A process for each cell: what a cell leaves behind changes no figure of the next one.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+        running: dict[Future[tuple[dict[str, Any], bytes]], Cell] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell = waiting.pop(0)
+                    tries[cell] += 1
+                    running[pool.submit(run, recipe, cell)] = cell
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    found, weights = future.result()
+                    yield Done(running.pop(future), found, weights)
+        except BrokenProcessPool:
+            for cell in running.values():
+                if tries[cell] >= TRIES:
+                    raise RunFailed(
+                        f"The process of the cell {cell.name!r} died twice; give --jobs 1 if memory was short."
+                    ) from None
+            waiting = [*running.values(), *waiting]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_ray(recipe: Recipe, cells: Sequence[Cell], jobs: int, address: str | None) -> Iterator[Done]:
+    if find_spec("ray") is None:
+        raise UserError("--engine ray needs Ray; run: pip install 'dyadlm[cluster]'")
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        ray.init(address=address, num_cpus=None if address else jobs, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"There is no Ray cluster at {address} ({error}); start one with `ray start --head`."
+        ) from error
+    try:
+        task = ray.remote(num_cpus=1, max_retries=TRIES, max_calls=1)(run_cell)
+        running = {task.remote(recipe, cell): cell for cell in cells}
+        while running:
+            (first, *_), _ = ray.wait(list(running), num_returns=1)
+            cell = running.pop(first)
+            try:
+                found, weights = ray.get(first)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError | RunFailed):
+                    raise error.cause from error
+                raise
+            except RayError as error:
+                raise RunFailed(f"The cell {cell.name!r} was lost {TRIES + 1} times ({error}).") from error
+            yield Done(cell, found, weights)
+    finally:
+        ray.shutdown()

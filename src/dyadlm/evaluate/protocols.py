@@ -1,0 +1,97 @@
+"""Three ways to score a model on text: fresh windows, the same targets with a long context, and a carried stream.
+
+Fresh windows hide what a model makes of a long past, and a carried stream shows nothing else; a comparison needs all.
+
+    fresh      <|begin|> or one token  [t0 … tL]                     each window alone
+    context    C tokens                [t0 … tL]                     the same targets
+    carried    [t0 … tN]                                             one text, from its beginning, read once
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from dyadlm.evaluate.scoring import score
+from dyadlm.evaluate.streams import Stream, target_bytes
+from dyadlm.evaluate.windows import Window, disjoint_windows, one_window
+from dyadlm.model import DyadForCausalLM
+
+LONG = 1024  # tokens of context, and of the windows of models that carry no state
+TARGETS, CARRIED = 262_144, 65_536
+BATCH = 16
+
+
+class Score(NamedTuple):
+    """Loss on the targets of one protocol. nats: per token; bits: per byte."""
+
+    nats: float
+    bits: float
+    tokens: int
+
+
+def fresh(streams: Sequence[Stream], length: int, tokens: int = TARGETS) -> list[tuple[Stream, list[Window]]]:
+    """Every n-th window of `length` targets, so that about `tokens` are scored."""
+    every = max(1, math.ceil(sum(map(len, streams)) / tokens))
+    parts = [(stream, list(islice(disjoint_windows(0, len(stream), length), 0, None, every))) for stream in streams]
+    return [(stream, windows) for stream, windows in parts if windows]
+
+
+def after_context(parts: list[tuple[Stream, list[Window]]], tokens: int = LONG) -> list[tuple[Stream, list[Window]]]:
+    """The same targets, each window with so many tokens before it, or as many as there are."""
+    return [
+        (stream, [replace(one, start=max(one.start - tokens, -1), opening=one.start < tokens) for one in windows])
+        for stream, windows in parts
+    ]
+
+
+def overlapping(end: int, length: int) -> Iterator[Window]:
+    """Windows of `length` targets, half of which are scored: all of the first, then the later half of each."""
+    half = max(1, length // 2)
+    yield Window(-1, 0, min(length, end), opening=True)
+    for first in range(length, end, half):
+        stop = min(first + half, end)
+        yield Window(stop - length - 1, first, stop, opening=False)
+
+
+def carried(
+    model: PreTrainedModel, streams: Sequence[Stream], tokens: int = CARRIED, length: int = LONG
+) -> list[tuple[Stream, list[Window]]]:
+    """The beginning of each stream, read once. Our models carry their state; others read windows of `length` tokens,
+    half a window further each time, so that each target has half a window of context at least."""
+    share = tokens // len(streams)
+    parts = []
+    for stream in streams:
+        end = min(len(stream), share)
+        whole = isinstance(model, DyadForCausalLM)
+        parts.append((stream, list(one_window(0, end)) if whole else list(overlapping(end, length))))
+    return parts
+
+
+def measure(
+    model: PreTrainedModel, parts: Sequence[tuple[Stream, list[Window]]], prefix: int, batch: int = BATCH
+) -> Score:
+    """Score all windows. prefix: the input before the first token of a stream."""
+    nats = tokens = size = 0.0
+    for stream, windows in parts:
+        for position, found in score(model.eval(), stream, windows, prefix, batch):  # type: ignore[no-untyped-call]
+            nats += float(np.sum(found, dtype="float64"))
+            tokens += len(found)
+            size += target_bytes(stream, position, position + len(found))
+    return Score(nats / tokens, nats / max(size, 1) / math.log(2), int(tokens))
+
+
+def three_protocols(
+    model: PreTrainedModel, streams: Sequence[Stream], length: int, prefix: int, scale: float = 1.0
+) -> dict[str, Score]:
+    """All three. length: of the training text. scale: of the numbers of targets, for quick looks."""
+    windows = fresh(streams, length, int(TARGETS * scale))
+    return {
+        "fresh": measure(model, windows, prefix),
+        "context": measure(model, after_context(windows), prefix),
+        "carried": measure(model, carried(model, streams, int(CARRIED * scale)), prefix),
+    }

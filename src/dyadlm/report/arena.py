@@ -1,0 +1,197 @@
+"""The page of `dyadlm compare`: tables and learning curves in one file that needs no network and no script."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dyadlm.diagnose.pool import STUDENT
+from dyadlm.diagnose.result import Curve
+from dyadlm.files import write_atomically
+from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, looks, to_svg
+from dyadlm.version import __version__
+
+PROTOCOLS = {
+    "fresh": "fresh windows",
+    "context": "after 1,024 tokens",
+    "carried": "carried stream",
+}
+
+
+class Shown(NamedTuple):
+    """A figure of a table. interval: of the mean over seeds, 95 %."""
+
+    value: str
+    interval: str = ""
+    best: bool = False
+
+
+def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
+    """Write results.json and index.html into the folder of a study, in place of earlier ones. command: that made it."""
+    families = dict(sorted(summary["families"].items(), key=lambda item: _mean(_nats(item[1], "fresh"))))
+    shown = dict(zip(families, looks(list(families), []), strict=True))
+    study, recipe = summary["study"], summary["study"]["recipe"]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    facts = [
+        f"{len(families)} families",
+        f"about {compact(recipe['parameters'])} parameters each, n-gram tables aside",
+        f"budget {study['budget']}",
+        f"seeds: {summary['seeds']}",
+        f"text: {', '.join(recipe['data'])}",
+        f"optimizer {recipe['optimizer']}, windows of {recipe['length']} tokens, {recipe['batch']} a step",
+        f"n-grams: {', '.join(map(str, recipe['ngrams'])) or 'none'}",
+    ]
+    page = environment.get_template("arena.html").render(
+        title="Families of models on the same text",
+        facts=facts,
+        version=__version__,
+        light=LIGHT,
+        dark=DARK,
+        style=Markup((Path(__file__).parent / "diagnosis.css").read_text(encoding="utf-8")),
+        warnings=_warnings(families),
+        tables=[_losses(families, shown), _costs(families, shown), _rates(families, shown)],
+        pictures=_pictures(families, shown),
+        command=command,
+    )
+    write_atomically(folder / "results.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def _warnings(families: Mapping[str, Any]) -> list[str]:
+    edge = [name for name, one in families.items() if one["rate_at_the_edge"]]
+    if not edge:
+        return []
+    return [f"The best rate of {', '.join(edge)} lies at the end of its sweep: a better one may lie beyond."]
+
+
+def _nats(family: Mapping[str, Any], protocol: str) -> list[float]:
+    return [seed["scores"][protocol]["nats"] for seed in family["seeds"]]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _shown(values: Sequence[float], form: Callable[[float], str]) -> Shown:
+    """The mean, and Student's interval where there are several."""
+    if len(values) < 2:
+        return Shown(form(values[0]))
+    half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return Shown(form(_mean(values)), f"± {form(half)}")
+
+
+def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
+    """The three protocols; the least of a column is marked where its interval overlaps no other's."""
+    cells: dict[str, list[Shown]] = {name: [] for name in families}
+    for protocol in PROTOCOLS:
+        values = {name: _nats(one, protocol) for name, one in families.items()}
+        figures = {name: _shown(own, lambda value: f"{value:.4f}") for name, own in values.items()}
+        best = _clear_best(values)
+        for name, figure in figures.items():
+            cells[name].append(figure._replace(best=name == best))
+    return {
+        "id": "losses",
+        "title": "Loss",
+        "text": "Nats per token of the validation text, less is better: in fresh windows, at the same places after a "
+        "long context, and in a text that is read once from its beginning. There dyadlm carries its state, and the "
+        "others read overlapping windows of 1,024 tokens. Marked: the best, where its interval overlaps no other.",
+        "columns": list(PROTOCOLS.values()),
+        "rows": [(shown[name], cells[name]) for name in families],
+    }
+
+
+def _clear_best(values: Mapping[str, Sequence[float]]) -> str | None:
+    """The family whose interval lies below all others; none where there is one seed alone."""
+    if len(values) < 2 or any(len(own) < 2 for own in values.values()):
+        return None
+    ends = {}
+    for name, own in values.items():
+        half = STUDENT[min(len(own) - 1, len(STUDENT)) - 1] * statistics.stdev(own) / math.sqrt(len(own))
+        ends[name] = (_mean(own) - half, _mean(own) + half)
+    best = min(values, key=lambda name: _mean(values[name]))
+    return best if all(ends[best][1] < low for name, (low, _) in ends.items() if name != best) else None
+
+
+def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
+    contexts = sorted({int(point["context"]) for one in families.values() for point in one["seeds"][0]["decoding"]})
+    rows = []
+    for name, one in families.items():
+        points = {int(point["context"]): point for point in one["seeds"][0]["decoding"]}
+        decoding = [Shown(f"{points[at]['milliseconds']:.2f}") if at in points else Shown("–") for at in contexts]
+        state = [Shown(f"{int(points[at]['state_bytes']):,}") if at in points else Shown("–") for at in contexts[-1:]]
+        cells = [
+            Shown(f"{one['parameters']:,}"),
+            Shown(f"{one['tokens']:,}"),
+            Shown(compact(one["flops_per_token"])),
+            Shown(f"{1e6 * one['seconds_per_token']:.0f}"),
+            Shown(f"{max(seed['peak_mebibytes'] for seed in one['seeds']):,.0f}"),
+        ]
+        rows.append((shown[name], [*cells, *decoding, *state]))
+    columns = ["parameters", "tokens trained on", "operations a token", "µs a token, training", "peak MiB"]
+    columns += [f"ms a token after {at:,}" for at in contexts]
+    columns += [f"state bytes after {contexts[-1]:,}"] if contexts else []
+    return {
+        "id": "costs",
+        "title": "Cost",
+        "text": "Operations and microseconds of training are those of whole steps, one thread. Peak memory is that of "
+        "the process. Decoding is one more token by a call of the model, after so many tokens; – where a model cannot "
+        "read so many, or keeps no state. dyadlm decodes faster with its engine, which is not used here.",
+        "columns": columns,
+        "rows": rows,
+    }
+
+
+def _rates(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
+    rates = sorted({float(rate) for one in families.values() for rate in one["sweep"]})
+    rows = []
+    for name, one in families.items():
+        own = {float(rate): nats for rate, nats in one["sweep"].items()}
+        cells = [Shown(f"{own[rate]:.4f}" if rate in own else "–", best=rate == one["rate"]) for rate in rates]
+        rows.append((shown[name], cells))
+    return {
+        "id": "rates",
+        "title": "Sweep of learning rates",
+        "text": "Loss in fresh windows after a part of the budget. Marked: the rate that the seeds were trained at.",
+        "columns": [f"{rate:g}" for rate in rates],
+        "rows": rows,
+    }
+
+
+def _pictures(families: Mapping[str, Any], shown: Mapping[str, Look]) -> list[dict[str, Any]]:
+    found = []
+    kinds: tuple[tuple[str, str, Callable[[Mapping[str, float], Mapping[str, Any]], float]], ...] = (
+        ("tokens", "tokens", lambda point, one: point["tokens"]),
+        ("seconds", "seconds of one thread", lambda point, one: point["seconds"]),
+        ("operations", "floating-point operations", lambda point, one: point["tokens"] * one["flops_per_token"]),
+    )
+    for key, label, place in kinds:
+        curves = []
+        for name, one in families.items():
+            runs = [seed["curve"] for seed in one["seeds"]]
+            points = list(zip(*runs, strict=True))
+            heights = [[run["nats"] for run in point] for point in points]
+            curve = Curve(
+                [_mean([place(run, one) for run in point]) for point in points],
+                [_mean(height) for height in heights],
+                label,
+                "loss, nats per token",
+                low=[min(height) for height in heights] if len(runs) > 1 else None,
+                high=[max(height) for height in heights] if len(runs) > 1 else None,
+                log_x=True,
+            )
+            curves.append((shown[name], curve))
+        text = f"Loss against {label}: {', '.join(families)}"
+        found.append({"svg": Markup(to_svg(draw_curves(curves), f"arena{key}", text)), "caption": f"against {label}"})
+    return found
