@@ -266,3 +266,21 @@ def test_large_texts_are_split_into_tokens_beside_the_event_loop(shared, monkeyp
     assert threads[:2] == [loop] * 2
     assert len(threads) == 4
     assert loop not in threads[2:]
+
+
+def test_scores_are_those_of_the_library(shared, weights):
+    from dyadlm.score import Drift, Reading, Scorer, units_of
+    from dyadlm.score.lines import Numbering, whole_lines
+
+    text = "To be, or not\n\nto be: été\nthat"
+    numbering = Numbering("text")
+    scorer = Scorer(Session(*weights["small"]), weights["small"][1], Drift())
+    lines = scorer.read([numbering.place(line) for line in whole_lines(text.encode())])
+    for per in ("token", "line", "document"):
+        expected = list(units_of(lines, Reading(per)))
+        items = shared.http.post("/score", json={"text": text, "per": per}).json()["items"]
+        assert [item["bits"] for item in items] == pytest.approx([unit.bits for unit in expected], rel=1e-3)
+        assert [item["bytes"] for item in items] == [unit.size for unit in expected]
+        if per != "token":  # a token is a byte here
+            assert "".join(item["text"] for item in items) == text
+    assert shared.http.post("/score", json={"text": ""}).json() == {"unit": "bits", "items": []}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dyadlm.data.chat import ChatTemplate
-from dyadlm.data.encoding import prefix_token
+from dyadlm.data.encoding import TextEncoder, prefix_token
 from dyadlm.errors import UserError
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.rows import BatchedRows, Row, Rows, SeparateRows
@@ -88,6 +88,11 @@ class ServedModel:
         if not len(found) and begins:
             found = np.array([prefix_token(self.tokenizer)], np.int64)
         return found
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """For texts that are scored. Raises `UserError` for a tokenizer that is not a fast one."""
+        return TextEncoder(self.tokenizer)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

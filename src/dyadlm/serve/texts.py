@@ -4,10 +4,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
-from dyadlm.data.encoding import TextEncoder, prefix_token
+from dyadlm.data.encoding import prefix_token
+from dyadlm.score.bits import EncodedLine, encoded_line, scored_line
+from dyadlm.score.lines import Numbering, whole_lines
+from dyadlm.score.units import Reading, units_of
+from dyadlm.score.usual import Usual
 from dyadlm.serve.answers import away, body_of, json_of, running, until_gone
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.openai_api import MOST_TOLD, Body, Text, Token
@@ -57,16 +61,17 @@ def routes(server: Server) -> APIRouter:
     @router.post("/score")
     async def score(request: Request) -> Response:
         body = await body_of(Score, request)
-        model, content = server.model_of(body.model), body.text.encode()
-        if not content:
-            return JSONResponse({"unit": "bits", "items": []})
-        ids, starts = await away(len(content), TextEncoder(model.tokenizer).encode, content)
-        begins = _begins(content, starts, body.per)
-        if len(begins) > MOST_TOLD:
-            message = f"The text has {len(begins)} parts, and at most {MOST_TOLD} are scored at once; send less text."
+        model, size = server.model_of(body.model), len(body.text)
+        lines = await away(size, _encoded, model, body.text)
+        parts = {"token": sum(len(line.ids) for line in lines), "line": len(lines), "document": 1}[body.per]
+        if parts > MOST_TOLD:
+            message = f"The text has {parts} parts, and at most {MOST_TOLD} are scored at once; send less text."
             raise ApiError(400, message, param="text")
-        bits = await until_gone(request, _bits(model, ids.astype(np.int64), server.limits.deadline))
-        return await json_of(len(content), _scored, content, begins, starts, bits)
+        nats = np.empty(0)
+        if lines:
+            ids = np.concatenate([line.ids for line in lines]).astype(np.int64)
+            nats = await until_gone(request, _nats(model, ids, server.limits.deadline))
+        return await json_of(size, _scored, body, lines, nats)
 
     return router
 
@@ -85,38 +90,30 @@ def _text(model: ServedModel, tokens: list[int]) -> dict[str, Any]:
     return {"text": model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)}
 
 
-def _scored(content: bytes, begins: np.ndarray, starts: np.ndarray, bits: np.ndarray) -> dict[str, Any]:
-    """The answer for units that begin at bytes (U,) of a text, whose tokens begin at bytes (T,) and cost bits (T,)."""
-    sums = np.add.reduceat(bits, np.searchsorted(starts, begins)) if len(bits) else np.zeros(len(begins))
-    items = []
-    for begin, end, total in zip(begins, [*begins[1:], len(content)], sums.tolist(), strict=True):
-        text = content[begin:end].decode(errors="replace")
-        per_byte = total / max(end - begin, 1)
-        items.append({"text": text, "bits": total, "bytes": int(end - begin), "bits_per_byte": per_byte})
-    return {"unit": "bits", "items": items}
+def _encoded(model: ServedModel, text: str) -> list[EncodedLine]:
+    numbering = Numbering("The text")
+    return [encoded_line(model.encoder, numbering.place(line)) for line in whole_lines(text.encode())]
 
 
-async def _bits(model: ServedModel, ids: np.ndarray, seconds: float) -> np.ndarray:
-    """The surprise at each token of a text that begins a document, float64 (T,)."""
+async def _nats(model: ServedModel, ids: np.ndarray, seconds: float) -> np.ndarray:
+    """The surprise at each token of a text that begins a document, float32 (T,)."""
 
     def work(job: Job) -> Work:
         told = yield Read(np.concatenate([[prefix_token(model.tokenizer)], ids]), nats=True)
-        job.emit(told.nats[1:].astype(np.float64) / np.log(2))
+        job.emit(told.nats[1:])
 
     async with running(model, seconds) as jobs:
         jobs.start([work], [None])
-        ((_, bits),) = await jobs.take_all()
-    return np.asarray(bits)
+        ((_, nats),) = await jobs.take_all()
+    return np.asarray(nats)
 
 
-def _begins(content: bytes, starts: np.ndarray, per: str) -> np.ndarray:
-    """Where the units begin: at the first token of each line, or at each token, or at the beginning alone."""
-    if per == "document" or not len(starts):
-        return np.zeros(1, np.int64)
-    first = starts.copy()
-    first[0] = 0
-    if per == "token":
-        return first
-    lines = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
-    places = np.searchsorted(first, lines[lines < len(content)])
-    return np.unique(np.concatenate([[0], first[places[places < len(first)]]]))
+def _scored(body: Score, lines: list[EncodedLine], nats: np.ndarray) -> dict[str, Any]:
+    """The answer for lines whose tokens, all together, cost nats (T,)."""
+    usual, ends = Usual(), np.cumsum([len(line.ids) for line in lines])
+    read = (scored_line(line, nats[end - len(line.ids) : end], usual) for line, end in zip(lines, ends, strict=True))
+    items = []
+    for unit in units_of(read, Reading(body.per, "mean")):
+        text = body.text if body.per == "document" else unit.content.decode(errors="replace")
+        items.append({"text": text, "bits": unit.bits, "bytes": unit.size, "bits_per_byte": unit.bits_per_byte})
+    return {"unit": "bits", "items": items}
