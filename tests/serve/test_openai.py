@@ -1,5 +1,6 @@
 """The official client of OpenAI against a real server: completions, chats, streams, odds, and what is refused."""
 
+import json
 import math
 import threading
 import time
@@ -245,6 +246,40 @@ def test_answers_tell_of_a_bounded_number_of_tokens(shared, path, fields):
     answer = shared.http.post(path, json=fields)
     assert answer.status_code == 400
     assert "at most 65536" in answer.json()["error"]["message"]
+
+
+def test_tokens_are_told_up_to_a_bound(shared, monkeypatch):
+    monkeypatch.setattr("dyadlm.serve.texts.MOST_TOKENS", 20)
+    assert shared.http.post("/tokenize", json={"text": "a" * 20}).status_code == 200
+    answer = shared.http.post("/tokenize", json={"text": "a" * 21})
+    assert answer.status_code == 400
+    assert "21 tokens, and at most 20" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_answers_are_written_beside_the_event_loop(shared, monkeypatch, stream):
+    """With the same content as small ones."""
+    from dyadlm.serve import completing
+
+    threads, own = [], completing.legacy_logprobs
+
+    def noted(*given):
+        threads.append(threading.current_thread().name)
+        return own(*given)
+
+    def answers():
+        body = {"prompt": "To be", "max_tokens": 8, "seed": 1, "logprobs": 2, "stream": stream}
+        text = shared.http.post("/v1/completions", json=body).text
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line and line != "data: [DONE]"]
+        choices = [json.loads(event)["choices"][0] for event in events]
+        return "".join(one["text"] for one in choices), [t for one in choices for t in one["logprobs"]["tokens"]]
+
+    monkeypatch.setattr(completing, "legacy_logprobs", noted)
+    small = answers()
+    assert not any(name.startswith("asyncio_") for name in threads)
+    monkeypatch.setattr("dyadlm.serve.answers.LARGE", 1)
+    assert answers() == small
+    assert any(name.startswith("asyncio_") for name in threads)
 
 
 def test_large_texts_are_split_into_tokens_beside_the_event_loop(shared, monkeypatch):
