@@ -94,7 +94,6 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        """Raises `UserError` where the template does not take messages of a user and an assistant."""
         self._tokenizer, self._template = tokenizer, template_of(tokenizer)
         self._readings = two_readings(tokenizer) if tokenizer.is_fast else None
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -118,22 +117,29 @@ class ChatTemplate:
         self, messages: Sequence[dict[str, Any]], document: str = "The conversation", after: bool = False
     ) -> list[int]:
         """The tokens of messages, up to where the assistant begins to answer. after: they follow an answer that was
-        closed. What they spell stays text. Raises `UserError` where the template does not take them, writes them in
-        another way after others, or changes one that spells a special token."""
+        closed. What they spell stays text, if the tokenizer is a fast one. Raises `UserError` where the template does
+        not take them, writes them in another way after others, or changes one that spells a special token."""
+        for message in messages:
+            self.require_plain(message, document)
         earlier = EARLIER if after else []
         text, before = self.render([*earlier, *messages], document, opening=True), ""
         if after:
             before = self.render(EARLIER, document)
             self.require_prefix(before, text, document)
-        spelling = [number for number, message in enumerate(messages) if self.spelled(message["content"])]
+        spelling = [number for number, message in enumerate(messages) if self.spells(message["content"])]
         places = [self.place([*earlier, *messages], len(earlier) + number, text, document, True) for number in spelling]
         size = len(before)
         return self._encoded(text[size:], [(start - size, stop - size) for start, stop in places])
 
-    def spelled(self, text: str) -> str | None:
-        """A special token that a text spells, if it spells one."""
-        found = self._spelled.search(text)
-        return found and found[0]
+    def spells(self, text: str) -> bool:
+        """Whether a text spells a special token."""
+        return self._spelled.search(text) is not None
+
+    def require_plain(self, message: dict[str, Any], document: str) -> None:
+        """Raise `UserError` if a message spells a special token in another field than its content."""
+        told = json.dumps({name: value for name, value in message.items() if name != "content"}, ensure_ascii=False)
+        if spelled := self._spelled.search(told):
+            raise UserError(f"{document}: a message spells {spelled[0]} in another field than its content.")
 
     def encodings(self, text: str, protected: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Encoding]]:
         """The text of the template in parts: where each begins, and its tokens. protected: spans, (start, stop), that
@@ -227,9 +233,7 @@ class ChatEncoder:
         protected: list[tuple[int, int]] = []
         before = ""
         for number, message in enumerate(messages):
-            told = json.dumps({name: value for name, value in message.items() if name != "content"}, ensure_ascii=False)
-            if spelled := template.spelled(told):
-                raise UserError(f"{document}: a message spells {spelled} in another field than its content.")
+            template.require_plain(message, document)
             after = template.render(messages[: number + 1], document)
             opened = before
             if message["role"] == "assistant":
@@ -238,7 +242,7 @@ class ChatEncoder:
                     kinds.append((len(before), OPENING))
             template.require_prefix(opened, after, document)
             kinds.append((len(opened), f"{RESERVED}{message['role']}"))
-            if template.spelled(message["content"]):
+            if template.spells(message["content"]):
                 protected.append(template.place(messages[: number + 1], number, after, document))
             before = after
         return before, kinds, protected

@@ -41,8 +41,8 @@ COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
 class Answer:
     """One request for text: what it asks for, and how its pieces are told.
 
-    plans: one for each answer. prompt_tokens: of all prompts together. end_tokens: those
-    that end an answer. echoes: the prompt in front of each answer.
+    plans: one for each answer. prompt_tokens: of all prompts together. echoes: the prompt in front of each answer.
+    end_tokens: those that end an answer.
     """
 
     def __init__(self, server: Server, body: Generation, session: ServedSession | None):

@@ -39,6 +39,7 @@ class ServedModel:
         self.name, self.model, self.tokenizer, self.created = name, model, tokenizer, int(time.time())
         self.sessions = isinstance(model, DyadForCausalLM)
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self._template = ChatTemplate(tokenizer) if self.chat else None
         self.parameters = int(model.num_parameters())
         self.vocabulary = min(vocabulary_size(model), len(tokenizer))
         reader = TorchReader(model)
@@ -94,10 +95,10 @@ class ServedModel:
         """For texts that are scored. Raises `UserError` for a tokenizer that is not a fast one."""
         return TextEncoder(self.tokenizer)
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
         """Raises `ApiError` where the model has none."""
-        if not self.chat:
+        if self._template is None:
             raise ApiError(
                 400,
                 f"The model {self.name} has no chat template; use /v1/completions, or a model that was trained on "
@@ -105,7 +106,7 @@ class ServedModel:
                 param="messages",
                 code="no_chat_template",
             )
-        return ChatTemplate(self.tokenizer)
+        return self._template
 
     def chat_ids(self, messages: list[dict[str, Any]], after: bool) -> np.ndarray:
         """The tokens of messages, up to the beginning of the answer. after: they follow an answer. Raises `ApiError`
