@@ -30,7 +30,7 @@ from serving import Ours, memory, request
 CLIENTS, PAUSE = 6, 0.5  # seconds between two requests of a client, on average
 SESSIONS = 20  # of a client at most
 MEMORY, DISK = 2, 64  # mebibytes of sessions
-EVERY = 10  # seconds between two looks at the memory
+EVERY = 10  # seconds between two looks at the memory, at most; a short run takes 30 looks
 TEXT = "HAMLET:\nTo be, or not to be, that is the question:\n"
 
 
@@ -122,7 +122,7 @@ async def churn(server: Ours, place: Path, seconds: float) -> dict[str, Any]:
             samples.append((time.monotonic() - begun, memory(server.process.pid), size))
             if len(samples) % 30 == 1:
                 print(f"{samples[-1][0]:6.0f} s  {samples[-1][1]:7.1f} MiB  {size:,} bytes on disk", flush=True)
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(min(EVERY, seconds / 30))
 
     await asyncio.gather(looks(), *map(acts, clients))
     late = np.array([sample[:2] for sample in samples[len(samples) // 3 :]])

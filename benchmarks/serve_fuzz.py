@@ -2,7 +2,7 @@
 
     python benchmarks/serve_fuzz.py --requests 100000
 
-Needs the extra `serve`, and httpx. The tests send 2,000 of the same kind. Requests go through the application itself
+Needs the extra `serve`, and httpx. The tests send 800 of the same kind. Requests go through the application itself
 (ASGI), without a socket, so that those that no client would send come through, too.
 """
 

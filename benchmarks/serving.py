@@ -1,15 +1,16 @@
 """Many clients on the loopback device: `dyadlm serve` beside the server of llama.cpp with a Llama of the same size.
 
-    python benchmarks/serving.py                          # all cells, one after the other; run again to go on
+    python benchmarks/serving.py                 # all cells, the smallest first; run again to go on
     python benchmarks/serving.py --contexts 0 --streams 1 8 --seconds 60
-    python benchmarks/serving.py --restored               # first token after a session of 100,000 tokens was restored
+    python benchmarks/serving.py --restored      # first token after a session of 100,000 tokens was restored
 
 Needs the extras `serve` and `bench`. The preset `tiny` and a Llama of as many parameters, random weights of a scale at
 which every part speaks, float32 (the keys and values of llama.cpp are float16), temperature 1. Each server is a process
 of its own, and so is the client. A cell is a number of streams at a context. The context is read before the clock
-starts: by us into a session, from which every stream goes on; by llama.cpp into the cache of each of its slots. Then
-every stream asks for the same number of new tokens at once, `--rounds` times for each server in turn; the median is
-told, with the load of the machine, since both servers share it with whatever else runs.
+starts: by us into a session, from which every stream goes on; by llama.cpp into the cache of one of its slots, from
+which it is copied to the others. Then every stream asks for the same number of new tokens at once, `--rounds` times for
+each server in turn; the median is told, with the load of the machine, since both servers share it with whatever else
+runs. A cell that takes more than four times `--seconds` is given up.
 
 Figures: tokens per second of all streams; seconds until the first token and between two events, median and 99th
 percentile. Our server may tell several tokens in one event where the client is slower than the model.
@@ -17,6 +18,7 @@ percentile. Our server may tell several tokens in one event where the client is 
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -113,6 +115,7 @@ p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[4])
 p.warmup, p.cont_batching, p.cache_prompt, p.n_threads_http = True, True, True, int(sys.argv[2]) + 4
 p.fit_params = False
 p.timeout_read = p.timeout_write = 3600
+p.slot_save_path = sys.argv[5]
 server = x.Server(p)
 print("at", server.listening_address, flush=True)
 time.sleep(36000)
@@ -125,9 +128,8 @@ class LlamaServer:
     def __init__(self, folder: Path, streams: int, context: int, threads: int):
         positions = streams * (context + NEW_TOKENS + 64)
         command = [sys.executable, "-c", LLAMA_PROGRAM, str(folder / "llama.gguf"), str(streams), str(positions)]
-        self.process = subprocess.Popen(
-            [*command, str(threads)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        command += [str(threads), f"{folder}/"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         line = ""
         while not line.startswith("at "):
@@ -138,8 +140,14 @@ class LlamaServer:
         self.context = context
 
     async def prepare(self, streams: int) -> None:
-        if self.context:
-            await asyncio.gather(*(self._ask(stream, 1, None) for stream in range(streams)))
+        """The context is read once, and its keys and values copied to the other slots, which takes far less time than
+        reading it in each."""
+        if not self.context:
+            return
+        await self._ask(0, 1, None)
+        await request(self.port, "POST", "/slots/0?action=save", {"filename": "context"})
+        for stream in range(1, streams):
+            await request(self.port, "POST", f"/slots/{stream}?action=restore", {"filename": "context"})
 
     async def write(self, stream: int, told: Told) -> None:
         await self._ask(stream, NEW_TOKENS, told)
@@ -312,14 +320,15 @@ def main() -> None:
             for cell_name in cells.missing([f"restored, {RESTORED_TOKENS}"]):
                 cells.store(cell_name, restored_cell(folder, 20))
             return
-        wanted = {
-            f"{streams} streams, context {context}": (streams, context)
-            for context in options.contexts
-            for streams in options.streams
-        }
+        pairs = sorted(itertools.product(options.streams, options.contexts), key=lambda pair: (pair[0] * pair[1], pair))
+        wanted = {f"{streams} streams, context {context}": (streams, context) for streams, context in pairs}
         for cell_name in cells.missing(list(wanted)):
-            cells.store(cell_name, cell(folder, *wanted[cell_name], options.rounds, options.seconds, options.threads))
-            print(cell_name, json.dumps(cells.results[cell_name]), flush=True)
+            try:
+                found = cell(folder, *wanted[cell_name], options.rounds, options.seconds, options.threads)
+            except TimeoutError:
+                print(f"    more than {4 * options.seconds:.0f} s; give it more --seconds", flush=True)
+                continue
+            cells.store(cell_name, found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,18 @@ ROWS = (
 )
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Modules that anything may import; they import nothing of the package but each other.
-FREE = {"console", "errors", "files", "lazy", "registration", "shipped", "state_file", "values", "version"}
+FREE = {
+    "compilation",
+    "console",
+    "errors",
+    "files",
+    "lazy",
+    "registration",
+    "shipped",
+    "state_file",
+    "values",
+    "version",
+}
 
 
 def imports(path: Path, top_alone: bool, source: str | None = None) -> set[str]:

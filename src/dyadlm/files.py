@@ -137,25 +137,25 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, taken: str = "", patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
     """Keep other processes that ask for this lock out of a folder, made if need be and removed if it stays empty.
 
     The lock leaves no file and ends with the process, however that ends. Raises `UserError` if another process
-    has it. Where the file system knows no locks, nothing is locked.
+    has it after some seconds (patience); taken: what it says then. Where the file system knows no locks, nothing is
+    locked.
     """
     made = not folder.exists()
     make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise UserError(
-                        f"Another process is at work in {folder}; wait until it has ended, or choose another place."
-                    ) from error
+                    work = f"Another process is at work in {folder}; wait until it has ended, or choose another place."
+                    raise UserError(taken or work) from error
                 time.sleep(0.1)
             except OSError:
                 break

@@ -183,7 +183,7 @@ def read_memory(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
     try:
         options = json.loads(beside.pop(MEMORY_OPTIONS).tobytes())
     except ValueError as error:
-        raise UserError(f"{path} holds a damaged memory ({error}); write a new state with --state-out.") from error
+        raise UserError(f"{path} holds a damaged memory ({error}); save a new state.") from error
     tables = {name: tensor for name, tensor in beside.items() if name.startswith(MEMORY_PREFIX)}
     return options, {name.removeprefix(MEMORY_PREFIX): tensor for name, tensor in tables.items()}
 
@@ -196,29 +196,31 @@ def require_whole(path: str | Path) -> int:
 def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str], int]:
     """The tensors, the head and the columns seen of a file that agrees with its checksum."""
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is not a readable state file; write a new one with --state-out.")
+        raise UserError(f"{path} is not a readable state file; save a new one.")
     try:
         with safe_open(str(path), framework="np") as file:
             head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             tensors |= {name: tensors[other] for name, other in json.loads(head.get("alike", "{}")).items()}
     except FileNotFoundError:
-        raise UserError(f"There is no state file {path}; write one with --state-out first.") from None
+        raise UserError(f"There is no state file {path}; save one first, with --state-out or /save.") from None
     # TypeError: numbers that numpy does not have. The others: a head that somebody has changed.
     except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a readable state file; write a new one with --state-out.") from None
+        raise UserError(f"{path} is not a readable state file; save a new one.") from None
     if head.get("format") != FORMAT:
-        raise UserError(f"{path} is a safetensors file but holds no dyadlm state; give a file written by --state-out.")
+        raise UserError(
+            f"{path} is a safetensors file but holds no dyadlm state; give a file that --state-out or /save wrote."
+        )
     seen = head.get("columns_seen", "")
     if not seen.isdecimal() or len(seen) > 18:
-        raise UserError(f"{path} does not say how much was read; write a new state with --state-out.")
+        raise UserError(f"{path} does not say how much was read; save a new state.")
     if head.get("version", "1") != "1" and head.get("checksum") != _checksum(tensors):
-        raise UserError(f"{path} is damaged (its checksum differs); write a new state with --state-out.")
+        raise UserError(f"{path} is damaged (its checksum differs); save a new state.")
     if not tensors and int(seen):
-        raise UserError(f"{path} holds nothing of what was read; it is damaged, write a new state with --state-out.")
+        raise UserError(f"{path} holds nothing of what was read; it is damaged, save a new state.")
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            raise UserError(f"{path} holds values that are not numbers ({name}); write a new state with --state-out.")
+            raise UserError(f"{path} holds values that are not numbers ({name}); save a new state.")
     return tensors, head, int(seen)
 
 
@@ -248,7 +250,7 @@ def require_fitting(tensors: Mapping[str, np.ndarray], expected: Mapping[str, np
         raise UserError("The state lacks what was read of its document; it is damaged, write a new one.")
     for name in ("position", "text.counts.0", "text.counts.1"):
         if name in tensors and (tensors[name] < 0).any():
-            raise UserError("The state counts tokens below zero; it is damaged, write a new one with --state-out.")
+            raise UserError("The state counts tokens below zero; it is damaged, save a new one.")
 
 
 def _first_other(one: Iterable[str], other: Iterable[str]) -> str:

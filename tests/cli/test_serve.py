@@ -139,6 +139,11 @@ def test_sessions_are_whole_after_a_kill(folder, tmp_path):
         (["--max-body", "-1"], "0.001"),
         (["--deadline", "0"], "0.1"),
         (["--grace", "-1"], "equal to 0"),
+        (["--grace", "inf"], "31536000"),
+        (["--session-memory", "1e400"], "1073741824"),
+        (["--max-body", "nan"], "'--max-body': "),
+        (["--session-days", "nan"], "'--session-days': "),
+        (["--streams", "1.5"], "integer"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, message, monkeypatch):
@@ -153,6 +158,17 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(taken.getsockname()[1])])
     assert "choose another --port" in str(result.exception)
+
+
+def test_a_folder_that_another_server_uses_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from dyadlm.serve.running import own_folder
+
+    monkeypatch.delenv("DYADLM_API_KEY", raising=False)
+    monkeypatch.setattr("dyadlm.serve.running.LOCK_PATIENCE", 0.0)
+    with own_folder(tmp_path):
+        result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", "0", "--sessions", str(tmp_path)])
+    assert "Another server keeps its sessions in" in str(result.exception)
+    assert "--sessions" in str(result.exception)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):

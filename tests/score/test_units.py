@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dyadlm.score import Line, Oddest, Reading, Unit, units_of
-from dyadlm.score.scorer import spread
+from dyadlm.score.bits import spread
 from dyadlm.score.units import ScoredLine, oddest_span, whole_characters
 from dyadlm.score.usual import EXPECTED_BITS, PLACES, Usual
 from dyadlm.score.usual import LINES as FOLLOWED

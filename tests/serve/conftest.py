@@ -53,6 +53,7 @@ class Live:
         self.app = create_app(models, folder, limits, **{"hosts": ["127.0.0.1", "localhost"], **options})
         self.server_state, self.folder = self.app.state.server, folder
         listening = socket.create_server(("127.0.0.1", 0))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # soon full where a client does not read
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=5)
         self._server = uvicorn.Server(config)

@@ -11,7 +11,7 @@ import pytest
 
 from dyadlm.engine import Engine
 from dyadlm.serve import Limits
-from dyadlm.serve.rows import EngineRows
+from dyadlm.serve.rows import BatchedRows
 from dyadlm.serve.scheduler import Do, Inbox, Job, Scheduler
 
 httpx = pytest.importorskip("httpx")
@@ -47,12 +47,12 @@ def scheduler(live, name="small"):
 def test_answers_to_many_clients_equal_those_to_one(shared, name):
     requests = [
         {"model": name, "prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "max_tokens": 8 + 3 * (i % 11)}
-        for i in range(32)
+        for i in range(16)
     ]
     alone = [complete(shared, **request) for request in requests]
     steps = scheduler(shared, name).steps
     tokens = scheduler(shared, name).tokens_written
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda request: complete(shared, **request), requests))
     assert together == alone
     written = scheduler(shared, name).tokens_written - tokens
@@ -75,7 +75,9 @@ def test_sessions_of_many_clients_stay_apart(shared):
 
 def small_rows(weights):
     model = weights["small"][0]
-    return EngineRows(Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()}))
+    return BatchedRows(
+        Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()})
+    )
 
 
 def test_rows_that_come_and_go_keep_their_own_state(weights):
@@ -107,7 +109,7 @@ def test_a_long_text_is_read_to_the_state_of_single_tokens(weights):
     model = weights["small"][0]
     engine = Engine(model.config.to_dict(), {name: part.numpy() for name, part in model.state_dict().items()})
     ids = np.random.default_rng(0).integers(0, 256, 300)
-    rows = EngineRows(engine)
+    rows = BatchedRows(engine)
     one, other = rows.start(), rows.start()
     told = rows.read(one, ids, True)
     expected = [rows.read(other, ids[at : at + 1], True) for at in range(300)]

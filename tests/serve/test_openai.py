@@ -1,5 +1,6 @@
 """The official client of OpenAI against a real server: completions, chats, streams, odds, and what is refused."""
 
+import json
 import math
 import threading
 import time
@@ -247,6 +248,40 @@ def test_answers_tell_of_a_bounded_number_of_tokens(shared, path, fields):
     assert "at most 65536" in answer.json()["error"]["message"]
 
 
+def test_tokens_are_told_up_to_a_bound(shared, monkeypatch):
+    monkeypatch.setattr("dyadlm.serve.texts.MOST_TOKENS", 20)
+    assert shared.http.post("/tokenize", json={"text": "a" * 20}).status_code == 200
+    answer = shared.http.post("/tokenize", json={"text": "a" * 21})
+    assert answer.status_code == 400
+    assert "21 tokens, and at most 20" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_answers_are_written_beside_the_event_loop(shared, monkeypatch, stream):
+    """With the same content as small ones."""
+    from dyadlm.serve import completing
+
+    threads, own = [], completing.legacy_logprobs
+
+    def noted(*given):
+        threads.append(threading.current_thread().name)
+        return own(*given)
+
+    def answers():
+        body = {"prompt": "To be", "max_tokens": 8, "seed": 1, "logprobs": 2, "stream": stream}
+        text = shared.http.post("/v1/completions", json=body).text
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line and line != "data: [DONE]"]
+        choices = [json.loads(event)["choices"][0] for event in events]
+        return "".join(one["text"] for one in choices), [t for one in choices for t in one["logprobs"]["tokens"]]
+
+    monkeypatch.setattr(completing, "legacy_logprobs", noted)
+    small = answers()
+    assert not any(name.startswith("asyncio_") for name in threads)
+    monkeypatch.setattr("dyadlm.serve.answers.LARGE", 1)
+    assert answers() == small
+    assert any(name.startswith("asyncio_") for name in threads)
+
+
 def test_large_texts_are_split_into_tokens_beside_the_event_loop(shared, monkeypatch):
     served, threads = shared.server_state.models["small"], []
     tokenizer = served.tokenizer
@@ -266,3 +301,21 @@ def test_large_texts_are_split_into_tokens_beside_the_event_loop(shared, monkeyp
     assert threads[:2] == [loop] * 2
     assert len(threads) == 4
     assert loop not in threads[2:]
+
+
+def test_scores_are_those_of_the_library(shared, weights):
+    from dyadlm.score import Drift, Reading, Scorer, units_of
+    from dyadlm.score.lines import Numbering, whole_lines
+
+    text = "To be, or not\n\nto be: été\nthat"
+    numbering = Numbering("text")
+    scorer = Scorer(Session(*weights["small"]), weights["small"][1], Drift())
+    lines = scorer.read([numbering.place(line) for line in whole_lines(text.encode())])
+    for per in ("token", "line", "document"):
+        expected = list(units_of(lines, Reading(per)))
+        items = shared.http.post("/score", json={"text": text, "per": per}).json()["items"]
+        assert [item["bits"] for item in items] == pytest.approx([unit.bits for unit in expected], rel=1e-3)
+        assert [item["bytes"] for item in items] == [unit.size for unit in expected]
+        if per != "token":  # a token is a byte here
+            assert "".join(item["text"] for item in items) == text
+    assert shared.http.post("/score", json={"text": ""}).json() == {"unit": "bits", "items": []}

@@ -390,6 +390,9 @@ def test_it_fits_and_is_named(browser, server, width, dark):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
     try:
         page = Page(browser, server.url).ready()
+        assert (
+            page.script("const box = document.getElementById('read'); return box.scrollHeight - box.clientHeight") <= 0
+        )
         page.press("do-read", "Reading")
         page.press("compare")
         assert page.script("return document.documentElement.scrollWidth") <= width

@@ -119,6 +119,13 @@ def _show_warnings() -> None:
         shown = logging.StreamHandler()
         shown.setFormatter(logging.Formatter("dyadlm: %(message)s"))
         logger.addHandler(shown)
+    compilation = logging.getLogger("dyadlm.compilation")
+    if sys.stderr is not None and sys.stderr.isatty() and not compilation.handlers:  # somebody waits
+        shown = logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("\ndyadlm: %(message)s"))  # often in the middle of an answer
+        compilation.addHandler(shown)
+        compilation.setLevel(logging.INFO)
+        compilation.propagate = False
 
 
 def _fail(error: Exception, code: int) -> None:

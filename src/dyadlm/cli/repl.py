@@ -42,20 +42,21 @@ if TYPE_CHECKING:
     from dyadlm.data.chat import ChatTurns
     from dyadlm.generate.conversation import Conversation, Settings
 
+# What stands behind a command, and what it does.
 COMMANDS = {
-    "/help": "show this list",
-    "/undo": "go back to before the last turn",
-    "/fork": "[NAME]: begin a new branch here and go on in it",
-    "/switch": "NAME: go on in another branch",
-    "/save": "FILE: save the state",
-    "/load": "FILE: go on from a saved state",
-    "/set": "[NAME VALUE]: change how answers are written, or show it",
-    "/state": "show the branches, and the size of the state",
-    "/quit": "end",
+    "/help": ("", "show this list"),
+    "/undo": ("", "go back to before the last turn"),
+    "/fork": ("[NAME]", "begin a new branch here and go on in it"),
+    "/switch": ("NAME", "go on in another branch"),
+    "/save": ("FILE", "save the state, for /load or --state-in"),
+    "/load": ("FILE", "go on from a state that /save or --state-out wrote"),
+    "/set": ("[NAME VALUE]", "change how answers are written, or show it"),
+    "/state": ("", "show the branches, and the size of the state"),
+    "/quit": ("", "end"),
 }
 HELP = (
-    "An empty line goes on with the last answer. Alt-Enter begins a new line, as does a \\ at the end of a line where "
-    "the input is no terminal. A turn that begins with a slash begins with two. Ctrl-C stops an answer, Ctrl-D ends."
+    "An empty line goes on with the last answer. Alt-Enter begins a new line; where the input is no terminal, a \\ at "
+    "the end of a line does. To begin a turn with a slash, type two. Ctrl-C stops an answer, Ctrl-D ends."
 )
 StateOut = Annotated[Path | None, typer.Option(metavar="FILE", help="Save the state of the last branch at the end.")]
 
@@ -227,10 +228,11 @@ def _command(conversation: "Conversation", line: str) -> bool:
     rest = rest.strip()
     if name not in COMMANDS:
         raise UserError(f"There is no command {name!r}{nearest(name, COMMANDS)}; /help lists them.")
-    if rest and name in ("/help", "/undo", "/state", "/quit"):
+    wanted, _ = COMMANDS[name]
+    if rest and not wanted:
         raise UserError(f"{name} takes nothing behind it.")
-    if not rest and name in ("/save", "/load", "/switch"):
-        raise UserError(f"{name} needs a {'NAME' if name == '/switch' else 'FILE'} behind it.")
+    if not rest and wanted.isalpha():
+        raise UserError(f"{name} needs a {wanted} behind it.")
     if name == "/save":
         conversation.save(path_of(rest))
         errors.print(f"The state is in {printable(rest)}.")
@@ -250,10 +252,19 @@ def _command(conversation: "Conversation", line: str) -> bool:
     elif name == "/state":
         _show_state(conversation)
     elif name == "/help":
-        for command, meaning in COMMANDS.items():
-            errors.print(f"{command:8} {meaning}")
-        errors.print(HELP)
+        _show_help()
     return name == "/quit"
+
+
+def _show_help() -> None:
+    """The commands, folded at the width of the terminal."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for command, (behind, meaning) in COMMANDS.items():
+        table.add_row(f"{command} {behind}", meaning)
+    errors.print(table, soft_wrap=False)
+    errors.print(HELP, soft_wrap=False)
 
 
 def _set(conversation: "Conversation", rest: str) -> None:

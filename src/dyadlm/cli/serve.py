@@ -1,5 +1,6 @@
 """`dyadlm serve`: models behind HTTP, as OpenAI's API has it, with sessions."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,16 @@ import typer
 
 from dyadlm.cli.shared import Device, Dtype, Fields, errors, load
 from dyadlm.cli.stopping import Stops
+
+# The largest values of options: what is larger is a mistake. 2^30 MiB are a PiB.
+MOST_MIB, MOST_SECONDS, MOST_REQUESTS = 2.0**30, 31_536_000.0, 10**6
+
+
+def number(value: float) -> float:
+    """The value of an option. Raises `BadParameter` for nan, which older typer takes for a number of any range."""
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number.")
+    return value
 
 
 def serve(
@@ -34,30 +45,58 @@ def serve(
     sessions: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where sessions are kept; a new server takes them up again.")
     ] = Path("dyadlm-sessions"),
-    max_sessions: Annotated[int, typer.Option(metavar="N", min=1, help="Sessions that are kept.")] = 10_000,
-    session_memory: Annotated[float, typer.Option(metavar="MIB", min=0, help="Memory of sessions, in MiB.")] = 1024,
-    session_disk: Annotated[float, typer.Option(metavar="MIB", min=0, help="Disk space of sessions, in MiB.")] = 10_240,
+    max_sessions: Annotated[int, typer.Option(metavar="N", min=1, max=10**7, help="Sessions that are kept.")] = 10_000,
+    session_memory: Annotated[
+        float, typer.Option(metavar="MIB", min=0, max=MOST_MIB, callback=number, help="Memory of sessions, in MiB.")
+    ] = 1024,
+    session_disk: Annotated[
+        float, typer.Option(metavar="MIB", min=0, max=MOST_MIB, callback=number, help="Disk space of sessions, in MiB.")
+    ] = 10_240,
     session_days: Annotated[
-        float, typer.Option(metavar="DAYS", min=0.001, help="Sessions unused for so long are deleted.")
+        float,
+        typer.Option(
+            metavar="DAYS", min=0.001, max=36_500, callback=number, help="Sessions unused for so long are deleted."
+        ),
     ] = 30,
     autosave: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0, help="Write changed sessions after so long; 0: only when the server ends."
+            metavar="SECONDS",
+            min=0,
+            max=MOST_SECONDS,
+            callback=number,
+            help="Write changed sessions after so long; 0: only when the server ends.",
         ),
     ] = 10,
-    streams: Annotated[int, typer.Option(metavar="N", min=1, help="Texts that are written at once.")] = 256,
-    queue: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that wait beyond those.")] = 512,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens of an answer, at most.")] = 65_536,
+    streams: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST_REQUESTS, help="Texts that are written at once.")
+    ] = 256,
+    queue: Annotated[
+        int, typer.Option(metavar="N", min=0, max=MOST_REQUESTS, help="Requests that wait beyond those.")
+    ] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, max=2**31, help="New tokens of an answer, at most.")
+    ] = 65_536,
     max_body: Annotated[
-        float, typer.Option(metavar="MIB", min=0.001, max=1024, help="Size of a request, at most, in MiB.")
+        float,
+        typer.Option(metavar="MIB", min=0.001, max=1024, callback=number, help="Size of a request, at most, in MiB."),
     ] = 8,
-    deadline: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Time of a request, at most.")] = 600,
+    deadline: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0.1, max=MOST_SECONDS, callback=number, help="Time of a request, at most."),
+    ] = 600,
     grace: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Time that running requests have at the end.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            max=MOST_SECONDS,
+            callback=number,
+            help="Time that running requests have at the end.",
+        ),
     ] = 10,
     threads: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Threads of a step; more than 1 helps large models alone.")
+        int, typer.Option(metavar="N", min=1, max=1024, help="Threads of a step; more than 1 helps large models alone.")
     ] = 1,
     fields: Fields = None,
     device: Device = "auto",
@@ -73,7 +112,7 @@ def serve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
     os.environ.setdefault("MKL_NUM_THREADS", str(threads))
     from dyadlm.serve import Limits, ServedModel, run
-    from dyadlm.serve.running import require_key, require_port
+    from dyadlm.serve.running import require_folder, require_key, require_port
     from dyadlm.serve.served import names_of
 
     limits = Limits(
@@ -92,6 +131,7 @@ def serve(
     key = read_key(api_key)
     require_key(host, key)
     require_port(host, port)
+    require_folder(sessions)
     names = names_of(models)
     served = {}
     for model, name in names.items():

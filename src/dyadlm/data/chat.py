@@ -12,12 +12,13 @@ Special tokens of the template become tokens. What a message spells stays text, 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from dyadlm.errors import UserError
 
@@ -38,6 +39,8 @@ DEFAULT_TEMPLATE = (
 MOST_MESSAGES = 500
 # Stands for a message while it is looked for in the text of the template.
 MARK = "\ue000message\ue001"
+# Stands for a conversation that goes on.
+EARLIER = [{"role": "user", "content": "\ue000user\ue001"}, {"role": "assistant", "content": "\ue000assistant\ue001"}]
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
@@ -83,17 +86,122 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return own if isinstance(own, str) and own else DEFAULT_TEMPLATE
 
 
+class ChatTemplate:
+    """The chat template of a tokenizer: messages as text, and that text as tokens, also where a conversation goes on.
+
+    A conversation that goes on is read in parts: `ids` of its first messages, the answer that a model writes,
+    `closing`, `ids` of the messages after it, and so on.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._tokenizer, self._template = tokenizer, template_of(tokenizer)
+        self._readings = two_readings(tokenizer) if tokenizer.is_fast else None
+        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # An unknown token stands for the text that it was.
+        silent = [number for number in special.values() if number != tokenizer.unk_token_id]
+        self.special_ids = np.array(sorted(silent), dtype=np.int64)
+        self._spelled = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    @cached_property
+    def closing(self) -> list[int]:
+        """The tokens that end an answer."""
+        return self._encoded(self.render(EARLIER).rpartition(EARLIER[-1]["content"])[2], [])
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The special token that stands behind an answer, by which a model ends it; none where there is no such."""
+        following = self.closing or self.ids([{"role": "user", "content": MARK}], after=True)
+        return frozenset(following[:1]) & frozenset(self.special_ids.tolist())
+
+    def ids(
+        self, messages: Sequence[dict[str, Any]], document: str = "The conversation", after: bool = False
+    ) -> list[int]:
+        """The tokens of messages, up to where the assistant begins to answer. after: they follow an answer that was
+        closed. What they spell stays text, if the tokenizer is a fast one. Raises `UserError` where the template does
+        not take them, writes them in another way after others, or changes one that spells a special token."""
+        for message in messages:
+            self.require_plain(message, document)
+        earlier = EARLIER if after else []
+        text, before = self.render([*earlier, *messages], document, opening=True), ""
+        if after:
+            before = self.render(EARLIER, document)
+            self.require_prefix(before, text, document)
+        spelling = [number for number, message in enumerate(messages) if self.spells(message["content"])]
+        places = [self.place([*earlier, *messages], len(earlier) + number, text, document, True) for number in spelling]
+        size = len(before)
+        return self._encoded(text[size:], [(start - size, stop - size) for start, stop in places])
+
+    def spells(self, text: str) -> bool:
+        """Whether a text spells a special token."""
+        return self._spelled.search(text) is not None
+
+    def require_plain(self, message: dict[str, Any], document: str) -> None:
+        """Raise `UserError` if a message spells a special token in another field than its content."""
+        told = json.dumps({name: value for name, value in message.items() if name != "content"}, ensure_ascii=False)
+        if spelled := self._spelled.search(told):
+            raise UserError(f"{document}: a message spells {spelled[0]} in another field than its content.")
+
+    def encodings(self, text: str, protected: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Encoding]]:
+        """The text of the template in parts: where each begins, and its tokens. protected: spans, (start, stop), that
+        stay text."""
+        assert self._readings is not None, "of fast tokenizers alone"
+        edges = [0, *(edge for span in protected for edge in span), len(text)]
+        for number, (begin, end) in enumerate(pairwise(edges)):
+            (encoding,) = self._readings[number % 2].encode_batch([text[begin:end]], add_special_tokens=False)
+            yield begin, encoding
+
+    def _encoded(self, text: str, protected: Sequence[tuple[int, int]]) -> list[int]:
+        if self._readings is None:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [token for _, encoding in self.encodings(text, protected) for token in encoding.ids]
+
+    def place(
+        self, messages: Sequence[dict[str, Any]], number: int, text: str, document: str, opening: bool = False
+    ) -> tuple[int, int]:
+        """Where the content of a message stands in the text of all. Raises `UserError` if the template changes it."""
+        told = messages[number]
+        marked = [*messages[:number], told | {"content": MARK}, *messages[number + 1 :]]
+        head, _, tail = self.render(marked, document, opening).partition(MARK)
+        for said in (told["content"], told["content"].strip()):
+            if head + said + tail == text:
+                return len(head), len(head) + len(said)
+        raise UserError(
+            f"{document}: a message spells a special token, and the chat template changes the message, so that it "
+            "cannot be kept as text; take the token out of the message."
+        )
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], document: str = "The conversation", opening: bool = False
+    ) -> str:
+        """The text of messages. opening: with the beginning of an answer. Raises `UserError`, naming the document,
+        where the template does not take them."""
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=opening
+                )
+            )
+        except Exception as error:  # templates raise errors of their own
+            reason = str(error).strip().splitlines()[:1]
+            raise UserError(
+                f"{document}: the chat template does not take these messages "
+                f"({reason[0] if reason else type(error).__name__})."
+            ) from error
+
+    def require_prefix(self, before: str, after: str, document: str) -> None:
+        """Raise `UserError` unless the text goes on as it was."""
+        if not after.startswith(before):
+            raise UserError(
+                f"{document}: the chat template writes earlier turns anew when another follows, so that it cannot be "
+                "told which tokens the assistant says; give a tokenizer with another chat_template."
+            )
+
+
 class ChatEncoder:
     """Turns conversations into tokens."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._tokenizer, self._template = tokenizer, template_of(tokenizer)
-        self._as_tokens, self._as_text = two_readings(tokenizer)
-        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # An unknown token stands for the text that it was.
-        silent = [number for number in special.values() if number != tokenizer.unk_token_id]
-        self._special_ids = np.array(sorted(silent), dtype=np.int64)
-        self._spelled = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._end, self._template = tokenizer.eos_token_id, ChatTemplate(tokenizer)
 
     def encode(self, content: bytes, document: str) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
         """The tokens of a conversation. content: its messages as JSON.
@@ -103,19 +211,16 @@ class ChatEncoder:
         template does not take the messages, or does not say which tokens are the assistant's.
         """
         text, kinds, protected = self._written(json.loads(content), document)
-        edges = [0, *(edge for span in protected for edge in span), len(text)]
         ids: list[np.ndarray] = []
         starts: list[np.ndarray] = []
-        for number, (begin, end) in enumerate(pairwise(edges)):
-            backend = self._as_text if number % 2 else self._as_tokens
-            (encoding,) = backend.encode_batch([text[begin:end]], add_special_tokens=False)
+        for begin, encoding in self._template.encodings(text, protected):
             ids.append(np.asarray(encoding.ids, dtype=np.int32))
             starts.append(begin + np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
         tokens, places = np.concatenate(ids), np.maximum.accumulate(np.concatenate(starts))
-        sizes = _sizes(text, places) * ~np.isin(tokens, self._special_ids)
+        sizes = _sizes(text, places) * ~np.isin(tokens, self._template.special_ids)
         begins = np.searchsorted(places, [place for place, _ in kinds])
         found = [(int(begin), kind) for begin, (_, kind) in zip(begins, kinds, strict=True) if begin < len(tokens)]
-        ended = len(tokens) > 0 and tokens[-1] == self._tokenizer.eos_token_id
+        ended = len(tokens) > 0 and tokens[-1] == self._end
         size = len(tokens) - ended
         return tokens[:size], sizes[:size].astype(np.int32), found
 
@@ -123,60 +228,38 @@ class ChatEncoder:
         self, messages: Sequence[dict[str, Any]], document: str
     ) -> tuple[str, list[tuple[int, str]], list[tuple[int, int]]]:
         """The text of the template, where each kind begins in it, and what of it is to stay text, as (start, stop)."""
+        template = self._template
         kinds: list[tuple[int, str]] = []
         protected: list[tuple[int, int]] = []
         before = ""
         for number, message in enumerate(messages):
-            told = json.dumps({name: value for name, value in message.items() if name != "content"}, ensure_ascii=False)
-            if spelled := self._spelled.search(told):
-                raise UserError(f"{document}: a message spells {spelled[0]} in another field than its content.")
-            after = self._render(messages[: number + 1], document)
+            template.require_plain(message, document)
+            after = template.render(messages[: number + 1], document)
             opened = before
             if message["role"] == "assistant":
                 opened = self._opened(messages[: number + 1], before, after, document)
                 if len(opened) > len(before):
                     kinds.append((len(before), OPENING))
-            self._require_prefix(opened, after, document)
+            template.require_prefix(opened, after, document)
             kinds.append((len(opened), f"{RESERVED}{message['role']}"))
-            if self._spelled.search(message["content"]):
-                protected.append(self._place(messages[: number + 1], after, document))
+            if template.spells(message["content"]):
+                protected.append(template.place(messages[: number + 1], number, after, document))
             before = after
         return before, kinds, protected
 
     def _opened(self, messages: Sequence[dict[str, Any]], before: str, after: str, document: str) -> str:
         """The text up to where the last message begins to answer. before, after: the text without and with it."""
+        template = self._template
         if len(messages) > 1:
-            opened = self._render(messages[:-1], document, opening=True)
-            self._require_prefix(before, opened, document)
+            opened = template.render(messages[:-1], document, opening=True)
+            template.require_prefix(before, opened, document)
             return opened
         # transformers renders no empty conversation: the opening is that of an answer to a question.
         question = [{"role": "user", "content": MARK}]
-        asked = self._render(question, document)
-        opening = self._render(question, document, opening=True)[len(asked) :].lstrip()
+        asked = template.render(question, document)
+        opening = template.render(question, document, opening=True)[len(asked) :].lstrip()
         head, found, _ = after.partition(opening)
         return head + found if found and messages[0]["content"].strip() not in head else before
-
-    def _place(self, messages: Sequence[dict[str, Any]], text: str, document: str) -> tuple[int, int]:
-        """Where the content of the last message stands in the text."""
-        marked = self._render([*messages[:-1], messages[-1] | {"content": MARK}], document)
-        head, _, tail = marked.partition(MARK)
-        for said in (messages[-1]["content"], messages[-1]["content"].strip()):
-            if head + said + tail == text:
-                return len(head), len(head) + len(said)
-        raise UserError(
-            f"{document}: a message spells a special token, and the chat template changes the message, so that it "
-            "cannot be kept as text; take the token out of the message."
-        )
-
-    def _render(self, messages: Sequence[dict[str, Any]], document: str, opening: bool = False) -> str:
-        return render(self._tokenizer, self._template, messages, document, opening)
-
-    def _require_prefix(self, before: str, after: str, document: str) -> None:
-        if not after.startswith(before):
-            raise UserError(
-                f"{document}: the chat template writes earlier turns anew when another follows, so that it cannot be "
-                "told which tokens the assistant says; give a tokenizer with another chat_template."
-            )
 
 
 class ChatTurns:
@@ -188,16 +271,13 @@ class ChatTurns:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", system: str | None = None):
         """system: a message of the system before the first turn. Raises `UserError` where the chat template does not
         take the messages, or writes later turns in another way than earlier ones."""
-        what, template = "The conversation", template_of(tokenizer)
-        self._as_tokens, self._as_text = two_readings(tokenizer)
-        head = [] if system is None else [{"role": "system", "content": system}]
+        self._template = template = ChatTemplate(tokenizer)
+        self._head = [] if system is None else [{"role": "system", "content": system}]
         marks = [MARK.replace("message", f"message{number}") for number in range(5)]
         spoken = [{"role": "assistant" if number % 2 else "user", "content": mark} for number, mark in enumerate(marks)]
-        texts = [render(tokenizer, template, head + spoken[:size], what, opening=True) for size in (1, 3, 5)]
-        first, _, opening = texts[0].partition(marks[0])
+        texts = [template.render(self._head + spoken[:size], opening=True) for size in (1, 3, 5)]
         between, found, last = texts[1].partition(marks[1])[2].partition(marks[2])
-        written = first + marks[0] + opening
-        same = bool(found)
+        written, same = texts[0], bool(found)
         for size in (1, 2):
             written += marks[2 * size - 1] + between + marks[2 * size] + last
             same = same and written == texts[size]
@@ -206,18 +286,15 @@ class ChatTurns:
                 "The chat template of this tokenizer writes later turns in another way than the first ones, so that a "
                 "turn cannot be read alone; use `dyadlm repl`, or a tokenizer with another chat_template."
             )
-        self._parts = {True: (first, opening), False: (between, last)}
-        begins = self._as_tokens.encode(between, add_special_tokens=False).ids[:1]
-        added = tokenizer.added_tokens_decoder
-        self.end_tokens = frozenset(token for token in begins if token in added and added[token].special)
+        self.end_tokens = template.end_tokens
 
     def ids(self, said: str, first: bool) -> list[int]:
         """The tokens from the end of the last answer (which ends there) to the beginning of the next. first: whether
         there is no answer yet. What is said stays text: it becomes no special token."""
-        before, after = self._parts[first]
-        read = [(self._as_tokens, before), (self._as_text, said), (self._as_tokens, after)]
-        encodings = [backend.encode(text, add_special_tokens=False) for backend, text in read]
-        return [token for encoding in encodings for token in encoding.ids]
+        turn = {"role": "user", "content": said}
+        if first:
+            return self._template.ids([*self._head, turn])
+        return [*self._template.closing, *self._template.ids([turn], after=True)]
 
 
 def two_readings(tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokenizer, Tokenizer]:
@@ -229,29 +306,6 @@ def two_readings(tokenizer: "PreTrainedTokenizerBase") -> tuple[Tokenizer, Token
         backend.no_padding()
     as_tokens.encode_special_tokens, as_text.encode_special_tokens = False, True
     return as_tokens, as_text
-
-
-def render(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str,
-    messages: Sequence[dict[str, Any]],
-    document: str,
-    opening: bool = False,
-) -> str:
-    """The text of messages under a template. opening: with the beginning of an answer. Raises `UserError`, naming the
-    document, where the template does not take them."""
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=opening
-            )
-        )
-    except Exception as error:  # templates raise errors of their own
-        reason = str(error).strip().splitlines()[:1]
-        raise UserError(
-            f"{document}: the chat template does not take these messages "
-            f"({reason[0] if reason else type(error).__name__})."
-        ) from error
 
 
 def _sizes(text: str, starts: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dyadlm.compilation import announced
 from dyadlm.engine import numpy_step
 from dyadlm.engine.layout import Shape, log2_longest, shape_of, unsupported
 from dyadlm.engine.pack import FORMATS, Weights
@@ -323,6 +324,7 @@ def _compiled_step() -> Callable[..., None] | None:
     except RuntimeError as error:  # there is no folder in which numba may keep what it compiles
         log.warning("Tokens are decoded by numpy, several times slower (%s); set NUMBA_CACHE_DIR to a folder.", error)
         return None
+    announced()
     return step
 
 

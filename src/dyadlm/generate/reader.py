@@ -93,10 +93,18 @@ class Reader(Protocol):
         ...
 
 
+def before_each(before: np.ndarray | None, after: np.ndarray) -> np.ndarray:
+    """What there was before each token, (T, N): what there was before all, (N,), and after each but the last, (T, N).
+
+    NaN before the first token where nothing was known before it.
+    """
+    first = np.full_like(after[:1], np.nan) if before is None else before[None]
+    return np.concatenate([first, after[:-1]])
+
+
 def nats_of(before: np.ndarray | None, logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Nats float32 (T,) of ids (T,) under logits (V,) before the first of them and logits (T, V) after each."""
-    first = np.full((1, logits.shape[1]), np.nan, np.float32) if before is None else before[None]
-    scores = np.concatenate([first, logits[:-1]])
+    scores = before_each(before, logits)
     top = scores.max(1)
     total = np.log(np.exp(scores - top[:, None]).sum(1)) + top
     return np.asarray(total - scores[np.arange(len(ids)), ids], np.float32)

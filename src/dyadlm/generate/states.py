@@ -21,7 +21,7 @@ def require_state_files(state_in: Path | None, new_document: bool, state_out: Pa
     if new_document and state_in is None:
         raise UserError("A new document recalls a saved state; give one with --state-in, or leave out --new-document.")
     if state_in is not None and not state_in.exists():
-        raise UserError(f"There is no state file {state_in}; write one with --state-out first.")
+        raise UserError(f"There is no state file {state_in}; save one first, with --state-out or /save.")
     if state_out is not None:
         if state_out != state_in:
             require_new(state_out, "the state")

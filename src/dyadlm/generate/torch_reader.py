@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dyadlm.causal_lm import Continuation
 from dyadlm.engine.bridge import Decoder, decoder_of
 from dyadlm.errors import UserError
+from dyadlm.generate.reader import before_each
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.speculation import Drafts, Speculation, require_proposals
 from dyadlm.generate.states import require_lasting_slots, require_learnable, require_saveable_state
@@ -162,12 +163,6 @@ class TorchReader:
         )
         self.state = output.past_key_values
         logits, hidden = (tensor[0].float().cpu().numpy() for tensor in (output.logits, output.hidden_states[-1]))
-        found = _moved_on(self.logits, logits), _moved_on(self.hidden, hidden)
+        found = before_each(self.logits, logits), before_each(self.hidden, hidden)
         self.logits, self.hidden = logits[-1].copy(), hidden[-1].copy()
         return found
-
-
-def _moved_on(before: np.ndarray | None, after: np.ndarray) -> np.ndarray:
-    """What there was before each token, (T, N): what there was before all (N,), and after each but the last (T, N)."""
-    first = np.full_like(after[:1], np.nan) if before is None else before[None]
-    return np.concatenate([first, after[:-1]])

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from dyadlm.compilation import announced
+
 Array = np.ndarray
 Function = TypeVar("Function", bound=Callable[..., Any])
 try:
@@ -23,6 +25,7 @@ except ImportError:  # no numba for this Python
         return function
 else:
     COMPILED = True
+    announced()
 
     def compiled(function: Function) -> Function:
         """The function, compiled when it is first called."""

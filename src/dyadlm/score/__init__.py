@@ -2,6 +2,7 @@
 
     lines      lines of files and streams, with their places
     follow     a file that grows, is rotated or cut
+    bits       from the surprise at tokens to the bits of bytes
     scorer     reads lines with a model and its state, in chunks; the surprise of each byte
     usual      what a byte may cost at each place of a line
     units      lines, documents or tokens with a score and their oddest span; the N oddest of all

@@ -48,9 +48,14 @@ def lines_of(passages: Iterable[Passage]) -> Iterator[Line]:
     for passage in passages:
         if passage.starts:
             numbering = Numbering(passage.document)
-        *complete, rest = passage.content.split(b"\n")
-        for content in [*(line + b"\n" for line in complete), *([rest] if rest else [])]:
+        for content in whole_lines(passage.content):
             yield from map(numbering.place, parts_of(content))
+
+
+def whole_lines(content: bytes) -> list[bytes]:
+    """The lines of a text, with their ends."""
+    *complete, rest = content.split(b"\n")
+    return [*(line + b"\n" for line in complete), *([rest] if rest else [])]
 
 
 def chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:

@@ -3,7 +3,6 @@
 Dimension letters: T tokens, V vocabulary, D width.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from dyadlm.data.encoding import AnyTokenizer, TextEncoder, prefix_token
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.generate.engine_reader import EngineModel
 from dyadlm.generate.session import Model, Session
+from dyadlm.score.bits import EncodedLine, encoded_line, scored_line
 from dyadlm.score.drift import Drift
 from dyadlm.score.follow import Place
 from dyadlm.score.learning import Learner
@@ -52,39 +52,27 @@ class Scorer:
             RunFailed: the model's logits are not numbers.
         """
         ids: list[np.ndarray] = []
-        places: list[tuple[int, int, np.ndarray]] = []  # of each line: its tokens, and the bytes at which these begin
+        places: list[tuple[int, EncodedLine]] = []  # of each line: its first token, and the line
         at = 0
         for line in lines:
             if line.starts_document and self._between:
                 ids.append(np.array([self._encoder.end_id]))
                 at += 1
             self._between = True
-            tokens, starts = self._encoded(line)
-            ids.append(tokens)
-            places.append((at, at + len(tokens), starts))
-            at += len(tokens)
+            places.append((at, encoded_line(self._encoder, line)))
+            ids.append(places[-1][1].ids)
+            at += len(ids[-1])
         if not places:
             return []
-        nats = self._surprises(np.concatenate(ids), [stop for _, stop, _ in places])
+        nats = self._surprises(np.concatenate(ids), [at + len(encoded.ids) for at, encoded in places])
         scored = []
-        for line, (begin, end, starts) in zip(lines, places, strict=True):
-            bits, firsts = spread(
-                np.nan_to_num(nats[begin:end].astype(np.float64)) / math.log(2), starts, len(line.content)
-            )
-            scored.append(ScoredLine(line, bits, firsts, self._usual.expected(bits)))
-            total = float(bits.sum())
-            self.drift.add(total, len(line.content))
-            self.lines, self.size, self.bits = self.lines + 1, self.size + len(line.content), self.bits + total
+        for at, encoded in places:
+            found = scored_line(encoded, nats[at : at + len(encoded.ids)], self._usual)
+            scored.append(found)
+            total, size = float(found.bits.sum()), len(found.bits)
+            self.drift.add(total, size)
+            self.lines, self.size, self.bits = self.lines + 1, self.size + size, self.bits + total
         return scored
-
-    def _encoded(self, line: Line) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            return self._encoder.encode(line.content)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{line.document}, line {line.number} is not UTF-8 text, which the tokenizer of this model needs; "
-                "convert it (with iconv, say) or use a byte-level model."
-            ) from error
 
     def _surprises(self, ids: np.ndarray, line_ends: Sequence[int]) -> np.ndarray:
         """Nats (T,) of ids (T,). line_ends: the token behind each line; what is learned ends a block there."""
@@ -146,19 +134,3 @@ def identity_of_weights(model: Model) -> str:
     from dyadlm.model.empty_state import identity_of
 
     return identity_of(model)
-
-
-def spread(bits: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of tokens as bits of bytes: float64 (size,), and the first byte of each token that has bytes, int64.
-
-    starts: int64 (T,), ascending; the last of the tokens that begin at the same byte has its bytes, and the bits of
-    all of them are spread over these.
-    """
-    if not len(starts):
-        return np.zeros(size), np.zeros(1, np.int64)
-    starts = np.minimum(starts, size - 1)
-    firsts = np.flatnonzero(np.diff(starts, prepend=-1))
-    own = starts[firsts].copy()
-    own[0] = 0
-    lengths = np.diff(np.append(own, size))
-    return np.repeat(np.add.reduceat(bits, firsts) / lengths, lengths), own

@@ -7,15 +7,18 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.serve.errors import ApiError
+from dyadlm.serve.openai_api import Kind, parsed
 from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Inbox, Job, Work
 from dyadlm.serve.served import ServedModel
 
 Result = TypeVar("Result")
-# Bytes of a text that is split into tokens in another thread, so that the event loop does not stand still.
+# Characters, tokens or parts of an answer that are dealt with in another thread, so that the event loop does not stand
+# still.
 LARGE = 2**14
 
 log = logging.getLogger("dyadlm.serve")
@@ -96,8 +99,19 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 async def away(size: int, work: Callable[..., Result], *given: Any) -> Result:
-    """What work returns; in another thread where the text that it is about is large. size: of the text."""
+    """What work returns; in another thread where it is about much. size: characters, tokens or parts of an answer."""
     return work(*given) if size < LARGE else await asyncio.to_thread(work, *given)
+
+
+async def body_of(kind: type[Kind], request: Request) -> Kind:
+    """The body of a request. Raises `ApiError` that names the field that is wrong."""
+    content = await request.body()
+    return await away(len(content), parsed, kind, content)
+
+
+async def json_of(size: int, work: Callable[..., Any], *given: Any) -> Response:
+    """What work returns, as an answer of JSON. size: as in `away`."""
+    return await away(size, lambda: JSONResponse(work(*given)))
 
 
 async def until_gone(request: Request, work: Awaitable[Result]) -> Result:

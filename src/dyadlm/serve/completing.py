@@ -11,11 +11,11 @@ from typing import Any
 import anyio
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from sse_starlette import EventSourceResponse
 
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.serve.answers import Running, as_api_error, away, running, until_gone
+from dyadlm.serve.answers import Running, as_api_error, away, body_of, json_of, running, until_gone
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.generation import Ended, Piece, Plan, TokenOdds, read_prompt, write
 from dyadlm.serve.openai_api import (
@@ -27,29 +27,28 @@ from dyadlm.serve.openai_api import (
     chat_logprobs,
     joined,
     legacy_logprobs,
-    parsed,
     usage,
 )
 from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Job, Read, Work
 from dyadlm.serve.server import Server, require_sessions
-from dyadlm.serve.sessions import Session
+from dyadlm.serve.sessions import ServedSession
 
 # New tokens of an answer where the request does not say; the first as with OpenAI.
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
-# Stands for what a session has read, so that a template writes what follows a conversation.
-EARLIER = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 
 
 class Answer:
     """One request for text: what it asks for, and how its pieces are told.
 
     plans: one for each answer. prompt_tokens: of all prompts together. echoes: the prompt in front of each answer.
+    end_tokens: those that end an answer.
     """
 
-    def __init__(self, server: Server, body: Generation, session: Session | None):
+    def __init__(self, server: Server, body: Generation, session: ServedSession | None):
         self.server, self.body, self.session = server, body, session
         self.model = server.model_of(body.model) if session is None else session.model
+        self.end_tokens = self.model.end_tokens
         self.created = int(time.time())
         self.plans: list[Plan] = []
         self.prompt_tokens = 0
@@ -97,7 +96,7 @@ class Answer:
         """What a streamed answer begins with."""
         return None
 
-    def closing(self, text: str, ended: Ended) -> np.ndarray:
+    def closing(self, ended: Ended) -> np.ndarray:
         """Tokens that a session reads after the answer."""
         return np.empty(0, np.int64)
 
@@ -105,7 +104,7 @@ class Answer:
         metrics = self.server.metrics
         if not self.body.stream:
             with metrics.whole.time():
-                return JSONResponse(await until_gone(request, self._whole()))
+                return await until_gone(request, self._whole())
         events = self._events()
         try:
             with metrics.first.time():
@@ -145,7 +144,7 @@ class Answer:
         def writing(plan: Plan) -> Any:
             def work(job: Job) -> Work:
                 yield from read_prompt(job, plan)
-                yield from write(job, plan, model.tokenizer, model.end_tokens, model.rows.room(job.row))
+                yield from write(job, plan, model.tokenizer, self.end_tokens, model.rows.room(job.row))
 
             return work
 
@@ -162,7 +161,7 @@ class Answer:
             def work(job: Job) -> Work:
                 for item in told:
                     job.emit(item)
-                yield from write(job, plan, model.tokenizer, model.end_tokens, model.rows.room(job.row))
+                yield from write(job, plan, model.tokenizer, self.end_tokens, model.rows.room(job.row))
 
             return work
 
@@ -173,26 +172,29 @@ class Answer:
         """Let the session stand where the answer ends."""
         if self.session is None or not self.keep:
             return
-        row, after = jobs.jobs[0].row, self.closing(text, ended)
+        row, after = jobs.jobs[0].row, self.closing(ended)
         if len(after):
             row = await read_on(jobs, row, after)
         shown = self.prompt_texts[0] + text
         self.server.store.commit(self.session, row, shown)
 
-    async def _whole(self) -> dict[str, Any]:
+    async def _whole(self) -> Response:
         async with self._running() as jobs:
-            items = await jobs.take_all()
-            choices, written = [], 0
-            for number in range(len(self.plans)):
-                own = [item for index, item in items if index == number]
-                pieces = [item for item in own if isinstance(item, Piece)]
-                prompt_odds = [one for item in own if isinstance(item, list) for one in item]
-                (ended,) = [item for item in own if isinstance(item, Ended)]
-                choices.append(self.choice(number, pieces, prompt_odds, ended.reason))
-                written += ended.written
-                if number == 0:
-                    await self._commit(jobs, joined(pieces)[0], ended)
+            told: list[list[Any]] = [[] for _ in self.plans]
+            for index, item in await jobs.take_all():
+                told[index].append(item)
+            await self._commit(jobs, joined(_pieces(told[0]))[0], told[0][-1])
+        return await json_of(self._size(sum(map(len, told))), self._told_whole, told)
+
+    def _told_whole(self, told: list[list[Any]]) -> dict[str, Any]:
+        """The answer. told: of each text, what came of it; its end is the last."""
+        choices = [self.choice(number, _pieces(own), _odds(own), own[-1].reason) for number, own in enumerate(told)]
+        written = sum(own[-1].written for own in told)
         return self._envelope(self.kind, choices) | {"usage": usage(self.prompt_tokens, written)}
+
+    def _size(self, items: int) -> int:
+        """Parts of an answer of so many items, each of which may tell likeliest tokens."""
+        return items * (2 + max(plan.top or 0 for plan in self.plans))
 
     async def _events(self) -> AsyncGenerator[dict[str, str]]:
         """Events of a stream. What has come meanwhile is told in one event, so that slow clients get fewer and larger
@@ -207,7 +209,7 @@ class Answer:
                     items = await jobs.take()
                     for number in dict.fromkeys(index for index, _ in items):
                         own = [item for index, item in items if index == number]
-                        text, odds = joined([item for item in own if isinstance(item, Piece)])
+                        text, odds = joined(_pieces(own))
                         texts[number] += text
                         if number not in opened:
                             opened.add(number)
@@ -215,10 +217,10 @@ class Answer:
                             if (opening := self.opening(number)) is not None:
                                 began = True
                                 yield self._event([opening])
-                        odds = [one for item in own if isinstance(item, list) for one in item] + odds
+                        odds = _odds(own) + odds
                         if text or odds:
                             began = True
-                            yield self._event([self.chunk(number, text, odds, None)])
+                            yield await away(self._size(len(odds)), self._told_chunk, number, text, odds)
                         for item in own:
                             if isinstance(item, Ended):
                                 ends[number] = item
@@ -234,6 +236,9 @@ class Answer:
             if not began:
                 raise
             yield {"data": json.dumps(as_api_error(error).body)}
+
+    def _told_chunk(self, number: int, text: str, odds: list[TokenOdds]) -> dict[str, str]:
+        return self._event([self.chunk(number, text, odds, None)])
 
     def _event(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> dict[str, str]:
         empty = {"usage": None} if self.body.includes_usage else {}
@@ -251,6 +256,15 @@ class Answer:
             "choices": choices,
             **own,
         }
+
+
+def _pieces(items: list[Any]) -> list[Piece]:
+    return [item for item in items if isinstance(item, Piece)]
+
+
+def _odds(items: list[Any]) -> list[TokenOdds]:
+    """Of the prompt."""
+    return [one for item in items if isinstance(item, list) for one in item]
 
 
 def _reading(plan: Plan, job: Job) -> Work:
@@ -274,7 +288,7 @@ class CompletionAnswer(Answer):
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
     body: CompletionRequest
 
-    def __init__(self, server: Server, body: CompletionRequest, session: Session | None):
+    def __init__(self, server: Server, body: CompletionRequest, session: ServedSession | None):
         super().__init__(server, body, session)
         prompts = body.prompts
         if not prompts:
@@ -311,21 +325,16 @@ class ChatAnswer(Answer):
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     body: ChatRequest
 
-    def __init__(self, server: Server, body: ChatRequest, session: Session | None):
+    def __init__(self, server: Server, body: ChatRequest, session: ServedSession | None):
         super().__init__(server, body, session)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-        self._messages = [message.told() for message in body.messages]
-        text = self._opened = self.model.chat_text(self._messages)
-        if not self.begins():
-            before = self.model.chat_text(EARLIER, opening=False)
-            after = self.model.chat_text([*EARLIER, *self._messages])
-            text = after.removeprefix(before) if after.startswith(before) else text
-        # A template writes the special tokens itself.
-        ids = self.model.checked_ids(self.model.tokenizer(text, add_special_tokens=False)["input_ids"], self.begins())
+        ids = self.model.chat_ids([message.told() for message in body.messages], after=not self.begins())
         top = (body.top_logprobs or 0) if body.logprobs else None
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        self.add(ids, text, most, min(CHAT_TOKENS, server.limits.max_tokens), top=top)
+        text = self.model.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        self.end_tokens = self.model.end_tokens | self.model.chat_template.end_tokens
+        self.add(ids, str(text), most, min(CHAT_TOKENS, server.limits.max_tokens), top=top)
 
     def opening(self, index: int) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
@@ -344,21 +353,17 @@ class ChatAnswer(Answer):
         told = chat_logprobs(self.model, odds) if self.body.logprobs and reason is None else None
         return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
 
-    def closing(self, text: str, ended: Ended) -> np.ndarray:
+    def closing(self, ended: Ended) -> np.ndarray:
         """What the template writes after an answer, so that the next message can follow."""
-        whole = self.model.chat_text([*self._messages, {"role": "assistant", "content": text}], opening=False)
-        after = whole.removeprefix(self._opened + text) if whole.startswith(self._opened + text) else ""
-        ids = self.model.tokenizer(after, add_special_tokens=False)["input_ids"]
-        if not ids and ended.end_token is not None:
-            ids = [ended.end_token]
-        return np.asarray(ids, np.int64)
+        end = [] if ended.end_token is None else [ended.end_token]
+        return np.asarray(self.model.chat_template.closing or end, np.int64)
 
 
 def routes(server: Server) -> APIRouter:
     """`/v1/completions` and `/v1/chat/completions`."""
     router = APIRouter()
 
-    def session_for(body: Generation, answers: int) -> Session | None:
+    def session_for(body: Generation, answers: int) -> ServedSession | None:
         if body.session is None:
             return None
         if body.keep and answers > 1:
@@ -367,18 +372,19 @@ def routes(server: Server) -> APIRouter:
         require_sessions(server.model_of(body.model))
         return server.session_of(body.session, body.model)
 
+    async def respond(kind: type[Answer], body: Generation, answers: int, request: Request) -> Response:
+        session = session_for(body, answers)
+        size = len(await request.body())
+        return await (await away(size, kind, server, body, session)).respond(request)
+
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        content = await request.body()
-        body = parsed(CompletionRequest, content)
-        session = session_for(body, (body.n or 1) * len(body.prompts))
-        return await (await away(len(content), CompletionAnswer, server, body, session)).respond(request)
+        body = await body_of(CompletionRequest, request)
+        return await respond(CompletionAnswer, body, (body.n or 1) * len(body.prompts), request)
 
     @router.post("/v1/chat/completions")
     async def chats(request: Request) -> Response:
-        content = await request.body()
-        body = parsed(ChatRequest, content)
-        session = session_for(body, body.n or 1)
-        return await (await away(len(content), ChatAnswer, server, body, session)).respond(request)
+        body = await body_of(ChatRequest, request)
+        return await respond(ChatAnswer, body, body.n or 1, request)
 
     return router

@@ -1,7 +1,7 @@
 """Texts that a model reads at the same time, one row each: how they stand, move on, are copied and saved.
 
-`EngineRows` reads one token of many rows in one step: states of constant size lie side by side in one block of memory.
-`ReaderRows` reads row by row, with any causal language model.
+`BatchedRows` reads one token of many rows in one step: states of constant size lie side by side in one block of memory.
+`SeparateRows` reads row by row, with any causal language model.
 
 Dimension letters: B rows, T tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from dyadlm.engine import Engine, EngineState
 from dyadlm.errors import UserError
-from dyadlm.generate.reader import Reader, nats_of
+from dyadlm.generate.reader import Reader, before_each, nats_of
 from dyadlm.state_file import read_beside
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ LONG = 128
 class Row:
     """One text as a model has read it. state: of the engine, or the reader that holds it; None while the row is seated.
     logits: of the next token, float32 (V,); None where nothing predicts it. tokens: read so far. begins: whether the
-    next token is the first of its document. place: among the seated rows of `EngineRows`.
+    next token is the first of its document. place: among the seated rows of `BatchedRows`.
     """
 
     state: Any
@@ -100,7 +100,7 @@ class Rows(Protocol):
         ...
 
 
-class EngineRows:
+class BatchedRows:
     """Rows of the engine. Those that step are seated: they are the first rows of one state of many rows."""
 
     def __init__(self, engine: Engine):
@@ -126,7 +126,7 @@ class EngineRows:
         logits = self.engine.read(row.state, ids)
         row.logits, row.tokens, row.begins = logits[-1].copy(), row.tokens + len(ids), False
         nats = nats_of(before, logits, ids)
-        return Reading(nats, moved_on(before, logits) if inside else None)
+        return Reading(nats, before_each(before, logits) if inside else None)
 
     def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> None:
         self._seat(rows)
@@ -203,7 +203,7 @@ class EngineRows:
         return self._views[rows]
 
 
-class ReaderRows:
+class SeparateRows:
     """Rows of any causal language model, each with its own reader; they step one after the other."""
 
     def __init__(self, model: "PreTrainedModel", vocabulary: int):
@@ -230,7 +230,7 @@ class ReaderRows:
                 reader.read(np.array([token]))
                 logits.append(np.asarray(reader.logits))
             after = np.stack(logits)
-            reading = Reading(nats_of(before, after, ids), moved_on(before, after))
+            reading = Reading(nats_of(before, after, ids), before_each(before, after))
         else:
             reading = Reading(reader.read(ids), None)
         row.logits, row.tokens, row.begins = reader.logits, row.tokens + len(ids), False
@@ -271,12 +271,6 @@ class ReaderRows:
         if logits is not None:
             row.state.expect(logits, None)
         return Row(row.state, logits, cache.columns_seen, begins=cache.is_empty)
-
-
-def moved_on(before: np.ndarray | None, after: np.ndarray) -> np.ndarray:
-    """Logits (T, V) before each token, from those before all (V,) and those after each (T, V)."""
-    first = np.full_like(after[:1], np.nan) if before is None else before[None]
-    return np.concatenate([first, after[:-1]])
 
 
 def logits_beside(row: Row) -> dict[str, np.ndarray]:

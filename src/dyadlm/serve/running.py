@@ -3,17 +3,20 @@
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from dyadlm.errors import UserError
-from dyadlm.files import locked, make_folder
+from dyadlm.files import locked
 from dyadlm.serve.app import create_app
 from dyadlm.serve.security import LOOPBACK
 from dyadlm.serve.served import ServedModel
 from dyadlm.serve.settings import Limits
+
+LOCK_PATIENCE = 2.0  # seconds, for a server that is about to end
 
 
 def run(
@@ -28,11 +31,11 @@ def run(
 ) -> None:
     """Serve until a signal comes. folder: of sessions, which no other server may use. ready: is told the address.
 
-    Raises `UserError` if a host beyond this machine is to be served without a key, or the port is taken.
+    Raises `UserError` if a host beyond this machine is to be served without a key, the port is taken, or another server
+    uses the folder.
     """
     require_key(host, key)
-    make_folder(folder)
-    with locked(folder):
+    with own_folder(folder):
         hosts = None if key is not None else [*LOOPBACK, *allowed_hosts]
         app = create_app(models, folder, limits, key, hosts)
         listening = listen(host, port)
@@ -61,6 +64,18 @@ def require_key(host: str, key: str | None) -> None:
             f"Others could reach {host}; give a key with --api-key FILE or in DYADLM_API_KEY, or leave out --host "
             "to serve this machine alone."
         )
+
+
+def own_folder(folder: Path) -> AbstractContextManager[None]:
+    """Keep other servers out of a folder of sessions. Raises `UserError` while one uses it."""
+    taken = f"Another server keeps its sessions in {folder}; end it, or give this one another folder with --sessions."
+    return locked(folder, taken, LOCK_PATIENCE)
+
+
+def require_folder(folder: Path) -> None:
+    """Raise `UserError` if the folder of sessions is another server's, before models are loaded."""
+    with own_folder(folder):
+        pass
 
 
 def require_port(host: str, port: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.generate.reader import nats_of
+from dyadlm.generate.reader import before_each, nats_of
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.rows import LONG, Reading, Row, Rows
 
@@ -316,8 +316,7 @@ class Scheduler:
                 after = live.job.row.logits
                 assert after is not None
                 nats = nats_of(logits, after[None], np.array([token]))
-                known = np.full_like(after, np.nan) if logits is None else logits.copy()
-                command.parts.append(Reading(nats, known[None] if command.logits else None))
+                command.parts.append(Reading(nats, before_each(logits, after[None]) if command.logits else None))
             if not command.left:
                 self._go_on(live, command.result)
 

@@ -3,15 +3,17 @@
 import re
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dyadlm.data.encoding import prefix_token
+from dyadlm.data.chat import ChatTemplate
+from dyadlm.data.encoding import TextEncoder, prefix_token
 from dyadlm.errors import UserError
 from dyadlm.serve.errors import ApiError
-from dyadlm.serve.rows import EngineRows, ReaderRows, Row, Rows
+from dyadlm.serve.rows import BatchedRows, Row, Rows, SeparateRows
 from dyadlm.serve.scheduler import Scheduler
 from dyadlm.serve.settings import Limits
 from dyadlm.serve.token_bytes import TokenBytes
@@ -37,6 +39,7 @@ class ServedModel:
         self.name, self.model, self.tokenizer, self.created = name, model, tokenizer, int(time.time())
         self.sessions = isinstance(model, DyadForCausalLM)
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self._template = ChatTemplate(tokenizer) if self.chat else None
         self.parameters = int(model.num_parameters())
         self.vocabulary = min(vocabulary_size(model), len(tokenizer))
         reader = TorchReader(model)
@@ -46,9 +49,9 @@ class ServedModel:
         decoder = decoder_of(model) if isinstance(model, DyadForCausalLM) else None
         self.rows: Rows
         if decoder is not None:
-            self.rows = EngineRows(decoder.engine)
+            self.rows = BatchedRows(decoder.engine)
         else:
-            self.rows = ReaderRows(model, vocabulary_size(model))
+            self.rows = SeparateRows(model, vocabulary_size(model))
         self.scheduler = Scheduler(self.rows, limits.streams, limits.queue, name)
         self.state_bytes = self.rows.nbytes(self._warmed()) if self.sessions else None
 
@@ -87,9 +90,15 @@ class ServedModel:
             found = np.array([prefix_token(self.tokenizer)], np.int64)
         return found
 
-    def chat_text(self, messages: list[dict[str, Any]], opening: bool = True) -> str:
-        """The text of a conversation. Raises `ApiError` where the model has no template, or it refuses the messages."""
-        if not self.chat:
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """For texts that are scored. Raises `UserError` for a tokenizer that is not a fast one."""
+        return TextEncoder(self.tokenizer)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Raises `ApiError` where the model has none."""
+        if self._template is None:
             raise ApiError(
                 400,
                 f"The model {self.name} has no chat template; use /v1/completions, or a model that was trained on "
@@ -97,15 +106,16 @@ class ServedModel:
                 param="messages",
                 code="no_chat_template",
             )
+        return self._template
+
+    def chat_ids(self, messages: list[dict[str, Any]], after: bool) -> np.ndarray:
+        """The tokens of messages, up to the beginning of the answer. after: they follow an answer. Raises `ApiError`
+        where the model has no template, or it does not take the messages."""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-        except Exception as error:  # templates raise errors of their own
-            reason = str(error).strip().splitlines()[:1]
-            message = (
-                f"The chat template does not take these messages ({reason[0] if reason else type(error).__name__})."
-            )
-            raise ApiError(400, message, param="messages") from error
-        return str(text)
+            ids = self.chat_template.ids(messages, after=after)
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        return self.checked_ids(ids, not after)
 
     def _warmed(self) -> Row:
         """A row that has read one token; the engine's step is compiled by then."""

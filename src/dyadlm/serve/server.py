@@ -7,7 +7,7 @@ from dyadlm.serve.errors import ApiError
 from dyadlm.serve.metrics import Metrics
 from dyadlm.serve.rows import Row
 from dyadlm.serve.served import ServedModel
-from dyadlm.serve.sessions import Session, SessionStore
+from dyadlm.serve.sessions import ServedSession, SessionStore
 from dyadlm.serve.settings import Limits
 
 
@@ -30,7 +30,7 @@ class Server:
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.models[name]
 
-    def session_of(self, key: str, model: str | None = None) -> Session:
+    def session_of(self, key: str, model: str | None = None) -> ServedSession:
         """The session that a request names, if it is of the model that it names, if it names one."""
         session = self.store.find(key)
         if model is not None and session.model is not self.model_of(model):
@@ -39,7 +39,7 @@ class Server:
         return session
 
     @asynccontextmanager
-    async def continuing(self, session: Session) -> AsyncIterator[Row]:
+    async def continuing(self, session: ServedSession) -> AsyncIterator[Row]:
         """Where a session stands, while no other request may move it. Raises `ApiError` while another does."""
         if session.busy:
             message = "Another request continues this session; wait for it, or fork the session."

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from dyadlm.errors import UserError
-from dyadlm.serve.answers import away, running, until_gone
+from dyadlm.serve.answers import LARGE, away, body_of, json_of, running, until_gone
 from dyadlm.serve.errors import ApiError
-from dyadlm.serve.openai_api import Fork, NewSession, ReadText, parsed
+from dyadlm.serve.openai_api import Fork, NewSession, ReadText
 from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Job, Read, Work
 from dyadlm.serve.served import ServedModel
@@ -18,6 +18,7 @@ from dyadlm.serve.server import Server, require_sessions
 from dyadlm.serve.sessions import tail_of
 
 RESTORE = "/v1/sessions/restore"
+MANY = 500  # sessions, whose list is written in another thread
 
 
 def routes(server: Server) -> APIRouter:
@@ -39,7 +40,7 @@ def routes(server: Server) -> APIRouter:
 
     @router.post("/v1/sessions", status_code=201)
     async def create(request: Request) -> dict[str, Any]:
-        body = parsed(NewSession, await request.body())
+        body = await body_of(NewSession, request)
         model = server.model_of(body.model)
         require_sessions(model)
         store.require_name(body.name)
@@ -51,8 +52,9 @@ def routes(server: Server) -> APIRouter:
         return store.add(model, row, body.name, None, body.text, body.ttl).described()
 
     @router.get("/v1/sessions")
-    async def all_sessions() -> dict[str, Any]:
-        return {"object": "list", "data": [session.described() for session in store.all()]}
+    async def all_sessions() -> Response:
+        found = [session.described() for session in store.all()]
+        return await json_of(LARGE * (len(found) > MANY), lambda: {"object": "list", "data": found})
 
     @router.post(RESTORE, status_code=201)
     async def restore(request: Request, name: str | None = None, model: str | None = None) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def routes(server: Server) -> APIRouter:
 
     @router.post("/v1/sessions/{key}/read")
     async def read(key: str, request: Request) -> dict[str, Any]:
-        body, session = parsed(ReadText, await request.body()), store.find(key)
+        body, session = await body_of(ReadText, request), store.find(key)
         async with server.continuing(session) as row:
             ids = np.empty(0, np.int64)
             if body.text:
@@ -99,7 +101,7 @@ def routes(server: Server) -> APIRouter:
 
     @router.post("/v1/sessions/{key}/fork", status_code=201)
     async def fork(key: str, request: Request) -> dict[str, Any]:
-        body, session = parsed(Fork, await request.body()), store.find(key)
+        body, session = await body_of(Fork, request), store.find(key)
         store.require_name(body.name)
         store.require_room()
         row = await store.row_of(session)  # never changed, so that both may have it

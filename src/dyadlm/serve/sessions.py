@@ -45,7 +45,7 @@ log = logging.getLogger("dyadlm.serve")
 
 
 @dataclass(eq=False)
-class Session:
+class ServedSession:
     """row: as the session stands; None while it is on disk alone. It is never changed, only replaced. parent: the
     session that it was forked from. tail: the end of what was read. created, used: seconds since 1970. ttl: seconds for
     which it is kept unused. saved: whether the file is as the row is. busy: whether a request continues it.
@@ -114,7 +114,7 @@ class SessionStore:
 
     def __init__(self, folder: Path, models: Mapping[str, ServedModel], limits: Limits):
         self._folder, self._models, self._limits = folder, models, limits
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, ServedSession] = {}
         self._names: dict[str, str] = {}
         self.memory_bytes = self.disk_bytes = 0
         self._stuck = False  # a session that had to leave memory could not be written
@@ -123,12 +123,12 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def all(self) -> list[Session]:
+    def all(self) -> list[ServedSession]:
         """Those that have not expired, the one used last at first."""
         self._expire()
         return sorted(self._sessions.values(), key=lambda session: -session.used)
 
-    def find(self, key: str) -> Session:
+    def find(self, key: str) -> ServedSession:
         """By id or name. Raises `ApiError` if there is none."""
         self._expire()
         session = self._sessions.get(self._names.get(key, key))
@@ -163,7 +163,7 @@ class SessionStore:
 
     def add(
         self, model: ServedModel, row: Row, name: str | None, parent: str | None, tail: str, ttl: float | None = None
-    ) -> Session:
+    ) -> ServedSession:
         """A new session that stands where the row stands. Raises `ApiError` as the methods above do."""
         self.require_room()
         self.require_name(name)
@@ -171,13 +171,13 @@ class SessionStore:
         nbytes = model.rows.nbytes(row)
         ttl = self._limits.ttl if ttl is None else min(ttl, self._limits.ttl)
         key = ID_PREFIX + secrets.token_urlsafe(16)
-        session = Session(key, model, name, parent, row, row.tokens, nbytes, tail[-TAIL:], now, now, ttl)
+        session = ServedSession(key, model, name, parent, row, row.tokens, nbytes, tail[-TAIL:], now, now, ttl)
         session.changed = time.monotonic()
         self._enter(session)
         self.memory_bytes += nbytes
         return session
 
-    async def row_of(self, session: Session) -> Row:
+    async def row_of(self, session: ServedSession) -> Row:
         """Where a session stands; copy it to read on. Raises `ApiError` if its file is damaged."""
         async with session.lock:
             self._require_alive(session)
@@ -196,7 +196,7 @@ class SessionStore:
                     os.utime(self._path(session))  # the file tells a new server of a use that changed nothing
             return session.row
 
-    def commit(self, session: Session, row: Row, text: str) -> None:
+    def commit(self, session: ServedSession, row: Row, text: str) -> None:
         """Let a session stand where the row stands. text: what was read since."""
         if session.deleted:
             return
@@ -207,7 +207,7 @@ class SessionStore:
         session.tail = (session.tail + text)[-TAIL:]
         session.saved, session.used, session.changed = False, time.time(), time.monotonic()
 
-    async def save(self, session: Session) -> None:
+    async def save(self, session: ServedSession) -> None:
         """Write a session to disk, where it is not there as it is. Raises `ApiError` if the disk is full."""
         async with session.lock:
             self._require_alive(session)
@@ -232,7 +232,7 @@ class SessionStore:
             self.disk_bytes += session.file_bytes
             session.saved = session.row is row
 
-    def delete(self, session: Session) -> None:
+    def delete(self, session: ServedSession) -> None:
         """Forget a session, and remove its file."""
         if session.deleted:
             return
@@ -276,7 +276,7 @@ class SessionStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder / f"received-{secrets.token_hex(16)}"
 
-    async def _try_to_save(self, session: Session) -> bool:
+    async def _try_to_save(self, session: ServedSession) -> bool:
         """Whether it did not fail."""
         try:
             await self.save(session)
@@ -287,7 +287,7 @@ class SessionStore:
                 return False
         return True
 
-    def _require_alive(self, session: Session) -> None:
+    def _require_alive(self, session: ServedSession) -> None:
         if session.deleted:
             raise ApiError(404, "The session was deleted.", param="session", code="session_not_found")
 
@@ -296,12 +296,12 @@ class SessionStore:
         for session in [one for one in self._sessions.values() if one.expires < now and not one.busy]:
             self.delete(session)
 
-    def _enter(self, session: Session) -> None:
+    def _enter(self, session: ServedSession) -> None:
         self._sessions[session.id] = session
         if session.name is not None:
             self._names[session.name] = session.id
 
-    def _path(self, session: Session) -> Path:
+    def _path(self, session: ServedSession) -> Path:
         assert ID.fullmatch(session.id)
         return self._folder / session.id[5:7] / (session.id + SUFFIX)
 
@@ -327,7 +327,7 @@ class SessionStore:
             name = known["name"] if known["name"] not in self._names else None
             used = max(known["used"], path.stat().st_mtime)
             numbers = (known["tokens"], known["nbytes"], known["tail"], known["created"], used, known["ttl"])
-            session = Session(known["id"], model, name, known["parent"], None, *numbers, saved=True)
+            session = ServedSession(known["id"], model, name, known["parent"], None, *numbers, saved=True)
             session.file_bytes = path.stat().st_size
             self.disk_bytes += session.file_bytes
             self._enter(session)

@@ -20,12 +20,12 @@ from dyadlm.data.encoding import prefix_token
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.generate.sampling import Sampling
 from dyadlm.model import DyadCache
-from dyadlm.serve.answers import as_api_error
+from dyadlm.serve.answers import as_api_error, body_of
 from dyadlm.serve.errors import ApiError
-from dyadlm.serve.openai_api import Body, Seed, Text, Token, parsed
+from dyadlm.serve.openai_api import Body, Seed, Text, Token
 from dyadlm.serve.rows import Row
 from dyadlm.serve.server import Server, require_sessions
-from dyadlm.serve.sessions import Session
+from dyadlm.serve.sessions import ServedSession
 from dyadlm.serve.watching import Watcher
 
 # Texts that are watched at once, each in a thread of its own.
@@ -92,7 +92,7 @@ def routes(server: Server) -> APIRouter:
 
     async def watch(request: Request) -> Response:
         """One event a token (`Moment`); the last is `{"done": true, "session": …, "tokens_per_second": …}`."""
-        body = parsed(WatchRequest, await request.body())
+        body = await body_of(WatchRequest, request)
         if body.text and body.tokens:
             raise ApiError(400, "Give either text or tokens, not both.", param="tokens")
         if body.max_tokens > server.limits.max_tokens:
@@ -112,7 +112,7 @@ def routes(server: Server) -> APIRouter:
 class _Visit:
     """A model or a session that is watched."""
 
-    def __init__(self, server: Server, watcher: Watcher, session: Session | None):
+    def __init__(self, server: Server, watcher: Watcher, session: ServedSession | None):
         self.watcher, self._server, self._session, self._from = watcher, server, session, watcher.tokens
 
     def settle(self) -> dict[str, Any] | None:
