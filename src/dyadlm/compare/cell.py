@@ -114,8 +114,10 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     if not cell.final:
         return found, b""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    tied = {id(tensor.untyped_storage()): name for name, tensor in weights.items()}
-    return found, save({name: weights[name] for name in sorted(set(tied.values()))})
+    once: dict[int, str] = {}  # a tied matrix is kept under its first name
+    for name, tensor in weights.items():
+        once.setdefault(tensor.data_ptr(), name)
+    return found, save({name: weights[name] for name in once.values()})
 
 
 class Curve(TrainerCallback):

@@ -79,7 +79,10 @@ class Results:
                 raise UserError(f"{folder} holds a study with another {changed[0]}; choose another --output.")
         for file in sorted((folder / "cells").glob("*.json")):
             content = self._read(file)
-            cell = Cell(**content["cell"]) if isinstance(content.get("cell"), dict) else None
+            try:
+                cell = Cell(**content["cell"])
+            except (KeyError, TypeError):
+                cell = None
             if cell is None or file.name != file_name(cell):
                 raise UserError(f"{file} is no cell of this study; move it away, or choose another --output.")
             self.found[cell.name] = content
@@ -123,6 +126,8 @@ def tokens_of(study: Study, results: Results, family: str, part: float = 1.0) ->
 
 def swept(study: Study, results: Results, family: str) -> tuple[list[Cell], float | None]:
     """Cells of the sweep that are still to be run, and the best rate once there are none."""
+    if len(study.rates) == 1:
+        return [], study.rates[0]
     tokens = tokens_of(study, results, family, study.sweep)
     rates = sorted(study.rates)
     while True:
@@ -131,7 +136,7 @@ def swept(study: Study, results: Results, family: str) -> tuple[list[Cell], floa
             return missing, None
         best = min(cells, key=results.nats).rate
         further = best / 2 if best == rates[0] else best * 2 if best == rates[-1] else None
-        if further is None or not SMALLEST <= further <= LARGEST or len(study.rates) == 1:
+        if further is None or not SMALLEST <= further <= LARGEST:
             return [], best
         rates = sorted([*rates, further])
 
@@ -204,7 +209,7 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
             "seconds_per_token": cost["seconds_per_token"],
             "sweep": rates,
             "rate": cells[0].rate,
-            "rate_at_the_edge": cells[0].rate in (min(rates), max(rates)) and len(rates) > 1,
+            "rate_at_the_edge": len(rates) > 1 and cells[0].rate in (min(rates), max(rates)),
             "tokens": cells[0].tokens,
             "seeds": [results.found[cell.name] for cell in cells],
         }

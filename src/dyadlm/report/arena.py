@@ -107,6 +107,7 @@ def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str,
         "text": "Nats per token of the validation text, less is better: in fresh windows, at the same places after a "
         "long context, and in a text that is read once from its beginning. There dyadlm carries its state, and the "
         "others read overlapping windows of 1,024 tokens. Marked: the best, where its interval overlaps no other.",
+        "marked": "best",
         "columns": list(PROTOCOLS.values()),
         "rows": [(shown[name], cells[name]) for name in families],
     }
@@ -148,6 +149,7 @@ def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, 
         "text": "Operations and microseconds of training are those of whole steps, one thread. Peak memory is that of "
         "the process. Decoding is one more token by a call of the model, after so many tokens; – where a model cannot "
         "read so many, or keeps no state. dyadlm decodes faster with its engine, which is not used here.",
+        "marked": "",
         "columns": columns,
         "rows": rows,
     }
@@ -164,6 +166,7 @@ def _rates(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, 
         "id": "rates",
         "title": "Sweep of learning rates",
         "text": "Loss in fresh windows after a part of the budget. Marked: the rate that the seeds were trained at.",
+        "marked": "taken",
         "columns": [f"{rate:g}" for rate in rates],
         "rows": rows,
     }

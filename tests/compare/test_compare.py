@@ -1,0 +1,171 @@
+"""`dyadlm compare` from end to end: models, one trainer, three protocols, a page."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dyadlm.cli import main
+from dyadlm.compare.cell import Cell, Recipe, new_model, run_cell, size_of, trained
+from dyadlm.compare.workers import Done
+from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
+from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
+from dyadlm.zoo import build
+
+WORDS = ["the", "king", "queen", "speaks", "of", "love", "and", "war", "in", "a", "dark", "wood"]
+
+
+def call(*arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code or 0
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DYADLM_CACHE", str(tmp_path / "cache"))
+    words = " ".join(np.random.default_rng(0).choice(WORDS, 6000))
+    (tmp_path / "my.txt").write_text(words + "\n")
+    return str(tmp_path / "my.txt")
+
+
+@pytest.mark.slow
+def test_a_page_comes_of_one_command(text, tmp_path, capsys, monkeypatch):
+    # In this process: a process for each cell loads torch anew.
+    monkeypatch.setattr(
+        "dyadlm.compare.workers._here", lambda recipe, cells, jobs: (Done(one, *run_cell(recipe, one)) for one in cells)
+    )
+    asked = [
+        "compare", "--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "tokens=2k", "--parameters",
+        "200k", "--length", "32", "--batch-size", "2", "--seeds", "2", "--learning-rates", "8e-3", "--ngrams", "2,3",
+        "--jobs", "2", "--scale", "0.05",
+    ]  # fmt: skip
+    assert call(*asked) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name, family in found["families"].items():
+        assert name in page
+        assert abs(family["parameters"] / (200_000 + 2 * 16_384 * 24) - 1) < 0.1
+        assert [len(seed["curve"]) for seed in family["seeds"]] == [8, 8]
+        for protocol in ("fresh", "context", "carried"):
+            values = [seed["scores"][protocol]["nats"] for seed in family["seeds"]]
+            assert f"{sum(values) / 2:.4f}" in page
+            assert all(1 < value < 5.6 for value in values)
+        assert family["seeds"][0]["curve"][-1]["nats"] < family["seeds"][0]["curve"][0]["nats"]
+    assert not re.search(r"https?://(?!www.w3.org)|<script", page)
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+    capsys.readouterr()
+    assert call(*asked) == 0  # again: everything is there
+    assert "cells:" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_weights_of_a_cell_are_the_model(text):
+    recipe = Recipe(data=(text,), parameters=200_000, length=32, batch=2, ngrams=(2,), scale=0.02)
+    cell = Cell("llama", 256, 4e-3, 1, final=True)
+    found, weights = run_cell(recipe, cell)
+    Path("weights.safetensors").write_bytes(weights)
+    model = new_model(recipe, cell)
+    left = model.load_state_dict(load_file("weights.safetensors"), strict=False)
+    assert not left.unexpected_keys
+    assert set(left.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    data = resolve_data([text], byte_tokenizer())
+    scores = three_protocols(model, data.validation, 32, byte_tokenizer().bos_token_id, 0.02)
+    assert scores["fresh"].nats == pytest.approx(found["scores"]["fresh"]["nats"], abs=1e-5)
+
+
+def test_all_families_read_the_same_tokens_in_the_same_order(text, tmp_path, monkeypatch):
+    recipe = Recipe(data=(text,), parameters=200_000, length=16, batch=2)
+    read: dict[str, list[list[int]]] = {}
+    for family in ("dyad", "llama", "linear"):
+        data = resolve_data([text], byte_tokenizer())
+
+        def remember(module, arguments, named, seen=read.setdefault(family, [])):
+            if module.training:
+                seen.extend(named["input_ids"].tolist())
+
+        monkeypatch.setattr("dyadlm.compare.cell.new_model", partial(_told, remember))
+        trained(recipe, Cell(family, 128, 1e-3, 5), data, tmp_path / family)
+    assert read["dyad"] == read["llama"] == read["linear"]
+    assert len(read["dyad"]) == 8
+
+
+def _told(remember, recipe, cell):
+    model = new_model(recipe, cell)
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    return model
+
+
+def test_protocols_score_the_same_targets():
+    stream = TokenStream.from_text(" ".join(WORDS) * 40, byte_tokenizer())
+    parts = fresh([stream], 32, 400)
+    late = after_context(parts, 100)
+    assert [(one.first, one.stop) for one in parts[0][1]] == [(one.first, one.stop) for one in late[0][1]]
+    assert all(one.start == max(other.first - 101, -1) for one, other in zip(late[0][1], parts[0][1], strict=True))
+    model = build("llama", length=32, width=32, layers=1).eval()
+    prefix = byte_tokenizer().bos_token_id
+    assert measure(model, parts, prefix).tokens == measure(model, late, prefix).tokens
+    ((_, windows),) = carried(model, [stream], 300, 64)
+    scored = [place for one in windows for place in range(one.first, one.stop)]
+    assert scored == list(range(300))
+    assert all(one.first - one.start > 32 for one in windows[1:])
+    ((_, whole),) = carried(build("dyad", length=32, width=32, layers=1), [stream], 300)
+    assert [(one.start, one.first, one.stop) for one in whole] == [(-1, 0, 300)]
+
+
+def test_windows_that_overlap_score_each_target_once():
+    for end in (1, 7, 8, 9, 30):
+        scored = [place for one in overlapping(end, 8) for place in range(one.first, one.stop)]
+        assert scored == list(range(end))
+
+
+def test_equal_tables_for_all():
+    recipe = Recipe(data=("x",), parameters=200_000, ngrams=(2, 3))
+    plain = replace(recipe, ngrams=())
+    sizes = {}
+    for family in ("dyad", "llama"):
+        both = [sum(p.numel() for p in new_model(one, Cell(family)).parameters()) for one in (recipe, plain)]
+        sizes[family] = both[0] - both[1]
+    width = {name: build(name, length=256, parameters=200_000).config.hidden_size for name in sizes}
+    assert sizes["dyad"] - 48 * width["dyad"] == sizes["llama"] - 48 * width["llama"] == 2 * 16_384 * 24
+
+
+def test_the_size_of_a_state_counts_what_is_shared_once():
+    shared = torch.zeros(4)
+    assert size_of({"a": [shared, shared], "b": (torch.zeros(2, dtype=torch.float64),)}) == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "dyad,lama"], "the nearest is llama"),
+        (["--models", "linformer"], "linformer is not compared"),
+        (["--models", ","], "nothing to compare"),
+        (["--models", "dyad", "--budget", "5M"], "A budget is"),
+        (["--models", "dyad", "--ngrams", "2,x"], "--ngrams takes sizes"),
+        (["--models", "dyad", "--parameters", "10"], "more than 10 parameters"),
+        (["--models", "dyad", "--address", "auto"], "--engine ray"),
+        (["--models", "dyad", "--data", "none.txt"], "There is no file"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(text, tmp_path, capsys, arguments, message):
+    given = [] if "--data" in arguments else ["--data", text]
+    assert call("compare", *arguments, *given, "--output", "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_trains_nothing(text, tmp_path, capsys):
+    request = ["--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "seconds=120", "--dry-run"]
+    assert call("compare", *request, "--jobs", "2") == 0
+    assert "about 3.5 minutes" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,209 @@
+"""What a study runs, in which order, what it keeps, and what it refuses; cells here need no training."""
+
+import json
+import os
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dyadlm.compare import Budget, Cell, Recipe, Study, run_study, workers
+from dyadlm.compare.study import Results, file_name, final_cells, next_cells, summary, swept, tokens_of
+from dyadlm.compare.workers import Done, _here
+from dyadlm.errors import RunFailed, UserError
+
+RECIPE = Recipe(data=("shakespeare",), parameters=300_000, length=64, batch=2)
+BEST = {"dyad": 16e-3, "llama": 4e-3}
+
+
+def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
+    """A cell whose loss is least at the rate in `BEST`."""
+    found = {"cell": vars(cell) | {}, "parameters": 300_000}
+    if not cell.tokens:
+        slow = 2.0 if cell.family == "dyad" else 1.0
+        return found | {"seconds_per_token": slow * 1e-4, "flops_per_token": 2e6}, b""
+    nats = 2.0 + abs(cell.rate / BEST[cell.family] - 1) + cell.seed / 100
+    point = {"tokens": cell.tokens, "seconds": 1.0, "nats": nats}
+    return found | {
+        "curve": [point] if cell.final else [],
+        "scores": {name: {"nats": nats, "bits": nats, "tokens": 9} for name in ("fresh", "context", "carried")},
+        "decoding": [{"context": 0, "milliseconds": 1.0, "state_bytes": 8}] if cell.final else [],
+        "peak_mebibytes": 1.0,
+    }, b"weights" if cell.final else b""
+
+
+def study(**fields) -> Study:
+    given = {"families": ("dyad", "llama"), "budget": Budget("tokens", 10_240.0), "seeds": 2}
+    return Study(RECIPE, **given | fields)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The cells that were run, in order."""
+    cells: list[Cell] = []
+
+    def run(recipe, asked, jobs, engine, address):
+        for cell in asked:
+            cells.append(cell)
+            yield Done(cell, *made(recipe, cell))
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [("tokens=5M", "tokens", 5e6), ("seconds=300", "seconds", 300), ("flops=1e15", "flops", 1e15)],
+)
+def test_budgets(text, kind, amount):
+    assert Budget.parse(text) == Budget(kind, amount)
+
+
+@pytest.mark.parametrize(
+    "text", ["5M", "tokens=", "tokens=0", "tokens=-1", "tokens=nan", "steps=3", "seconds=1h", "tokens=1e999M2"]
+)
+def test_budgets_that_are_none(text):
+    with pytest.raises(UserError, match=r"(A budget is|is a number above 0)"):
+        Budget.parse(text)
+
+
+def test_a_budget_in_tokens_for_each_model():
+    assert Budget("seconds", 30.0).tokens(1e-3, 5.0) == 30_000
+    assert Budget("flops", 1e6).tokens(1e-3, 5.0) == 200_000
+    assert Budget("tokens", 77.0).tokens(1e-3, 5.0) == 77
+
+
+def test_sweeps_go_on_at_their_ends_and_seeds_follow_the_best(tmp_path, ran):
+    finals = run_study(study(), tmp_path / "out", 1)
+    assert finals["dyad"] == [Cell("dyad", 10_240, 0.016, seed, final=True) for seed in (0, 1)]
+    assert finals["llama"] == [Cell("llama", 10_240, 0.004, seed, final=True) for seed in (0, 1)]
+    rates = {family: [cell.rate for cell in ran if cell.family == family and cell.tokens == 2_560] for family in BEST}
+    assert sorted(rates["dyad"]) == [0.002, 0.004, 0.008, 0.016, 0.032]
+    assert sorted(rates["llama"]) == [0.002, 0.004, 0.008]
+    found = summary(study(), tmp_path / "out", finals)
+    assert not any(family["rate_at_the_edge"] for family in found["families"].values())
+    assert [seed["cell"]["seed"] for seed in found["families"]["dyad"]["seeds"]] == [0, 1]
+
+
+def test_a_study_goes_on_and_more_seeds_are_added(tmp_path, ran):
+    run_study(study(seeds=1), tmp_path, 1)
+    before = len(ran)
+    run_study(study(seeds=1), tmp_path, 1)
+    assert len(ran) == before
+    run_study(study(seeds=3), tmp_path, 1)
+    assert [(cell.family, cell.seed) for cell in ran[before:]] == [("dyad", 1), ("dyad", 2), ("llama", 1), ("llama", 2)]
+    run_study(study(seeds=1, families=("dyad",)), tmp_path, 1)
+    assert len(ran) == before + 4
+
+
+def test_seconds_give_a_slower_model_fewer_tokens(tmp_path, ran):
+    asked = study(budget=Budget("seconds", 2.0), seeds=1)
+    finals = run_study(asked, tmp_path, 1)
+    assert finals["llama"][0].tokens == 2 * 9_984 == 19_968  # whole steps of 128 tokens
+    assert finals["dyad"][0].tokens == 9_984
+
+
+def test_every_end_of_a_sweep_is_bounded(tmp_path, ran, monkeypatch):
+    monkeypatch.setitem(BEST, "dyad", 10.0)
+    finals = run_study(study(families=("dyad",)), tmp_path, 1)
+    assert finals["dyad"][0].rate == 0.064
+    assert summary(study(families=("dyad",)), tmp_path, finals)["families"]["dyad"]["rate_at_the_edge"]
+
+
+def test_one_rate_is_no_sweep(tmp_path, ran):
+    finals = run_study(study(families=("dyad",), rates=(1e-3,)), tmp_path, 1)
+    assert finals["dyad"][0].rate == 1e-3
+    assert [cell.tokens for cell in ran] == [0, 10_240, 10_240]
+
+
+def test_a_damaged_cell_and_another_study_are_refused(tmp_path, ran):
+    run_study(study(), tmp_path, 1)
+    with pytest.raises(UserError, match="another budget"):
+        run_study(study(budget=Budget("tokens", 999_936.0)), tmp_path, 1)
+    place = tmp_path / "cells" / file_name(Cell("llama"))
+    kept = place.read_text()
+    for content, message in (
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"cell": {}}', "damaged|no cell"),
+        ("{}", "no cell"),
+    ):
+        place.write_text(content)
+        with pytest.raises(UserError, match=message):
+            run_study(study(), tmp_path, 1)
+    place.write_text(kept)
+    (tmp_path / "cells" / "more.json").write_text(kept)
+    with pytest.raises(UserError, match=r"more.json is no cell"):
+        run_study(study(), tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"families": ()}, "nothing to compare"),
+        ({"families": ("dyad", "dyad")}, "twice"),
+        ({"families": ("dyad", "lama")}, "the nearest is llama"),
+        ({"families": ("linformer",)}, "linformer is not compared"),
+        ({"sweep": 0.0}, "--sweep"),
+        ({"seeds": 0}, "at least one seed"),
+        ({"rates": (0.0,)}, "rate above 0"),
+    ],
+)
+def test_studies_that_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        study(**fields)
+
+
+def once(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
+    """Kills its own process the first time that a cell of the family llama runs."""
+    mark = Path(recipe.data[0]) / cell.family
+    if cell.family == "llama" and not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"family": cell.family}, b""
+
+
+def always(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_costs_one_cell(tmp_path):
+    recipe = Recipe(data=(str(tmp_path),))
+    done = list(_here(recipe, [Cell("llama"), Cell("dyad")], 2, once))
+    assert {one.found["family"] for one in done} == {"llama", "dyad"}
+    with pytest.raises(RunFailed, match="died twice"):
+        list(_here(recipe, [Cell("llama")], 1, always))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_ray_runs_a_cell_again_whose_worker_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "run_cell", once)
+    recipe = Recipe(data=(str(tmp_path),))
+    done = list(workers.run_cells(recipe, [Cell("llama"), Cell("dyad")], 2, "ray"))
+    assert {one.found["family"] for one in done} == {"llama", "dyad"}
+
+
+def test_ray_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
+        list(workers.run_cells(RECIPE, [Cell("dyad")], 1, "ray"))
+
+
+def test_results_say_what_is_next(tmp_path, ran):
+    asked = study(families=("dyad",), seeds=1)
+    results = Results(tmp_path, asked)
+    assert next_cells(asked, results) == [Cell("dyad")]
+    results.keep(Done(Cell("dyad"), *made(RECIPE, Cell("dyad"))))
+    assert tokens_of(asked, results, "dyad", 0.25) == 2_560
+    missing, best = swept(asked, results, "dyad")
+    assert best is None
+    assert missing == next_cells(asked, results) == [Cell("dyad", 2_560, rate) for rate in (2e-3, 4e-3, 8e-3)]
+    (final,) = final_cells(asked, results, "dyad", 8e-3)
+    results.keep(Done(final, *made(RECIPE, final)))
+    assert (tmp_path / "cells" / file_name(final)).with_suffix(".safetensors").read_bytes() == b"weights"
+    assert json.loads((tmp_path / "cells" / file_name(final)).read_text())["cell"]["final"]
