@@ -15,7 +15,7 @@ from dyadlm.zoo.mixers.patterns import PATTERNS, pattern
 # By s5-pytorch and yet-another-retnet.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
-NAMES = ["linear", "performer", "aft", "fmm", "pattern", "s4d", "hyena", "mingru", "s5", "retention"]
+NAMES = ["linear", "performer", "aft", "fmm", "pattern", "relative", "s4d", "hyena", "mingru", "s5", "retention"]
 
 
 def config(mixer: str, **fields) -> MixerConfig:

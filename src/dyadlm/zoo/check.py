@@ -7,6 +7,7 @@ from dyadlm.errors import UserError
 from dyadlm.zoo import build
 from dyadlm.zoo.families import find_family
 from dyadlm.zoo.family import Family
+from dyadlm.zoo.sizes import count_parameters
 
 LENGTH = 256
 SMALL = {"width": 32, "layers": 2}
@@ -38,7 +39,7 @@ def check(name: str, parameters: int = 1_000_000) -> Verdict:
     ]
     size = 0
     try:
-        size = sum(each.numel() for each in build(name, length=LENGTH, parameters=parameters).parameters())
+        size = count_parameters(build(name, length=LENGTH, parameters=parameters))
     except UserError as error:
         faults.append(str(error))
     return Verdict(name, parameters, size, found, faults)

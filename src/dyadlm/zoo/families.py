@@ -96,7 +96,8 @@ def scaled(**rope: Any) -> Callable[[Sizes], PreTrainedModel]:
             "original_max_position_embeddings": sizes.length,
             **rope,
         },
-        max_position_embeddings=lambda sizes: int(sizes.length * rope.get("factor", 1)),
+        # The base of `dynamic` is raised for texts longer than this field.
+        max_position_embeddings=lambda sizes: sizes.length * (1 if rope["rope_type"] == "dynamic" else REACH),
     )
 
 
@@ -177,7 +178,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "relative", "attention with learned biases of distance", "P6", "Raffel et al. 2020, arXiv 1910.10683",
-            excluded="transformers has them in encoder-decoders alone; rotary positions and ALiBi stand for them.",
+            mixed("relative"),
         ),
         Family(
             "interpolated", "Llama, positions divided by 8", "P6", "Chen et al. 2023, arXiv 2306.15595",

@@ -39,6 +39,7 @@ MIXERS: dict[str, "str | type[Mixer]"] = {
         "s4d": "s4d:DiagonalStateSpace",
         "hyena": "hyena:Hyena",
         "mingru": "min_gru:MinGru",
+        "relative": "relative:RelativeAttention",
         "s5": "libraries:SimplifiedStateSpace",
         "retention": "libraries:Retention",
     }.items()
