@@ -13,6 +13,7 @@ from dyadlm.errors import UserError
 from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.values import nearest
 from dyadlm.zoo.family import Family, Sizes
+from dyadlm.zoo.floors import FLOORS
 from dyadlm.zoo.mixer import MixerConfig, MixerForCausalLM
 
 HEADS, WINDOW = 4, 32
@@ -266,6 +267,7 @@ FAMILIES: dict[str, Family] = {
             "mingru", "a recurrence that is a scan", "today", "Feng et al. 2024, arXiv 2410.01201", mixed("mingru"),
             decodes="state",
         ),
+        *FLOORS,
     )
 }  # fmt: skip
 """Families by name."""

@@ -38,11 +38,14 @@ def _count(family: Family, sizes: Sizes) -> int:
 def solve(family: Family, parameters: int, layers: int | None, vocabulary: int, length: int) -> Sizes:
     """Sizes with the wanted number of parameters, to within 2 %: the width by bisection, then the feed-forward width.
 
-    layers: None takes those of the family, or one or two more or less where the width alone comes too coarse.
+    layers: None takes those of the family, or one or two more or less where the width alone comes too coarse. A family
+    that is not sized has the one size that it has.
 
     Raises:
         UserError: there are none.
     """
+    if not family.sized:
+        return Sizes(family.step, layers or family.layers, default_inner(family.step), vocabulary, length)
     if layers is not None:
         return _solve(family, parameters, layers, vocabulary, length)
     for more in (0, 1, -1, 2):
