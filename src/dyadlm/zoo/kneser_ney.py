@@ -151,12 +151,9 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
         for order in range(self.config.order - 1, -1, -1):
             context = contexts[order, left]
             at = place(context, self.totals.shape[1])
-            entries, first, times = np.unique(
-                place(longer(context, tokens[left]), self.counts.shape[1]).cpu().numpy(),
-                return_index=True,
-                return_counts=True,
-            )
-            entry, first, times = (torch.from_numpy(part).to(ids.device) for part in (entries, first, times))
+            entries = place(longer(context, tokens[left]), self.counts.shape[1])
+            found = np.unique(entries.cpu().numpy(), return_index=True, return_counts=True)
+            entry, first, times = (torch.from_numpy(part).to(ids.device) for part in found)
             seen = self.counts[order, entry]
             first = first[seen == 0]
             self.counts[order, entry] = (seen + times).clamp(max=MOST).to(self.counts.dtype)

@@ -48,7 +48,7 @@ def stretch(model: PreTrainedModel, scaling: str, length: int, factor: float) ->
     with torch.random.fork_rng(devices=[]):
         stretched: Any = type(model)(config)
     stretched.load_state_dict(model.state_dict())
-    return stretched.to(model.device, model.dtype).train(model.training)  # type: ignore[no-any-return]
+    return stretched.to(model.device, model.dtype).train(model.training)
 
 
 @dataclass(frozen=True)
