@@ -238,6 +238,10 @@ FAMILIES: dict[str, Family] = {
             excluded="whether an expert is full depends on later tokens of the text (0.19 here); `moe` drops none.",
         ),
         Family(
+            "rwkv7", "RWKV-7, its time mixing", "today", "Peng et al. 2025, arXiv 2503.14456", mixed("rwkv7"),
+            decodes="state",
+        ),
+        Family(
             "xlstm", "an LSTM with a matrix as its state", "today", "Beck et al. 2024, arXiv 2405.04517",
             standard(
                 "xlstm", num_heads=HEADS, qk_dim_factor=1.0, num_blocks=lambda sizes: sizes.layers, chunk_size=64,

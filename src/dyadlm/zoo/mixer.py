@@ -40,6 +40,7 @@ MIXERS: dict[str, "str | type[Mixer]"] = {
         "hyena": "hyena:Hyena",
         "mingru": "min_gru:MinGru",
         "relative": "relative:RelativeAttention",
+        "rwkv7": "rwkv7:TimeMixing",
         "s5": "libraries:SimplifiedStateSpace",
         "retention": "libraries:Retention",
     }.items()
