@@ -131,6 +131,21 @@ def test_a_diagonal_state_space_is_its_recurrence():
     torch.testing.assert_close(state, hidden, atol=1e-5, rtol=1e-4)
 
 
+def test_memories_are_read_by_every_token_and_before_all_others():
+    layer = made("relative", options={"memories": 3}).layers[0].mixer
+    x = torch.randn(1, 6, 32)
+    found, _ = layer(x)
+    query, key, value = (layer.split(part(x)) for part in (layer.query, layer.key, layer.value))
+    for time in range(6):
+        keys, values = (
+            torch.cat([m[None], part[:, :, : time + 1]], 2)
+            for m, part in zip(layer.memories, (key, value), strict=True)
+        )
+        scores = (query[:, :, time, None] * keys).sum(-1) / math.sqrt(16)  # the biases are still zero
+        mean = (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
+        torch.testing.assert_close(found[:, time], layer.out(mean))
+
+
 def test_tiles_of_rwkv7_are_its_recurrence():
     r, k, v, c, a = torch.randn(5, 2, 3, 37, 4, dtype=torch.float64)
     decay, a, c = -0.6 * torch.rand_like(r), a.sigmoid(), torch.nn.functional.normalize(c, dim=-1)

@@ -162,6 +162,10 @@ FAMILIES: dict[str, Family] = {
             excluded="clusters are found over the whole text; its library lets later tokens change logits (1.8 here).",
         ),
         Family(
+            "k-means", "attention to clusters of keys", "P5", "Vyas et al. 2020, arXiv 2007.04825",
+            excluded="clusters are found over the whole text, later tokens included.",
+        ),
+        Family(
             "muse", "sums and differences of clusters of keys", "P5", "the project's source",
             excluded="there is no usable implementation, and clusters of a whole text hold later tokens.",
         ),
@@ -236,6 +240,18 @@ FAMILIES: dict[str, Family] = {
         Family(
             "switch", "experts with a capacity", "P10", "Fedus et al. 2022, arXiv 2101.03961; GShard, GLaM",
             excluded="whether an expert is full depends on later tokens of the text (0.19 here); `moe` drops none.",
+        ),
+        Family(
+            "persistent-memory", "attention with 16 learned memories a layer", "P11",
+            "Sukhbaatar et al. 2019, arXiv 1907.01470", mixed("relative", memories=16),
+        ),
+        Family(
+            "dnc", "an LSTM that addresses a memory", "P11", "Graves et al. 2016, Nature 538",
+            excluded="its library reads token by token, 0.6 s for a step of one layer on four texts of 64 tokens.",
+        ),
+        Family(
+            "rag", "retrieved documents before the prompt", "P11", "Lewis et al. 2020, arXiv 2005.11401",
+            excluded="it adds a store of documents to a model; here kNN-LM does (`dyadlm.zoo.neighbours`).",
         ),
         Family(
             "rwkv7", "RWKV-7, its time mixing", "today", "Peng et al. 2025, arXiv 2503.14456", mixed("rwkv7"),

@@ -53,17 +53,17 @@ def add_neighbours(
     length: int = 256,
     neighbours: int = 32,
     share: float = 0.25,
-    temperature: float = 1.0,
+    temperature: float = 0.1,
     most: int = 200_000,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Neighbours:
     """Read a text and mix its neighbours into what the model predicts from then on. Weights do not change.
 
-    tokens: (T,) int64, the training text, of which up to `most` tokens are stored. length: of the windows in which it is
-    read. temperature: in units of the mean squared distance between keys.
+    tokens: (T,) int64, the training text, of which up to `most` tokens are stored. length: of the windows in which it
+    is read. temperature: in units of the mean squared distance between keys.
 
     Raises:
-        UserError: a text of less than two tokens, a share outside 0 to 1, a model without an output matrix, or no faiss.
+        UserError: fewer than two tokens, a share outside 0 to 1, a model without an output matrix, or no faiss.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
@@ -85,8 +85,6 @@ def add_neighbours(
         model.train(was_training)
     stored = torch.cat(keys).contiguous()
     spread = 2 * float(stored.var(0, correction=0).sum())
-    found = Neighbours(
-        stored.numpy(), tokens[1:].cpu().numpy(), neighbours, share, temperature * max(spread, 1e-12) / stored.shape[1]
-    )
+    found = Neighbours(stored.numpy(), tokens[1:].cpu().numpy(), neighbours, share, temperature * max(spread, 1e-12))
     found.remove = head.register_forward_hook(found.mix).remove
     return found

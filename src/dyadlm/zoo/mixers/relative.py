@@ -1,7 +1,11 @@
 """Attention with a learned bias for each distance and head, and no other positions.
 
 Raffel et al. 2020 (T5), arXiv 1910.10683: near distances have a bias each, farther ones share one by the logarithm of
-the distance, and all beyond 128 the last. Dimension letters: B batch, T tokens, D width, H heads, E = D / H.
+the distance, and all beyond 128 the last. With `memories` every token also reads that many learned keys and values, a
+memory that does not change (Sukhbaatar et al. 2019, arXiv 1907.01470).
+
+Dimension letters: B batch, T tokens, D width, H heads, E = D / H,
+P memories.
 """
 
 import math
@@ -25,20 +29,25 @@ def bucket(distance: Tensor) -> Tensor:
 
 
 class RelativeAttention(Mixer):
-    """Causal attention; the bias of a distance is added to its score."""
+    """Causal attention; the bias of a distance is added to its score. memories: P."""
 
     keeps_state: ClassVar[bool] = True
 
-    def __init__(self, config: MixerConfig, **options: Any):
+    def __init__(self, config: MixerConfig, memories: int = 0, **options: Any):
         super().__init__(config, **options)
         self.query = nn.Linear(self.width, self.width, bias=False)
         self.key = nn.Linear(self.width, self.width, bias=False)
         self.value = nn.Linear(self.width, self.width, bias=False)
         self.out = nn.Linear(self.width, self.width, bias=False)
         self.bias = nn.Parameter(torch.zeros(BUCKETS, self.heads))
+        kept = torch.empty(2, self.heads, memories, self.width // self.heads)
+        self.memories = nn.Parameter(kept) if memories else None
+        self.reset()
 
     def reset(self) -> None:
         nn.init.zeros_(self.bias)
+        if self.memories is not None:
+            nn.init.normal_(self.memories, std=self.memories.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         queries, keys, values = (self.split(part(x)) for part in (self.query, self.key, self.value))
@@ -48,5 +57,12 @@ class RelativeAttention(Mixer):
         distance = torch.arange(seen - time, seen, device=x.device)[:, None] - torch.arange(seen, device=x.device)
         bias = self.bias[bucket(distance.clamp(min=0))].permute(2, 0, 1)
         mask = bias.masked_fill(distance < 0, float("-inf")).to(x.dtype)
+        state = keys, values
+        if self.memories is not None:
+            keys, values = (
+                torch.cat([memory.expand(len(x), -1, -1, -1), part], 2)
+                for memory, part in zip(self.memories, state, strict=True)
+            )
+            mask = nn.functional.pad(mask, (self.memories.shape[2], 0))
         read = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        return self.out(read.transpose(1, 2).flatten(2)), (keys, values)
+        return self.out(read.transpose(1, 2).flatten(2)), state
