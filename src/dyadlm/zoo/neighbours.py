@@ -65,7 +65,7 @@ def add_neighbours(
     Raises:
         UserError: fewer than two tokens, a share outside 0 to 1, a model without an output matrix, or no faiss.
     """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     if head is None:
         raise UserError(f"A {model.config.model_type} model has no output matrix whose inputs could be compared.")
     if len(tokens) < 2 or not 0 <= share <= 1:

@@ -57,8 +57,11 @@ class TimeMixing(Mixer):
         width = self.width
         self.shift = nn.Parameter(torch.empty(len(PARTS), width))  # share of the token before
         self.maps = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("r", "k", "v")})
-        self.down = nn.ModuleDict({name: nn.Linear(width, rank, bias=False) for name in ("w", "a", "g")})
-        self.up = nn.ModuleDict({name: nn.Linear(rank, width, bias=name != "g") for name in ("w", "a", "g")})
+        self.decay, self.rate = (
+            nn.Sequential(nn.Linear(width, rank, bias=False), between, nn.Linear(rank, width))
+            for between in (nn.Tanh(), nn.Identity())
+        )
+        self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Sigmoid(), nn.Linear(rank, width, bias=False))
         self.key_scales = nn.Parameter(torch.empty(3, width))  # of c, of k by a, and of the token itself
         self.norm = nn.GroupNorm(self.heads, width, eps=64e-5)
         self.out = nn.Linear(width, width, bias=False)
@@ -70,8 +73,8 @@ class TimeMixing(Mixer):
         self.shift.fill_(0.5)
         self.key_scales.copy_(torch.tensor([0.85, 1.0, 0.0], device=self.shift.device)[:, None].expand(3, self.width))
         share = torch.linspace(0, 1, self.width, device=self.shift.device)
-        self.up["w"].bias.copy_(-6 + 6 * share**0.85)
-        self.up["a"].bias.zero_()
+        bias: Any = self.decay[2].bias
+        bias.copy_(-6 + 6 * share**0.85)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         last = x.new_zeros(len(x), 1, self.width) if state is None else state[0]
@@ -79,12 +82,13 @@ class TimeMixing(Mixer):
         change = torch.cat([last, x], 1)[:, :-1] - x
         mixed = {name: x + change * share for name, share in zip(PARTS, self.shift, strict=True)}
         r, k, v = (self.maps[name](mixed[name]) for name in ("r", "k", "v"))
-        decay = -DECAY * torch.sigmoid(self.up["w"](torch.tanh(self.down["w"](mixed["w"]))))
-        a = torch.sigmoid(self.up["a"](self.down["a"](mixed["a"])))
-        gate = self.up["g"](torch.sigmoid(self.down["g"](mixed["g"])))
+        decay = -DECAY * torch.sigmoid(self.decay(mixed["w"]))
+        a = torch.sigmoid(self.rate(mixed["a"]))
+        gate = self.gate(mixed["g"])
         c = normalize(self.split(k * self.key_scales[0]), dim=-1)
         k = k * (1 + (a - 1) * self.key_scales[1])
-        read, matrix = recurrence(*(map(self.split, (decay, r, k, v))), c, self.split(a), matrix)
+        split = self.split
+        read, matrix = recurrence(split(decay), split(r), split(k), split(v), c, split(a), matrix)
         flat = self.norm(read.transpose(1, 2).flatten(2).flatten(0, 1)).view_as(x)
-        own = self.split(r * k * self.key_scales[2]).sum(-1, keepdim=True) * self.split(v)
+        own = split(r * k * self.key_scales[2]).sum(-1, keepdim=True) * split(v)
         return self.out((flat + own.transpose(1, 2).flatten(2)) * gate), (x[:, -1:], matrix)
