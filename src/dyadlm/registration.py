@@ -46,6 +46,10 @@ def register_models_unless_loading() -> None:
         from dyadlm.zoo.mixer import register_mixers
 
         register_mixers()
+    if not any(_is_loading(f"dyadlm.zoo.{name}") for name in ("mixer", "kneser_ney")):
+        from dyadlm.zoo.kneser_ney import register_kneser_ney
+
+        register_kneser_ney()
 
 
 def register_adapters() -> None:

@@ -25,9 +25,10 @@ def test_a_family_is_causal_and_of_the_wanted_size(name):
     ready(name)
     found = check(name, parameters=1_000_000)
     assert not found.faults
-    assert abs(found.parameters / 1_000_000 - 1) <= 0.02
+    assert abs(found.parameters / 1_000_000 - 1) <= 0.02 or not zoo.find_family(name).sized
     read = {one.name: one.status for one in found.audit.checks}
-    assert read["perturbation"] == read["gradient"] == "passed", read
+    assert read["perturbation"] == "passed", read
+    assert read["gradient"] == ("passed" if zoo.find_family(name).sized else "not applicable"), read
     assert read["cache"] == "passed" or zoo.find_family(name).decodes == "nothing"
 
 

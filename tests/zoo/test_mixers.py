@@ -11,11 +11,25 @@ from dyadlm.zoo import Mixer, MixerConfig, MixerForCausalLM, register_mixer
 from dyadlm.zoo.mixer import MIXERS, find_mixer
 from dyadlm.zoo.mixers.linear_attention import PerformerAttention, linear_attention
 from dyadlm.zoo.mixers.patterns import PATTERNS, pattern
+from dyadlm.zoo.mixers.rwkv7 import recurrence
 
 # By s5-pytorch and yet-another-retnet.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
-NAMES = ["linear", "performer", "aft", "fmm", "pattern", "s4d", "hyena", "mingru", "s5", "retention"]
+NAMES = [
+    "linear",
+    "performer",
+    "aft",
+    "fmm",
+    "pattern",
+    "relative",
+    "s4d",
+    "hyena",
+    "mingru",
+    "rwkv7",
+    "s5",
+    "retention",
+]
 
 
 def config(mixer: str, **fields) -> MixerConfig:
@@ -115,6 +129,33 @@ def test_a_diagonal_state_space_is_its_recurrence():
         expected = torch.nn.functional.glu(layer.out(torch.nn.functional.gelu(out)), -1)
         torch.testing.assert_close(found[:, time], expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state, hidden, atol=1e-5, rtol=1e-4)
+
+
+def test_memories_are_read_by_every_token_and_before_all_others():
+    layer = made("relative", options={"memories": 3}).layers[0].mixer
+    x = torch.randn(1, 6, 32)
+    found, _ = layer(x)
+    query, key, value = (layer.split(part(x)) for part in (layer.query, layer.key, layer.value))
+    for time in range(6):
+        keys, values = (
+            torch.cat([m[None], part[:, :, : time + 1]], 2)
+            for m, part in zip(layer.memories, (key, value), strict=True)
+        )
+        scores = (query[:, :, time, None] * keys).sum(-1) / math.sqrt(16)  # the biases are still zero
+        mean = (scores.softmax(-1)[..., None] * values).sum(2).flatten(1)
+        torch.testing.assert_close(found[:, time], layer.out(mean))
+
+
+def test_tiles_of_rwkv7_are_its_recurrence():
+    r, k, v, c, a = torch.randn(5, 2, 3, 37, 4, dtype=torch.float64)
+    decay, a, c = -0.6 * torch.rand_like(r), a.sigmoid(), torch.nn.functional.normalize(c, dim=-1)
+    state = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    found, after = recurrence(decay, r, k, v, c, a, state)
+    for t in range(37):
+        forgotten = c[:, :, t, :, None] * (a * c)[:, :, t, None]
+        state = state @ (torch.diag_embed(decay[:, :, t].exp()) - forgotten) + v[:, :, t, :, None] * k[:, :, t, None]
+        torch.testing.assert_close(found[:, :, t], (state @ r[:, :, t, :, None])[..., 0])
+    torch.testing.assert_close(after, state)
 
 
 def test_hyena_is_a_sum_over_distances():

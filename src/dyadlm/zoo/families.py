@@ -13,6 +13,7 @@ from dyadlm.errors import UserError
 from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.values import nearest
 from dyadlm.zoo.family import Family, Sizes
+from dyadlm.zoo.floors import FLOORS
 from dyadlm.zoo.mixer import MixerConfig, MixerForCausalLM
 
 HEADS, WINDOW = 4, 32
@@ -96,7 +97,8 @@ def scaled(**rope: Any) -> Callable[[Sizes], PreTrainedModel]:
             "original_max_position_embeddings": sizes.length,
             **rope,
         },
-        max_position_embeddings=lambda sizes: int(sizes.length * rope.get("factor", 1)),
+        # The base of `dynamic` is raised for texts longer than this field.
+        max_position_embeddings=lambda sizes: sizes.length * (1 if rope["rope_type"] == "dynamic" else REACH),
     )
 
 
@@ -160,6 +162,10 @@ FAMILIES: dict[str, Family] = {
             excluded="clusters are found over the whole text; its library lets later tokens change logits (1.8 here).",
         ),
         Family(
+            "k-means", "attention to clusters of keys", "P5", "Vyas et al. 2020, arXiv 2007.04825",
+            excluded="clusters are found over the whole text, later tokens included.",
+        ),
+        Family(
             "muse", "sums and differences of clusters of keys", "P5", "the project's source",
             excluded="there is no usable implementation, and clusters of a whole text hold later tokens.",
         ),
@@ -177,7 +183,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "relative", "attention with learned biases of distance", "P6", "Raffel et al. 2020, arXiv 1910.10683",
-            excluded="transformers has them in encoder-decoders alone; rotary positions and ALiBi stand for them.",
+            mixed("relative"),
         ),
         Family(
             "interpolated", "Llama, positions divided by 8", "P6", "Chen et al. 2023, arXiv 2306.15595",
@@ -236,6 +242,22 @@ FAMILIES: dict[str, Family] = {
             excluded="whether an expert is full depends on later tokens of the text (0.19 here); `moe` drops none.",
         ),
         Family(
+            "persistent-memory", "attention with 16 learned memories a layer", "P11",
+            "Sukhbaatar et al. 2019, arXiv 1907.01470", mixed("relative", memories=16),
+        ),
+        Family(
+            "dnc", "an LSTM that addresses a memory", "P11", "Graves et al. 2016, Nature 538",
+            excluded="its library reads token by token, 0.6 s for a step of one layer on four texts of 64 tokens.",
+        ),
+        Family(
+            "rag", "retrieved documents before the prompt", "P11", "Lewis et al. 2020, arXiv 2005.11401",
+            excluded="it adds a store of documents to a model; here kNN-LM does (`dyadlm.zoo.neighbours`).",
+        ),
+        Family(
+            "rwkv7", "RWKV-7, its time mixing", "today", "Peng et al. 2025, arXiv 2503.14456", mixed("rwkv7"),
+            decodes="state",
+        ),
+        Family(
             "xlstm", "an LSTM with a matrix as its state", "today", "Beck et al. 2024, arXiv 2405.04517",
             standard(
                 "xlstm", num_heads=HEADS, qk_dim_factor=1.0, num_blocks=lambda sizes: sizes.layers, chunk_size=64,
@@ -265,6 +287,7 @@ FAMILIES: dict[str, Family] = {
             "mingru", "a recurrence that is a scan", "today", "Feng et al. 2024, arXiv 2410.01201", mixed("mingru"),
             decodes="state",
         ),
+        *FLOORS,
     )
 }  # fmt: skip
 """Families by name."""

@@ -29,7 +29,7 @@ class Family:
     one model of given sizes, float32, new weights. layers: by default. step: of the width, where a size is solved for.
     has_inner: whether `Sizes.inner` changes it. packages: modules that must be installed. decodes: what it keeps while
     it writes: `state` (of constant size), `cache` (which grows) or `nothing` (it reads the text again). excluded: why
-    the family is not compared; it has a row all the same.
+    the family is not compared; it has a row all the same. sized: whether a number of parameters can be asked for.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Family:
     packages: tuple[str, ...] = ()
     decodes: str = "cache"
     excluded: str = ""
+    sized: bool = True
 
     @property
     def missing(self) -> list[str]:

@@ -39,6 +39,8 @@ MIXERS: dict[str, "str | type[Mixer]"] = {
         "s4d": "s4d:DiagonalStateSpace",
         "hyena": "hyena:Hyena",
         "mingru": "min_gru:MinGru",
+        "relative": "relative:RelativeAttention",
+        "rwkv7": "rwkv7:TimeMixing",
         "s5": "libraries:SimplifiedStateSpace",
         "retention": "libraries:Retention",
     }.items()

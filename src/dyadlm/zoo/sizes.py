@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+from transformers import PreTrainedModel
 
 from dyadlm.errors import UserError
 from dyadlm.zoo.family import Family, Sizes
@@ -18,25 +19,33 @@ def default_inner(width: int) -> int:
     return max(INNER_STEP, round(INNER * width / INNER_STEP) * INNER_STEP)
 
 
+def count_parameters(model: PreTrainedModel) -> int:
+    """Numbers that are trained; shared ones count once, complex ones twice."""
+    return sum(weight.numel() * (2 if weight.is_complex() else 1) for weight in model.parameters())
+
+
 def count(family: Family, sizes: Sizes) -> int:
-    """Parameters of a model of these sizes; shared ones count once."""
+    """Parameters of a model of these sizes."""
     return _count(family, sizes)
 
 
 @lru_cache(maxsize=512)
 def _count(family: Family, sizes: Sizes) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in family.make(sizes).parameters())
+        return count_parameters(family.make(sizes))
 
 
 def solve(family: Family, parameters: int, layers: int | None, vocabulary: int, length: int) -> Sizes:
     """Sizes with the wanted number of parameters, to within 2 %: the width by bisection, then the feed-forward width.
 
-    layers: None takes those of the family, or one or two more or less where the width alone comes too coarse.
+    layers: None takes those of the family, or one or two more or less where the width alone comes too coarse. A family
+    that is not sized has the one size that it has.
 
     Raises:
         UserError: there are none.
     """
+    if not family.sized:
+        return Sizes(family.step, layers or family.layers, default_inner(family.step), vocabulary, length)
     if layers is not None:
         return _solve(family, parameters, layers, vocabulary, length)
     for more in (0, 1, -1, 2):
