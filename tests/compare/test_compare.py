@@ -80,7 +80,7 @@ def test_weights_of_a_cell_are_the_model(text):
     assert set(left.missing_keys) <= {"lm_head.weight"}
     model.tie_weights()
     data = resolve_data([text], byte_tokenizer())
-    scores = three_protocols(model, data.validation, 32, byte_tokenizer().bos_token_id, 0.02)
+    scores = three_protocols(model, data.validation, 32, byte_tokenizer().bos_token_id, False, 0.02)
     assert scores["fresh"].nats == pytest.approx(found["scores"]["fresh"]["nats"], abs=1e-5)
 
 
@@ -115,11 +115,11 @@ def test_protocols_score_the_same_targets():
     model = build("llama", length=32, width=32, layers=1).eval()
     prefix = byte_tokenizer().bos_token_id
     assert measure(model, parts, prefix).tokens == measure(model, late, prefix).tokens
-    ((_, windows),) = carried(model, [stream], 300, 64)
+    ((_, windows),) = carried([stream], False, 300, 64)
     scored = [place for one in windows for place in range(one.first, one.stop)]
     assert scored == list(range(300))
     assert all(one.first - one.start > 32 for one in windows[1:])
-    ((_, whole),) = carried(build("dyad", length=32, width=32, layers=1), [stream], 300)
+    ((_, whole),) = carried([stream], True, 300)
     assert [(one.start, one.first, one.stop) for one in whole] == [(-1, 0, 300)]
 
 

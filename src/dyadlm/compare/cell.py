@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dyadlm.causal_lm import state_of
+from dyadlm.causal_lm import continues, state_of
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
@@ -25,7 +25,7 @@ from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.version import __version__
-from dyadlm.zoo import build
+from dyadlm.zoo import build, count_parameters, find_family
 
 POINTS = 8  # of a learning curve, evenly in tokens
 TIMED = 6  # steps that are timed, after two
@@ -98,13 +98,13 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
         model, curve = trained(recipe, cell, data, Path(folder))
     prefix, streams = prefix_token(data.tokenizer), data.validation
     if cell.final:
-        scores = three_protocols(model, streams, recipe.length, prefix, recipe.scale)
+        scores = three_protocols(model, streams, recipe.length, prefix, carries(cell.family, model), recipe.scale)
     else:
         scores = {"fresh": measure(model, fresh(streams, recipe.length, int(TARGETS * recipe.scale)), prefix)}
     found = {
         "cell": asdict(cell),
         "recipe": asdict(recipe),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "curve": curve,
         "scores": {name: score._asdict() for name, score in scores.items()},
         "decoding": decoding(model) if cell.final else [],
@@ -118,6 +118,11 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     for name, tensor in weights.items():
         once.setdefault(tensor.data_ptr(), name)
     return found, save({name: weights[name] for name in once.values()})
+
+
+def carries(family: str, model: PreTrainedModel) -> bool:
+    """Whether a state of constant size can be handed on from piece to piece of a long text."""
+    return find_family(family).decodes == "state" and continues(model.eval()) == "in pieces"  # type: ignore[no-untyped-call]
 
 
 class Curve(TrainerCallback):
@@ -198,7 +203,7 @@ def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
     return {
         "cell": asdict(cell),
         "recipe": asdict(recipe),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "seconds_per_token": sorted(times)[len(times) // 2] / tokens,
         "flops_per_token": counter.get_total_flops() / tokens,
         "circumstances": circumstances(),

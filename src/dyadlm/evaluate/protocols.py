@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from dyadlm.evaluate.scoring import score
 from dyadlm.evaluate.streams import Stream, target_bytes
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window
-from dyadlm.model import DyadForCausalLM
 
 LONG = 1024  # tokens of context, and of the windows of models that carry no state
 TARGETS, CARRIED = 262_144, 65_536
@@ -59,16 +58,15 @@ def overlapping(end: int, length: int) -> Iterator[Window]:
 
 
 def carried(
-    model: PreTrainedModel, streams: Sequence[Stream], tokens: int = CARRIED, length: int = LONG
+    streams: Sequence[Stream], carry: bool, tokens: int = CARRIED, length: int = LONG
 ) -> list[tuple[Stream, list[Window]]]:
-    """The beginning of each stream, read once. Our models carry their state; others read windows of `length` tokens,
-    half a window further each time, so that each target has half a window of context at least."""
+    """The beginning of each stream, read once. carry: the state is handed on from beginning to end. Otherwise windows
+    of `length` tokens are read, half a window further each time, so that each target has half a window of context."""
     share = tokens // len(streams)
     parts = []
     for stream in streams:
         end = min(len(stream), share)
-        whole = isinstance(model, DyadForCausalLM)
-        parts.append((stream, list(one_window(0, end)) if whole else list(overlapping(end, length))))
+        parts.append((stream, list(one_window(0, end) if carry else overlapping(end, length))))
     return parts
 
 
@@ -86,12 +84,13 @@ def measure(
 
 
 def three_protocols(
-    model: PreTrainedModel, streams: Sequence[Stream], length: int, prefix: int, scale: float = 1.0
+    model: PreTrainedModel, streams: Sequence[Stream], length: int, prefix: int, carry: bool, scale: float = 1.0
 ) -> dict[str, Score]:
-    """All three. length: of the training text. scale: of the numbers of targets, for quick looks."""
+    """All three. length: of the training text. carry: whether the model hands on a state of constant size. scale: of
+    the numbers of targets, for quick looks."""
     windows = fresh(streams, length, int(TARGETS * scale))
     return {
         "fresh": measure(model, windows, prefix),
         "context": measure(model, after_context(windows), prefix),
-        "carried": measure(model, carried(model, streams, int(CARRIED * scale)), prefix),
+        "carried": measure(model, carried(streams, carry, int(CARRIED * scale)), prefix),
     }

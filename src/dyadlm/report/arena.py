@@ -105,8 +105,9 @@ def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str,
         "id": "losses",
         "title": "Loss",
         "text": "Nats per token of the validation text, less is better: in fresh windows, at the same places after a "
-        "long context, and in a text that is read once from its beginning. There dyadlm carries its state, and the "
-        "others read overlapping windows of 1,024 tokens. Marked: the best, where its interval overlaps no other.",
+        "long context, and in a text that is read once from its beginning. There models that hand on a state of "
+        "constant size carry it, and the others read overlapping windows of 1,024 tokens. Marked: the best, where its "
+        "interval overlaps no other.",
         "marked": "best",
         "columns": list(PROTOCOLS.values()),
         "rows": [(shown[name], cells[name]) for name in families],

@@ -14,7 +14,7 @@ from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.zoo.families import FAMILIES, find_family
 from dyadlm.zoo.family import Family, Sizes
 from dyadlm.zoo.mixer import Mixer, MixerConfig, MixerForCausalLM, register_mixer
-from dyadlm.zoo.sizes import count, default_inner, solve
+from dyadlm.zoo.sizes import count, count_parameters, default_inner, solve
 
 __all__ = [
     "FAMILIES",
@@ -25,6 +25,7 @@ __all__ = [
     "Sizes",
     "build",
     "count",
+    "count_parameters",
     "find_family",
     "register_family",
     "register_mixer",
