@@ -15,6 +15,7 @@ from dyadlm.errors import RunFailed, UserError
 
 RECIPE = Recipe(data=("shakespeare",), parameters=300_000, length=64, batch=2)
 BEST = {"dyad": 16e-3, "llama": 4e-3}
+FAULTS: dict[str, list[str]] = {}
 
 
 def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
@@ -22,7 +23,11 @@ def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
     found = {"cell": vars(cell) | {}, "parameters": 300_000}
     if not cell.tokens:
         slow = 2.0 if cell.family == "dyad" else 1.0
-        return found | {"seconds_per_token": slow * 1e-4, "flops_per_token": 2e6}, b""
+        return found | {
+            "seconds_per_token": slow * 1e-4,
+            "flops_per_token": 2e6,
+            "faults": FAULTS.get(cell.family, []),
+        }, b""
     nats = 2.0 + abs(cell.rate / BEST[cell.family] - 1) + cell.seed / 100
     point = {"tokens": cell.tokens, "seconds": 1.0, "nats": nats}
     return found | {
@@ -109,6 +114,15 @@ def test_every_end_of_a_sweep_is_bounded(tmp_path, ran, monkeypatch):
     finals = run_study(study(families=("dyad",)), tmp_path, 1)
     assert finals["dyad"][0].rate == 0.064
     assert summary(study(families=("dyad",)), tmp_path, finals)["families"]["dyad"]["rate_at_the_edge"]
+
+
+def test_a_family_that_sees_the_future_is_refused_unless_forced(tmp_path, ran, monkeypatch):
+    monkeypatch.setitem(FAULTS, "llama", ["perturbation: later tokens change earlier logits"])
+    with pytest.raises(UserError, match=r"llama is not sound \(perturbation: .*--force"):
+        run_study(study(), tmp_path, 1)
+    assert not any(cell.tokens for cell in ran)
+    finals = run_study(study(force=True), tmp_path, 1)
+    assert summary(study(force=True), tmp_path, finals)["families"]["llama"]["faults"]
 
 
 def test_one_rate_is_no_sweep(tmp_path, ran):

@@ -47,9 +47,10 @@ def compare(
     ] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: one for each core.")] = None,
-    scale: Annotated[
-        float, typer.Option(metavar="PART", help="Score this part of the usual number of tokens.", hidden=True)
-    ] = 1.0,
+    scale: Annotated[float, typer.Option(metavar="PART", help="Score this part of the usual number of tokens.")] = 1.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare also families that the audit finds fault with.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")] = False,
 ) -> None:
     """Train families of models on the same text with the same budget, and write a page that compares them.
@@ -77,7 +78,7 @@ def compare(
     )
     families = tuple(name for name in models.split(",") if name)
     rates = tuple(learning_rates or RATES)
-    study = Study(recipe, families, Budget.parse(budget), seeds, sweep, rates)
+    study = Study(recipe, families, Budget.parse(budget), seeds, sweep, rates, force)
     at_once = jobs or os.cpu_count() or 1
     if dry_run:
         _show_plan(study, at_once)

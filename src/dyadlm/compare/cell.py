@@ -5,7 +5,7 @@ import io
 import resource
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dyadlm.train import TrainSettings
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.version import __version__
 from dyadlm.zoo import build, count_parameters, find_family
+from dyadlm.zoo.check import check
 
 POINTS = 8  # of a learning curve, evenly in tokens
 TIMED = 6  # steps that are timed, after two
@@ -166,20 +167,20 @@ def trained(
         ],
     )  # fmt: skip
     given = TrainingData(data.tokenizer, data.train, data.validation, "compare")
-    plan = prepare_run(settings, given, folder / "run")
+    # The run is prepared around the plain model; the one with n-gram tables takes its place.
     model = new_model(recipe, cell)
-    object.__setattr__(plan, "model", model)
+    plan = replace(prepare_run(settings, given, folder / "run"), model=model)
     points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
     prefix = prefix_token(data.tokenizer)
     parts = fresh(data.validation, recipe.length, int(32_768 * recipe.scale))
     curve = Curve(model, parts, prefix, points, recipe.length * recipe.batch)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints there
         plan.trainer(settings, curve).train()
     return model, curve.found
 
 
 def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
-    """Seconds and operations of a training step, by forward and backward passes on random tokens."""
+    """Seconds and operations of a training step on random tokens, and what the audit finds wrong with the family."""
     model = new_model(recipe, cell).train()
     ids = torch.randint(0, 256, (recipe.batch, recipe.length), generator=torch.Generator().manual_seed(0))
     moves = torch.optim.AdamW(model.parameters(), lr=0.0)
@@ -206,6 +207,7 @@ def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "seconds_per_token": sorted(times)[len(times) // 2] / tokens,
         "flops_per_token": counter.get_total_flops() / tokens,
+        "faults": check(cell.family, recipe.parameters).faults,
         "circumstances": circumstances(),
     }
 

@@ -26,8 +26,8 @@ RECIPE = "recipe.json"
 @dataclass(frozen=True)
 class Study:
     """What is asked for. sweep: the part of the budget that each rate of the sweep gets. rates: where it begins; it is
-    extended by factors of two while the best is at an end. force: families that are excluded are an error all the same
-    where they have no builder."""
+    extended by factors of two while the best is at an end. force: families that the audit finds fault with are compared
+    all the same."""
 
     recipe: Recipe
     families: tuple[str, ...]
@@ -35,6 +35,7 @@ class Study:
     seeds: int = 1
     sweep: float = 0.25
     rates: tuple[float, ...] = RATES
+    force: bool = False
 
     def __post_init__(self) -> None:
         if not self.families:
@@ -154,6 +155,8 @@ def next_cells(study: Study, results: Results) -> list[Cell]:
         if Cell(family).name not in results.found:
             cells.append(Cell(family))
             continue
+        if (faults := results.found[Cell(family).name].get("faults")) and not study.force:
+            raise UserError(f"{family} is not sound ({faults[0]}); leave it out of --models, or give --force.")
         missing, best = swept(study, results, family)
         if best is not None:
             missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
@@ -207,6 +210,7 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
             "parameters": cost["parameters"],
             "flops_per_token": cost["flops_per_token"],
             "seconds_per_token": cost["seconds_per_token"],
+            "faults": cost.get("faults", []),
             "sweep": rates,
             "rate": cells[0].rate,
             "rate_at_the_edge": len(rates) > 1 and cells[0].rate in (min(rates), max(rates)),

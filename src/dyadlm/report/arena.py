@@ -134,6 +134,7 @@ def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, 
         decoding = [Shown(f"{points[at]['milliseconds']:.2f}") if at in points else Shown("–") for at in contexts]
         state = [Shown(f"{int(points[at]['state_bytes']):,}") if at in points else Shown("–") for at in contexts[-1:]]
         cells = [
+            Shown("; ".join(one["faults"]) or "sound"),
             Shown(f"{one['parameters']:,}"),
             Shown(f"{one['tokens']:,}"),
             Shown(compact(one["flops_per_token"])),
@@ -141,13 +142,14 @@ def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, 
             Shown(f"{max(seed['peak_mebibytes'] for seed in one['seeds']):,.0f}"),
         ]
         rows.append((shown[name], [*cells, *decoding, *state]))
-    columns = ["parameters", "tokens trained on", "operations a token", "µs a token, training", "peak MiB"]
+    columns = ["audit", "parameters", "tokens trained on", "operations a token", "µs a token, training", "peak MiB"]
     columns += [f"ms a token after {at:,}" for at in contexts]
     columns += [f"state bytes after {contexts[-1]:,}"] if contexts else []
     return {
         "id": "costs",
         "title": "Cost",
-        "text": "Operations and microseconds of training are those of whole steps, one thread. Peak memory is that of "
+        "text": "The audit asks whether later tokens change earlier logits, and whether a text in pieces gives equal "
+        "logits. Operations and microseconds of training are those of whole steps, one thread. Peak memory is that of "
         "the process. Decoding is one more token by a call of the model, after so many tokens; – where a model cannot "
         "read so many, or keeps no state. dyadlm decodes faster with its engine, which is not used here.",
         "marked": "",
