@@ -172,7 +172,7 @@ def trained(
     plan = replace(prepare_run(settings, given, folder / "run"), model=model)
     points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
     prefix = prefix_token(data.tokenizer)
-    parts = fresh(data.validation, recipe.length, int(32_768 * recipe.scale))
+    parts = fresh(data.validation, recipe.length, int(16_384 * recipe.scale))
     curve = Curve(model, parts, prefix, points, recipe.length * recipe.batch)
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints there
         plan.trainer(settings, curve).train()

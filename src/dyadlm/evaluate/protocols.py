@@ -21,7 +21,7 @@ from dyadlm.evaluate.streams import Stream, target_bytes
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window
 
 LONG = 1024  # tokens of context, and of the windows of models that carry no state
-TARGETS, CARRIED = 262_144, 65_536
+TARGETS, CARRIED = 65_536, 65_536
 BATCH = 16
 
 
