@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -36,11 +36,12 @@ import torch
 
 from common import Cells, arguments, require_green, size
 from dyadlm import DyadConfig
-from dyadlm.causal_lm import context_of, continues, state_of
+from dyadlm.causal_lm import context_of, continues, state_bytes, state_of
 from dyadlm.data import TokenStream
 from dyadlm.data.corpora import open_corpus
+from dyadlm.evaluate.protocols import overlapping
 from dyadlm.evaluate.scoring import remembered, score
-from dyadlm.evaluate.windows import Window, one_window
+from dyadlm.evaluate.windows import one_window
 from dyadlm.generate import load_model
 from dyadlm.memory import ContextMemory, MemoryOptions
 from dyadlm.peer_ngrams import add_ngrams
@@ -94,7 +95,7 @@ def read_by_model(folder: Path, slots: int | None, memory: bool, text: bytes, ca
     return {
         "bits_per_byte": round(float(scored.sum(dtype=np.float64)) / len(text) / math.log(2), 4),
         "state": "carried" if carried else f"windows of {length}",
-        "state_bytes": state_bytes(model, min(length, 2_048)),
+        "state_bytes": bytes_kept(model, min(length, 2_048)),
         "memory_bytes": 0 if remembers is None else remembers.state_bytes,
         "parameters": size(model),
         "seconds": round(seconds, 1),
@@ -113,38 +114,11 @@ def add_tables(model: Any, folder: Path) -> None:
     model.ngrams.to(model.device)
 
 
-def overlapping(end: int, length: int) -> Iterator[Window]:
-    """Windows of `length` targets, half of which are scored: all of the first, then the later half of each."""
-    half = max(1, length // 2)
-    yield Window(-1, 0, min(length, end), opening=True)
-    for first in range(length, end, half):
-        stop = min(first + half, end)
-        yield Window(stop - length - 1, first, stop, opening=False)
-
-
 @torch.no_grad()
-def state_bytes(model: Any, length: int) -> int:
+def bytes_kept(model: Any, length: int) -> int:
     """Bytes of all tensors that a model hands on after so many tokens; of ours and recurrent ones after any number."""
     ids = torch.full((1, length), 32, device=model.device)
-    state = state_of(model, model(input_ids=ids, use_cache=True))
-    found: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def look(value: Any) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            found[value.data_ptr()] = value.numel() * value.element_size()
-        elif isinstance(value, dict):
-            list(map(look, value.values()))
-        elif isinstance(value, list | tuple):
-            list(map(look, value))
-        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-            look(vars(value))
-
-    look(state)
-    return sum(found.values())
+    return state_bytes(state_of(model, model(input_ids=ids, use_cache=True)))
 
 
 # ---- Compressors: bytes → bytes of the archive, bytes of memory

@@ -9,7 +9,7 @@ Dimension letters: B texts, T tokens, V vocabulary.
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -157,6 +157,28 @@ def state_of(model: PreTrainedModel, output: Any) -> dict[str, Any]:
     taken = inspect.signature(model.forward).parameters
     found = {name: getattr(output, name, None) for name in STATE_NAMES if name in taken}
     return {name: state for name, state in found.items() if state is not None}
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors that can be reached from a state; those that are held twice count once."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[value.data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            list(map(look, value.values()))
+        elif isinstance(value, list | tuple):
+            list(map(look, value))
+        elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+            look(vars(value))
+
+    look(state)
+    return sum(found.values())
 
 
 class Continuation:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
-from dyadlm.compare.cell import Cell, Recipe, new_model, run_cell, size_of, trained
+from dyadlm.compare.cell import Cell, Recipe, new_model, run_cell, trained
 from dyadlm.compare.workers import Done
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
 from dyadlm.zoo import build
 
@@ -142,7 +144,7 @@ def test_equal_tables_for_all():
 
 def test_the_size_of_a_state_counts_what_is_shared_once():
     shared = torch.zeros(4)
-    assert size_of({"a": [shared, shared], "b": (torch.zeros(2, dtype=torch.float64),)}) == 32
+    assert state_bytes({"a": [shared, shared], "b": (torch.zeros(2, dtype=torch.float64),)}) == 32
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,8 @@ def test_the_size_of_a_state_counts_what_is_shared_once():
         (["--models", "dyad", "--parameters", "10"], "more than 10 parameters"),
         (["--models", "dyad", "--address", "auto"], "--engine ray"),
         (["--models", "dyad", "--data", "none.txt"], "There is no file"),
+        (["--models", "dyad", "--scale", "nan"], "--scale is a number above 0"),
+        (["--models", "dyad", "--budget", "tokens=9e400"], "a number above 0"),
     ],
 )
 def test_wrong_requests_are_one_sentence(text, tmp_path, capsys, arguments, message):
@@ -169,4 +173,22 @@ def test_a_plan_trains_nothing(text, tmp_path, capsys):
     request = ["--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "seconds=120", "--dry-run"]
     assert call("compare", *request, "--jobs", "2") == 0
     assert "about 3.5 minutes" in capsys.readouterr().out
+    assert call("compare", *request, "--jobs", "2", "--learning-rates", "4e-3") == 0
+    assert "about 2.0 minutes" in capsys.readouterr().out  # one rate is no sweep
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_rate_at_which_training_diverges_is_a_result(text):
+    recipe = Recipe(data=(text,), parameters=200_000, length=16, batch=2, optimizer="adamw", scale=0.02)
+    found, weights = run_cell(recipe, Cell("llama", 640, 1e4, 0))
+    assert found["diverged"]
+    assert not weights
+    with pytest.raises(RunFailed):
+        run_cell(recipe, Cell("llama", 640, 1e4, 0, final=True))
+
+
+def test_a_worker_with_another_text_is_refused(text):
+    recipe = Recipe(data=(text,), parameters=200_000, length=16, batch=2, text="another")
+    with pytest.raises(UserError, match="another text here"):
+        run_cell(recipe, Cell("llama", 640, 4e-3))

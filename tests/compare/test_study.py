@@ -84,8 +84,8 @@ def test_sweeps_go_on_at_their_ends_and_seeds_follow_the_best(tmp_path, ran):
     assert finals["dyad"] == [Cell("dyad", 10_240, 0.016, seed, final=True) for seed in (0, 1)]
     assert finals["llama"] == [Cell("llama", 10_240, 0.004, seed, final=True) for seed in (0, 1)]
     rates = {family: [cell.rate for cell in ran if cell.family == family and cell.tokens == 2_560] for family in BEST}
-    assert sorted(rates["dyad"]) == [0.002, 0.004, 0.008, 0.016, 0.032]
-    assert sorted(rates["llama"]) == [0.002, 0.004, 0.008]
+    assert sorted(rates["dyad"]) == [0.004, 0.008, 0.016, 0.032]
+    assert sorted(rates["llama"]) == [0.002, 0.004, 0.008, 0.016]
     found = summary(study(), tmp_path / "out", finals)
     assert not any(family["rate_at_the_edge"] for family in found["families"].values())
     assert [seed["cell"]["seed"] for seed in found["families"]["dyad"]["seeds"]] == [0, 1]
@@ -125,6 +125,21 @@ def test_a_family_that_sees_the_future_is_refused_unless_forced(tmp_path, ran, m
     assert summary(study(force=True), tmp_path, finals)["families"]["llama"]["faults"]
 
 
+def test_a_rate_that_diverged_is_worse_than_all(tmp_path, ran, monkeypatch):
+    def run(recipe, asked, jobs, engine, address):
+        for cell in asked:
+            wild = cell.rate >= 8e-3 and not cell.final
+            yield Done(cell, {"cell": vars(cell), "diverged": True}, b"") if wild else Done(cell, *made(recipe, cell))
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    asked = study(families=("llama",))
+    finals = run_study(asked, tmp_path, 1)
+    found = summary(asked, tmp_path, finals)["families"]["llama"]
+    assert found["rate"] == 4e-3
+    assert found["sweep"][8e-3] is None
+    assert not found["rate_at_the_edge"]
+
+
 def test_one_rate_is_no_sweep(tmp_path, ran):
     finals = run_study(study(families=("dyad",), rates=(1e-3,)), tmp_path, 1)
     assert finals["dyad"][0].rate == 1e-3
@@ -142,6 +157,8 @@ def test_a_damaged_cell_and_another_study_are_refused(tmp_path, ran):
         ("[]", "is damaged"),
         ('{"cell": {}}', "damaged|no cell"),
         ("{}", "no cell"),
+        (kept.replace("0.0001", '"fast"'), "no cell"),
+        (kept.replace("0.0001", "NaN"), "no cell"),
     ):
         place.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -162,6 +179,7 @@ def test_a_damaged_cell_and_another_study_are_refused(tmp_path, ran):
         ({"sweep": 0.0}, "--sweep"),
         ({"seeds": 0}, "at least one seed"),
         ({"rates": (0.0,)}, "rate above 0"),
+        ({"rates": (float("inf"),)}, "rate above 0"),
     ],
 )
 def test_studies_that_are_refused(fields, message):
@@ -189,7 +207,7 @@ def test_a_worker_that_dies_costs_one_cell(tmp_path):
     done = list(_here(recipe, [Cell("llama"), Cell("dyad")], 2, once))
     assert {one.found["family"] for one in done} == {"llama", "dyad"}
     with pytest.raises(RunFailed, match="died twice"):
-        list(_here(recipe, [Cell("llama")], 1, always))
+        list(_here(recipe, [Cell("llama"), Cell("dyad")], 2, always))
 
 
 @pytest.mark.slow
@@ -216,7 +234,7 @@ def test_results_say_what_is_next(tmp_path, ran):
     assert tokens_of(asked, results, "dyad", 0.25) == 2_560
     missing, best = swept(asked, results, "dyad")
     assert best is None
-    assert missing == next_cells(asked, results) == [Cell("dyad", 2_560, rate) for rate in (2e-3, 4e-3, 8e-3)]
+    assert missing == next_cells(asked, results) == [Cell("dyad", 2_560, rate) for rate in (4e-3, 8e-3, 1.6e-2)]
     (final,) = final_cells(asked, results, "dyad", 8e-3)
     results.keep(Done(final, *made(RECIPE, final)))
     assert (tmp_path / "cells" / file_name(final)).with_suffix(".safetensors").read_bytes() == b"weights"

@@ -103,6 +103,16 @@ def test_wrong_requests(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_family_reads_a_long_context_however_short_its_texts_were(name):
+    ready(name)
+    model = zoo.build(name, length=16, width=32, layers=1).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.zeros(1, 1024 + 16, dtype=torch.long), use_cache=False).logits
+    assert torch.isfinite(logits).all()
+
+
 def test_too_small_a_model_is_refused():
     with pytest.raises(UserError, match="more than 1,000 parameters"):
         zoo.solve(zoo.find_family("llama"), 1_000, None, 259, 256)

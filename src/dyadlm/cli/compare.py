@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,7 +34,11 @@ def compare(
     ] = 0.25,
     learning_rates: Annotated[
         list[float] | None,
-        typer.Option("--learning-rates", metavar="RATE ...", help="Where the sweep begins. Default: 2e-3 4e-3 8e-3."),
+        typer.Option(
+            "--learning-rates",
+            metavar="RATE ...",
+            help="Where the sweep begins. Default: 4e-3 8e-3 16e-3, with adamw half of these.",
+        ),
     ] = None,
     parameters: Annotated[str, typer.Option(help="Of each model, n-gram tables aside.")] = "1M",
     length: Annotated[int, typer.Option(min=8, help="Tokens of a training text.")] = 256,
@@ -46,7 +51,10 @@ def compare(
         Literal["local", "ray"], typer.Option(help="Where cells run: processes here, or a Ray cluster.")
     ] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once. Default: one for each core.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cells at once. Default: one for each core. A Ray cluster decides by itself."),
+    ] = None,
     scale: Annotated[float, typer.Option(metavar="PART", help="Score this part of the usual number of tokens.")] = 1.0,
     force: Annotated[
         bool, typer.Option("--force", help="Compare also families that the audit finds fault with.")
@@ -61,7 +69,7 @@ def compare(
     """
     from dyadlm.compare import Budget, Recipe, Study, run_study
     from dyadlm.compare.budget import parse_amount
-    from dyadlm.compare.study import RATES, summary
+    from dyadlm.compare.study import summary
     from dyadlm.errors import UserError
     from dyadlm.report.arena import write_arena
 
@@ -76,14 +84,14 @@ def compare(
         ngrams=_sizes(ngrams),
         scale=scale,
     )
-    families = tuple(name for name in models.split(",") if name)
-    rates = tuple(learning_rates or RATES)
+    families = tuple(name.strip() for name in models.split(",") if name.strip())
+    rates = tuple(learning_rates or ())
     study = Study(recipe, families, Budget.parse(budget), seeds, sweep, rates, force)
     at_once = jobs or os.cpu_count() or 1
     if dry_run:
         _show_plan(study, at_once)
         return
-    _prepare(recipe)
+    study = replace(study, recipe=replace(recipe, text=_prepare(recipe)))
     progress = _Progress()
     try:
         finals = run_study(study, output, at_once, engine, address, progress)
@@ -109,22 +117,23 @@ def _command() -> str:
     return shlex.join(["dyadlm", *sys.argv[1:]])
 
 
-def _prepare(recipe: "Recipe") -> None:
-    """Prepare the text once, before the processes that all read it, and refuse what cannot be trained on."""
+def _prepare(recipe: "Recipe") -> str:
+    """Prepare the text once, before the processes that all read it; its identity. Raises `UserError` where there is too
+    little of it."""
     from dyadlm.data import byte_tokenizer, resolve_data
     from dyadlm.errors import UserError
 
     resolved = resolve_data(list(recipe.data), byte_tokenizer())
     if not any(len(stream) for stream in resolved.validation):
         raise UserError("The text leaves nothing to validate on; give more text.")
+    return resolved.identity
 
 
 def _show_plan(study: "Study", at_once: int) -> None:
-    budgets = len(study.families) * (len(study.rates) * study.sweep + study.seeds)
+    rates = len(study.rates) if len(study.rates) > 1 else 0
+    budgets = len(study.families) * (rates * study.sweep + study.seeds)
     typer.echo(f"families: {', '.join(study.families)}")
-    typer.echo(
-        f"each: {len(study.rates)} rates at {study.sweep:g} of {study.budget}, then {study.seeds} at the best rate"
-    )
+    typer.echo(f"each: {rates} rates at {study.sweep:g} of {study.budget}, then {study.seeds} at the best rate")
     typer.echo(f"in all: {budgets:g} times {study.budget}, and more where a sweep goes on; {at_once} cells at once")
     if study.budget.kind == "seconds":
         typer.echo(f"about {budgets * study.budget.amount / at_once / 60:.1f} minutes of training, and scoring")
@@ -151,5 +160,7 @@ class _Progress:
             return (
                 f"{cell.family}: {found['parameters']:,} parameters, {1e6 * found['seconds_per_token']:.0f} µs a token"
             )
+        if found.get("diverged"):
+            return f"{cell.family}: {cell.tokens:,} tokens at {cell.rate:g}, seed {cell.seed}: diverged"
         nats = found["scores"]["fresh"]["nats"]
         return f"{cell.family}: {cell.tokens:,} tokens at {cell.rate:g}, seed {cell.seed}: {nats:.4f} nats"

@@ -7,6 +7,7 @@ from typing import Literal, cast
 from dyadlm.errors import UserError
 
 SUFFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+LARGEST = 1e30
 KINDS = ("tokens", "seconds", "flops")
 _AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?(e\+?\d+)?)(?P<suffix>[kMGTP]?)")
 
@@ -14,9 +15,10 @@ _AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?(e\+?\d+)?)(?P<suffix>[kMGTP]?)")
 def parse_amount(text: str, name: str) -> float:
     """`5M`, `300`, `1e15` as a number. Raises `UserError` for what is none, or not above 0."""
     match = _AMOUNT.fullmatch(text)
-    if match is None or not float(match["number"]) > 0:
+    amount = 0.0 if match is None else float(match["number"]) * SUFFIXES[match["suffix"]]
+    if not 0 < amount < LARGEST:
         raise UserError(f"{name} is a number above 0, such as 300, 5M or 1e15, not {text!r}.")
-    return float(match["number"]) * SUFFIXES[match["suffix"]]
+    return amount
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import resource
 import tempfile
 import time
@@ -15,14 +16,16 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dyadlm.causal_lm import continues, state_of
+from dyadlm.causal_lm import continues, state_bytes, state_of
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
+from dyadlm.train.muon import muon_over
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.version import __version__
 from dyadlm.zoo import build, count_parameters, find_family
@@ -40,7 +43,11 @@ class Recipe:
 
     data: sources, as `dyadlm train --data` takes them. parameters: of each model, n-gram tables aside. length: T, of
     training texts; batch: of them a step. optimizer: adamw or muon. ngrams: sizes of hashed n-grams beside the
-    embedding, the same tables for all. scale: of the numbers of scored tokens.
+    embedding, the same tables for all. scale: of the numbers of scored tokens. text: the identity of the data, which a
+    worker's must have; empty asks for none.
+
+    Raises:
+        UserError: a scale that is no number above 0.
     """
 
     data: tuple[str, ...]
@@ -51,6 +58,11 @@ class Recipe:
     ngrams: tuple[int | str, ...] = ()
     final_learning_rate: float = 0.0
     scale: float = 1.0
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise UserError(f"--scale is a number above 0, not {self.scale}.")
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,8 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     """Train and score; what was found, as JSON can hold it, and the weights as safetensors (empty without training).
 
     Raises:
-        UserError: data or a family that there is not. RunFailed: the loss is no number.
+        UserError: data or a family that there is not, or another text than the study's. RunFailed: the loss of a final
+            cell is no number, or rose far; a cell of a sweep says so.
     """
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -95,22 +108,27 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     if not cell.tokens:
         return cost(recipe, cell), b""
     data = resolve_data(list(recipe.data), byte_tokenizer())
-    with tempfile.TemporaryDirectory() as folder:
-        model, curve = trained(recipe, cell, data, Path(folder))
+    if recipe.text not in ("", data.identity):
+        raise UserError(f"{', '.join(recipe.data)} holds another text here than where the study began; copy it anew.")
+    found: dict[str, Any] = {"cell": asdict(cell), "recipe": asdict(recipe), "circumstances": circumstances()}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model, curve = trained(recipe, cell, data, Path(folder))
+    except RunFailed:
+        if cell.final:
+            raise
+        return found | {"diverged": True}, b""  # which a sweep is there to find out
     prefix, streams = prefix_token(data.tokenizer), data.validation
     if cell.final:
         scores = three_protocols(model, streams, recipe.length, prefix, carries(cell.family, model), recipe.scale)
     else:
         scores = {"fresh": measure(model, fresh(streams, recipe.length, int(TARGETS * recipe.scale)), prefix)}
-    found = {
-        "cell": asdict(cell),
-        "recipe": asdict(recipe),
+    found |= {
         "parameters": count_parameters(model),
         "curve": curve,
         "scores": {name: score._asdict() for name, score in scores.items()},
         "decoding": decoding(model) if cell.final else [],
         "peak_mebibytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "circumstances": circumstances(),
     }
     if not cell.final:
         return found, b""
@@ -123,7 +141,7 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
 
 def carries(family: str, model: PreTrainedModel) -> bool:
     """Whether a state of constant size can be handed on from piece to piece of a long text."""
-    return find_family(family).decodes == "state" and continues(model.eval()) == "in pieces"  # type: ignore[no-untyped-call]
+    return find_family(family).decodes == "state" and continues(model) == "in pieces"
 
 
 class Curve(TrainerCallback):
@@ -183,7 +201,10 @@ def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """Seconds and operations of a training step on random tokens, and what the audit finds wrong with the family."""
     model = new_model(recipe, cell).train()
     ids = torch.randint(0, 256, (recipe.batch, recipe.length), generator=torch.Generator().manual_seed(0))
-    moves = torch.optim.AdamW(model.parameters(), lr=0.0)
+    muon = recipe.optimizer == "muon"
+    moves = (
+        muon_over(model, weight_decay=0.0, adamw={"lr": 0.0}) if muon else torch.optim.AdamW(model.parameters(), 0.0)
+    )
 
     def step() -> None:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -217,7 +238,7 @@ def decoding(model: PreTrainedModel) -> list[dict[str, float]]:
     """Milliseconds of thread time for one more token after some contexts, and the bytes of the state; what keeps no
     state has none, and reads its text again."""
     found: list[dict[str, float]] = []
-    model.eval()  # type: ignore[no-untyped-call]
+    model.train(False)
     for context in CONTEXTS:
         ids = torch.randint(0, 256, (1, max(context, 1)), generator=torch.Generator().manual_seed(1))
         try:
@@ -233,30 +254,10 @@ def decoding(model: PreTrainedModel) -> list[dict[str, float]]:
                 times.append(time.thread_time() - begun)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return found  # a context beyond what the model can read, or a state that cannot be continued
-        found.append({"context": context, "milliseconds": round(1000 * min(times), 4), "state_bytes": size_of(state)})
+        found.append(
+            {"context": context, "milliseconds": round(1000 * min(times), 4), "state_bytes": state_bytes(state)}
+        )
     return found
-
-
-def size_of(state: Any) -> int:
-    """Bytes of all tensors of a state."""
-    found: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def look(value: Any) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            found[value.untyped_storage().data_ptr()] = value.numel() * value.element_size()
-        elif isinstance(value, dict):
-            list(map(look, value.values()))
-        elif isinstance(value, list | tuple):
-            list(map(look, value))
-        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-            look(vars(value))
-
-    look(state)
-    return sum(found.values())
 
 
 def circumstances() -> dict[str, Any]:

@@ -4,6 +4,7 @@ Each cell is a file of its own, written when the cell is done, so that a study t
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,40 +19,49 @@ from dyadlm.files import locked, make_folder, write_atomically
 from dyadlm.zoo import find_family, solve
 from dyadlm.zoo.family import Family
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
 RECIPE = "recipe.json"
+PROTOCOLS = ("fresh", "context", "carried")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for. sweep: the part of the budget that each rate of the sweep gets. rates: where it begins; it is
-    extended by factors of two while the best is at an end. force: families that the audit finds fault with are compared
-    all the same."""
+    """What is asked for.
+
+    sweep: the part of the budget that each rate of the sweep gets. rates: where it begins; it is extended by factors of
+    two while the best is at an end; empty takes those of the optimizer. force: families that the audit finds fault with
+    are compared all the same.
+
+    Raises:
+        UserError: a family, a sweep or a number that cannot be compared.
+    """
 
     recipe: Recipe
     families: tuple[str, ...]
     budget: Budget
     seeds: int = 1
     sweep: float = 0.25
-    rates: tuple[float, ...] = RATES
+    rates: tuple[float, ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:
+        if not self.rates:
+            object.__setattr__(self, "rates", RATES[self.recipe.optimizer])
         if not self.families:
             raise UserError("There is nothing to compare; name families with --models (`dyadlm zoo list`).")
         if len(set(self.families)) < len(self.families):
             raise UserError("A family is named twice in --models; name each once.")
         if not 0 < self.sweep <= 1:
             raise UserError("--sweep is a part of the budget, above 0 and at most 1.")
-        if self.seeds < 1 or not self.rates or min(self.rates) <= 0:
+        if self.seeds < 1 or not all(0 < rate < math.inf for rate in self.rates):
             raise UserError("A study has at least one seed and one rate above 0.")
         for name in self.families:
             require_comparable(find_family(name), self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: what another study in the same folder must agree with."""
-        asked = {"recipe": asdict(self.recipe), "budget": str(self.budget), "sweep": self.sweep}
+        asked = asdict(self.recipe) | {"budget": str(self.budget), "sweep": self.sweep}
         return dict(json.loads(json.dumps(asked)))
 
 
@@ -82,9 +92,10 @@ class Results:
             content = self._read(file)
             try:
                 cell = Cell(**content["cell"])
-            except (KeyError, TypeError):
-                cell = None
-            if cell is None or file.name != file_name(cell):
+                whole = file.name == file_name(cell) and is_whole(cell, content)
+            except (KeyError, TypeError, ValueError):
+                whole = False
+            if not whole:
                 raise UserError(f"{file} is no cell of this study; move it away, or choose another --output.")
             self.found[cell.name] = content
 
@@ -107,8 +118,20 @@ class Results:
         self.found[done.cell.name] = done.found
 
     def nats(self, cell: Cell) -> float:
-        """Loss of a trained cell in fresh windows."""
-        return float(self.found[cell.name]["scores"]["fresh"]["nats"])
+        """Loss of a trained cell in fresh windows; infinite where it diverged."""
+        found = self.found[cell.name]
+        return math.inf if found.get("diverged") else float(found["scores"]["fresh"]["nats"])
+
+
+def is_whole(cell: Cell, content: dict[str, Any]) -> bool:
+    """Whether a cell's file has the figures that a study needs of it. Raises what a missing part raises."""
+    if content.get("diverged"):
+        return bool(cell.tokens) and not cell.final
+    if not cell.tokens:
+        figures = [content[name] for name in ("parameters", "seconds_per_token", "flops_per_token")]
+    else:
+        figures = [content["scores"][name]["nats"] for name in (PROTOCOLS if cell.final else PROTOCOLS[:1])]
+    return all(isinstance(figure, int | float) and 0 < figure < math.inf for figure in figures)
 
 
 def file_name(cell: Cell) -> str:
@@ -217,14 +240,15 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
             "tokens": cells[0].tokens,
             "seeds": [results.found[cell.name] for cell in cells],
         }
-    return {"study": study.to_dict(), "seeds": study.seeds, "families": families}
+    return {"recipe": study.to_dict(), "seeds": study.seeds, "families": families}
 
 
-def _swept_rates(study: Study, results: Results, family: str) -> dict[float, float]:
+def _swept_rates(study: Study, results: Results, family: str) -> dict[float, float | None]:
+    """Loss at each rate of the sweep, None where it diverged."""
     tokens = tokens_of(study, results, family, study.sweep)
     cells: Iterable[Cell] = (Cell(**found["cell"]) for found in results.found.values())
     return {
-        cell.rate: results.nats(cell)
+        cell.rate: None if results.found[cell.name].get("diverged") else results.nats(cell)
         for cell in sorted(cells, key=lambda one: one.rate)
         if cell.family == family and cell.tokens == tokens and not cell.final
     }

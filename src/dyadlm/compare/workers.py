@@ -3,7 +3,9 @@
 A worker that dies costs one cell, which is run again; a cell that dies twice stops the study.
 """
 
+import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +17,7 @@ from dyadlm.errors import RunFailed, UserError
 
 Engine = Literal["local", "ray"]
 Run = Callable[[Recipe, Cell], tuple[dict[str, Any], bytes]]
-TRIES = 2
+RETRIES = 2  # by Ray, of a lost task
 
 
 class Done(NamedTuple):
@@ -42,37 +44,50 @@ def run_cells(
     yield from _on_ray(recipe, cells, jobs, address) if engine == "ray" else _here(recipe, cells, jobs)
 
 
-def _here(
-    recipe: Recipe,
-    cells: Sequence[Cell],
-    jobs: int,
-    run: Callable[[Recipe, Cell], tuple[dict[str, Any], bytes]] = run_cell,
-) -> Iterator[Done]:
-    waiting, tries = list(cells), dict.fromkeys(cells, 0)
+def _here(recipe: Recipe, cells: Sequence[Cell], jobs: int, run: Run = run_cell) -> Iterator[Done]:
+    waiting = list(cells)
     while waiting:
-        # A process for each cell: what a cell leaves behind changes no figure of the next one.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
         running: dict[Future[tuple[dict[str, Any], bytes]], Cell] = {}
+        pool = _pool(jobs)
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     cell = waiting.pop(0)
-                    tries[cell] += 1
                     running[pool.submit(run, recipe, cell)] = cell
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
                     found, weights = future.result()
                     yield Done(running.pop(future), found, weights)
         except BrokenProcessPool:
+            # Python does not say which of the processes died, and has ended all; each is run again alone.
             for cell in running.values():
-                if tries[cell] >= TRIES:
-                    raise RunFailed(
-                        f"The process of the cell {cell.name!r} died twice; give --jobs 1 if memory was short."
-                    ) from None
-            waiting = [*running.values(), *waiting]
+                yield Done(cell, *_alone(recipe, cell, run))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _alone(recipe: Recipe, cell: Cell, run: Run) -> tuple[dict[str, Any], bytes]:
+    pool = _pool(1)
+    try:
+        return pool.submit(run, recipe, cell).result()
+    except BrokenProcessPool:
+        raise RunFailed(
+            f"The process of the cell {cell.name!r} died twice; give --jobs 1 if memory was short."
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    # A process for each cell: what a cell leaves behind changes no figure of the next one. Ctrl-C goes to the workers,
+    # too: they end without a word, and this process says what is kept.
+    return ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+        max_tasks_per_child=1,
+    )
 
 
 def _on_ray(recipe: Recipe, cells: Sequence[Cell], jobs: int, address: str | None) -> Iterator[Done]:
@@ -82,13 +97,12 @@ def _on_ray(recipe: Recipe, cells: Sequence[Cell], jobs: int, address: str | Non
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        ray.init(address=address, num_cpus=None if address else jobs, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, num_cpus=None if address else jobs, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"There is no Ray cluster at {address} ({error}); start one with `ray start --head`."
-        ) from error
+        where = "Ray cannot be started here" if address is None else f"There is no Ray cluster at {address}"
+        raise UserError(f"{where} ({error}); start one with `ray start --head`.") from error
     try:
-        task = ray.remote(num_cpus=1, max_retries=TRIES, max_calls=1)(run_cell)
+        task = ray.remote(num_cpus=1, max_retries=RETRIES, max_calls=1)(run_cell)
         running = {task.remote(recipe, cell): cell for cell in cells}
         while running:
             (first, *_), _ = ray.wait(list(running), num_returns=1)
@@ -100,7 +114,7 @@ def _on_ray(recipe: Recipe, cells: Sequence[Cell], jobs: int, address: str | Non
                     raise error.cause from error
                 raise
             except RayError as error:
-                raise RunFailed(f"The cell {cell.name!r} was lost {TRIES + 1} times ({error}).") from error
+                raise RunFailed(f"The cell {cell.name!r} was lost {RETRIES + 1} times ({error}).") from error
             yield Done(cell, found, weights)
     finally:
         ray.shutdown()

@@ -1,6 +1,7 @@
 """What `--data DIR|CORPUS|FILE[:weight] ...` means for training and evaluation."""
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ class ResolvedData:
     validation: list[TokenStream]
     test: list[TokenStream]
     datasets: list[PreparedDataset]
+
+    @property
+    def identity(self) -> str:
+        """A digest of the datasets and their weights."""
+        weights = [weight for _, weight in self.train]
+        mixture = [[data.manifest.dataset_id, weight] for data, weight in zip(self.datasets, weights, strict=True)]
+        return hashlib.sha256(json.dumps(mixture).encode()).hexdigest()
 
     def split(self, name: str) -> list[TokenStream]:
         """The streams of a split. Raises `UserError` if no source has it."""

@@ -35,7 +35,7 @@ class Score(NamedTuple):
 
 def fresh(streams: Sequence[Stream], length: int, tokens: int = TARGETS) -> list[tuple[Stream, list[Window]]]:
     """Every n-th window of `length` targets, so that about `tokens` are scored."""
-    every = max(1, math.ceil(sum(map(len, streams)) / tokens))
+    every = max(1, math.ceil(sum(map(len, streams)) / max(1, tokens)))
     parts = [(stream, list(islice(disjoint_windows(0, len(stream), length), 0, None, every))) for stream in streams]
     return [(stream, windows) for stream, windows in parts if windows]
 
@@ -62,7 +62,7 @@ def carried(
 ) -> list[tuple[Stream, list[Window]]]:
     """The beginning of each stream, read once. carry: the state is handed on from beginning to end. Otherwise windows
     of `length` tokens are read, half a window further each time, so that each target has half a window of context."""
-    share = tokens // len(streams)
+    share = max(1, tokens // len(streams))
     parts = []
     for stream in streams:
         end = min(len(stream), share)
@@ -75,8 +75,9 @@ def measure(
 ) -> Score:
     """Score all windows. prefix: the input before the first token of a stream."""
     nats = tokens = size = 0.0
+    model.train(False)
     for stream, windows in parts:
-        for position, found in score(model.eval(), stream, windows, prefix, batch):  # type: ignore[no-untyped-call]
+        for position, found in score(model, stream, windows, prefix, batch):
             nats += float(np.sum(found, dtype="float64"))
             tokens += len(found)
             size += target_bytes(stream, position, position + len(found))

@@ -15,10 +15,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dyadlm.causal_lm import state_bytes
 from dyadlm.errors import UserError
 from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
@@ -258,21 +259,4 @@ class Reader:
             _, state = self.ask(self._probe(length), torch.zeros(1, length, dtype=torch.bool), keep=True)
         if isinstance(state, DyadCache):
             return state.state_bytes() // 4
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state, set())) // 4
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that can be reached from a state, once."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part, seen)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part, seen)
-    elif isinstance(value, Cache) or type(value).__module__ == Cache.__module__:
-        yield from _tensors(vars(value), seen)
+        return state_bytes(state) // 4

@@ -35,7 +35,7 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
     """Write results.json and index.html into the folder of a study, in place of earlier ones. command: that made it."""
     families = dict(sorted(summary["families"].items(), key=lambda item: _mean(_nats(item[1], "fresh"))))
     shown = dict(zip(families, looks(list(families), []), strict=True))
-    study, recipe = summary["study"], summary["study"]["recipe"]
+    recipe = summary["recipe"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,7 +46,7 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
     facts = [
         f"{len(families)} families",
         f"about {compact(recipe['parameters'])} parameters each, n-gram tables aside",
-        f"budget {study['budget']}",
+        f"budget {recipe['budget']}",
         f"seeds: {summary['seeds']}",
         f"text: {', '.join(recipe['data'])}",
         f"optimizer {recipe['optimizer']}, windows of {recipe['length']} tokens, {recipe['batch']} a step",
@@ -88,8 +88,12 @@ def _shown(values: Sequence[float], form: Callable[[float], str]) -> Shown:
     """The mean, and Student's interval where there are several."""
     if len(values) < 2:
         return Shown(form(values[0]))
-    half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return Shown(form(_mean(values)), f"± {form(half)}")
+    return Shown(form(_mean(values)), f"± {form(_half(values))}")
+
+
+def _half(values: Sequence[float]) -> float:
+    """Half of Student's interval of the mean, 95 %."""
+    return STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
@@ -118,12 +122,9 @@ def _clear_best(values: Mapping[str, Sequence[float]]) -> str | None:
     """The family whose interval lies below all others; none where there is one seed alone."""
     if len(values) < 2 or any(len(own) < 2 for own in values.values()):
         return None
-    ends = {}
-    for name, own in values.items():
-        half = STUDENT[min(len(own) - 1, len(STUDENT)) - 1] * statistics.stdev(own) / math.sqrt(len(own))
-        ends[name] = (_mean(own) - half, _mean(own) + half)
     best = min(values, key=lambda name: _mean(values[name]))
-    return best if all(ends[best][1] < low for name, (low, _) in ends.items() if name != best) else None
+    end = _mean(values[best]) + _half(values[best])
+    return best if all(end < _mean(own) - _half(own) for name, own in values.items() if name != best) else None
 
 
 def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
@@ -163,7 +164,8 @@ def _rates(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, 
     rows = []
     for name, one in families.items():
         own = {float(rate): nats for rate, nats in one["sweep"].items()}
-        cells = [Shown(f"{own[rate]:.4f}" if rate in own else "–", best=rate == one["rate"]) for rate in rates]
+        told = {rate: "diverged" if nats is None else f"{nats:.4f}" for rate, nats in own.items()}
+        cells = [Shown(told.get(rate, "–"), best=rate == one["rate"]) for rate in rates]
         rows.append((shown[name], cells))
     return {
         "id": "rates",

@@ -1,6 +1,5 @@
 """All that a run consists of, put together before anything is written: model, text, arguments, identity."""
 
-import hashlib
 import json
 import logging
 import math
@@ -203,15 +202,12 @@ def _resolve(settings: TrainSettings) -> TrainingData:
             raise UserError("A model to continue from has its own tokenizer; leave data.tokenizer out.")
         tokenizer = settings.model
     resolved = resolve_data(settings.sources, tokenizer, **reading_options(settings.to_dict()))
-    datasets = [dataset.manifest for dataset in resolved.datasets]
-    weights = [weight for _, weight in resolved.train]
-    mixture = [[data.dataset_id, weight] for data, weight in zip(datasets, weights, strict=True)]
     return TrainingData(
         tokenizer=resolved.tokenizer,
         train=resolved.train,
         validation=resolved.validation,
-        id=hashlib.sha256(json.dumps(mixture).encode()).hexdigest(),
-        licences=sorted({source["licence"] for data in datasets for source in data.sources}),
+        id=resolved.identity,
+        licences=sorted({source["licence"] for data in resolved.datasets for source in data.manifest.sources}),
     )
 
 

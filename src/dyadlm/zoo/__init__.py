@@ -64,5 +64,8 @@ def build(
 
 
 def register_family(family: Family) -> None:
-    """Add a family of your own to `FAMILIES`, for `build` and `dyadlm compare` in this process."""
+    """Add a family of your own to `FAMILIES`, for `build` and `dyadlm.compare`.
+
+    Each process of a comparison must register it: call this outside of `if __name__ == "__main__"`, `run_study` inside.
+    """
     FAMILIES[family.name] = family

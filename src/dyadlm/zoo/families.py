@@ -17,7 +17,12 @@ from dyadlm.zoo.floors import FLOORS
 from dyadlm.zoo.mixer import MixerConfig, MixerForCausalLM
 
 HEADS, WINDOW = 4, 32
-REACH = 8  # how many times the trained length a model may be asked to read
+REACH, LEAST_REACH = 8, 2048  # how many times the trained length a model can read, and how many tokens at least
+
+
+def reach(sizes: Sizes) -> int:
+    """Tokens that a model can be asked to read at once: scores with a long context need 1,024 and a text more."""
+    return max(REACH * sizes.length, LEAST_REACH)
 
 
 def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
@@ -30,7 +35,7 @@ def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
             "num_hidden_layers": sizes.layers,
             "num_attention_heads": HEADS,
             "intermediate_size": sizes.inner,
-            "max_position_embeddings": REACH * sizes.length,
+            "max_position_embeddings": reach(sizes),
             "tie_word_embeddings": True,
             "pad_token_id": None,
             "bos_token_id": None,
@@ -59,7 +64,7 @@ def mixed(mixer: str, **options: Any) -> Callable[[Sizes], PreTrainedModel]:
                 num_hidden_layers=sizes.layers,
                 num_attention_heads=HEADS,
                 intermediate_size=sizes.inner,
-                max_position_embeddings=REACH * sizes.length,
+                max_position_embeddings=reach(sizes),
                 trained_length=sizes.length,
                 mixer=mixer,
                 options=options or None,
@@ -177,7 +182,7 @@ FAMILIES: dict[str, Family] = {
             "alibi", "attention with a bias for distance", "P6", "Press et al. 2022, arXiv 2108.12409",
             standard(
                 "mpt", d_model=lambda sizes: sizes.width, n_layers=lambda sizes: sizes.layers, n_heads=HEADS,
-                max_seq_len=lambda sizes: 8 * sizes.length, expansion_ratio=4,
+                max_seq_len=reach, expansion_ratio=4,
             ),
             step=4, has_inner=False,
         ),
@@ -229,7 +234,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "rwkv", "RWKV-4", "P9", "Peng et al. 2023, arXiv 2305.13048",
             standard(
-                "rwkv", attention_hidden_size=lambda sizes: sizes.width, context_length=lambda sizes: 8 * sizes.length
+                "rwkv", attention_hidden_size=lambda sizes: sizes.width, context_length=reach
             ),
             decodes="state",
         ),

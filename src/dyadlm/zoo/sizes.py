@@ -24,13 +24,9 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(weight.numel() * (2 if weight.is_complex() else 1) for weight in model.parameters())
 
 
+@lru_cache(maxsize=512)
 def count(family: Family, sizes: Sizes) -> int:
     """Parameters of a model of these sizes."""
-    return _count(family, sizes)
-
-
-@lru_cache(maxsize=512)
-def _count(family: Family, sizes: Sizes) -> int:
     with torch.device("meta"):
         return count_parameters(family.make(sizes))
 
@@ -57,7 +53,6 @@ def solve(family: Family, parameters: int, layers: int | None, vocabulary: int, 
 
 
 def _solve(family: Family, parameters: int, layers: int, vocabulary: int, length: int) -> Sizes:
-
     def sizes(steps: int) -> Sizes:
         width = steps * family.step
         return Sizes(width, layers, default_inner(width), vocabulary, length)
