@@ -107,7 +107,7 @@ def test_wrong_requests(arguments, message, capsys):
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_family_reads_a_long_context_however_short_its_texts_were(name):
     ready(name)
-    model = zoo.build(name, length=16, width=32, layers=1).eval()
+    model = zoo.build(name, length=16, width=32, layers=2).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.zeros(1, 1024 + 16, dtype=torch.long), use_cache=False).logits
     assert torch.isfinite(logits).all()
