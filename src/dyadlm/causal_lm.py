@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from dyadlm.errors import UserError
 from dyadlm.model import DyadForCausalLM
@@ -125,7 +125,7 @@ def _find_out(model: PreTrainedModel) -> Continues:
 
     def missed(edges: Sequence[int]) -> float:
         """How far from `whole` the logits of pieces are, in standard deviations; infinite if there can be none."""
-        state: dict[str, Any] = {}
+        state = first_state(model)
         logits = []
         try:
             for start, stop in pairwise(edges):
@@ -150,6 +150,25 @@ def _find_out(model: PreTrainedModel) -> Continues:
 
 def _rounding(model: PreTrainedModel) -> float:
     return max(ROUNDED, ROUNDED_UNITS * torch.finfo(model.dtype).eps)
+
+
+class RecurrentCache(DynamicCache):
+    """The cache of a model none of whose layers attends: no layer counts positions, and none needs them."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+def first_state(model: PreTrainedModel) -> dict[str, Any]:
+    """What to hand over with the first tokens of a text that is read on, by the names that `forward` takes; empty where
+    the model begins by itself. The cache that transformers makes for layers that do not attend cannot count them."""
+    if set(getattr(model.config, "layer_types", None) or ()) != {"linear_attention"}:
+        return {}
+    takes = "past_key_values" in inspect.signature(model.forward).parameters
+    return {"past_key_values": RecurrentCache(config=model.config)} if takes else {}
 
 
 def state_of(model: PreTrainedModel, output: Any) -> dict[str, Any]:
@@ -187,7 +206,7 @@ class Continuation:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.seen = 0
-        self._state: dict[str, Any] = {}
+        self._state = first_state(model)
         self._ids: Tensor | None = None  # all of them, for models that read everything again
         self._limit, self._context = position_limit(model), context_of(model)
 
@@ -198,7 +217,7 @@ class Continuation:
 
     def state_bytes(self) -> int | None:
         """Bytes of the tensors that are kept between calls; None for a model that reads everything again."""
-        return _tensor_bytes(self._state, set()) or None
+        return state_bytes(self._state) or None
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
@@ -258,16 +277,3 @@ class Continuation:
             return cast(Tensor, last)
         before = self.model(input_ids=self._ids, use_cache=False).logits[:, -length:-1]
         return torch.cat([before, last], 1)
-
-
-def _tensor_bytes(part: Any, seen: set[int]) -> int:
-    """Bytes of all tensors in a state, of whatever classes it is made."""
-    if id(part) in seen:
-        return 0
-    seen.add(id(part))
-    if isinstance(part, Tensor):
-        return part.numel() * part.element_size()
-    inside = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
-    if hasattr(part, "__dict__") and not isinstance(part, type | nn.Module):
-        inside = vars(part).values()
-    return sum(_tensor_bytes(own, seen) for own in inside)

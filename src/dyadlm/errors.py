@@ -7,3 +7,9 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """The request was right and ran, but failed (exit code 1): divergence, a failed check."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,7 +30,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds at the best rate.")] = 1,
     sweep: Annotated[
         float, typer.Option(metavar="PART", help="The part of the budget that each rate of the sweep gets.")
-    ] = 0.25,
+    ] = 0.2,
     learning_rates: Annotated[
         list[float] | None,
         typer.Option(
@@ -63,7 +62,7 @@ def compare(
 ) -> None:
     """Train families of models on the same text with the same budget, and write a page that compares them.
 
-    Learning rates are swept alike: each rate gets a quarter of the budget (--sweep), and the sweep goes on while the
+    Learning rates are swept alike: each rate gets a fifth of the budget (--sweep), and the sweep goes on while the
     best rate is at its end. Then the best rate is trained on the whole budget with each seed. With three rates and one
     seed a family takes 1.75 budgets; cells run at once on all cores. Run the same command again to go on after a stop.
     """
@@ -140,19 +139,15 @@ def _show_plan(study: "Study", at_once: int) -> None:
 
 
 class _Progress:
-    """A line for each round and each cell. done: cells that are."""
+    """A line for each cell. done: cells that are."""
 
     def __init__(self) -> None:
-        self.done, self._number, self._begun = 0, 0, time.monotonic()
+        self.done, self._begun = 0, time.monotonic()
 
-    def __call__(self, cells: Sequence["Cell"], done: "Done | None") -> None:
-        if done is None:
-            self._number = 0
-            errors.print(f"{len(cells)} cells: {', '.join(dict.fromkeys(cell.family for cell in cells))}")
-            return
-        self.done, self._number = self.done + 1, self._number + 1
+    def __call__(self, done: "Done", left: int) -> None:
+        self.done += 1
         minutes = (time.monotonic() - self._begun) / 60
-        errors.print(f"[{self._number}/{len(cells)}] {self._told(done.cell, done.found)} ({minutes:.1f} min)")
+        errors.print(f"{self._told(done.cell, done.found)} ({self.done} done, {left} left, {minutes:.1f} min)")
 
     @staticmethod
     def _told(cell: "Cell", found: dict[str, Any]) -> str:

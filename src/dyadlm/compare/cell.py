@@ -16,11 +16,11 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dyadlm.causal_lm import continues, state_bytes, state_of
+from dyadlm.causal_lm import FAULTS, continues, first_state, state_bytes, state_of
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import RunFailed, UserError, first_line
 from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
@@ -127,11 +127,11 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
         "parameters": count_parameters(model),
         "curve": curve,
         "scores": {name: score._asdict() for name, score in scores.items()},
-        "decoding": decoding(model) if cell.final else [],
         "peak_mebibytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     }
     if not cell.final:
         return found, b""
+    found["decoding"], found["decoding_ends"] = decoding(model)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     once: dict[int, str] = {}  # a tied matrix is kept under its first name
     for name, tensor in weights.items():
@@ -234,30 +234,30 @@ def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decoding(model: PreTrainedModel) -> list[dict[str, float]]:
-    """Milliseconds of thread time for one more token after some contexts, and the bytes of the state; what keeps no
-    state has none, and reads its text again."""
+def decoding(model: PreTrainedModel) -> tuple[list[dict[str, float]], str]:
+    """Milliseconds of thread time for one more token after some contexts, and the bytes of the state; why there are not
+    more: what keeps no state reads its text again, and a context can be longer than a model reads."""
     found: list[dict[str, float]] = []
     model.train(False)
     for context in CONTEXTS:
         ids = torch.randint(0, 256, (1, max(context, 1)), generator=torch.Generator().manual_seed(1))
         try:
-            output = model(input_ids=ids, use_cache=True)
+            output = model(input_ids=ids, use_cache=True, **first_state(model))
             state = state_of(model, output)
             if not state:
-                return found
+                return found, "it keeps no state"
             times = []
             for _ in range(WRITTEN):
                 begun = time.thread_time()
                 output = model(input_ids=ids[:, -1:], use_cache=True, **state)
                 state = state_of(model, output)
                 times.append(time.thread_time() - begun)
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return found  # a context beyond what the model can read, or a state that cannot be continued
+        except FAULTS as error:
+            return found, f"after {context:,} tokens: {first_line(error)}"
         found.append(
             {"context": context, "milliseconds": round(1000 * min(times), 4), "state_bytes": state_bytes(state)}
         )
-    return found
+    return found, ""
 
 
 def circumstances() -> dict[str, Any]:

@@ -5,8 +5,9 @@ Each cell is a file of its own, written when the cell is done, so that a study t
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Study:
     families: tuple[str, ...]
     budget: Budget
     seeds: int = 1
-    sweep: float = 0.25
+    sweep: float = 0.2
     rates: tuple[float, ...] = ()
     force: bool = False
 
@@ -172,19 +173,18 @@ def final_cells(study: Study, results: Results, family: str, rate: float) -> lis
 
 
 def next_cells(study: Study, results: Results) -> list[Cell]:
-    """What can be run now: the cost of each family, then its sweep, then its seeds."""
+    """What can be run now, the longest first: the cost of all families, then the sweep of each, then its seeds."""
+    if costs := [Cell(family) for family in study.families if Cell(family).name not in results.found]:
+        return costs
     cells: list[Cell] = []
     for family in study.families:
-        if Cell(family).name not in results.found:
-            cells.append(Cell(family))
-            continue
         if (faults := results.found[Cell(family).name].get("faults")) and not study.force:
             raise UserError(f"{family} is not sound ({faults[0]}); leave it out of --models, or give --force.")
         missing, best = swept(study, results, family)
         if best is not None:
             missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
         cells += missing
-    return cells
+    return sorted(cells, key=lambda cell: -cell.tokens * results.found[Cell(cell.family).name]["seconds_per_token"])
 
 
 def run_study(
@@ -193,11 +193,11 @@ def run_study(
     jobs: int,
     engine: Engine = "local",
     address: str | None = None,
-    progress: Callable[[Sequence[Cell], Done | None], None] = lambda cells, done: None,
+    progress: Callable[[Done, int], None] = lambda done, left: None,
 ) -> dict[str, list[Cell]]:
     """Run what is missing, and return the final cells of each family; `Results` reads what they found.
 
-    progress: called with the cells of a round before it begins (None), and with each that is done.
+    progress: called with each cell that is done, and the number of those that are now known to be left.
 
     Raises:
         UserError: a folder with another study, or what a cell refuses. RunFailed: a worker that died twice.
@@ -205,11 +205,9 @@ def run_study(
     make_folder(folder)
     with locked(folder):
         results = Results(folder, study)
-        while cells := next_cells(study, results):
-            progress(cells, None)
-            for done in run_cells(study.recipe, cells, jobs, engine, address):
-                results.keep(done)
-                progress(cells, done)
+        for done in run_cells(study.recipe, partial(next_cells, study, results), jobs, engine, address):
+            results.keep(done)
+            progress(done, len(next_cells(study, results)))
         return {family: final_cells(study, results, family, _best(study, results, family)) for family in study.families}
 
 

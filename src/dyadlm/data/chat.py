@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,10 +182,8 @@ class ChatTemplate:
                 )
             )
         except Exception as error:  # templates raise errors of their own
-            reason = str(error).strip().splitlines()[:1]
             raise UserError(
-                f"{document}: the chat template does not take these messages "
-                f"({reason[0] if reason else type(error).__name__})."
+                f"{document}: the chat template does not take these messages ({first_line(error)})."
             ) from error
 
     def require_prefix(self, before: str, after: str, document: str) -> None:

@@ -27,7 +27,7 @@ from dyadlm.data.formats import (
     require_text_name,
     split_text,
 )
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.files import printable, sha256_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -248,10 +248,9 @@ def _hub_dataset(name: str, configuration: str | None, text_field: str) -> Sourc
         builder = datasets.load_dataset_builder(name, configuration)
         stored = datasets.load_dataset(name, configuration, streaming=True)
     except Exception as error:  # the hub, the network and dataset files raise errors of many kinds
-        reason = str(error).strip().splitlines()[:1]
         raise UserError(
             f"There is no file or folder {title!r}, and no such dataset on the hub can be reached "
-            f"({reason[0] if reason else type(error).__name__})."
+            f"({first_line(error)})."
         ) from error
     if TRAIN not in stored:
         raise UserError(f"The dataset {title!r} has no split `train`; it has {', '.join(stored)}.")

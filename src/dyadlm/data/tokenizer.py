@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dyadlm.data.encoding import BEGIN_TOKEN, END_TOKEN, PAD_TOKEN, byte_backend
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.shipped import place_of_model
 
 
@@ -42,10 +42,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the hub, the network and broken files raise errors of many kinds
-        reason = str(error).strip().splitlines()[:1]
         raise UserError(
             f"There is no tokenizer {name_or_path!r}: give `byte`, a folder with a tokenizer, or a Hugging Face "
-            f"name that can be reached ({reason[0] if reason else type(error).__name__})."
+            f"name that can be reached ({first_line(error)})."
         ) from error
 
 
@@ -58,8 +57,7 @@ def _of_file(path: Path) -> PreTrainedTokenizerBase:
     try:
         loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))  # type: ignore[no-untyped-call]
     except Exception as error:  # the library under it raises errors of its own
-        reason = str(error).strip().splitlines()[:1]
-        raise UserError(f"{path} is no tokenizer.json ({reason[0] if reason else type(error).__name__}).") from error
+        raise UserError(f"{path} is no tokenizer.json ({first_line(error)}).") from error
     known = loaded.get_vocab()
     end = next((token for token in ENDS if token in known), None)
     if end is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dyadlm.causal_lm import FAULTS, STATE_NAMES, vocabulary_size
+from dyadlm.causal_lm import FAULTS, STATE_NAMES, first_state, vocabulary_size
 from dyadlm.diagnose.causality import (
     SPARSE_FIELDS,
     chosen_length,
@@ -28,9 +28,9 @@ from dyadlm.diagnose.causality import (
     perturb,
 )
 from dyadlm.diagnose.huggingface import HuggingFaceSubject
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.model.loading import load_weights, without_bars_of_transformers
-from dyadlm.recall.models import RecurrentCache, build_model
+from dyadlm.recall.models import build_model
 from dyadlm.version import __version__
 
 Status = Literal["passed", "failed", "not applicable"]
@@ -213,7 +213,7 @@ class Auditor:
 
     def cache(self) -> AuditCheck:
         """Reading on from a state gives what reading all at once gives: early, and late in the text."""
-        beginning = self._beginning()
+        beginning = first_state(self.model)
         output = self.run(self.ids[:1], use_cache=True, **beginning)
         name = next((name for name in STATE_NAMES if getattr(output, name, None) is not None), None)
         parameters = inspect.signature(self.model.forward).parameters
@@ -224,7 +224,7 @@ class Auditor:
             state: Any = None
             parts = [(0, first), *((t, t + 1) for t in range(first, first + STEPS))]
             for start, stop in parts:
-                options = {name: state} if state is not None else self._beginning()
+                options = {name: state} if state is not None else first_state(self.model)
                 output = self.run(self.ids[:1, start:stop], use_cache=True, **options)
                 state = getattr(output, name)
                 found.append(output.logits[:, -(stop - start) :].float().cpu())
@@ -232,12 +232,6 @@ class Auditor:
         return self.compare(
             "cache", torch.cat(found, 1), torch.cat(expected, 1), self.rounded, "logits from a state and at once"
         )
-
-    def _beginning(self) -> dict[str, Any]:
-        kinds = set(getattr(self.model.config, "layer_types", None) or ())
-        if kinds == {"linear_attention"}:
-            return {"past_key_values": RecurrentCache(config=self.model.config)}
-        return {}
 
     def left_padding(self) -> AuditCheck:
         """Pads to the left, and masked, change nothing."""
@@ -308,7 +302,7 @@ def audit(
     except UserError:
         raise
     except FAULTS as error:
-        raise UserError(f"{name} cannot read a text of random tokens ({_first_line(error)}).") from error
+        raise UserError(f"{name} cannot read a text of random tokens ({first_line(error)}).") from error
     results = []
     checks = auditor.checks()
     for number, (check, run) in enumerate(checks.items()):
@@ -316,7 +310,7 @@ def audit(
         try:
             results.append(run())
         except (UserError, *FAULTS) as error:
-            results.append(AuditCheck(check, "failed", f"it raises {type(error).__name__}: {_first_line(error)}"))
+            results.append(AuditCheck(check, "failed", f"it raises {type(error).__name__}: {first_line(error)}"))
         progress(check, number + 1, len(checks))
     circumstances = {
         "type": model.config.model_type,
@@ -327,8 +321,3 @@ def audit(
         "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     return Audit(name, auditor.length, results, auditor.left_out, circumstances)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"

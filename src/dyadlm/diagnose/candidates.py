@@ -18,7 +18,7 @@ from dyadlm.diagnose.huggingface import HuggingFaceSubject
 from dyadlm.diagnose.material import Material
 from dyadlm.diagnose.probe import NotApplicable
 from dyadlm.diagnose.trajectory import Trajectory
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.evaluate.memorisation import canaries_of_run
 from dyadlm.generate.pretrained import DTYPES, resolve_device
 from dyadlm.model import DyadForCausalLM
@@ -80,8 +80,9 @@ def _fingerprint(folder: Path, model: PreTrainedModel) -> Fingerprint | None:
         fingerprint = Fingerprint(model.config, any(name.startswith("tags.") for name in weights))
         fingerprint.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{file} cannot be read ({reason}); remove it, or diagnose another checkpoint.") from error
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)}); remove it, or diagnose another checkpoint."
+        ) from error
     return fingerprint
 
 
@@ -131,8 +132,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
             f"{path} needs the package gguf, which is not installed; install it with `pip install 'dyadlm[gguf]'`."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be loaded as a GGUF model ({reason}); give another file.") from error
+        raise UserError(f"{path} cannot be loaded as a GGUF model ({first_line(error)}); give another file.") from error
     return _unpacked(cast(PreTrainedModel, model)), tokenizer
 
 

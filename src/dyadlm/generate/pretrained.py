@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.model.loading import load_weights, place_of_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,9 +29,9 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place_of_tokenizer(path_or_name), trust_remote_code=False)
     except Exception as error:  # broken files raise errors of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"The tokenizer of {path_or_name} cannot be loaded ({reason}); save the model's tokenizer beside it."
+            f"The tokenizer of {path_or_name} cannot be loaded ({first_line(error)}); "
+            "save the model's tokenizer beside it."
         ) from error
     return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from huggingface_hub.constants import is_offline_mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.model.adapters import ADAPTER_CONFIG, adapter_folder, base_of_adapter, merge_adapter, require_kinds
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.shipped import place_of_model
@@ -78,9 +78,8 @@ def load_weights(
     except UserError:
         raise
     except Exception as error:  # broken files raise errors of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path_or_name} cannot be loaded as a causal language model ({reason}); "
+            f"{path_or_name} cannot be loaded as a causal language model ({first_line(error)}); "
             "give a folder that `dyadlm train` wrote, or another model in safetensors."
         ) from error
     model, report = loaded
@@ -165,10 +164,8 @@ def require_found(path_or_name: str | Path) -> None:
     try:
         HfApi().model_info(name, timeout=HUB_PATIENCE)
     except Exception as error:  # the hub and the network raise errors of many kinds
-        reason = str(error).strip().splitlines()[:1]
         raise UserError(
-            f"There is no folder {name}, and no such model on the hub can be reached "
-            f"({reason[0] if reason else type(error).__name__})."
+            f"There is no folder {name}, and no such model on the hub can be reached ({first_line(error)})."
         ) from error
 
 

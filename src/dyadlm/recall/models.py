@@ -15,12 +15,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dyadlm.causal_lm import state_bytes
-from dyadlm.errors import UserError
+from dyadlm.causal_lm import first_state, state_bytes
+from dyadlm.errors import UserError, first_line
 from dyadlm.model import PRESETS, DyadCache, DyadConfig, DyadForCausalLM
 from dyadlm.model.loading import load_weights
 from dyadlm.recall.tasks import UNSCORED
@@ -99,7 +99,7 @@ def build_model(name: str, vocabulary: int, length: int, given: Mapping[str, Any
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"There can be no {name} with these fields ({_first_line(error)}); set others.") from error
+            raise UserError(f"There can be no {name} with these fields ({first_line(error)}); set others.") from error
     return made.float()  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -138,7 +138,7 @@ def _new_config(name: str, vocabulary: int, length: int, given: Mapping[str, Any
         }
         return AutoConfig.for_model(name, **{key: value for key, value in small.items() if key in hints} | checked)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"There can be no {name} with these fields ({_first_line(error)}); set others.") from error
+        raise UserError(f"There can be no {name} with these fields ({first_line(error)}); set others.") from error
 
 
 def _may_be_none(hint: Any) -> bool:
@@ -147,21 +147,6 @@ def _may_be_none(hint: Any) -> bool:
     except UserError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-class RecurrentCache(DynamicCache):
-    """The cache of a model none of whose layers attends: no layer counts positions, and none needs them."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
 
 
 class Reader:
@@ -206,7 +191,7 @@ class Reader:
         state: what the last chunk left, None at the beginning.
         """
         if keep and state is None:
-            state = self._beginning()
+            state = first_state(self.model).get(self.state_name)
         options = {self.state_name: state} if state is not None else {}
         reader = self.model.base_model if self.plain else self.model
         output = reader(input_ids=tokens, use_cache=keep, **options)
@@ -228,12 +213,6 @@ class Reader:
         tokens = torch.cat([tokens, labels[:, -1:].clamp(min=0)], 1)
         output = self.model(input_ids=tokens, labels=labels)
         return output.logits[:, :-1][asked], output.loss
-
-    def _beginning(self) -> DynamicCache | None:
-        kinds = set(getattr(self.model.config, "layer_types", None) or ())
-        if kinds == {"linear_attention"} and self.state_name == "past_key_values":
-            return RecurrentCache(config=self.model.config)
-        return None  # the model makes its own
 
     def continues(self) -> bool:
         """Whether reading in chunks gives what reading at once gives; where not, rows are read whole."""

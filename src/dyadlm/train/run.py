@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.resolve import parse_weight
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import RunFailed, UserError, first_line
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
 from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.configuration import CHOOSING, DyadConfig
@@ -343,8 +343,9 @@ def _compiler_errors(arguments: TrainingArguments) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunFailed(f"torch.compile cannot take this model here ({reason}); leave train.compile out.") from error
+        raise RunFailed(
+            f"torch.compile cannot take this model here ({first_line(error)}); leave train.compile out."
+        ) from error
 
 
 @contextlib.contextmanager

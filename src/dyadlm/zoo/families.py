@@ -269,7 +269,7 @@ FAMILIES: dict[str, Family] = {
                 embedding_dim=lambda sizes: sizes.width, ffn_round_up_to_multiple_of=8,
                 ffn_proj_factor=lambda sizes: sizes.inner / sizes.width, autocast_kernel_dtype="float32",
             ),
-            decodes="nothing",
+            decodes="state",
         ),
         Family(
             "griffin", "a gated recurrence and local attention", "today", "De et al. 2024, arXiv 2402.19427",
