@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -188,9 +189,12 @@ def test_studies_that_are_refused(fields, message):
         study(**fields)
 
 
-def until_done(*cells: Cell):
-    """Each cell is wanted until it has been handed out; run_cells may ask while it runs."""
-    return lambda left=iter(range(9)): cells if next(left) == 0 else ()
+def run_all(engine, *cells: Cell) -> list[Done]:
+    """Ask an engine for some cells, each until it is done."""
+    done: list[Done] = []
+    for one in engine(lambda: [cell for cell in cells if cell not in {other.cell for other in done}]):
+        done.append(one)
+    return done
 
 
 def once(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
@@ -203,17 +207,33 @@ def once(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
 
 
 def always(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
-    os.kill(os.getpid(), signal.SIGKILL)
+    if cell.family == "llama":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
     raise AssertionError
+
+
+def refuses(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
+    raise UserError("There is no text.")
+
+
+def fails(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
+    return {"": 1 / 0}, b""
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_one_cell(tmp_path):
     recipe = Recipe(data=(str(tmp_path),))
-    done = list(_here(recipe, until_done(Cell("llama"), Cell("dyad")), 2, once))
+    done = run_all(lambda wanted: _here(recipe, wanted, 2, once), Cell("llama"), Cell("dyad"))
     assert {one.found["family"] for one in done} == {"llama", "dyad"}
-    with pytest.raises(RunFailed, match="died twice"):
-        list(_here(recipe, until_done(Cell("llama"), Cell("dyad")), 2, always))
+    with pytest.raises(RunFailed, match="'llama cost' died twice"):
+        run_all(lambda wanted: _here(recipe, wanted, 2, always), Cell("llama"), Cell("dyad"))
+    with pytest.raises(UserError, match="no text") as raised:
+        run_all(lambda wanted: _here(recipe, wanted, 2, refuses), Cell("llama"))
+    assert not hasattr(raised.value, "__notes__")
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_all(lambda wanted: _here(recipe, wanted, 2, fails), Cell("llama"))
+    assert "in fails" in raised.value.__notes__[0]
 
 
 @pytest.mark.slow
@@ -222,14 +242,14 @@ def test_a_worker_that_dies_costs_one_cell(tmp_path):
 def test_ray_runs_a_cell_again_whose_worker_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "run_cell", once)
     recipe = Recipe(data=(str(tmp_path),))
-    done = list(workers.run_cells(recipe, until_done(Cell("llama"), Cell("dyad")), 2, "ray"))
+    done = run_all(lambda wanted: workers.run_cells(recipe, wanted, 2, "ray"), Cell("llama"), Cell("dyad"))
     assert {one.found["family"] for one in done} == {"llama", "dyad"}
 
 
 def test_ray_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
-        list(workers.run_cells(RECIPE, until_done(Cell("dyad")), 1, "ray"))
+        run_all(lambda wanted: workers.run_cells(RECIPE, wanted, 1, "ray"), Cell("dyad"))
 
 
 def test_results_say_what_is_next(tmp_path, ran):

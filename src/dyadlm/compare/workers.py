@@ -6,10 +6,12 @@ A worker that dies costs one cell, which is run again; a cell that dies twice st
 import logging
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from importlib.util import find_spec
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NamedTuple
 
 from dyadlm.compare.cell import Cell, Recipe, run_cell
@@ -45,61 +47,63 @@ def run_cells(
 
 
 def _here(recipe: Recipe, wanted: Wanted, jobs: int, run: Run = run_cell) -> Iterator[Done]:
-    running: dict[Future[tuple[dict[str, Any], bytes]], Cell] = {}
-    pool = _pool(jobs)
+    # A process for each cell: what a cell leaves behind changes no figure of the next. Where the system can, each is a
+    # copy of one that has loaded torch, which takes seconds.
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    context.set_forkserver_preload([__name__])
+    running: dict[Any, tuple[Cell, BaseProcess]] = {}  # by the end of the pipe that a result comes from
+    died: set[Cell] = set()
+    ready: Any
     try:
         while True:
-            for cell in _free(wanted(), running.values())[: jobs - len(running)]:
-                running[pool.submit(run, recipe, cell)] = cell
+            for cell in _free(wanted(), (cell for cell, _ in running.values()))[: jobs - len(running)]:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(sender, run, recipe, cell), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = cell, process
             if not running:
                 return
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            try:
-                for future in ended:
-                    found, weights = future.result()
-                    yield Done(running.pop(future), found, weights)
-            except BrokenProcessPool:
-                # Python does not say which of the processes died, and has ended all; each is run again alone.
-                pool.shutdown(wait=False, cancel_futures=True)
-                pool = _pool(jobs)
-                while running:
-                    _, cell = running.popitem()
-                    yield Done(cell, *_alone(recipe, cell, run))
+            for ready in wait(list(running)):
+                cell, process = running.pop(ready)
+                try:
+                    result = ready.recv()
+                except EOFError:
+                    if cell in died:
+                        raise RunFailed(
+                            f"The process of the cell {cell.name!r} died twice; give --jobs 1 if memory was short."
+                        ) from None
+                    died.add(cell)
+                    continue
+                finally:
+                    ready.close()
+                    process.join()
+                if isinstance(result, Exception):
+                    raise result
+                yield Done(cell, *result)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for _, process in running.values():
+            process.terminate()
+
+
+def _work(sender: Connection, run: Run, recipe: Recipe, cell: Cell) -> None:
+    """In the process of a cell: send what was found, or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that has started this one ends it
+    result: tuple[dict[str, Any], bytes] | Exception
+    try:
+        result = run(recipe, cell)
+    except Exception as error:
+        if not isinstance(error, UserError | RunFailed):
+            error.add_note(traceback.format_exc())
+        result = error
+    with suppress(BrokenPipeError):  # nobody waits any more
+        sender.send(result)
 
 
 def _free(wanted: Iterable[Cell], running: Iterable[Cell]) -> list[Cell]:
     taken = set(running)
     return [cell for cell in wanted if cell not in taken]
-
-
-def _alone(recipe: Recipe, cell: Cell, run: Run) -> tuple[dict[str, Any], bytes]:
-    pool = _pool(1)
-    try:
-        return pool.submit(run, recipe, cell).result()
-    except BrokenProcessPool:
-        raise RunFailed(
-            f"The process of the cell {cell.name!r} died twice; give --jobs 1 if memory was short."
-        ) from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    # A process for each cell: what a cell leaves behind changes no figure of the next. Where the system can, each is a
-    # copy of one that has loaded torch, which takes seconds. Ctrl-C goes to the workers, too: they end without a word,
-    # and this process says what is kept.
-    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(kind)
-    context.set_forkserver_preload(["dyadlm.compare.cell"])
-    return ProcessPoolExecutor(
-        jobs,
-        mp_context=context,
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_DFL),
-        max_tasks_per_child=1,
-    )
 
 
 def _on_ray(recipe: Recipe, wanted: Wanted, jobs: int, address: str | None) -> Iterator[Done]:

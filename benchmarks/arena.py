@@ -1,0 +1,72 @@
+"""Every family of the zoo that can be built, at one size, on one text, with equal sweeps: the table of docs/arena.md.
+
+    python benchmarks/arena.py     # about 1M parameters, 1.5M tokens of Shakespeare, one seed
+    python benchmarks/arena.py --tokens 5M --seeds 3 --families dyad llama --output benchmarks/results/arena-5M
+
+Costs are measured first. Then the families are trained, the fastest first, each with all of its cells, so that a study
+that is stopped has whole rows; the same command goes on. The page is written after each family.
+"""
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from common import ROOT, require_green
+from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
+from dyadlm.compare.study import Results, summary
+from dyadlm.compare.workers import Done, run_cells
+from dyadlm.data import byte_tokenizer, resolve_data
+from dyadlm.report.arena import write_arena
+from dyadlm.zoo import FAMILIES
+
+ALL = [name for name, family in FAMILIES.items() if not family.excluded]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="shakespeare")
+    parser.add_argument("--tokens", default="1.5M")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sweep", type=float, default=0.1, help="the part of the tokens that each rate gets")
+    parser.add_argument("--families", nargs="+", default=ALL)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
+    asked = parser.parse_args()
+    require_green()
+    recipe = Recipe(data=(asked.data,), text=resolve_data([asked.data], byte_tokenizer()).identity)
+    budget = Budget.parse(f"tokens={asked.tokens}")
+    study = Study(recipe, tuple(asked.families), budget, asked.seeds, asked.sweep)
+    finals: dict[str, list[Cell]] = {}
+    for name in fastest_first(study, asked.output, asked.jobs):
+        finals |= run_study(replace(study, families=(name,)), asked.output, asked.jobs, progress=show)
+        found = summary(replace(study, families=tuple(finals)), asked.output, finals)
+        write_arena(found, asked.output, shlex.join(["python", *sys.argv]))
+
+
+def fastest_first(study: Study, folder: Path, jobs: int) -> list[str]:
+    """The sound families of a study, in the order of the time that they take for a token."""
+    results = Results(folder, study)
+
+    def missing() -> list[Cell]:
+        return [cell for cell in map(Cell, study.families) if cell.name not in results.found]
+
+    for done in run_cells(study.recipe, missing, jobs):
+        results.keep(done)
+        show(done, len(missing()))
+    costs = {name: results.found[Cell(name).name] for name in study.families}
+    for name, cost in costs.items():
+        if cost["faults"]:
+            print(f"{name} is left out: {cost['faults'][0]}", flush=True)
+    sound = [name for name in costs if not costs[name]["faults"]]
+    return sorted(sound, key=lambda name: float(costs[name]["seconds_per_token"]))
+
+
+def show(done: Done, left: int) -> None:
+    scores = done.found.get("scores", {"fresh": {"nats": None}})
+    print(done.cell.name, scores["fresh"]["nats"], f"({left} left of what is known)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
