@@ -1,5 +1,7 @@
 """Longer texts than trained: stretched positions do what their papers say, and losses differ in the past alone."""
 
+import logging
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -46,12 +48,15 @@ def test_yarn_keeps_fast_rotations_and_divides_slow_ones(llama):
 
 
 @pytest.mark.parametrize("name", ["interpolated", "ntk", "yarn"])
-def test_families_of_stretched_positions_differ_beyond_the_trained_length(name):
+def test_families_of_stretched_positions_differ_beyond_the_trained_length(name, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     plain, model = (zoo.build(kind, length=16, width=32, layers=1) for kind in ("llama", name))
     model.load_state_dict(plain.state_dict())
     ids = TOKENS[None, :64]
     with torch.no_grad():
         assert (model(ids).logits - plain(ids).logits).abs().max() > 1e-4
+    stretch(plain, name, 16, 4)
+    assert not caplog.records  # transformers warns of fields that a kind of positions does not have
 
 
 def test_losses_are_of_the_same_tokens(llama):

@@ -99,7 +99,7 @@ def scaled(**rope: Any) -> Callable[[Sizes], PreTrainedModel]:
         "llama",
         rope_parameters=lambda sizes: {
             "rope_theta": 10_000.0,
-            "original_max_position_embeddings": sizes.length,
+            **({"original_max_position_embeddings": sizes.length} if rope["rope_type"] == "yarn" else {}),
             **rope,
         },
         # The base of `dynamic` is raised for texts longer than this field.

@@ -41,7 +41,7 @@ def stretch(model: PreTrainedModel, scaling: str, length: int, factor: float) ->
         "rope_type": SCALINGS[scaling],
         "rope_theta": usual["rope_theta"],
         "factor": float(factor),
-        "original_max_position_embeddings": length,
+        **({"original_max_position_embeddings": length} if scaling == "yarn" else {}),
     }
     # The base of `dynamic` is raised for texts longer than this field.
     config.max_position_embeddings = length if scaling == "ntk" else int(length * factor)
