@@ -15,8 +15,8 @@ from pathlib import Path
 
 from common import ROOT, require_green
 from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
-from dyadlm.compare.study import Results, summary
-from dyadlm.compare.workers import Done, run_cells
+from dyadlm.compare.cell import Done
+from dyadlm.compare.study import Results, run_cells, summary
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.report.arena import write_arena
 from dyadlm.zoo import FAMILIES

@@ -33,6 +33,7 @@ FREE = {
     "state_file",
     "values",
     "version",
+    "workers",
 }
 
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
-from dyadlm.compare.cell import Cell, Recipe, new_model, run_cell, trained
-from dyadlm.compare.workers import Done
+from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, trained
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
@@ -39,7 +38,7 @@ def text(tmp_path, monkeypatch):
     return str(tmp_path / "my.txt")
 
 
-def one_after_another(recipe, wanted, jobs):
+def one_after_another(recipe, wanted, jobs, engine, address):
     while cells := wanted():
         yield Done(cells[0], *run_cell(recipe, cells[0]))
 
@@ -47,7 +46,7 @@ def one_after_another(recipe, wanted, jobs):
 @pytest.mark.slow
 def test_a_page_comes_of_one_command(text, tmp_path, capsys, monkeypatch):
     # In this process: a process for each cell loads torch anew.
-    monkeypatch.setattr("dyadlm.compare.workers._here", one_after_another)
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", one_after_another)
     asked = [
         "compare", "--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "tokens=2k", "--parameters",
         "200k", "--length", "32", "--batch-size", "2", "--seeds", "2", "--learning-rates", "8e-3", "--ngrams", "2,3",

@@ -1,18 +1,13 @@
 """What a study runs, in which order, what it keeps, and what it refuses; cells here need no training."""
 
 import json
-import os
-import signal
-import time
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
-from dyadlm.compare import Budget, Cell, Recipe, Study, run_study, workers
+from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
+from dyadlm.compare.cell import Done
 from dyadlm.compare.study import Results, file_name, final_cells, next_cells, summary, swept, tokens_of
-from dyadlm.compare.workers import Done, _here
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import UserError
 
 RECIPE = Recipe(data=("shakespeare",), parameters=300_000, length=64, batch=2)
 BEST = {"dyad": 16e-3, "llama": 4e-3}
@@ -187,69 +182,6 @@ def test_a_damaged_cell_and_another_study_are_refused(tmp_path, ran):
 def test_studies_that_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         study(**fields)
-
-
-def run_all(engine, *cells: Cell) -> list[Done]:
-    """Ask an engine for some cells, each until it is done."""
-    done: list[Done] = []
-    for one in engine(lambda: [cell for cell in cells if cell not in {other.cell for other in done}]):
-        done.append(one)
-    return done
-
-
-def once(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
-    """Kills its own process the first time that a cell of the family llama runs."""
-    mark = Path(recipe.data[0]) / cell.family
-    if cell.family == "llama" and not mark.exists():
-        mark.write_text("")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return {"family": cell.family}, b""
-
-
-def always(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
-    if cell.family == "llama":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-    raise AssertionError
-
-
-def refuses(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
-    raise UserError("There is no text.")
-
-
-def fails(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
-    return {"": 1 / 0}, b""
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_costs_one_cell(tmp_path):
-    recipe = Recipe(data=(str(tmp_path),))
-    done = run_all(lambda wanted: _here(recipe, wanted, 2, once), Cell("llama"), Cell("dyad"))
-    assert {one.found["family"] for one in done} == {"llama", "dyad"}
-    with pytest.raises(RunFailed, match="'llama cost' died twice"):
-        run_all(lambda wanted: _here(recipe, wanted, 2, always), Cell("llama"), Cell("dyad"))
-    with pytest.raises(UserError, match="no text") as raised:
-        run_all(lambda wanted: _here(recipe, wanted, 2, refuses), Cell("llama"))
-    assert not hasattr(raised.value, "__notes__")
-    with pytest.raises(ZeroDivisionError) as raised:
-        run_all(lambda wanted: _here(recipe, wanted, 2, fails), Cell("llama"))
-    assert "in fails" in raised.value.__notes__[0]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.filterwarnings("ignore")
-def test_ray_runs_a_cell_again_whose_worker_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "run_cell", once)
-    recipe = Recipe(data=(str(tmp_path),))
-    done = run_all(lambda wanted: workers.run_cells(recipe, wanted, 2, "ray"), Cell("llama"), Cell("dyad"))
-    assert {one.found["family"] for one in done} == {"llama", "dyad"}
-
-
-def test_ray_that_is_not_there_is_said(monkeypatch):
-    monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
-        run_all(lambda wanted: workers.run_cells(RECIPE, wanted, 1, "ray"), Cell("dyad"))
 
 
 def test_results_say_what_is_next(tmp_path, ran):

@@ -14,7 +14,7 @@ from dyadlm.cli.shared import errors
 
 if TYPE_CHECKING:
     from dyadlm.compare import Cell, Recipe, Study
-    from dyadlm.compare.workers import Done
+    from dyadlm.compare.cell import Done
 
 
 def compare(
@@ -64,7 +64,7 @@ def compare(
 
     Learning rates are swept alike: each rate gets a fifth of the budget (--sweep), and the sweep goes on while the
     best rate is at its end. Then the best rate is trained on the whole budget with each seed. With three rates and one
-    seed a family takes 1.75 budgets; cells run at once on all cores. Run the same command again to go on after a stop.
+    seed a family takes 1.6 budgets; cells run at once on all cores. Run the same command again to go on after a stop.
     """
     from dyadlm.compare import Budget, Recipe, Study, run_study
     from dyadlm.compare.budget import parse_amount

@@ -8,7 +8,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -65,6 +65,14 @@ class Recipe:
             raise UserError(f"--scale is a number above 0, not {self.scale}.")
 
 
+class Done(NamedTuple):
+    """A cell that has ended. found: as JSON can hold it; weights: safetensors, empty where nothing was trained."""
+
+    cell: "Cell"
+    found: dict[str, Any]
+    weights: bytes
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training. tokens: to train on, whole steps; 0 measures speed and cost alone. final: scored in all protocols,
@@ -75,6 +83,9 @@ class Cell:
     rate: float = 0.0
     seed: int = 0
     final: bool = False
+
+    def __str__(self) -> str:
+        return f"the cell {self.name!r}"
 
     @property
     def name(self) -> str:

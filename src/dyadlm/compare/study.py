@@ -5,7 +5,7 @@ Each cell is a file of its own, written when the cell is done, so that a study t
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dyadlm.compare.budget import Budget
-from dyadlm.compare.cell import Cell, Recipe
-from dyadlm.compare.workers import Done, Engine, run_cells
+from dyadlm.compare.cell import Cell, Done, Recipe, run_cell
 from dyadlm.errors import UserError
 from dyadlm.files import locked, make_folder, write_atomically
+from dyadlm.workers import Engine, run_tasks
 from dyadlm.zoo import find_family, solve
 from dyadlm.zoo.family import Family
 
@@ -185,6 +185,18 @@ def next_cells(study: Study, results: Results) -> list[Cell]:
             missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
         cells += missing
     return sorted(cells, key=lambda cell: -cell.tokens * results.found[Cell(cell.family).name]["seconds_per_token"])
+
+
+def run_cells(
+    recipe: Recipe,
+    wanted: Callable[[], Iterable[Cell]],
+    jobs: int,
+    engine: Engine = "local",
+    address: str | None = None,
+) -> Iterator[Done]:
+    """Run cells, `jobs` at once, until none is wanted, as `dyadlm.workers.run_tasks` does."""
+    for cell, result in run_tasks(partial(run_cell, recipe), wanted, jobs, engine, address):
+        yield Done(cell, *result)
 
 
 def run_study(

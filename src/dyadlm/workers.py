@@ -1,0 +1,148 @@
+"""Where independent tasks run: in processes of this machine, or as tasks of a Ray cluster.
+
+What is done is told as it is done. A worker that dies costs one task, which is run again; a task that dies twice stops
+all.
+"""
+
+import logging
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal, TypeVar
+
+from dyadlm.errors import RunFailed, UserError
+
+Engine = Literal["local", "ray"]
+Task = TypeVar("Task", bound=Hashable)
+Result = TypeVar("Result")
+RETRIES = 2  # by Ray, of a lost task
+
+
+def run_tasks(
+    work: Callable[[Task], Result],
+    wanted: Callable[[], Iterable[Task]],
+    jobs: int,
+    engine: Engine = "local",
+    address: str | None = None,
+) -> Iterator[tuple[Task, Result]]:
+    """Run tasks until none is wanted, and yield each with its result when it is done, in any order.
+
+    work: a function of a module, or a `functools.partial` of one. wanted: the tasks that are still to be run, the first
+    ones first; it is asked again after each that is done, so that no process waits for the end of a round. jobs: tasks
+    at once; a cluster that is there decides by itself. address: of a Ray cluster; None starts one on this machine.
+
+    Raises:
+        UserError: what a task refuses; Ray is not installed or not to be reached.
+        RunFailed: a task whose worker died twice, or what a task raises.
+    """
+    yield from _on_ray(work, wanted, jobs, address) if engine == "ray" else _here(work, wanted, jobs)
+
+
+def _here(
+    work: Callable[[Task], Result], wanted: Callable[[], Iterable[Task]], jobs: int
+) -> Iterator[tuple[Task, Result]]:
+    # A process for each task: what one leaves behind changes no figure of the next. Where the system can, each is a
+    # copy of one that has loaded torch, which takes seconds.
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    function: Any = work.func if isinstance(work, partial) else work
+    context.set_forkserver_preload([function.__module__])
+    running: dict[Any, tuple[Task, BaseProcess]] = {}  # by the end of the pipe that a result comes from
+    died: set[Task] = set()
+    ready: Any
+    try:
+        while True:
+            for task in _free(wanted(), (task for task, _ in running.values()))[: jobs - len(running)]:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(sender, work, task), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = task, process
+            if not running:
+                return
+            for ready in wait(list(running)):
+                task, process = running.pop(ready)
+                try:
+                    result = ready.recv()
+                except EOFError:
+                    if task in died:
+                        raise RunFailed(_dead(task)) from None
+                    died.add(task)
+                    continue
+                finally:
+                    ready.close()
+                    process.join()
+                if isinstance(result, Exception):
+                    raise result
+                yield task, result
+    finally:
+        for _, process in running.values():
+            process.terminate()
+
+
+def _dead(task: Hashable) -> str:
+    return f"The process of {task} died twice; give --jobs 1 if memory was short."
+
+
+def _work(sender: Connection, work: Callable[[Task], Result], task: Task) -> None:
+    """In the process of a task: send its result, or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that has started this one ends it
+    result: Result | Exception
+    try:
+        result = work(task)
+    except Exception as error:
+        if not isinstance(error, UserError | RunFailed):
+            error.add_note(traceback.format_exc())
+        result = error
+    with suppress(BrokenPipeError):  # nobody waits any more
+        sender.send(result)
+
+
+def _free(wanted: Iterable[Task], running: Iterable[Task]) -> list[Task]:
+    taken = set(running)
+    return [task for task in wanted if task not in taken]
+
+
+def _on_ray(
+    work: Callable[[Task], Result], wanted: Callable[[], Iterable[Task]], jobs: int, address: str | None
+) -> Iterator[tuple[Task, Result]]:
+    if find_spec("ray") is None:
+        raise UserError("--engine ray needs Ray; run: pip install 'dyadlm[cluster]'")
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        ray.init(address=address, num_cpus=None if address else jobs, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "Ray cannot be started here" if address is None else f"There is no Ray cluster at {address}"
+        raise UserError(f"{where} ({error}); start one with `ray start --head`.") from error
+    try:
+        remote: Any = ray.remote(num_cpus=1, max_retries=RETRIES, max_calls=1)(_call)
+        running: dict[Any, Task] = {}
+        while True:
+            running |= {remote.remote(work, task): task for task in _free(wanted(), running.values())}
+            if not running:
+                return
+            (first, *_), _ = ray.wait(list(running), num_returns=1)
+            task = running.pop(first)
+            try:
+                result = ray.get(first)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError | RunFailed):
+                    raise error.cause from error
+                raise
+            except RayError as error:
+                raise RunFailed(f"{task} was lost {RETRIES + 1} times ({error}).") from error
+            yield task, result
+    finally:
+        ray.shutdown()
+
+
+def _call(work: Callable[[Task], Result], task: Task) -> Result:
+    return work(task)  # Ray takes functions alone, and `work` may be partial

@@ -1,0 +1,98 @@
+"""Tasks in processes of this machine and on Ray: what dies, what is refused, what is wanted meanwhile."""
+
+import os
+import signal
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dyadlm import workers
+from dyadlm.errors import RunFailed, UserError
+from dyadlm.workers import run_tasks
+
+
+def square(task: int) -> int:
+    return task * task
+
+
+def once(marks: str, task: str) -> str:
+    """Kills its own process the first time that the task is `ill`."""
+    mark = Path(marks) / task
+    if task == "ill" and not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task.upper()
+
+
+def always(task: str) -> str:
+    if task == "ill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    raise AssertionError
+
+
+def refuses(task: str) -> str:
+    raise UserError("There is no text.")
+
+
+def fails(task: str) -> float:
+    return 1 / 0
+
+
+def run_all(work, tasks, jobs=2, engine="local"):
+    """The results of some tasks, each of which is wanted until it is done."""
+    results = {}
+    for task, result in run_tasks(work, lambda: [one for one in tasks if one not in results], jobs, engine):
+        assert task not in results
+        results[task] = result
+    return results
+
+
+def test_what_is_wanted_may_depend_on_what_was_found():
+    results = {}
+
+    def wanted():
+        return [1, 2, 3] if len(results) < 3 else [] if len(results) == 4 else [sum(results.values())]
+
+    for task, result in run_tasks(square, lambda: [one for one in wanted() if one not in results], 2):
+        results[task] = result
+    assert results == {1: 1, 2: 4, 3: 9, 14: 196}
+    assert list(run_tasks(square, list, 2)) == []
+
+
+def test_a_worker_that_dies_costs_its_task_alone(tmp_path):
+    assert run_all(partial(once, str(tmp_path)), ["ill", "well"]) == {"ill": "ILL", "well": "WELL"}
+
+
+def test_a_task_that_dies_twice_stops_all_at_once():
+    begun = time.monotonic()
+    with pytest.raises(RunFailed, match="The process of ill died twice; give --jobs 1"):
+        run_all(always, ["ill", "well"])
+    assert time.monotonic() - begun < 30  # the other one is ended, not waited for
+
+
+def test_errors_of_a_task_are_those_of_the_caller():
+    with pytest.raises(UserError, match="no text") as refused:
+        run_all(refuses, ["one"])
+    assert not hasattr(refused.value, "__notes__")
+    with pytest.raises(ZeroDivisionError) as failed:
+        run_all(fails, ["one"])
+    assert "in fails" in failed.value.__notes__[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_ray_runs_a_task_again_whose_worker_was_killed(tmp_path):
+    assert run_all(partial(once, str(tmp_path)), ["ill", "well"], engine="ray") == {"ill": "ILL", "well": "WELL"}
+    with pytest.raises(UserError, match="no text"):
+        run_all(refuses, ["one"], engine="ray")
+
+
+def test_ray_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
+        run_all(square, [1], engine="ray")
