@@ -23,6 +23,7 @@ ROWS = (
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 # Modules that anything may import; they import nothing of the package but each other.
 FREE = {
+    "cluster",
     "compilation",
     "console",
     "errors",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dyadlm import workers
+from dyadlm import cluster
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.workers import run_tasks
 
@@ -93,6 +93,6 @@ def test_ray_runs_a_task_again_whose_worker_was_killed(tmp_path):
 
 
 def test_ray_that_is_not_there_is_said(monkeypatch):
-    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
         run_all(square, [1], engine="ray")

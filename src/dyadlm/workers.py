@@ -4,24 +4,23 @@ What is done is told as it is done. A worker that dies costs one task, which is 
 all.
 """
 
-import logging
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+from dyadlm.cluster import RETRIES, Engine, ray_cluster, result_of
 from dyadlm.errors import RunFailed, UserError
 
-Engine = Literal["local", "ray"]
 Task = TypeVar("Task", bound=Hashable)
 Result = TypeVar("Result")
-RETRIES = 2  # by Ray, of a lost task
 
 
 def run_tasks(
@@ -112,37 +111,20 @@ def _free(wanted: Iterable[Task], running: Iterable[Task]) -> list[Task]:
 def _on_ray(
     work: Callable[[Task], Result], wanted: Callable[[], Iterable[Task]], jobs: int, address: str | None
 ) -> Iterator[tuple[Task, Result]]:
-    if find_spec("ray") is None:
-        raise UserError("--engine ray needs Ray; run: pip install 'dyadlm[cluster]'")
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        ray.init(address=address, num_cpus=None if address else jobs, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "Ray cannot be started here" if address is None else f"There is no Ray cluster at {address}"
-        raise UserError(f"{where} ({error}); start one with `ray start --head`.") from error
-    try:
-        remote: Any = ray.remote(num_cpus=1, max_retries=RETRIES, max_calls=1)(_call)
+    with ray_cluster(address, jobs) as ray:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES, max_calls=1)(_call)
         running: dict[Any, Task] = {}
         while True:
-            running |= {remote.remote(work, task): task for task in _free(wanted(), running.values())}
+            running |= {remote.remote(work, task, Path.cwd()): task for task in _free(wanted(), running.values())}
             if not running:
                 return
             (first, *_), _ = ray.wait(list(running), num_returns=1)
             task = running.pop(first)
-            try:
-                result = ray.get(first)
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError | RunFailed):
-                    raise error.cause from error
-                raise
-            except RayError as error:
-                raise RunFailed(f"{task} was lost {RETRIES + 1} times ({error}).") from error
-            yield task, result
-    finally:
-        ray.shutdown()
+            yield task, result_of(ray, first, str(task))
 
 
-def _call(work: Callable[[Task], Result], task: Task) -> Result:
-    return work(task)  # Ray takes functions alone, and `work` may be partial
+def _call(work: Callable[[Task], Result], task: Task, folder: Path) -> Result:
+    """On a machine of the cluster, where paths mean what they mean to the caller if there is the same folder."""
+    with suppress(OSError):
+        os.chdir(folder)
+    return work(task)

@@ -73,6 +73,9 @@ def test_a_budget_in_tokens_for_each_model():
     assert Budget("seconds", 30.0).tokens(1e-3, 5.0) == 30_000
     assert Budget("flops", 1e6).tokens(1e-3, 5.0) == 200_000
     assert Budget("tokens", 77.0).tokens(1e-3, 5.0) == 77
+    assert Budget("tokens", 77.0).tokens(1e-3, 0.0) == 77
+    with pytest.raises(UserError, match="no operations to budget"):
+        Budget("flops", 1e6).tokens(1e-3, 0.0)
 
 
 def test_sweeps_go_on_at_their_ends_and_seeds_follow_the_best(tmp_path, ran):
@@ -135,6 +138,17 @@ def test_a_rate_that_diverged_is_worse_than_all(tmp_path, ran, monkeypatch):
     assert found["rate"] == 4e-3
     assert found["sweep"][8e-3] is None
     assert not found["rate_at_the_edge"]
+
+
+def test_a_model_that_only_counts_has_no_operations(tmp_path, ran, monkeypatch):
+    def run(recipe, wanted, jobs, engine, address):
+        while cells := wanted():
+            found, weights = made(recipe, cells[0])
+            yield Done(cells[0], found | {"flops_per_token": 0.0}, weights)
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    asked = study(families=("llama",))
+    assert summary(asked, tmp_path, run_study(asked, tmp_path, 1))["families"]["llama"]["flops_per_token"] == 0
 
 
 def test_one_rate_is_no_sweep(tmp_path, ran):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_gguf_available
 
 from dyadlm.cli import main
-from dyadlm.cli.diagnose import _budget, names
+from dyadlm.cli.diagnosing import budget_for, names
 from dyadlm.data import byte_tokenizer
 from dyadlm.diagnose import Diagnosis, candidates, chosen
 from dyadlm.diagnose import run as running
@@ -120,6 +120,29 @@ def test_models_side_by_side_are_kept_and_not_asked_again(capsys, tmp_path, monk
     monkeypatch.setattr(running, "ask", None)
     assert call(*arguments) == 0
     assert capsys.readouterr().out == shown.out
+
+
+@pytest.mark.slow
+def test_models_at_once_are_found_as_one_by_one(capsys, tmp_path):
+    arguments = [
+        "diagnose",
+        "whole",
+        "plain-seed1",
+        "--probe",
+        "position",
+        "--data",
+        "text.txt",
+        "--fast",
+        "--device",
+        "cpu",
+    ]
+    assert call(*arguments) == 0
+    alone = capsys.readouterr().out
+    assert call(*arguments, "--jobs", "2", "--output", tmp_path / "found") == 0
+    assert capsys.readouterr().out == alone
+    assert list(Diagnosis.load(tmp_path / "found" / "plain-seed1.json").results) == ["position"]
+    assert call(*arguments, "--address", "auto") == 2
+    assert "--engine ray" in capsys.readouterr().err
 
 
 def test_seeds_are_shown_as_one_and_kept_each(capsys, tmp_path):
@@ -282,7 +305,7 @@ def test_published_values_are_listed_with_the_command_that_would_show_them(capsy
 @pytest.mark.parametrize(("width", "fast", "share"), [(8, True, 1 / 4), (6000, True, 1 / 16), (6000, False, 1.0)])
 def test_fast_reads_less_of_the_text_for_a_large_model(width, fast, share):
     model = Large(width)
-    budget = _budget(model, fast, 0)
+    budget = budget_for(model, fast, 0)
     assert (budget.tokens, budget.fast) == (share, fast)
     assert budget.batch_tokens * model.vocabulary <= 2**25
 

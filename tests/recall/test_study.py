@@ -175,3 +175,17 @@ def test_wilson_is_the_interval_of_wilson():
 def test_a_recipe_that_cannot_be_says_why(options, remedy):
     with pytest.raises(UserError, match=remedy):
         recipe(**options)
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_finds(tmp_path):
+    cells = [Cell("tiny", 1e-2, seed, TINY) for seed in range(2)]
+    alone, together = Study(None, recipe()), Study(tmp_path / "study.json", recipe())
+    assert {cell.seed for cell, _ in together.run_all(cells, 2)} == {0, 1}
+    for cell in cells:
+        one, other = alone.run(cell), together.results[cell.name]
+        assert one["running_accuracy"] == other["running_accuracy"]
+        assert [part["correct"] for part in one["parts"].values()] == [
+            part["correct"] for part in other["parts"].values()
+        ]
+    assert not list(Study(tmp_path / "study.json", recipe()).run_all(cells, 2))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dyadlm.cli.shared import errors
+from dyadlm.cli.shared import Address, WorkEngine, errors, require_ray
 
 if TYPE_CHECKING:
     from dyadlm.compare import Cell, Recipe, Study
@@ -46,13 +46,13 @@ def compare(
     ngrams: Annotated[
         str, typer.Option(metavar="2,3,…", help="Sizes of hashed n-grams beside the embedding, the same for all.")
     ] = "",
-    engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="Where cells run: processes here, or a Ray cluster.")
-    ] = "local",
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
+    engine: WorkEngine = "local",
+    address: Address = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Cells at once. Default: one for each core. A Ray cluster decides by itself."),
+        typer.Option(
+            min=1, metavar="N", help="Cells at once. Default: one for each core. A Ray cluster decides by itself."
+        ),
     ] = None,
     scale: Annotated[float, typer.Option(metavar="PART", help="Score this part of the usual number of tokens.")] = 1.0,
     force: Annotated[
@@ -69,11 +69,9 @@ def compare(
     from dyadlm.compare import Budget, Recipe, Study, run_study
     from dyadlm.compare.budget import parse_amount
     from dyadlm.compare.study import summary
-    from dyadlm.errors import UserError
     from dyadlm.report.arena import write_arena
 
-    if address is not None and engine != "ray":
-        raise UserError("--address is that of a Ray cluster; give --engine ray with it.")
+    require_ray(engine, address)
     recipe = Recipe(
         data=tuple(data),
         parameters=int(parse_amount(parameters, "--parameters")),

@@ -1,10 +1,10 @@
 """`dyadlm diagnose`: how any causal language model fails, in figures with intervals and plain sentences."""
 
 import json as json_format
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,18 +21,25 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dyadlm.cli.diagnosing import Progressed, Request, diagnose_all, diagnose_one, diagnose_references, names
 from dyadlm.cli.early import require_models, require_report_folder, require_sources, require_split
-from dyadlm.cli.shared import Device, Dtype, errors, silence_transformers
+from dyadlm.cli.shared import (
+    Address,
+    Device,
+    Dtype,
+    Jobs,
+    WorkEngine,
+    at_once,
+    errors,
+    require_ray,
+    silence_transformers,
+)
 from dyadlm.console import print_table
 
 if TYPE_CHECKING:
-    from dyadlm.diagnose import Budget, Diagnosis, Probe, ProbeResult, Subject
+    from dyadlm.diagnose import Diagnosis, Probe, ProbeResult
 
-REPORT, REFERENCES = "report", "references"
-# Logits of one batch, in numbers of four bytes; a few times as many stand in memory at the peak.
-LOGITS_AT_ONCE = 2**25
-# The share of a probe's text that --fast reads, and with more parameters than LARGE.
-FAST, FAST_LARGE, LARGE = 1 / 4, 1 / 16, 30_000_000
+REPORT = "report"
 
 
 def diagnose(
@@ -95,6 +102,9 @@ def diagnose(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: WorkEngine = "local",
+    address: Address = None,
+    jobs: Jobs = None,
 ) -> None:
     """Run probes on one or more models and report how each model fails.
 
@@ -103,6 +113,7 @@ def diagnose(
     from dyadlm.diagnose import chosen, pool
     from dyadlm.errors import UserError
 
+    require_ray(engine, address)
     silence_transformers()
     if over_time and references:
         raise UserError("--references stand beside one model, not beside its training; leave --over-time or it out.")
@@ -117,13 +128,24 @@ def diagnose(
         raise UserError("There is no model to diagnose; name one, or give --list or --self-test.")
     else:
         _refuse_early(models, data or [], split, output, over_time)
-        found = [
-            _diagnose(model, name, probes, data or [], split, fast, seed, output, device, dtype, over_time)
-            for model, name in zip(models, names(models), strict=True)
-        ]
-        others = []
-        if references:
-            others = _references(models[0], probes, data or [], split, fast, seed, output, device, dtype)
+        request = Request(
+            models=dict(zip(names(models), models, strict=True)),
+            probes=[probe.id for probe in probes],
+            data=data or [],
+            split=split,
+            fast=fast,
+            seed=seed,
+            output=output,
+            device=device,
+            dtype=dtype,
+            over_time=over_time,
+        )
+        bar = partial(_bar, probes=probes)
+        if engine == "ray" or at_once(engine, jobs) > 1:
+            found = diagnose_all(request, at_once(engine, jobs), engine, address)
+        else:
+            found = [diagnose_one(request, name, bar) for name in request.models]
+        others = diagnose_references(request, bar) if references else []
         shown = pool(found) if pool_seeds else found
         if pool_seeds and shown == found:
             errors.print("No two models are seeds of one: those named NAME-seed0, NAME-seed1 and so on are.")
@@ -149,91 +171,6 @@ def _refuse_early(models: Sequence[str], data: list[str], split: str, output: Pa
             load_trajectory(model)  # which loads nothing yet
     else:
         require_models(models)
-
-
-def names(models: Sequence[str]) -> list[str]:
-    """A name for each model's file, all different."""
-    taken: list[str] = []
-    for model in models:
-        path = Path(model)
-        parts = path.resolve().parts if path.exists() else path.parts
-        wanted = parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(wanted)) or "model"
-        number = 2
-        while (name if number == 2 else f"{name}-{number - 1}") in taken:
-            number += 1
-        taken.append(name if number == 2 else f"{name}-{number - 1}")
-    return taken
-
-
-def _diagnose(
-    model: str,
-    name: str,
-    probes: "Sequence[Probe]",
-    data: list[str],
-    split: str,
-    fast: bool,
-    seed: int,
-    output: Path | None,
-    device: str,
-    dtype: str,
-    over_time: bool,
-) -> "Diagnosis":
-    from dyadlm.diagnose import diagnose
-    from dyadlm.diagnose.candidates import load_material, load_subject, load_trajectory
-
-    with errors.status(Text(f"reading {model}")):
-        trajectory = load_trajectory(model, device, dtype) if over_time else None
-        subject = load_subject(model, device, dtype) if trajectory is None else trajectory.last
-        material = load_material(model, subject, data, split)
-    budget = _budget(subject, fast, seed)
-    asked = trajectory or subject
-    path = None if output is None else output / f"{name}{'-over-time' * over_time}.json"
-    if trajectory is not None:
-        del subject  # of the checkpoints one at a time is in memory
-    with _bar(asked.name, probes) as progress:
-        return diagnose(asked, material, probes, budget, path, progress)
-
-
-def _references(
-    model: str,
-    probes: "Sequence[Probe]",
-    data: list[str],
-    split: str,
-    fast: bool,
-    seed: int,
-    output: Path | None,
-    device: str,
-    dtype: str,
-) -> "list[Diagnosis]":
-    """What a model has to be better than: itself with random weights, and counts of its training text."""
-    from dyadlm.diagnose import diagnose
-    from dyadlm.diagnose.candidates import load_material, load_subject
-    from dyadlm.diagnose.ngram import NGram
-
-    subject = load_subject(model, device, dtype)
-    material = load_material(model, subject, data, split)
-    others = [subject.untrained()]
-    if material.train:
-        others.append(NGram(material.train, subject.vocabulary, subject.tokenizer))
-    found = []
-    for other in others:
-        if other is not None:
-            path = None if output is None else output / REFERENCES / f"{names([other.name])[0]}.json"
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with _bar(other.name, probes) as progress:
-                found.append(diagnose(other, material, probes, _budget(subject, fast, seed), path, progress))
-    return found
-
-
-def _budget(subject: "Subject", fast: bool, seed: int) -> "Budget":
-    from dyadlm.diagnose import Budget
-
-    batch = max(1, min(8192, LOGITS_AT_ONCE // subject.vocabulary))
-    large = subject.module is not None and sum(weight.numel() for weight in subject.module.parameters()) > LARGE
-    share = (FAST_LARGE if large else FAST) if fast else 1.0
-    return Budget(batch_tokens=batch, tokens=share, fast=fast, seed=seed)
 
 
 def _over_time(probes: "Sequence[Probe]", named: bool) -> "list[Probe]":
@@ -303,7 +240,7 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def _bar(title: str, probes: "Sequence[Probe]") -> Iterator[Callable[[str, int, int], None]]:
+def _bar(title: str, probes: "Sequence[Probe]") -> Iterator[Progressed]:
     """A bar with the probe's name and number, rate and time left; call what it yields with (probe, done, total)."""
     numbers = {probe.id: f"{number} of {len(probes)}" for number, probe in enumerate(probes, 1)}
     columns = (

@@ -2,7 +2,7 @@
 
 import json as json_format
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,11 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from dyadlm.cli.shared import Device, errors, silence_transformers
+from dyadlm.cli.shared import Address, Device, Jobs, WorkEngine, at_once, errors, require_ray, silence_transformers
 from dyadlm.console import print_table
 
 if TYPE_CHECKING:
-    from dyadlm.recall import Cell
+    from dyadlm.recall import Cell, Study
 
 
 # Without a terminal a training says how far it is once in so many seconds.
@@ -67,6 +67,9 @@ def recall(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
+    engine: WorkEngine = "local",
+    address: Address = None,
+    jobs: Jobs = None,
 ) -> None:
     """Train a small model on a synthetic task, and measure how many answers on new items are right.
 
@@ -76,6 +79,7 @@ def recall(
     from dyadlm.generate.pretrained import resolve_device
     from dyadlm.recall import LEARNING_RATES, Cell, Recipe, Study, parse_fields
 
+    require_ray(engine, address)
     silence_transformers()
     if output is not None:
         require_writable(output, "the results")
@@ -97,16 +101,31 @@ def recall(
     plan = [f"{len(cells)} trainings of up to {minutes:g} minutes: up to {len(cells) * minutes:g} minutes in all"]
     if steps is not None or len(cells) == 1:
         plan = []
-    results = {}
-    for number, cell in enumerate(cells):
-        with _bar(f"[{number + 1}/{len(cells)}] {cell.name}") as progress:
-            results[cell.name] = study.run(cell, place, partial(_announced, plan, progress))
-        if not errors.is_terminal:
-            errors.print(f"[{number + 1}/{len(cells)}] {cell.name}: {_summary(results[cell.name])}")
+    if engine == "ray" or at_once(engine, jobs) > 1:
+        _all_at_once(study, cells, study.run_all(cells, at_once(engine, jobs), engine, address, place))
+    else:
+        _one_by_one(study, cells, place, plan)
+    results = {cell.name: study.results[cell.name] for cell in cells}
     if json:
         typer.echo(json_format.dumps(results, indent=2))
         return
     show(cells, results)
+
+
+def _all_at_once(study: "Study", cells: "Sequence[Cell]", ended: "Iterable[tuple[Cell, dict[str, Any]]]") -> None:
+    """Each cell in a process of its own, a line when it has ended."""
+    known = sum(cell.name in study.results for cell in cells)
+    for number, (cell, result) in enumerate(ended, known + 1):
+        errors.print(f"[{number}/{len(cells)}] {cell.name}: {_summary(result)}")
+
+
+def _one_by_one(study: "Study", cells: "Sequence[Cell]", place: str, plan: list[str]) -> None:
+    """The cells in turn, in this process, with a bar for each."""
+    for number, cell in enumerate(cells):
+        with _bar(f"[{number + 1}/{len(cells)}] {cell.name}") as progress:
+            result = study.run(cell, place, partial(_announced, plan, progress))
+        if not errors.is_terminal:
+            errors.print(f"[{number + 1}/{len(cells)}] {cell.name}: {_summary(result)}")
 
 
 def _announced(plan: list[str], progress: Callable[[float, str], None], done: float, text: str) -> None:

@@ -1,5 +1,6 @@
 """What several verbs share: options, loading a model quietly, progress, and ending in good order."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,14 @@ Fields = Annotated[
         help="Change fields of the model's configuration, where the weights do not depend on them.",
     ),
 ]
+WorkEngine = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="Where the work is done: processes here, or a Ray cluster.")
+]
+Address = Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="How many at once. Default: one. A Ray cluster decides by itself."),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")]
 TopK = Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0: from all.")]
@@ -84,6 +93,19 @@ Raw = Annotated[
 ]
 
 errors = standard_error()
+
+
+def at_once(engine: str, jobs: int | None) -> int:
+    """How many tasks run at once; where nothing is said, one here, and on all cores of a Ray that is started here."""
+    return jobs or ((os.cpu_count() or 1) if engine == "ray" else 1)
+
+
+def require_ray(engine: str, address: str | None) -> None:
+    """Raise `UserError` for an address of a cluster that is not asked for."""
+    from dyadlm.errors import UserError
+
+    if address is not None and engine != "ray":
+        raise UserError("--address is that of a Ray cluster; give --engine ray with it.")
 
 
 def silence_transformers() -> None:

@@ -37,7 +37,9 @@ class Budget:
         return cls(cast(Literal["tokens", "seconds", "flops"], kind), parse_amount(amount, f"--budget {kind}"))
 
     def tokens(self, seconds_per_token: float, flops_per_token: float) -> int:
-        """How many tokens that is for a model of this speed and cost."""
+        """How many tokens that is for a model of this speed and cost. Raises `UserError` for one without operations."""
+        if self.kind == "flops" and not flops_per_token:
+            raise UserError("A model that only counts has no operations to budget; give tokens=N or seconds=N.")
         return int(self.amount / {"tokens": 1.0, "seconds": seconds_per_token, "flops": flops_per_token}[self.kind])
 
     def __str__(self) -> str:

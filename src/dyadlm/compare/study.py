@@ -12,11 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from dyadlm.cluster import Engine
 from dyadlm.compare.budget import Budget
 from dyadlm.compare.cell import Cell, Done, Recipe, run_cell
 from dyadlm.errors import UserError
 from dyadlm.files import locked, make_folder, write_atomically
-from dyadlm.workers import Engine, run_tasks
+from dyadlm.workers import run_tasks
 from dyadlm.zoo import find_family, solve
 from dyadlm.zoo.family import Family
 
@@ -129,7 +130,10 @@ def is_whole(cell: Cell, content: dict[str, Any]) -> bool:
     if content.get("diverged"):
         return bool(cell.tokens) and not cell.final
     if not cell.tokens:
-        figures = [content[name] for name in ("parameters", "seconds_per_token", "flops_per_token")]
+        operations = content["flops_per_token"]  # of a model that only counts, none
+        if not isinstance(operations, int | float) or not 0 <= operations < math.inf:
+            return False
+        figures = [content[name] for name in ("parameters", "seconds_per_token")]
     else:
         figures = [content["scores"][name]["nats"] for name in (PROTOCOLS if cell.final else PROTOCOLS[:1])]
     return all(isinstance(figure, int | float) and 0 < figure < math.inf for figure in figures)

@@ -6,11 +6,13 @@ Dimension letters: B rows, T length, N questions, V vocabulary.
 import itertools
 import json
 import math
+import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from dyadlm.cluster import Engine
 from dyadlm.errors import UserError
 from dyadlm.files import write_atomically
 from dyadlm.model import DyadForCausalLM
@@ -27,6 +30,7 @@ from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions, TrainOptions
 from dyadlm.version import __version__
+from dyadlm.workers import run_tasks
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 """What is tried where nothing else is said, the same for every model."""
@@ -145,13 +149,44 @@ class Study:
     def run(self, cell: Cell, device: str = "cpu", progress: Progress | None = None) -> dict[str, Any]:
         """The result of a cell: from the file, or measured now and written to it."""
         if cell.name not in self.results:
-            result = measure(cell, self.recipe, device, progress)
-            self._read()  # what another process has put there meanwhile
-            self.results[cell.name] = result | {"circumstances": circumstances(device) | self.circumstances}
-            if self.path is not None:
-                content = {"format": FORMAT, "recipe": asdict(self.recipe), "cells": self.results}
-                write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+            self._keep(cell.name, measure(cell, self.recipe, device, progress), circumstances(device))
         return self.results[cell.name]
+
+    def run_all(
+        self,
+        cells: Sequence[Cell],
+        jobs: int,
+        engine: Engine = "local",
+        address: str | None = None,
+        device: str = "cpu",
+    ) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Measure the cells that are missing, each in a process of its own (`dyadlm.workers.run_tasks`), and yield each
+        when it is done and written."""
+        by_name = {cell.name: cell for cell in cells}
+        threads = max(1, (os.cpu_count() or 1) // jobs) if engine == "local" else 1
+        work = partial(_measure_alone, by_name, self.recipe, device, threads)
+
+        def wanted() -> list[str]:
+            return [name for name in by_name if name not in self.results]
+
+        for name, result in run_tasks(work, wanted, jobs, engine, address):
+            self._keep(name, *result)
+            yield by_name[name], self.results[name]
+
+    def _keep(self, name: str, result: dict[str, Any], circumstances: dict[str, Any]) -> None:
+        self._read()  # what another process has put there meanwhile
+        self.results[name] = result | {"circumstances": circumstances | self.circumstances}
+        if self.path is not None:
+            content = {"format": FORMAT, "recipe": asdict(self.recipe), "cells": self.results}
+            write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def _measure_alone(
+    cells: Mapping[str, Cell], recipe: Recipe, device: str, threads: int, name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A result and its circumstances, in a process of its own. threads: of torch, so that processes share the cores."""
+    torch.set_num_threads(threads)
+    return measure(cells[name], recipe, device), circumstances(device)
 
 
 def circumstances(device: str) -> dict[str, Any]:
