@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
 from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, trained
+from dyadlm.compare.cost import grouped_products
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
@@ -142,6 +144,18 @@ def test_equal_tables_for_all():
         sizes[family] = both[0] - both[1]
     width = {name: build(name, length=256, parameters=200_000).config.hidden_size for name in sizes}
     assert sizes["dyad"] - 48 * width["dyad"] == sizes["llama"] - 48 * width["llama"] == 2 * 16_384 * 24
+
+
+def test_products_of_groups_are_counted():
+    rows = torch.randn(8, 16, requires_grad=True)
+    matrices = torch.randn(2, 16, 8, requires_grad=True)
+    ends = torch.tensor([3, 8], dtype=torch.int32)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_products}) as counter:
+        out = torch._grouped_mm(rows, matrices, offs=ends)
+        assert counter.get_total_flops() == 2 * 8 * 16 * 8  # each row by one matrix
+        (out * torch.randn(8, 8)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 8 * 16 * 8
+    assert out[2:4].detach().allclose(torch.stack([rows[2] @ matrices[0], rows[3] @ matrices[1]]), atol=1e-5)
 
 
 def test_the_size_of_a_state_counts_what_is_shared_once():

@@ -13,28 +13,23 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors.torch import save
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dyadlm.causal_lm import FAULTS, continues, first_state, state_bytes, state_of
+from dyadlm.causal_lm import continues
+from dyadlm.compare.cost import circumstances, decoding, training_cost
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
-from dyadlm.errors import RunFailed, UserError, first_line
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
-from dyadlm.train.muon import muon_over
 from dyadlm.train.prepared_run import TrainingData, prepare_run
-from dyadlm.version import __version__
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
 
 POINTS = 8  # of a learning curve, evenly in tokens
-TIMED = 6  # steps that are timed, after two
-CONTEXTS = (0, 1_000, 4_000)  # tokens read before decoding is timed
-WRITTEN = 24
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,15 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not cell.tokens:
-        return cost(recipe, cell), b""
+        model = new_model(recipe, cell)
+        return {
+            "cell": asdict(cell),
+            "recipe": asdict(recipe),
+            "parameters": count_parameters(model),
+            **training_cost(model, recipe.batch, recipe.length, recipe.optimizer),
+            "faults": check(cell.family, recipe.parameters).faults,
+            "circumstances": circumstances(),
+        }, b""
     data = resolve_data(list(recipe.data), byte_tokenizer())
     if recipe.text not in ("", data.identity):
         raise UserError(f"{', '.join(recipe.data)} holds another text here than where the study began; copy it anew.")
@@ -206,76 +209,3 @@ def trained(
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints there
         plan.trainer(settings, curve).train()
     return model, curve.found
-
-
-def cost(recipe: Recipe, cell: Cell) -> dict[str, Any]:
-    """Seconds and operations of a training step on random tokens, and what the audit finds wrong with the family."""
-    model = new_model(recipe, cell).train()
-    ids = torch.randint(0, 256, (recipe.batch, recipe.length), generator=torch.Generator().manual_seed(0))
-    muon = recipe.optimizer == "muon"
-    moves = (
-        muon_over(model, weight_decay=0.0, adamw={"lr": 0.0}) if muon else torch.optim.AdamW(model.parameters(), 0.0)
-    )
-
-    def step() -> None:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        moves.zero_grad()
-        loss.backward()
-        moves.step()
-
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    step()
-    times = []
-    for _ in range(TIMED):
-        begun = time.thread_time()
-        step()
-        times.append(time.thread_time() - begun)
-    tokens = recipe.batch * recipe.length
-    return {
-        "cell": asdict(cell),
-        "recipe": asdict(recipe),
-        "parameters": count_parameters(model),
-        "seconds_per_token": sorted(times)[len(times) // 2] / tokens,
-        "flops_per_token": counter.get_total_flops() / tokens,
-        "faults": check(cell.family, recipe.parameters).faults,
-        "circumstances": circumstances(),
-    }
-
-
-@torch.no_grad()
-def decoding(model: PreTrainedModel) -> tuple[list[dict[str, float]], str]:
-    """Milliseconds of thread time for one more token after some contexts, and the bytes of the state; why there are not
-    more: what keeps no state reads its text again, and a context can be longer than a model reads."""
-    found: list[dict[str, float]] = []
-    model.train(False)
-    for context in CONTEXTS:
-        ids = torch.randint(0, 256, (1, max(context, 1)), generator=torch.Generator().manual_seed(1))
-        try:
-            output = model(input_ids=ids, use_cache=True, **first_state(model))
-            state = state_of(model, output)
-            if not state:
-                return found, "it keeps no state"
-            times = []
-            for _ in range(WRITTEN):
-                begun = time.thread_time()
-                output = model(input_ids=ids[:, -1:], use_cache=True, **state)
-                state = state_of(model, output)
-                times.append(time.thread_time() - begun)
-        except FAULTS as error:
-            return found, f"after {context:,} tokens: {first_line(error)}"
-        found.append(
-            {"context": context, "milliseconds": round(1000 * min(times), 4), "state_bytes": state_bytes(state)}
-        )
-    return found, ""
-
-
-def circumstances() -> dict[str, Any]:
-    """Versions and the kind of machine."""
-    return {
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }

@@ -269,7 +269,7 @@ FAMILIES: dict[str, Family] = {
                 embedding_dim=lambda sizes: sizes.width, ffn_round_up_to_multiple_of=8,
                 ffn_proj_factor=lambda sizes: sizes.inner / sizes.width, autocast_kernel_dtype="float32",
             ),
-            decodes="state",
+            decodes="nothing",  # its cache fits widths that are multiples of 64 alone
         ),
         Family(
             "griffin", "a gated recurrence and local attention", "today", "De et al. 2024, arXiv 2402.19427",
