@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dyadlm.train import train
 from dyadlm.train.checkpoint import last_complete
 from dyadlm.train.companions import COMPANIONS_NAME
+from dyadlm.train.shards import OPTIMIZER_FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +144,7 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
         torch.testing.assert_close(from_shards[name], after_two_steps[name], rtol=1e-4, atol=2e-5)
 
     # FSDP really sharded: its own checkpoint is there, and is what the second part resumed from.
-    assert (sharded / "checkpoint-1" / "pytorch_model_fsdp.bin").is_file()
+    assert len(list((sharded / "checkpoint-1" / OPTIMIZER_FOLDER).glob("*.safetensors"))) == 2
     assert f"Going on from {sharded / 'checkpoint-1'}" in done.stdout
     assert last_complete(sharded) == sharded / "checkpoint-2"
     # Only the first process writes and prints.

@@ -1,5 +1,6 @@
 """Histories of unequal length: the state is really carried, and tokens count as their histories say."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -17,7 +18,7 @@ from dyadlm import DyadConfig, DyadForCausalLM, UserError
 from dyadlm.data import TokenStream, TrainingWindows
 from dyadlm.model.cache import DyadCache
 from dyadlm.train import train
-from dyadlm.train.histories import HistoryWeightedLoss, history_weights
+from dyadlm.train.histories import CarriedState, HistoryWeightedLoss, history_weights
 
 pytestmark = pytest.mark.slow
 
@@ -88,14 +89,49 @@ def test_checkpointed_gradients_are_the_same_with_a_carried_state(tmp_path, smal
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-4)
 
 
-def test_resume_goes_on_with_the_same_rows_in_each_process(tmp_path, small, words, console):
-    options = ("train.carry_state=true", "max_steps=2")
-    train(small(tmp_path / "run", *options), words(), console)
+def test_resume_goes_on_with_the_same_rows_however_they_are_dealt(tmp_path, small, words, console):
+    options = ("train.carry_state=true", "model.dropout=0", "logging_steps=1")
+    whole = train(small(tmp_path / "whole", *options, "max_steps=4", "train.schedule=constant"), words(), console)
+    options = (*options, "train.schedule=constant")
+    begun = train(small(tmp_path / "run", *options, "max_steps=2"), words(), console)
     halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=4")
-    with pytest.raises(UserError, match=r"rows_carried: .*'rows': 4\} there, .*'rows': 2\} here"):
-        train(small(tmp_path / "run", *options, *halves, resume=True), words(), console)
+    run = train(small(tmp_path / "run", *options, *halves, resume=True), words(), console)
+    assert logged(run, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
+
     with pytest.raises(UserError, match="another order of text"):
         train(small(tmp_path / "run", "train.carry_state=false", resume=True), words(), console)
+    # Earlier versions did not write which rows a file has.
+    manifest = begun.output / "checkpoint-4" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    content["identity"]["order of text"]["rows_carried"] = {"processes": 1, "rows": 4}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"rows_carried: .*'rows': 4\} there, .*'rows': 2\} here"):
+        train(small(tmp_path / "run", *options, *halves, "max_steps=5", resume=True), words(), console)
+
+
+def test_files_of_earlier_versions_and_of_others_are_told_apart(tmp_path):
+    config = DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=1, slot_layers=[])
+    model = DyadForCausalLM(config).eval()
+
+    def carried(rank, processes, batches, rows):
+        state = CarriedState(config, rank, processes, batches, rows)
+        for batch in range(batches):
+            ids = torch.from_numpy(state.lanes.reshape(batches, rows)[batch])[:, None] + 1
+            with torch.no_grad():
+                model(ids, past_key_values=state.current)
+            state.advance()
+        return state
+
+    for rank in range(2):
+        carried(rank, 2, 2, 1).save(tmp_path)
+    merged = CarriedState(config, 0, 1, 1, 4)
+    merged.load(tmp_path, torch.device("cpu"))
+    expected = carried(0, 1, 1, 4)
+    for name, tensor in expected.current.tensors().items():
+        torch.testing.assert_close(merged.current.tensors()[name], tensor)
+    (tmp_path / "carried_state_1.safetensors").unlink()
+    with pytest.raises(UserError, match="does not hold the state of every row"):
+        merged.load(tmp_path, torch.device("cpu"))
 
 
 # ---- Weights

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from dyadlm.errors import UserError
 from dyadlm.train.muon import muon_optimizer
 from dyadlm.train.settings import RECORD_NAME, TrainOptions, TrainSettings, read_record
+from dyadlm.train.shards import require_shards
 
 
 def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingArguments, list[str]]:
@@ -48,6 +49,14 @@ def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingA
     if arguments.n_gpu > 1:
         # One process uses one GPU; several are for torchrun, not for DataParallel.
         arguments._n_gpu = 1
+    if total := settings.train.windows_per_step:
+        batches = arguments.gradient_accumulation_steps * arguments.world_size
+        if total % batches:
+            raise UserError(
+                f"train.windows_per_step={total} cannot be shared out evenly among {batches} batches (processes × "
+                "gradient_accumulation_steps); choose a multiple of them."
+            )
+        arguments.per_device_train_batch_size = total // batches
     return arguments, [f"device {device}: {why_device}", f"dtype {dtype}: {why_dtype}"]
 
 
@@ -105,6 +114,8 @@ def require_compiler() -> None:
 
 def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, options: TrainOptions) -> None:
     """Raise `UserError` before anything is written, where Trainer would fail on its way into the first step."""
+    if arguments.fsdp:
+        require_shards()
     if options.ema and arguments.fsdp:
         raise UserError("train.ema averages whole weights, which FSDP shards; leave fsdp or train.ema out.")
     if options.optimizer == "muon":

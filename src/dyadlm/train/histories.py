@@ -3,11 +3,12 @@
 Dimension letters: B rows, T tokens of a window, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -17,6 +18,10 @@ from dyadlm.data.batches import IGNORED_LABEL
 from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.cache import DyadCache
+from dyadlm.state_file import read_beside
+
+# Of a checkpoint, each with the number of its process behind.
+FILES = "carried_state_"
 
 
 def require_carriable(model: PreTrainedModel) -> None:
@@ -34,8 +39,10 @@ class CarriedState:
     No gradient flows from one window into those before it.
     """
 
-    def __init__(self, batches: int, config: DyadConfig):
-        self._config = config
+    def __init__(self, config: DyadConfig, rank: int, processes: int, batches: int, rows: int):
+        """batches: of a step in each process; rows: of a batch. lanes: which of the step's windows are read here."""
+        self._config, self._rank = config, rank
+        self.lanes = lanes_of(rank, processes, batches, rows)
         self._caches = [DyadCache() for _ in range(batches)]
         self._turn = 0
 
@@ -49,32 +56,62 @@ class CarriedState:
         self._caches[self._turn] = _rows(self.current, 0, self.current.batch_size)
         self._turn = (self._turn + 1) % len(self._caches)
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write the rows of all batches into the file of process `rank`. Only between steps."""
+    def save(self, folder: Path) -> None:
+        """Write the rows of this process, and which lanes they are. Only between steps."""
         assert self._turn == 0, "a checkpoint is made between steps"
-        first, size = self._caches[0], self._caches[0].batch_size
-        whole = first.select_rows(torch.zeros(size * len(self._caches), dtype=torch.int64))
-        for number, cache in enumerate(self._caches):
-            parts = cache.tensors()
-            for name, tensor in whole.tensors().items():
-                tensor[number * size : (number + 1) * size] = parts[name]
-        whole.save(_file(folder, rank), self._config)
+        size = self._caches[0].batch_size
+        places = [np.arange(number * size, (number + 1) * size) for number in range(len(self._caches))]
+        whole = _filled(len(self.lanes), zip(self._caches, places, [slice(None)] * len(places), strict=True))
+        whole.save(folder / f"{FILES}{self._rank}.safetensors", self._config, beside={"lanes": self.lanes})
 
-    def load(self, folder: Path, rank: int, device: torch.device) -> None:
-        """Read what `save` wrote. Raises `UserError` if it is not there."""
-        whole = DyadCache.load(_file(folder, rank), self._config).to(device)
-        size = whole.batch_size // len(self._caches)
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Read the lanes of this process from what `save` wrote in all of them, as many as there were.
+
+        Raises:
+            UserError: a lane is missing, or a file is damaged.
+        """
+        files = sorted(folder.glob(f"{FILES}*.safetensors"))
+        parts: list[tuple[DyadCache, Any, Any]] = []
+        for file in files:
+            cache, lanes = self._saved(file, len(files))
+            places, rows = np.nonzero(self.lanes[:, None] == lanes)
+            parts.append((cache, places, rows))
+        if sum(len(places) for _, places, _ in parts) != len(self.lanes):
+            raise UserError(f"{folder} does not hold the state of every row; remove it to go on from an earlier one.")
+        whole = _filled(len(self.lanes), parts).to(device)
+        size = len(self.lanes) // len(self._caches)
         self._caches = [_rows(whole, number * size, size) for number in range(len(self._caches))]
+
+    def _saved(self, file: Path, processes: int) -> tuple[DyadCache, np.ndarray]:
+        """The rows of one file and their lanes, which earlier versions did not write: processes were as many then."""
+        rank, batches = int(file.stem.removeprefix(FILES)), len(self._caches)
+        former = lanes_of(rank, processes, batches, len(self.lanes) // batches)
+        return DyadCache.load(file, self._config), read_beside(file).get("lanes", former)
+
+
+def lanes_of(rank: int, processes: int, batches: int, rows: int) -> np.ndarray:
+    """Which of the windows of a step process `rank` reads, int64 (batches * rows,): batches are dealt in turn."""
+    lanes: np.ndarray = (np.arange(batches)[:, None] * processes + rank) * rows + np.arange(rows)
+    return lanes.reshape(-1)
+
+
+def _filled(size: int, parts: Iterable[tuple[DyadCache, Any, Any]]) -> DyadCache:
+    """A cache of `size` rows. parts: caches, where their rows go, and which of their rows are taken."""
+    whole = None
+    for cache, places, rows in parts:
+        if whole is None:
+            whole = cache.select_rows(torch.zeros(size, dtype=torch.int64))
+        own = cache.tensors()
+        for name, tensor in whole.tensors().items():
+            tensor[places] = own[name][rows]
+    assert whole is not None, "there is a cache for each batch"
+    return whole
 
 
 def _rows(cache: DyadCache, start: int, count: int) -> DyadCache:
     """A copy of some rows, without their graph."""
     with torch.no_grad():
         return cache.select_rows(torch.arange(start, start + count))
-
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"carried_state_{rank}.safetensors"
 
 
 def history_weights(batch: Mapping[str, Tensor], power: float) -> Tensor:

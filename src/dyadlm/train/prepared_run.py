@@ -126,6 +126,9 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
     adapter = _adapt(model, settings, choices)
     add_companions(model, settings, arguments)
     require_optimizer(arguments, model, settings.train)
+    if arguments.fsdp and arguments.world_size == 1:
+        arguments.fsdp = arguments.fsdp_plugin_args = None
+        choices.append("fsdp: one process holds everything, so that nothing is sharded")
     number = arguments.max_steps * batch
     windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
         data.train,
@@ -171,8 +174,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         "canaries": options.canaries and [options.canaries, arguments.max_steps],
     }
     if settings.train.carry_state:
-        # Each process goes on with the state of its own rows.
-        order["rows_carried"] = {"processes": arguments.world_size, "rows": arguments.train_batch_size}
+        order["rows_carried"] = True
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration} | adapter
     # Checkpoints from before there was a choice name none.

@@ -94,7 +94,7 @@ def train(
         if first:
             closing.enter_context(locked(output))
             _require_own_output(settings)  # once more: another run may have begun since
-        resumed = _checkpoint_to_resume(settings, plan.identity)
+        resumed = _checkpoint_to_resume(settings, plan)
         step = read_step(resumed)
         plan.choices.extend(_annealed_anew(settings, plan, step))
         for choice in plan.choices:
@@ -169,11 +169,11 @@ def _finished(settings: TrainSettings) -> TrainResult | None:
     )
 
 
-def _checkpoint_to_resume(settings: TrainSettings, identity: Mapping[str, Any]) -> Path | None:
+def _checkpoint_to_resume(settings: TrainSettings, plan: PreparedRun) -> Path | None:
     """The newest complete checkpoint; None: begin at step 0. Raises `UserError` if it is of another run."""
     if not settings.resume:
         return None
-    path = last_complete(settings.output)
+    path, identity = last_complete(settings.output), plan.identity
     if path is not None and (manifest := read_manifest(path)) is not None:
         found = manifest["identity"]
         if identity["model"].get("model_type") == DyadConfig.model_type:
@@ -181,6 +181,10 @@ def _checkpoint_to_resume(settings: TrainSettings, identity: Mapping[str, Any]) 
             defaults = DyadConfig().to_dict()
             younger = {name: defaults[name] for name in identity["model"] if name in defaults}
             found = found | {"model": younger | found["model"]}
+        if isinstance(found["order of text"].get("rows_carried"), dict):
+            # Earlier versions did not write which rows a process had; it goes on with those of its own number.
+            rows = {"processes": plan.arguments.world_size, "rows": plan.arguments.train_batch_size}
+            identity = identity | {"order of text": identity["order of text"] | {"rows_carried": rows}}
         require_same(found, identity, path)
     return path
 

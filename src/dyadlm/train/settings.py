@@ -71,6 +71,8 @@ class TrainOptions:
     goldfish: k: one target in k counts for nothing, by a hash of the tokens before it, so that the same text always
         loses the same ones (Hans et al. 2024, arXiv 2406.10209); 0: all count.
     compile: compile the model with torch.compile, which takes a minute at first and needs a C++ compiler on a CPU.
+    windows_per_step: of all processes together. per_device_train_batch_size follows from it and the number of
+        processes, so that a run goes on with another number of them; 0: the batches of all processes.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -84,8 +86,10 @@ class TrainOptions:
     history_weight: float = 0.0
     goldfish: int = 0
     compile: bool = False
+    windows_per_step: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.windows_per_step >= 0, "train.windows_per_step must be 0 or more")
         _require(0 <= self.ema < 1, "train.ema must be 0 or more and below 1")
         _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
         _require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")

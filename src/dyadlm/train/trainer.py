@@ -16,11 +16,12 @@ from typing import Any, cast
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -49,10 +50,20 @@ from dyadlm.train.mechanisms import MeanMetrics, Mechanisms
 from dyadlm.train.muon import muon_optimizer
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
+from dyadlm.train.shards import (
+    holds_shards,
+    load_sharded_optimizer,
+    load_sharded_weights,
+    load_whole_optimizer,
+    load_whole_weights,
+    save_shards,
+)
 from dyadlm.train.validation import ValidationSample
 
 # So many validation windows are looked at for what the mechanisms of a model do.
 BEHAVIOUR_WINDOWS = 4
+# What earlier versions kept of a run in shards.
+FORMER_SHARDS = f"{FSDP_MODEL_NAME}.bin"
 # Steps of the log-spaced checkpoints.
 LOG_SPACED = frozenset(2**power for power in range(10))
 
@@ -171,7 +182,13 @@ class LanguageModelTrainer(Trainer):
         self._paused = 0.0
         self.carried = None
         if options.carry_state:
-            self.carried = CarriedState(arguments.gradient_accumulation_steps, cast(DyadConfig, model.config))
+            self.carried = CarriedState(
+                cast(DyadConfig, model.config),
+                arguments.process_index,
+                arguments.world_size,
+                arguments.gradient_accumulation_steps,
+                arguments.train_batch_size,
+            )
         self.weighted = HistoryWeightedLoss(options.history_weight) if options.history_weight else None
         if self.weighted is not None:
             model.loss_function = self.weighted
@@ -242,7 +259,7 @@ class LanguageModelTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()
         if self.carried is not None and (checkpoint := kwargs.get("resume_from_checkpoint")):
-            self.carried.load(Path(checkpoint), self.args.process_index, self.args.device)
+            self.carried.load(Path(checkpoint), self.args.device)
         return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
@@ -389,7 +406,7 @@ class LanguageModelTrainer(Trainer):
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
                 if self.carried is not None:
-                    self.carried.save(staging, self.args.process_index)
+                    self.carried.save(staging)
                 if self.args.should_save:
                     save_companions(cast(PreTrainedModel, self.model), staging)
                 if self.args.should_save:
@@ -464,6 +481,26 @@ class LanguageModelTrainer(Trainer):
         finally:
             model.config.use_cache = switched_off
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A loadable folder; the first process gathers what is sharded."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._in_shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        save_shards(cast(PreTrainedModel, self.model), optimizer, Path(output_dir), self._tied_names())
+        if self.args.should_save:
+            torch.save(cast(LambdaLR, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    @property
+    def _in_shards(self) -> bool:
+        return self.is_fsdp_enabled and self.accelerator.is_fsdp2
+
     def _tied_names(self) -> set[str]:
         """Names of weights that are other weights under a second name."""
         return set(cast(PreTrainedModel, self.model).all_tied_weights_keys or {})
@@ -475,13 +512,23 @@ class LanguageModelTrainer(Trainer):
             if is_adapted(cast(PreTrainedModel, self.model)):
                 load_adapter(cast(PreTrainedModel, self.model), folder)
             else:
-                if not self.is_fsdp_enabled:
-                    require_kinds(folder / SAFE_WEIGHTS_NAME, cast(PreTrainedModel, self.model).state_dict())
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                self._load_weights(folder, cast(PreTrainedModel, model or self.model))
             if self.average is not None:
                 self.average.begin()
             load_raw(cast(PreTrainedModel, self.model), folder)
             load_companions(cast(PreTrainedModel, self.model), folder)
+
+    def _load_weights(self, folder: Path, model: PreTrainedModel) -> None:
+        """From shards or whole, into shards or whole."""
+        whole = folder / SAFE_WEIGHTS_NAME
+        if holds_shards(folder):
+            load_sharded_weights(model, folder, self._tied_names())
+        elif self._in_shards and not (folder / FORMER_SHARDS).is_file():
+            load_whole_weights(model, load_file(whole))
+        else:
+            if not self.is_fsdp_enabled:
+                require_kinds(whole, model.state_dict())
+            super()._load_from_checkpoint(str(folder), model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
@@ -494,10 +541,7 @@ class LanguageModelTrainer(Trainer):
         if checkpoint is None:
             return
         with _reading(checkpoint):
-            if not self.is_fsdp_enabled:  # which has a folder instead; transformers goes on without either file
-                for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-                    (Path(checkpoint) / name).stat()
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_moments(Path(checkpoint))
             self._require_fitting_moments(checkpoint)
         # Loading replaced the optimizer's groups.
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
@@ -506,6 +550,23 @@ class LanguageModelTrainer(Trainer):
         for group, values, factor in zip(groups, told, scheduler.lr_lambdas, strict=True):
             group.update(values)
             group["lr"] = values["initial_lr"] * factor(scheduler.last_epoch)
+
+    def _load_moments(self, folder: Path) -> None:
+        """From shards or whole, into shards or whole; and the place in the schedule."""
+        model, optimizer = cast(PreTrainedModel, self.model), cast(torch.optim.Optimizer, self.optimizer)
+        whole = folder / OPTIMIZER_NAME
+        if holds_shards(folder):
+            load_sharded_optimizer(model, optimizer, folder)
+        elif self._in_shards and not (folder / FORMER_SHARDS).is_file():
+            load_whole_optimizer(model, optimizer, torch.load(whole, map_location="cpu", weights_only=True))
+        else:
+            if not self.is_fsdp_enabled:  # transformers goes on without either file
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+                    (folder / name).stat()
+            super()._load_optimizer_and_scheduler(str(folder))
+            return
+        schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+        cast(LambdaLR, self.lr_scheduler).load_state_dict(schedule)
 
     def _require_fitting_moments(self, checkpoint: str) -> None:
         """Compiled code of the optimizer does not look where a tensor ends, nor whether its numbers are all there."""

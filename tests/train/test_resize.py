@@ -1,0 +1,59 @@
+"""A run goes on with another number of processes (gloo), sharded or not, as if there had always been one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dyadlm.train import train
+from dyadlm.train.shards import OPTIMIZER_FOLDER, WEIGHTS_FOLDER
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = str(Path(__file__).with_name("program.py"))
+SHARED = (
+    "model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null",
+    "adam_epsilon=1e-4", "train.windows_per_step=4",
+)  # fmt: skip
+KINDS = {
+    "sharded": ("fsdp=true",),
+    "carried": ("train.carry_state=true", "gradient_accumulation_steps=2"),
+}
+
+
+def metrics(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, console):
+    expected = {}
+    for name, options in KINDS.items():
+        settings = small(tmp_path / f"one-{name}", *SHARED, *options, "max_steps=6")
+        expected[name] = train(settings, words(), console).output
+        train(small(tmp_path / name, *SHARED, *options, "max_steps=2"), words(), console)
+
+    runs = [
+        f"{tmp_path / name} {' '.join((*SHARED, *options))} max_steps=4 --resume" for name, options in KINDS.items()
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
+    command = [*launcher, *" -- ".join(runs).split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "sharded" / "checkpoint-4"
+    for folder in (WEIGHTS_FOLDER, OPTIMIZER_FOLDER):
+        assert len(list((checkpoint / folder).glob("*.safetensors"))) == 2
+
+    for name, options in KINDS.items():
+        run = train(small(tmp_path / name, *SHARED, *options, "max_steps=6", resume=True), words(), console).output
+        for figure, precision in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            found = metrics(run, figure)
+            assert len(found) == 6
+            assert found == pytest.approx(metrics(expected[name], figure), rel=precision)
+        found, wanted = (load_file(folder / "model.safetensors") for folder in (run, expected[name]))
+        for weight, value in wanted.items():
+            torch.testing.assert_close(found[weight], value, rtol=1e-4, atol=2e-5)
