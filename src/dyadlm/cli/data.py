@@ -1,9 +1,11 @@
 """`dyadlm data`: list, fetch and prepare training text."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from dyadlm.errors import UserError
 
 app = typer.Typer(help="List, fetch and prepare training text.", no_args_is_help=True)
 
@@ -50,11 +52,28 @@ def prepare(
         float, typer.Option(metavar="N", help="Refuse a compressed file that grows to more than N times its size.")
     ] = 250,
     processes: Annotated[int, typer.Option(min=1, help="Number of processes that tokenise.")] = 1,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where they tokenise: here, or on a Ray cluster, where a stopped preparation goes on."),
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
 ) -> None:
     """Tokenise text once, into a folder that training and evaluation read."""
     from dyadlm.data import prepare
 
-    manifest = prepare(sources, output, tokenizer, validation, text_field, processes, most_decompressed)
+    if address is not None and engine != "ray":
+        raise UserError("--address is that of a Ray cluster; give --engine ray with it.")
+    manifest = prepare(
+        sources,
+        output,
+        tokenizer,
+        validation,
+        text_field,
+        processes,
+        most_decompressed,
+        engine=engine,
+        address=address,
+    )
     for name, split in manifest.splits.items():
         typer.echo(
             f"{name}: {split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), documents: {split.documents:,}"

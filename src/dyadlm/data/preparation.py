@@ -5,7 +5,8 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
+from dyadlm.cluster import Engine, ray_cluster
 from dyadlm.data.chat import CONVERSATION, ChatEncoder, template_of
 from dyadlm.data.corpora import CORPORA, open_corpus
 from dyadlm.data.dataset import ROW_TOKENS, Manifest, Shard, Split
 from dyadlm.data.encoding import TextEncoder
 from dyadlm.data.formats import MOST_DECOMPRESSED, Passage
+from dyadlm.data.parts import Piece, Tokenise, kept_parts, tokenise_on_ray
 from dyadlm.data.sources import (
     MANIFEST_NAME,
     TEST,
@@ -48,6 +51,8 @@ def prepare(
     num_proc: int = 1,
     most_decompressed: float = MOST_DECOMPRESSED,
     whole: bool = False,
+    engine: Engine = "local",
+    address: str | None = None,
 ) -> Manifest:
     """Tokenise sources (corpora, files, folders, `-`, hub datasets) into the new folder `output`.
 
@@ -55,6 +60,11 @@ def prepare(
     validation, unless `validation` names a source for it; with `whole`, for data that is scored and not trained on,
     all of it does, and there is no train split. Memory is bounded; `num_proc` workers tokenise at
     once and change nothing in the result. The folder appears when it is complete, or not at all.
+
+    engine: where they tokenise: local, in threads; ray, as tasks of the Ray cluster at `address` (None: one that is
+    started here), with the same result. What they have done stands in a folder beside `output` (`dyadlm.data.parts`),
+    so that a preparation that was stopped goes on from there.
+
     Raises `UserError`, for text that the tokenizer cannot read with the place of the first bad byte.
     """
     output = Path(output)
@@ -69,12 +79,12 @@ def prepare(
     name = tokenizer if isinstance(tokenizer, str) else loaded.name_or_path or "custom"
     if encoder.is_byte:  # wherever it was loaded from
         name = "byte"
-    with staged_folder(output) as staging:
+    with _tokenising(encoder, output, num_proc, engine, address) as tokenise, staged_folder(output) as staging:
         splits: dict[str, Split] = {}
         index = 0
         splits_of = _one_split(opened) if whole else _splits(opened, held_out)
         for split, passages in splits_of.items():
-            written = _write_split(staging, split, passages, encoder, index, num_proc)
+            written = _write_split(staging, split, tokenise(_work(passages)), encoder, index)
             if written.tokens:
                 splits[split] = written
                 index += written.tokens
@@ -138,15 +148,6 @@ def _one_split(sources: Sequence[Source]) -> dict[str, Iterator[Passage]]:
 # ---- writing
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens of a document; passages: where in them each passage begins, and the passage."""
-
-    ids: np.ndarray
-    byte_lengths: np.ndarray
-    passages: list[tuple[int, Passage]]
-
-
 class _DocumentEncoder(TextEncoder):
     """Also of conversations. chat: their encoder, once one was met."""
 
@@ -155,23 +156,42 @@ class _DocumentEncoder(TextEncoder):
         self._tokenizer = tokenizer
         self.chat: ChatEncoder | None = None
 
-    def encode_chat(self, passage: Passage) -> _Piece:
+    def encode_chat(self, passage: Passage) -> Piece:
         self.chat = self.chat or ChatEncoder(self._tokenizer)
         ids, byte_lengths, kinds = self.chat.encode(passage.content, passage.document)
-        return _Piece(ids, byte_lengths, [(place, replace(passage, kind=kind)) for place, kind in kinds])
+        return Piece(ids, byte_lengths, [(place, replace(passage, kind=kind)) for place, kind in kinds])
+
+    def noticing(self, work: Iterable[list[Passage]]) -> Iterator[list[Passage]]:
+        """The work as it comes; that a conversation is among it is kept, though others encode it."""
+        for passages in work:
+            if self.chat is None and any(passage.kind == CONVERSATION for passage in passages):
+                self.chat = ChatEncoder(self._tokenizer)
+            yield passages
 
 
 def _write_split(
-    folder: Path, split: str, passages: Iterator[Passage], encoder: _DocumentEncoder, index: int, num_proc: int
+    folder: Path, split: str, tokenised: Iterable[list[Piece]], encoder: _DocumentEncoder, index: int
 ) -> Split:
     writer = _SplitWriter(folder, split, encoder, index)
     try:
-        for pieces in _ordered_map(partial(_encode, encoder), _work(passages), num_proc):
+        for pieces in tokenised:
             for piece in pieces:
                 writer.add(piece)
         return writer.finish()
     finally:
         writer.close()
+
+
+@contextmanager
+def _tokenising(
+    encoder: _DocumentEncoder, output: Path, workers: int, engine: Engine, address: str | None
+) -> Iterator[Tokenise]:
+    """What tokenises lists of passages, several at once, and gives them back in order."""
+    if engine == "local":
+        yield lambda work: _ordered_map(partial(encode_work, encoder), work, workers)
+        return
+    with ray_cluster(address, workers) as ray, kept_parts(output) as folder:
+        yield lambda work: tokenise_on_ray(ray, encoder, encode_work, folder, encoder.noticing(work))
 
 
 def _work(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
@@ -188,7 +208,7 @@ def _work(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         yield work
 
 
-def _encode(encoder: _DocumentEncoder, work: list[Passage]) -> list[_Piece]:
+def encode_work(encoder: _DocumentEncoder, work: list[Passage]) -> list[Piece]:
     """Each document of the work, or what there is of it, is tokenised as one text."""
     starts = [at for at, passage in enumerate(work) if passage.starts or at == 0]
     return [
@@ -197,7 +217,7 @@ def _encode(encoder: _DocumentEncoder, work: list[Passage]) -> list[_Piece]:
     ]
 
 
-def _encode_document(encoder: _DocumentEncoder, passages: list[Passage]) -> _Piece:
+def _encode_document(encoder: _DocumentEncoder, passages: list[Passage]) -> Piece:
     if passages[0].kind == CONVERSATION and passages[0].starts:
         return encoder.encode_chat(passages[0])
     content = b"".join(passage.content for passage in passages)
@@ -211,7 +231,7 @@ def _encode_document(encoder: _DocumentEncoder, passages: list[Passage]) -> _Pie
     edges = np.cumsum([0, *[len(passage.content) for passage in passages[:-1]]])
     places = np.searchsorted(byte_starts, edges).tolist()
     lengths = np.diff(byte_starts, append=len(content)).astype(np.int32)
-    return _Piece(ids, lengths, list(zip(places, passages, strict=True)))
+    return Piece(ids, lengths, list(zip(places, passages, strict=True)))
 
 
 def _ordered_map(function: Any, items: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -246,7 +266,7 @@ class _SplitWriter:
         self._bytes = self._documents = 0
         self._name = self._unique_name = ""
 
-    def add(self, piece: _Piece) -> None:
+    def add(self, piece: Piece) -> None:
         first = piece.passages[0][1]
         if first.starts or self._documents == 0:
             self._end_document()

@@ -1,0 +1,100 @@
+"""Preparation on Ray: equal to that on one machine, and going on where it was stopped."""
+
+import json
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from dyadlm.data import Passage, Source, byte_tokenizer, prepare
+from dyadlm.data.chat import CONVERSATION
+from dyadlm.data.parts import Piece, _is_whole, read_part, write_part
+from dyadlm.errors import UserError
+
+from .conftest import make_text
+
+
+def test_parts_come_back_whole_and_damage_is_seen(tmp_path):
+    passages = [(0, Passage("a", b"hello", "one")), (3, Passage("a", b"", "two", "song", 5, False))]
+    pieces = [
+        Piece(np.array([1, 70_000, 3, 4], np.int32), np.array([1, 2, 0, 2], np.int32), passages),
+        Piece(np.array([], np.int32), np.array([], np.int32), [(0, Passage("b", b""))]),
+    ]
+    path = tmp_path / "ab" / "part.safetensors"
+    assert not _is_whole(path)
+    write_part(path, pieces)
+    assert _is_whole(path)
+    for found, piece in zip(read_part(path), pieces, strict=True):
+        for one, other in ((found.ids, piece.ids), (found.byte_lengths, piece.byte_lengths)):
+            assert one.dtype == np.int32
+            assert np.array_equal(one, other)
+        assert [(place, p.document, p.section, p.kind, p.offset, p.starts) for place, p in found.passages] == [
+            (place, p.document, p.section, p.kind, p.offset, p.starts) for place, p in piece.passages
+        ]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert not _is_whole(path)
+
+
+@pytest.fixture
+def one_cpu():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray_gives_what_one_machine_gives_and_goes_on_where_it_was_stopped(
+    tmp_path, text_tokenizer, monkeypatch, one_cpu
+):
+    module = sys.modules["dyadlm.data.preparation"]  # the name in the package is the function
+    monkeypatch.setattr(module, "WORK_BYTES", 5_000)
+    # One cluster for all that follows, because its workers take longest to start.
+    monkeypatch.setattr(module, "ray_cluster", lambda address, workers: nullcontext(one_cpu))
+    fails = True
+    chat = json.dumps([{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]).encode()
+
+    def passages():
+        for number in range(30):
+            if fails and number == 20:
+                raise OSError("the disk is gone")
+            text = make_text(300, number).encode()
+            yield Passage(f"text {number}", text[:900])
+            yield Passage(f"text {number}", text[900:], "second part", starts=False)
+            yield Passage(f"chat {number}", chat, kind=CONVERSATION)
+
+    source = Source("made up", "CC0", "1", {"train": passages, "validation": lambda: iter([Passage("v", b"one two")])})
+    output, parts = tmp_path / "out", tmp_path / "out.parts"
+    with pytest.raises(OSError, match="the disk is gone"):
+        prepare([source], output, text_tokenizer, engine="ray")
+    assert not output.exists()
+    kept = {path: path.stat().st_mtime_ns for path in parts.rglob("*.safetensors")}
+    assert len(kept) > 3
+    with pytest.raises(OSError, match="the disk is gone"):
+        prepare([source], output, text_tokenizer, engine="ray")
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in parts.rglob("*.safetensors")}.items()
+
+    fails = False
+    on_ray = prepare([source], output, text_tokenizer, engine="ray")
+    alone = prepare([source], tmp_path / "alone", text_tokenizer)
+    assert on_ray == alone
+    assert (output / "tokenizer" / "chat_template.jinja").read_text() == (
+        tmp_path / "alone" / "tokenizer" / "chat_template.jinja"
+    ).read_text()
+    assert not parts.exists()
+
+    bad = Source("bad", "CC0", "2", {"train": lambda: iter([Passage("bad", b"\xff\xfe\xff" * 9)])})
+    with pytest.raises(UserError, match="bad is not UTF-8 text"):
+        prepare([bad], tmp_path / "bad", text_tokenizer, engine="ray")
+
+
+def test_ray_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("dyadlm.cluster.find_spec", lambda name: None)
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 20)
+    with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
+        prepare([tmp_path / "text.txt"], tmp_path / "out", byte_tokenizer(), engine="ray")
+    assert not (tmp_path / "out.parts").exists()
