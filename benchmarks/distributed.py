@@ -70,13 +70,17 @@ def quiet() -> dict[str, Any]:
         "stdout": subprocess.DEVNULL,
         "stderr": subprocess.PIPE,
         "text": True,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        # Without the second one, workers that torchrun starts again find the addresses of those that died (torch 2.13).
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     }
 
 
 def require_success(process: subprocess.Popen[str]) -> str:
     """What the run told while it went."""
-    _, said = process.communicate(timeout=600)
+    try:
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, said[-3000:]
     return said
 

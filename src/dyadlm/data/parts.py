@@ -113,8 +113,8 @@ def read_part(path: Path) -> list[Piece]:
     edges = np.cumsum([piece["tokens"] for piece in told])[:-1]
     parts = zip(np.split(ids, edges), np.split(byte_lengths, edges), told, strict=True)
     return [
-        Piece(*tokens, [(place, Passage(**tags, content=b"")) for place, tags in piece["passages"]])
-        for *tokens, piece in parts
+        Piece(tokens, lengths, [(place, Passage(**tags, content=b"")) for place, tags in piece["passages"]])
+        for tokens, lengths, piece in parts
     ]
 
 

@@ -27,6 +27,7 @@ from dyadlm.data.formats import (
     require_text_name,
     split_text,
 )
+from dyadlm.data.remote import is_remote, read_remote, remote_files, remote_key
 from dyadlm.errors import UserError, first_line
 from dyadlm.files import printable, sha256_of
 
@@ -62,7 +63,8 @@ def open_source(
     Files may be text, JSON lines, arrays of JSON objects or Parquet (`text_field` names the field with the text),
     plain, compressed (gzip, bzip2, xz, zstd) or in a zip archive; see `dyadlm.data.formats`. Links in a folder are
     followed; its hidden files are not read, and those that are no text are left out with a warning. Standard input
-    is read as text, whatever it holds. Hub datasets are called `owner/name` or `owner/name:configuration`.
+    is read as text, whatever it holds. Hub datasets are called `owner/name` or `owner/name:configuration`. What has a
+    URL is opened through fsspec: a file, a folder or a pattern (`dyadlm.data.remote`).
 
     most_decompressed: how many bytes one compressed byte may stand for. known: other names that the user may have
     meant. Raises `UserError`.
@@ -71,6 +73,11 @@ def open_source(
     read = partial(read_file, text_field=text_field, ratio=most_decompressed)
     if str(argument) == "-":
         return _standard_input()
+    if is_remote(str(argument)):
+        files = remote_files(str(argument))
+        return Source(
+            printable(str(argument)), "unknown", remote_key(RULES, files), {TRAIN: partial(read_remote, files, read)}
+        )
     if path.is_dir():
         return _folder(path, read)
     if path.is_file():

@@ -1,0 +1,63 @@
+"""Text behind a URL (fsspec), here in memory and on the disk, is read as files are."""
+
+import gzip
+import json
+
+import fsspec
+import pytest
+
+from dyadlm.data import byte_tokenizer, open_dataset, prepare, resolve_data
+from dyadlm.data.encoding import decode_bytes
+from dyadlm.data.sources import open_source
+from dyadlm.errors import UserError
+
+from .conftest import make_text
+
+LINES = b"".join(json.dumps({"text": make_text(40, number)}).encode() + b"\n" for number in range(20))
+
+
+@pytest.fixture
+def bucket():
+    """A folder in memory, with what a bucket may hold."""
+    system = fsspec.filesystem("memory")
+    system.pipe({"/bucket/a.jsonl": LINES, "/bucket/deep/b.jsonl.gz": gzip.compress(LINES), "/bucket/c.txt": b"plain"})
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def test_remote_text_is_read_like_files(tmp_path, bucket):
+    (tmp_path / "text" / "deep").mkdir(parents=True)
+    for name in ("a.jsonl", "deep/b.jsonl.gz", "c.txt"):
+        (tmp_path / "text" / name).write_bytes(bucket.cat(f"/bucket/{name}"))
+    for url in ("memory://bucket", f"file://{tmp_path}/text"):
+        prepare([url], tmp_path / "remote")
+        prepare([tmp_path / "text"], tmp_path / "local")
+        found, expected = (open_dataset(tmp_path / name).split("train") for name in ("remote", "local"))
+        assert decode_bytes(found.tokens(0, len(found))) == decode_bytes(expected.tokens(0, len(expected)))
+        for name in ("remote", "local"):
+            (tmp_path / name).rename(tmp_path / f"{name} {len(url)}")
+    by_pattern = [passage.document for passage in open_source("memory://bucket/*.jsonl").splits["train"]()]
+    assert by_pattern == [f"bucket/a.jsonl:{number}" for number in range(1, 21)]
+
+
+def test_the_cache_follows_what_changes(bucket):
+    first = resolve_data(["memory://bucket/a.jsonl:2"], byte_tokenizer())
+    assert first.train[0][1] == 2.0
+    assert resolve_data(["memory://bucket/a.jsonl"]).datasets[0].path == first.datasets[0].path
+    bucket.pipe("/bucket/a.jsonl", LINES + LINES)
+    second = resolve_data(["memory://bucket/a.jsonl"])
+    assert second.datasets[0].path != first.datasets[0].path
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://nowhere", "There are no files at memory://nowhere"),
+        ("memory://nowhere/*.txt", "There are no files"),
+        ("nosuch://bucket/a.txt", "cannot be reached .*nosuch"),
+        ("sftp://127.0.0.1/a.txt", "cannot be opened: .*paramiko"),
+    ],
+)
+def test_places_without_text_are_said(bucket, url, message):
+    with pytest.raises(UserError, match=message):
+        open_source(url)
