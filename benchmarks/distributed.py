@@ -27,7 +27,7 @@ from common import Cells, arguments
 STEPS, EVERY = 40, 5
 SETTINGS = (
     f"max_steps={STEPS}", f"save_steps={EVERY}", "eval_steps=0", "logging_steps=1", "save_total_limit=null",
-    "train.windows_per_step=8", "train.schedule=constant", "learning_rate=1e-2", "adam_epsilon=1e-4",
+    "train.windows_per_step=8", "train.schedule=constant", "warmup_steps=0", "learning_rate=1e-2", "adam_epsilon=1e-4",
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.dropout=0", "data.sequence_length=64",
 )  # fmt: skip
 SHARDED, CARRIED = ("fsdp=true",), ("train.carry_state=true",)

@@ -70,7 +70,7 @@ def prepare(
     output = Path(output)
     require_new(output, "the prepared data")
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    encoder = _DocumentEncoder(loaded)
+    encoder = DocumentEncoder(loaded)
     opened = [find_source(source, text_field, most_decompressed) for source in sources]
     held_out = None if validation is None else find_source(validation, text_field, most_decompressed)
     if not opened:
@@ -148,7 +148,7 @@ def _one_split(sources: Sequence[Source]) -> dict[str, Iterator[Passage]]:
 # ---- writing
 
 
-class _DocumentEncoder(TextEncoder):
+class DocumentEncoder(TextEncoder):
     """Also of conversations. chat: their encoder, once one was met."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -170,7 +170,7 @@ class _DocumentEncoder(TextEncoder):
 
 
 def _write_split(
-    folder: Path, split: str, tokenised: Iterable[list[Piece]], encoder: _DocumentEncoder, index: int
+    folder: Path, split: str, tokenised: Iterable[list[Piece]], encoder: DocumentEncoder, index: int
 ) -> Split:
     writer = _SplitWriter(folder, split, encoder, index)
     try:
@@ -184,7 +184,7 @@ def _write_split(
 
 @contextmanager
 def _tokenising(
-    encoder: _DocumentEncoder, output: Path, workers: int, engine: Engine, address: str | None
+    encoder: DocumentEncoder, output: Path, workers: int, engine: Engine, address: str | None
 ) -> Iterator[Tokenise]:
     """What tokenises lists of passages, several at once, and gives them back in order."""
     if engine == "local":
@@ -208,7 +208,7 @@ def _work(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         yield work
 
 
-def encode_work(encoder: _DocumentEncoder, work: list[Passage]) -> list[Piece]:
+def encode_work(encoder: DocumentEncoder, work: list[Passage]) -> list[Piece]:
     """Each document of the work, or what there is of it, is tokenised as one text."""
     starts = [at for at, passage in enumerate(work) if passage.starts or at == 0]
     return [
@@ -217,7 +217,7 @@ def encode_work(encoder: _DocumentEncoder, work: list[Passage]) -> list[Piece]:
     ]
 
 
-def _encode_document(encoder: _DocumentEncoder, passages: list[Passage]) -> Piece:
+def _encode_document(encoder: DocumentEncoder, passages: list[Passage]) -> Piece:
     if passages[0].kind == CONVERSATION and passages[0].starts:
         return encoder.encode_chat(passages[0])
     content = b"".join(passage.content for passage in passages)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -66,9 +65,3 @@ def remote_key(rules: int, files: dict[str, RemoteFile]) -> str:
     for name, file in files.items():
         digest.update(f"{name}\0{file.system.ukey(file.path)}\0".encode())
     return digest.hexdigest()
-
-
-def read_remote(files: dict[str, RemoteFile], read: Callable[[Any, str], Iterator[Any]]) -> Iterator[Any]:
-    """The passages of all files, one file after the other."""
-    for name, file in files.items():
-        yield from read(file, name)

@@ -9,10 +9,11 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -27,7 +28,7 @@ from dyadlm.data.formats import (
     require_text_name,
     split_text,
 )
-from dyadlm.data.remote import is_remote, read_remote, remote_files, remote_key
+from dyadlm.data.remote import is_remote, remote_files, remote_key
 from dyadlm.errors import UserError, first_line
 from dyadlm.files import printable, sha256_of
 
@@ -43,13 +44,20 @@ log = logging.getLogger("dyadlm.data")
 class Source:
     """Text under one name. splits: "train", and "validation" and "test" where the source has them by name.
 
-    Each split may be read again and again. key: a digest of the content, which names it in the cache.
+    Each split may be read again and again. key: a digest of the content, which names it in the cache. files: what
+    "train" is made of, one file after the other, where it is made of files.
     """
 
     name: str
     licence: str
     key: str
     splits: Mapping[str, Callable[[], Iterator[Passage]]]
+    files: Sequence[Callable[[], Iterator[Passage]]] = ()
+
+    @property
+    def parts(self) -> Sequence[Callable[[], Iterator[Passage]]]:
+        """Of "train", each of which can be read without those before it."""
+        return self.files or (self.splits[TRAIN],)
 
 
 def open_source(
@@ -75,8 +83,9 @@ def open_source(
         return _standard_input()
     if is_remote(str(argument)):
         files = remote_files(str(argument))
+        parts = [partial(read, file, name) for name, file in files.items()]
         return Source(
-            printable(str(argument)), "unknown", remote_key(RULES, files), {TRAIN: partial(read_remote, files, read)}
+            printable(str(argument)), "unknown", remote_key(RULES, files), {TRAIN: partial(_all, parts)}, parts
         )
     if path.is_dir():
         return _folder(path, read)
@@ -157,7 +166,12 @@ def _character_edge(content: bytes, cut: int) -> int:
 # ---- files and folders
 
 
-Read = Callable[[Path, str], Iterator[Passage]]
+Read = Callable[[Any, str], Iterator[Passage]]
+
+
+def _all(parts: Sequence[Callable[[], Iterator[Passage]]]) -> Iterator[Passage]:
+    for part in parts:
+        yield from part()
 
 
 def _file(path: Path, read: Read) -> Source:
@@ -184,7 +198,16 @@ def _folder(path: Path, read: Read) -> Source:
         if len(left_out) == len(files):
             raise UserError(f"The folder {path} holds no text; put text files into it.")
 
-    return Source(printable(path.resolve().name), "unknown", _key(files), {TRAIN: passages})
+    parts = [partial(_text_of, read, file, name) for name, file in files.items()]
+    return Source(printable(path.resolve().name), "unknown", _key(files), {TRAIN: passages}, parts)
+
+
+def _text_of(read: Read, file: Path, name: str) -> Iterator[Passage]:
+    """The passages of one file of a folder, none where it is no text."""
+    try:
+        yield from read(file, name)
+    except NotText as error:
+        log.warning("Left out: %s", error)
 
 
 def _files_below(folder: Path) -> dict[str, Path]:

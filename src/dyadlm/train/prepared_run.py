@@ -17,6 +17,11 @@ from dyadlm.causal_lm import Continuation, context_of, require_causal
 from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data, tokenizer_identity
 from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.data.encoding import prefix_token
+from dyadlm.data.preparation import find_source
+from dyadlm.data.resolve import parse_weight
+from dyadlm.data.sources import MANIFEST_NAME
+from dyadlm.data.streaming import StreamedText, StreamedWindows, stream_text
+from dyadlm.data.tokenizer import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.evaluate.evaluation import require_vocabulary
 from dyadlm.evaluate.streams import target_bytes, targets_of
@@ -50,7 +55,8 @@ INCIDENTAL_FIELDS = ("transformers_version", "_name_or_path", "architectures", "
 class TrainingData:
     """What a run reads. id: changes when the text or its tokens do.
 
-    train: streams with their weights in the mixture. licences: of the texts, for the model card.
+    train: streams with their weights in the mixture. licences: of the texts, for the model card. streamed: what is
+    trained on in place of them; they are then samples of it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +64,7 @@ class TrainingData:
     validation: Sequence[TokenStream]
     id: str
     licences: Sequence[str] = ()
+    streamed: StreamedText | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,10 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
             raise UserError(f"The run cannot be called {output}, as the model it begins with; choose another --output.")
     if settings.lora.rank:
         _require_adaptable(settings, arguments)
+    if settings.data.stream:
+        _require_streamable(settings, arguments)
     with arguments.main_process_first(local=False, desc="preparing the data"):
-        data = data or _resolve(settings)
+        data = data or _resolve(settings, arguments.seed)
     options = settings.data
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if "max_steps" not in settings.arguments:
@@ -130,16 +139,21 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
         arguments.fsdp = arguments.fsdp_plugin_args = None
         choices.append("fsdp: one process holds everything, so that nothing is sharded")
     number = arguments.max_steps * batch
-    windows: Dataset[dict[str, torch.Tensor]] = TrainingWindows(
-        data.train,
-        options.sequence_length,
-        length=number,
-        seed=arguments.seed,
-        document_reset=options.document_reset,
-        with_index=settings.fingerprint.shown,
-        with_tags=settings.fingerprint.shown and settings.fingerprint.tags,
-        lanes=batch if settings.train.carry_state else 0,
-    )
+    windows: Dataset[dict[str, torch.Tensor]]
+    if data.streamed is not None:
+        text = data.streamed
+        windows = StreamedWindows(text.passages, text.encoder, options.sequence_length, number, batch)
+    else:
+        windows = TrainingWindows(
+            data.train,
+            options.sequence_length,
+            length=number,
+            seed=arguments.seed,
+            document_reset=options.document_reset,
+            with_index=settings.fingerprint.shown,
+            with_tags=settings.fingerprint.shown and settings.fingerprint.tags,
+            lanes=batch if settings.train.carry_state else 0,
+        )
     canaries = None
     if options.canaries:
         canaries = plan_canaries(options.canaries, arguments.seed, data.tokenizer, number, options.sequence_length)
@@ -196,13 +210,51 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
     )
 
 
-def _resolve(settings: TrainSettings) -> TrainingData:
+def _require_streamable(settings: TrainSettings, arguments: TrainingArguments) -> None:
+    """Raise `UserError` for what needs prepared text."""
+    asked = {
+        "data.document_reset": settings.data.document_reset,
+        "data.canaries": settings.data.canaries,
+        "train.carry_state": settings.train.carry_state,
+        "train.goldfish": settings.train.goldfish,
+        "fingerprint.shown": settings.fingerprint.shown,
+        "planner.teacher": settings.planner.teacher,
+        "dataloader_num_workers": arguments.dataloader_num_workers,
+    }
+    if names := [name for name, value in asked.items() if value]:
+        raise UserError(f"{' and '.join(names)} cannot be used with data.stream; leave it out, or data.stream.")
+    if "max_steps" not in settings.arguments:
+        raise UserError("How much text there is is not known with data.stream; set max_steps.")
+
+
+def _streamed(settings: TrainSettings, tokenizer: str | None, seed: int) -> TrainingData:
+    """The sources as they come, under the tokenizer of that name; the byte tokenizer for None."""
+    loaded = load_tokenizer(tokenizer or "byte")
+    parsed = [parse_weight(source) for source in settings.sources]
+    if any(name == "-" or (Path(name) / MANIFEST_NAME).exists() for name, _ in parsed):
+        raise UserError("Standard input and prepared data cannot be streamed; leave data.stream out.")
+    sources = [(find_source(name, **reading_options(settings.to_dict())), weight) for name, weight in parsed]
+    held_out = math.ceil(settings.data.validation_tokens / len(sources))
+    streamed = stream_text(sources, loaded, held_out, seed)
+    return TrainingData(
+        tokenizer=loaded,
+        train=[(sample, weight) for sample, (_, weight) in zip(streamed.samples, sources, strict=True)],
+        validation=streamed.samples,
+        id=streamed.id,
+        licences=sorted({source.licence for source, _ in sources}),
+        streamed=streamed,
+    )
+
+
+def _resolve(settings: TrainSettings, seed: int) -> TrainingData:
     """The sources under the model's own tokenizer, or for a new model under the one asked for."""
     tokenizer = settings.data.tokenizer
     if settings.model is not None:
         if tokenizer is not None:
             raise UserError("A model to continue from has its own tokenizer; leave data.tokenizer out.")
         tokenizer = settings.model
+    if settings.data.stream:
+        return _streamed(settings, tokenizer, seed)
     resolved = resolve_data(settings.sources, tokenizer, **reading_options(settings.to_dict()))
     return TrainingData(
         tokenizer=resolved.tokenizer,
@@ -283,7 +335,7 @@ def _remarks(settings: TrainSettings, data: TrainingData, tokens: int) -> list[s
         told = ", ".join(f"{name}={settings.to_dict()[name]}" for name in taken if name in settings.to_dict())
         remarks.append(f"going on from {settings.model}: {told}; --set changes these")
     epochs = tokens / max(1, sum(len(stream) for stream, _ in data.train))
-    if epochs >= MANY_EPOCHS:
+    if epochs >= MANY_EPOCHS and data.streamed is None:
         remarks.append(
             f"the text is read {epochs:,.0f} times, so that the model will know it by heart; give more text, or fewer "
             "steps (--set max_steps=N)"

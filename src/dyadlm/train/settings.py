@@ -34,6 +34,9 @@ class DataOptions:
     validation_tokens: tokens of the validation split scored during training, spread evenly over it.
     text_field: the field with the text in JSON and Parquet.
     most_decompressed: how many bytes of text one byte of a compressed file may stand for.
+    stream: read the sources while training, in their own order, without preparing them (`dyadlm.data.streaming`).
+        Weights are shares of passages (documents, or a megabyte of longer ones). The beginning of each source, of
+        validation_tokens in all, is held out for validation.
     """
 
     sequence_length: int = 256
@@ -43,6 +46,7 @@ class DataOptions:
     validation_tokens: int = 65_536
     text_field: str = "text"
     most_decompressed: float = 250.0
+    stream: bool = False
 
     def __post_init__(self) -> None:
         _require(self.sequence_length >= 2, "data.sequence_length must be at least 2")

@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dyadlm.data.batches import IGNORED_LABEL
+from dyadlm.data.streaming import StreamedWindows
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.inspection import behaviour
 from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
@@ -175,6 +176,7 @@ class LanguageModelTrainer(Trainer):
         self.validation = validation
         self.bytes_per_token = bytes_per_token
         self.identity = dict(identity or {})
+        self._window_tokens = windows[0]["input_ids"].numel()
         # Trainer switches the cache off in the configuration, which would end up in what is published.
         self._published_use_cache = getattr(model.config, "use_cache", None)
         self._lowest_loss: float | None = None
@@ -251,15 +253,17 @@ class LanguageModelTrainer(Trainer):
         return self.lr_scheduler
 
     def tokens_per_step(self) -> int:
-        windows = cast(Dataset[dict[str, torch.Tensor]], self.train_dataset)
-        return self.get_total_train_batch_size(self.args) * windows[0]["input_ids"].numel()
+        return self.get_total_train_batch_size(self.args) * self._window_tokens
 
     # ---- Loss, logs, evaluation ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()
-        if self.carried is not None and (checkpoint := kwargs.get("resume_from_checkpoint")):
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if self.carried is not None and checkpoint:
             self.carried.load(Path(checkpoint), self.args.device)
+        if isinstance(self.train_dataset, StreamedWindows) and checkpoint:
+            self.train_dataset.load(Path(checkpoint))
         return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
@@ -409,6 +413,8 @@ class LanguageModelTrainer(Trainer):
                     self.carried.save(staging)
                 if self.args.should_save:
                     save_companions(cast(PreTrainedModel, self.model), staging)
+                if self.args.should_save and isinstance(self.train_dataset, StreamedWindows):
+                    self.train_dataset.save(staging, step * self.get_total_train_batch_size(self.args))
                 if self.args.should_save:
                     self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 self.accelerator.wait_for_everyone()

@@ -1,0 +1,105 @@
+"""Windows of text as it comes: what they hold, how sources are mixed, and that reading goes on anywhere."""
+
+import fsspec
+import pytest
+import torch
+
+from dyadlm.data import Passage, Source, byte_tokenizer
+from dyadlm.data.encoding import END_ID, decode_bytes
+from dyadlm.data.sources import open_source
+from dyadlm.data.streaming import StreamedWindows, stream_text
+from dyadlm.errors import UserError
+
+from .conftest import make_text
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def documents(letter, count=30):
+    def passages():
+        for number in range(count):
+            yield Passage(f"{letter}{number}", f"{letter}{number} ".encode() * 8)
+            yield Passage(f"{letter}{number}", f"{letter}{number}.".encode(), starts=False)
+
+    return Source(letter, "CC0", letter, {"train": passages})
+
+
+def windows(*sources, length=60, every=4, seed=0):
+    text = stream_text([(source, weight) for source, weight in sources], byte_tokenizer(), 20, seed)
+    return StreamedWindows(text.passages, text.encoder, 16, length, every)
+
+
+def read(made, numbers):
+    return torch.stack([made[number]["input_ids"] for number in numbers])
+
+
+def test_one_source_is_read_in_its_order_but_for_what_is_held_out():
+    text = stream_text([(documents("a"), 1.0)], byte_tokenizer(), 20, 0)
+    (sample,) = text.samples
+    assert decode_bytes(sample.tokens(0, len(sample))) == b"a0 " * 8
+    found = read(StreamedWindows(text.passages, text.encoder, 16, 60, 4), range(60)).flatten().tolist()
+    round_ = [*b"a0."]
+    for number in range(1, 30):
+        round_ += [END_ID, *(f"a{number} " * 8 + f"a{number}.").encode()]
+    assert found[: len(round_)] == round_[: len(found)]
+
+
+def test_sources_are_mixed_by_their_weights_again_and_again():
+    found = read(windows((documents("a", 3), 3.0), (documents("b", 3), 1.0), length=400), range(400))
+    parts = [(found == ord(letter)).sum().item() for letter in "ab"]
+    assert 2 < parts[0] / parts[1] < 4
+    other = read(windows((documents("a", 3), 3.0), (documents("b", 3), 1.0), length=400, seed=1), range(400))
+    assert not torch.equal(found, other)
+
+
+def test_reading_goes_on_anywhere(tmp_path):
+    sources = ((documents("a", 5), 3.0), (documents("b", 7), 1.0))
+    whole = read(windows(*sources), range(60))
+    # One process of two, which reads every other batch of two windows.
+    mine = [number for number in range(60) if number % 4 < 2]
+    made = windows(*sources)
+    assert torch.equal(read(made, mine), whole[mine])
+    made = windows(*sources)
+    for number in (0, 17, 0, 18, 0, 19, 20):  # the first one says how long windows are
+        assert torch.equal(made[number]["input_ids"], whole[number])
+    for number in (36, 60):
+        for ahead in (number - 1, number + 5):
+            made = windows(*sources)
+            read(made, range(min(ahead, 60)))
+            folder = tmp_path / f"{number} {ahead}"
+            folder.mkdir(exist_ok=True)
+            made.save(folder, number)
+            resumed = windows(*sources, length=80)
+            resumed.load(folder)
+            passages = 0
+
+            def counted(record, tokens=resumed._tokens):
+                nonlocal passages
+                passages += 1
+                return tokens(record)
+
+            resumed._tokens = counted
+            rest = range(number, number + 10)
+            assert torch.equal(read(resumed, rest), read(windows(*sources, length=80), rest))
+            assert passages < 14  # none of the text before was tokenised
+    with pytest.raises(UserError, match="does not say where"):
+        made.load(tmp_path)
+
+
+def test_files_of_a_place_are_parts_of_their_own():
+    system = fsspec.filesystem("memory")
+    system.pipe({f"/many/{number}.txt": make_text(40, number).encode() for number in range(3)})
+    source = open_source("memory://many")
+    assert len(source.parts) == 3
+    assert windows((source, 1.0), length=5)[4]["input_ids"].shape == (16,)
+    system.rm("/many", recursive=True)
+
+
+def test_text_that_cannot_be_streamed_is_said():
+    with pytest.raises(UserError, match="a has 16 tokens, too few"):
+        windows((Source("a", "CC0", "a", {"train": lambda: iter([Passage("a", b"0123456789abcdef")])}), 1.0))
+    with pytest.raises(UserError, match="a has 24 tokens, too few"):
+        windows((Source("a", "CC0", "a", {"train": lambda: iter([Passage("a", b"0123456789" * 2 + b"abcd")])}), 1.0))
+    chat = Passage("talk", b"[]", kind="chat:conversation")
+    with pytest.raises(UserError, match="talk is a conversation"):
+        windows((Source("a", "CC0", "a", {"train": lambda: iter([chat])}), 1.0))

@@ -1,0 +1,42 @@
+"""Training on text that is not prepared: a run that was stopped goes on with the text that follows."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dyadlm.errors import UserError
+from dyadlm.train import train
+
+pytestmark = pytest.mark.slow
+
+STREAMED = ("data.stream=true", "train.schedule=constant", "save_steps=3", "eval_steps=3", "logging_steps=1")
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A folder of JSON lines and one file of text."""
+    (tmp_path / "lines").mkdir()
+    for name in ("a", "b"):
+        texts = [json.dumps({"text": f"{name} {number} " * 30}) for number in range(40)]
+        (tmp_path / "lines" / f"{name}.jsonl").write_text("\n".join(texts))
+    (tmp_path / "notes.jsonl").write_text("\n".join(json.dumps({"text": "notes of a day " * 20}) for _ in range(40)))
+    return [f"{tmp_path / 'lines'}:3", f"file://{tmp_path}/notes.jsonl"]
+
+
+def test_a_streamed_run_goes_on_with_the_text_that_follows(tmp_path, small, console, sources):
+    whole = train(small(tmp_path / "whole", *STREAMED, "max_steps=6", data=sources), console=console)
+    assert whole.validation_loss is not None
+    train(small(tmp_path / "parts", *STREAMED, "max_steps=3", data=sources), console=console)
+    parts = train(small(tmp_path / "parts", *STREAMED, "max_steps=6", data=sources, resume=True), console=console)
+    first, second = (load_file(run.output / "model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(UserError, match="another data"):
+        train(small(tmp_path / "parts", *STREAMED, "max_steps=9", data=sources[:1], resume=True), console=console)
+
+
+@pytest.mark.parametrize("option", ["train.carry_state=true", "data.canaries=4", "dataloader_num_workers=1"])
+def test_what_needs_prepared_text_is_refused(tmp_path, small, sources, option):
+    with pytest.raises(UserError, match=r"cannot be used with data\.stream"):
+        train(small(tmp_path / "run", *STREAMED, option, data=sources))
