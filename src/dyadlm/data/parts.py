@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dyadlm.cluster import RETRIES, result_of
-from dyadlm.data.encoding import TextEncoder
 from dyadlm.data.formats import Passage
 from dyadlm.files import locked, make_folder, write_atomically
 
@@ -39,7 +38,7 @@ Tokenise: TypeAlias = Callable[[Iterable[list[Passage]]], Iterator[list[Piece]]]
 @contextmanager
 def kept_parts(output: Path) -> Iterator[Path]:
     """The folder of the parts of `output`, removed where the block ends well. Raises `UserError` if it is in use."""
-    folder = output.with_name(f"{output.name}.parts")
+    folder = output.absolute().with_name(f"{output.name}.parts")  # workers stand in folders of their own
     make_folder(folder)
     with locked(folder):
         yield folder
@@ -48,14 +47,15 @@ def kept_parts(output: Path) -> Iterator[Path]:
 
 def tokenise_on_ray(
     ray: Any,
-    encoder: TextEncoder,
+    encoder: Any,
     encode: Callable[[Any, list[Passage]], list[Piece]],
     folder: Path,
     work: Iterable[list[Passage]],
 ) -> Iterator[list[Piece]]:
     """Lists of passages as tasks of Ray, twice as many at once as it has CPUs, and their tokens in order.
 
-    folder: of the parts, where the workers and this process see the same files.
+    encoder: what `encode` takes; its `parts_identity` changes with what it makes of a text. folder: of the parts, where
+    the workers and this process see the same files.
     """
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_make_part)
     shared, most = ray.put(encoder), 2 * int(ray.cluster_resources().get("CPU", 1))
@@ -68,7 +68,7 @@ def tokenise_on_ray(
         return read_part(path)
 
     for passages in work:
-        path = _path(folder, encoder.identity, passages)
+        path = _path(folder, encoder.parts_identity, passages)
         waiting.append((path, None if _is_whole(path) else task.remote(shared, encode, passages, path)))
         if len(waiting) > most:
             yield first()
@@ -77,7 +77,7 @@ def tokenise_on_ray(
 
 
 def _make_part(
-    encoder: TextEncoder, encode: Callable[[Any, list[Passage]], list[Piece]], passages: list[Passage], path: Path
+    encoder: Any, encode: Callable[[Any, list[Passage]], list[Piece]], passages: list[Passage], path: Path
 ) -> None:
     write_part(path, encode(encoder, passages))
 
@@ -101,8 +101,8 @@ def write_part(path: Path, pieces: Sequence[Piece]) -> None:
         "ids": _small([piece.ids for piece in pieces]),
         "byte_lengths": _small([piece.byte_lengths for piece in pieces]),
     }
-    checksum = _checksum(tensors)
-    write_atomically(path, save(tensors, {"pieces": json.dumps(told), "sha256": checksum}))
+    pieces_json = json.dumps(told)
+    write_atomically(path, save(tensors, {"pieces": pieces_json, "sha256": _checksum(tensors, pieces_json)}))
 
 
 def read_part(path: Path) -> list[Piece]:
@@ -123,7 +123,8 @@ def _is_whole(path: Path) -> bool:
     try:
         with safe_open(str(path), framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in ("ids", "byte_lengths")}
-            return bool(file.metadata()["sha256"] == _checksum(tensors))
+            told = file.metadata()
+            return bool(told["sha256"] == _checksum(tensors, told["pieces"]))
     except (OSError, SafetensorError, KeyError, TypeError):
         return False
 
@@ -138,8 +139,8 @@ def _small(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return values.astype(np.min_scalar_type(int(values.max(initial=0))))
 
 
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, np.ndarray], pieces: str) -> str:
+    digest = hashlib.sha256(pieces.encode())
     for name in sorted(tensors):
         digest.update(np.ascontiguousarray(tensors[name]).data)
     return digest.hexdigest()

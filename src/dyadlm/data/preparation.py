@@ -36,6 +36,7 @@ from dyadlm.data.sources import (
 from dyadlm.data.tokenizer import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, sha256_of, staged_folder, write_atomically
+from dyadlm.version import __version__
 
 ROWS_PER_WRITE = 64
 SHARD_TOKENS = 1 << 26
@@ -155,6 +156,7 @@ class DocumentEncoder(TextEncoder):
         super().__init__(tokenizer)
         self._tokenizer = tokenizer
         self.chat: ChatEncoder | None = None
+        self.parts_identity = f"{__version__} {self.identity} {tokenizer.chat_template}"
 
     def encode_chat(self, passage: Passage) -> Piece:
         self.chat = self.chat or ChatEncoder(self._tokenizer)

@@ -10,7 +10,7 @@ import fsspec
 from fsspec.core import has_magic
 
 from dyadlm.data.formats import BLOCK_BYTES
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.files import printable
 
 
@@ -50,10 +50,9 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
         else:
             paths = [path] if system.isfile(path) else system.find(path)
     except ImportError as error:
-        raise UserError(f"{url} cannot be opened: {error}.") from error
+        raise UserError(f"{url} cannot be opened: {first_line(error)}.") from error
     except Exception as error:  # each place has its own
-        reason = str(error).strip().splitlines()[:1]
-        raise UserError(f"{url} cannot be reached ({reason[0] if reason else type(error).__name__}).") from error
+        raise UserError(f"{url} cannot be reached ({first_line(error)}).") from error
     if not paths:
         raise UserError(f"There are no files at {url}; name a file, a folder or a pattern such as {url}/*.jsonl.")
     return {printable(found.strip("/")): RemoteFile(system, found) for found in sorted(paths)}
