@@ -1,6 +1,7 @@
 """A run goes on with another number of processes (gloo), sharded or not, as if there had always been one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dyadlm.errors import UserError
 from dyadlm.train import train
+from dyadlm.train.checkpoint import MANIFEST_NAME, read_manifest, write_manifest
 from dyadlm.train.shards import OPTIMIZER_FOLDER, WEIGHTS_FOLDER
 
 pytestmark = pytest.mark.slow
@@ -47,6 +50,14 @@ def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, consol
     checkpoint = tmp_path / "sharded" / "checkpoint-4"
     for folder in (WEIGHTS_FOLDER, OPTIMIZER_FOLDER):
         assert len(list((checkpoint / folder).glob("*.safetensors"))) == 2
+
+    half = shutil.copytree(tmp_path / "sharded", tmp_path / "half")
+    shutil.rmtree(half / "checkpoint-4" / WEIGHTS_FOLDER)
+    (half / "checkpoint-4" / WEIGHTS_FOLDER).mkdir()
+    (half / "checkpoint-4" / MANIFEST_NAME).unlink()
+    write_manifest(half / "checkpoint-4", 4, read_manifest(checkpoint)["identity"])
+    with pytest.raises(UserError, match="checkpoint-4 is damaged"):
+        train(small(half, *SHARED, "fsdp=true", "max_steps=6", resume=True), words(), console)
 
     for name, options in KINDS.items():
         run = train(small(tmp_path / name, *SHARED, *options, "max_steps=6", resume=True), words(), console).output

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dyadlm.data.chat import CONVERSATION
 from dyadlm.data.formats import Passage
+from dyadlm.data.parts import Piece
 from dyadlm.data.preparation import DocumentEncoder, encode_work
 from dyadlm.data.sources import Source
 from dyadlm.data.streams import TokenStream
@@ -60,6 +61,12 @@ def _plain(passage: Passage) -> str:
     return passage.document
 
 
+def _encoded(encoder: DocumentEncoder, record: dict[str, Any]) -> Piece:
+    """Raises `UserError` for what the tokenizer cannot read."""
+    (piece,) = encode_work(encoder, [Passage(record["name"], record["content"])])
+    return piece
+
+
 @dataclass(frozen=True)
 class StreamedText:
     """A mixture to train on, and what stands for its text where a little of it is enough.
@@ -69,7 +76,7 @@ class StreamedText:
     """
 
     passages: datasets.IterableDataset
-    encoder: Any
+    encoder: DocumentEncoder
     samples: list[TokenStream]
     id: str
 
@@ -89,7 +96,7 @@ def stream_text(
         found, records = 0, _records(source.parts)
         for record in records:
             texts.append(record["content"])
-            found += len(encoder.encode(record["content"])[0])
+            found += len(_encoded(encoder, record).ids)
             if found >= held_out:
                 break
         if next(records, None) is None:
@@ -111,7 +118,14 @@ class StreamedWindows(Dataset[dict[str, torch.Tensor]]):
     from the last few of them, and from what `save` wrote, without tokenising the text before again.
     """
 
-    def __init__(self, passages: datasets.IterableDataset, encoder: Any, sequence_length: int, length: int, every: int):
+    def __init__(
+        self,
+        passages: datasets.IterableDataset,
+        encoder: DocumentEncoder,
+        sequence_length: int,
+        length: int,
+        every: int,
+    ):
         """passages: as `mixed` gives them. encoder: of documents (`dyadlm.data.preparation`)."""
         self._passages, self._encoder = passages, encoder
         self._size, self._length, self._every = sequence_length, length, every
@@ -156,7 +170,7 @@ class StreamedWindows(Dataset[dict[str, torch.Tensor]]):
         return read[: self._size]
 
     def _tokens(self, record: dict[str, Any]) -> np.ndarray:
-        (piece,) = encode_work(self._encoder, [Passage(record["name"], record["content"])])
+        piece = _encoded(self._encoder, record)
         end = [np.array([self._encoder.end_id], np.int32)] * record["starts"]
         return np.concatenate([*end, piece.ids])
 

@@ -5,12 +5,14 @@ torch.distributed.checkpoint; nothing is gathered and nothing is pickled. Runs t
 """
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -89,13 +91,24 @@ def _moments(state: Any) -> dict[str, Any]:
 def _write(tensors: dict[str, Any], folder: Path) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # newer than the oldest torch
 
-    save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
+    with _errors():
+        save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
 
 
 def _read(tensors: dict[str, Any], folder: Path) -> None:
     """Into the tensors as they are."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _errors():
         warnings.filterwarnings("ignore", ".*intent is to load in a single process")
         load(tensors, storage_reader=HuggingFaceStorageReader(path=str(folder)))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What failed in any process is an error like others; torch raises what is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        process, (reason, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"in process {process}: {reason}") from error
