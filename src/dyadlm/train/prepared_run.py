@@ -94,8 +94,11 @@ class PreparedRun:
             raise UserError(f"These settings do not fit together: {error}") from error
 
 
-def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path) -> PreparedRun:
-    """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet.
+def prepare_run(
+    settings: TrainSettings, data: TrainingData | None, output: Path, model: PreTrainedModel | None = None
+) -> PreparedRun:
+    """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet. model: instead
+    of that of the settings, as it is: whether it is causal is not asked.
 
     Raises `UserError` for whatever is wrong with the request, the model first: preparing text takes longest.
     """
@@ -120,7 +123,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
 
     choices += _remarks(settings, data, arguments.max_steps * batch * options.sequence_length)
     set_seed(arguments.seed)
-    model = _model(settings, data.tokenizer)
+    model = model or _model(settings, data.tokenizer)
     if settings.train.carry_state:
         require_carriable(model)
     adapter = _adapt(model, settings, choices)
