@@ -74,7 +74,7 @@ class Done(NamedTuple):
 @dataclass(frozen=True)
 class Cell:
     """One training. tokens: to train on, whole steps; 0 measures speed and cost alone. final: scored in all protocols,
-    with a learning curve and the cost of decoding; a cell of a sweep is scored in fresh windows alone."""
+    with a learning curve; a cell of a sweep is scored only in fresh windows."""
 
     family: str
     tokens: int = 0

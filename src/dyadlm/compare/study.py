@@ -18,8 +18,9 @@ from dyadlm.compare.cell import Cell, Done, Recipe, run_cell
 from dyadlm.errors import UserError
 from dyadlm.evaluate.protocols import PROTOCOLS
 from dyadlm.files import locked, make_folder, write_atomically
+from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.workers import run_tasks
-from dyadlm.zoo import find_family, solve
+from dyadlm.zoo import Sizes, find_family, solve
 from dyadlm.zoo.family import Family
 
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
@@ -70,10 +71,8 @@ class Study:
 def require_comparable(family: Family, recipe: Recipe) -> None:
     """Raise `UserError` where a family cannot be built at the size of the recipe."""
     if family.build is None or family.missing:
-        from dyadlm.zoo import Sizes
-
-        family.make(Sizes(32, 1, 32, 259, recipe.length))
-    solve(family, recipe.parameters, None, 259, recipe.length)
+        family.make(Sizes(32, 1, 32, BYTE_VOCABULARY, recipe.length))  # raises
+    solve(family, recipe.parameters, None, BYTE_VOCABULARY, recipe.length)
 
 
 class Results:
