@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, messa
 def test_a_replica_goes_on_where_another_was_killed(folder, tmp_path, request, kind):
     """What was answered is kept; what was being written is not."""
     url = str(tmp_path / "sessions") if kind == "folder" else request.getfixturevalue("redis_url")
-    one, other = (Process(str(folder), "--sessions", url, "--shared") for _ in range(2))
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda _: Process(str(folder), "--sessions", url, "--shared"), range(2))
     session = one.http.post("/v1/sessions", json={"name": kind, "text": "To be"}).json()["id"]
     body = {"prompt": " or", "session": session, "max_tokens": 6, "seed": 1}
     assert one.http.post("/v1/completions", json=body).status_code == 200
