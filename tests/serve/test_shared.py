@@ -85,6 +85,14 @@ def test_forks_names_and_deletions_are_seen_by_all(pair):
     assert complete(pair[0], "mine") == expected
 
 
+@pytest.mark.parametrize("name", ["../up", "", "a/b", "x" * 300, "\\ud800", "*", "sess_mine"])
+def test_names_lead_nowhere(pair, name):
+    body = b'{"prompt": "a", "session": "%s"}' % name.encode()
+    answer = pair[0].http.post("/v1/completions", content=body)
+    assert answer.status_code in (400, 404), answer.text
+    assert pair[0].http.post("/v1/sessions", content=b'{"name": "%s"}' % name.encode()).status_code == 400
+
+
 def test_one_replica_at_a_time_changes_a_session(pair):
     """Reading it is always possible."""
     for live in pair:

@@ -9,17 +9,18 @@ Keys run out when the session does. A session is written by a script that compar
 that was stopped for longer than its lease writes nothing.
 """
 
+import errno
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dyadlm.errors import UserError
-from dyadlm.serve.session_record import ID, fits
-from dyadlm.serve.session_storage import Claim, ClaimLost, Stored
+from dyadlm.serve.session_record import ID, NAME, fits
+from dyadlm.serve.session_storage import NAME_SECONDS, Claim, ClaimLost, Stored
 
 LEASE = 30.0  # seconds
 PREFIX = "dyadlm:"
@@ -29,7 +30,8 @@ WRITE = """
 if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('set', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('set', KEYS[3], ARGV[4], 'PX', ARGV[2])
-if ARGV[6] == '1' then redis.call('set', KEYS[4], ARGV[5], 'PX', ARGV[2]) end
+local owner = redis.call('get', KEYS[4])
+if ARGV[6] == '1' and (not owner or owner == ARGV[5]) then redis.call('set', KEYS[4], ARGV[5], 'PX', ARGV[2]) end
 return 1
 """
 # Keys: state, known, name. Arguments: id.
@@ -56,9 +58,9 @@ class RedisClaim:
         self._lock.extend(LEASE, replace_ttl=True)
 
     def release(self) -> None:
-        from redis.exceptions import LockError
+        from redis.exceptions import RedisError
 
-        with suppress(LockError):  # it ran out before
+        with suppress(RedisError):  # it has run out, or will
             self._lock.release()
 
 
@@ -83,23 +85,24 @@ class RedisStorage:
     def find(self, key: str) -> Stored | None:
         with self._reachable():
             if not ID.fullmatch(key):
+                if not NAME.fullmatch(key):
+                    return None
                 key = (self._client.get(f"{PREFIX}name:{key}") or b"").decode(errors="replace")
-            return self._stored(key) if ID.fullmatch(key) else None
+            return next(self._stored([key]), None) if ID.fullmatch(key) else None
 
     def all(self) -> list[Stored]:
         with self._reachable():
             keys = self._client.scan_iter(match=f"{PREFIX}sess_*:known", count=1000)
-            ids = {key.decode().split(":")[1] for key in keys}
-            return [stored for each in ids if (stored := self._stored(each)) is not None]
+            return list(self._stored(sorted({key.decode().split(":")[1] for key in keys})))
 
     def claim(self, session_id: str) -> RedisClaim | None:
         with self._reachable():
             lock = self._client.lock(f"{PREFIX}{session_id}:lock", timeout=LEASE, thread_local=False)
             return RedisClaim(lock) if lock.acquire(blocking=False) else None
 
-    def take_name(self, name: str, session_id: str, seconds: float) -> bool:
+    def take_name(self, name: str, session_id: str) -> bool:
         with self._reachable():
-            return bool(self._client.set(f"{PREFIX}name:{name}", session_id, nx=True, px=_milliseconds(seconds)))
+            return bool(self._client.set(f"{PREFIX}name:{name}", session_id, nx=True, px=_milliseconds(NAME_SECONDS)))
 
     @contextmanager
     def reading(self, session_id: str) -> Iterator[Path]:
@@ -143,27 +146,28 @@ class RedisStorage:
         own = PREFIX + known["id"]
         return [f"{own}:state", f"{own}:known", f"{PREFIX}name:{known['name']}"]
 
-    def _stored(self, session_id: str) -> Stored | None:
-        own = f"{PREFIX}{session_id}"
+    def _stored(self, ids: Sequence[str]) -> Iterator[Stored]:
+        """Those of these sessions that there are."""
         with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.get(f"{own}:known")
-            pipeline.pttl(f"{own}:known")
-            pipeline.strlen(f"{own}:state")
-            content, left, size = pipeline.execute()
-        try:
-            known = json.loads(content or "null")
-        except ValueError:
-            return None
-        if not fits(known) or known["id"] != session_id:
-            return None
-        return Stored(known, time.time() + left / 1000 - known["ttl"], size)
+            for session_id in ids:
+                pipeline.get(f"{PREFIX}{session_id}:known")
+                pipeline.pttl(f"{PREFIX}{session_id}:known")
+                pipeline.strlen(f"{PREFIX}{session_id}:state")
+            answers = pipeline.execute()
+        for session_id, content, left, size in zip(ids, answers[::3], answers[1::3], answers[2::3], strict=True):
+            try:
+                known = json.loads(content or "null")
+            except ValueError:
+                continue
+            if fits(known) and known["id"] == session_id:
+                yield Stored(known, time.time() + left / 1000 - known["ttl"], size)
 
     @contextmanager
     def _reachable(self) -> Iterator[None]:
         try:
             yield
         except self._error as error:
-            raise OSError(0, f"Redis: {error}") from error
+            raise OSError(errno.EIO, "Redis does not answer") from error
 
 
 def _milliseconds(seconds: float) -> int:

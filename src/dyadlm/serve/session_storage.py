@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dyadlm.errors import UserError
 from dyadlm.files import make_folder
-from dyadlm.serve.session_record import ID, ID_PREFIX, SUFFIX, known_of
+from dyadlm.serve.session_record import ID, ID_PREFIX, NAME, SUFFIX, known_of
 
 # A name without a session belongs to a server that is about to write it, for so many seconds at most.
 NAME_SECONDS = 60.0
@@ -61,8 +61,8 @@ class Storage(Protocol):
         """None while another server, or another request of this one, has the claim."""
         ...
 
-    def take_name(self, name: str, session_id: str, seconds: float) -> bool:
-        """Let a name stand for a session to come; whether it was free. seconds: for which the session is kept."""
+    def take_name(self, name: str, session_id: str) -> bool:
+        """Let a name stand for a session that is written within `NAME_SECONDS`; whether it was free."""
         ...
 
     def reading(self, session_id: str) -> AbstractContextManager[Path]:
@@ -96,9 +96,11 @@ class FileClaim:
         """A lock of the file system needs nothing."""
 
     def release(self) -> None:
-        if not self._path.with_suffix(SUFFIX).exists():
-            self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        try:
+            if not self._path.with_suffix(SUFFIX).exists():
+                self._path.unlink(missing_ok=True)
+        finally:
+            os.close(self._descriptor)
 
 
 class FolderStorage:
@@ -120,6 +122,8 @@ class FolderStorage:
 
     def find(self, key: str) -> Stored | None:
         if not ID.fullmatch(key):
+            if not NAME.fullmatch(key):
+                return None
             try:
                 key = self._name(key).read_bytes().decode(errors="replace")
             except FileNotFoundError:
@@ -137,7 +141,7 @@ class FolderStorage:
         descriptor = self._locked(path)
         return None if descriptor is None else FileClaim(descriptor, path)
 
-    def take_name(self, name: str, session_id: str, seconds: float) -> bool:
+    def take_name(self, name: str, session_id: str) -> bool:
         path = self._name(name)
         descriptor = self._locked(path)
         if descriptor is None:

@@ -104,7 +104,7 @@ class SharedSessions:
         numbers = (row.tokens, model.rows.nbytes(row), tail[-TAIL:], now, now, ttl)
         session = ServedSession(key, model, name, parent, row, *numbers, saved=True)
         async with self._claimed(key):
-            if name is not None and not await self._ask(self._storage.take_name, name, key, ttl):
+            if name is not None and not await self._ask(self._storage.take_name, name, key):
                 raise name_taken(name)
             await self._write(session)
         self._count += 1
@@ -121,16 +121,18 @@ class SharedSessions:
                 raise not_found(session.id)
             if bool(stored.known["tokens"]) != bool(session.tokens):
                 raise session_busy()  # its prompt was read as that of a session with nothing before it
-            self._refresh(session, stored)
+            self._refresh(session, stored.known)
             yield await self.row_of(session)
 
     async def row_of(self, session: ServedSession) -> Row:
         """Where a session stands now; copy it to read on. Raises `ApiError` if its file is damaged."""
         kept = self._rows.get(session.id)
         if kept is None or kept[0] != session.version or not session.version:
-            kept = await self._ask(self._load, session)
+            known, row = await self._ask(self._load, session)
+            self._refresh(session, known)
+            kept = (session.version, row, session.model.rows.nbytes(row))
             self._keep(session.id, kept)
-        session.version, session.row, session.tokens = kept[0], kept[1], kept[1].tokens
+        session.row = kept[1]
         if session.id in self._rows:  # unless memory is too small for it
             self._rows.move_to_end(session.id)
         session.used = time.time()
@@ -151,7 +153,7 @@ class SharedSessions:
     async def delete(self, session: ServedSession) -> None:
         """Forget a session. Raises `ApiError` while a request continues it."""
         async with self._claimed(session.id):
-            await self._ask(self._storage.delete, session.known())
+            await to_the_end(self._ask(self._storage.delete, session.known()))
         self._drop(session.id)
         self._count = max(0, self._count - 1)
 
@@ -168,7 +170,7 @@ class SharedSessions:
                 async with self._claimed(expired):
                     again = await self._ask(self._storage.find, expired)
                     if again is not None and self._expired(again):
-                        await self._ask(self._storage.delete, again.known)
+                        await to_the_end(self._ask(self._storage.delete, again.known))
 
     async def close(self) -> None:
         """All is stored."""
@@ -224,12 +226,12 @@ class SharedSessions:
         try:
             return await asyncio.to_thread(work, *given)
         except OSError as error:
-            log.error("The storage of sessions failed: %s", error)
+            log.error("The storage of sessions failed: %s", error.__cause__ or error)
             message = f"The storage of sessions failed ({error.strerror})."
             raise ApiError(503, message, code="sessions_unavailable", retry_after=5) from error
 
-    def _load(self, session: ServedSession) -> tuple[str, Row, int]:
-        """The version, the row and its bytes, as they are stored now."""
+    def _load(self, session: ServedSession) -> tuple[Mapping[str, Any], Row]:
+        """What is known of a session, and its row, as they are stored now."""
         try:
             with self._storage.reading(session.id) as path:
                 known, row = known_of(path), session.model.rows.load(path)
@@ -243,7 +245,7 @@ class SharedSessions:
             message = "The file of this session is damaged; delete the session."
             raise ApiError(409, message, param="session", code="session_damaged") from error
         row.tokens = known["tokens"]
-        return known.get("version", ""), row, session.model.rows.nbytes(row)
+        return known, row
 
     def _session(self, stored: Stored) -> ServedSession | None:
         """None where it has expired, or is of a model that is not served here."""
@@ -256,8 +258,7 @@ class SharedSessions:
         session.version = known.get("version", "")
         return session
 
-    def _refresh(self, session: ServedSession, stored: Stored) -> None:
-        known = stored.known
+    def _refresh(self, session: ServedSession, known: Mapping[str, Any]) -> None:
         session.tokens, session.nbytes, session.tail = known["tokens"], known["nbytes"], known["tail"]
         session.version = known.get("version", "")
 
@@ -300,6 +301,8 @@ async def to_the_end(work: Awaitable[Result]) -> Result:
     except asyncio.CancelledError:
         with CancelScope(shield=True):
             await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("What a request that was given up had begun has failed: %s", error)
         raise
 
 
