@@ -12,9 +12,9 @@ from dyadlm.files import locked
 from dyadlm.generate import Sampling, Session
 from dyadlm.serve import Limits, ServedModel
 from dyadlm.serve.errors import ApiError
-from dyadlm.serve.session_storage import FolderStorage
+from dyadlm.serve.session_storage import FolderStorage, shared_storage
 from dyadlm.serve.sessions import SessionStore
-from dyadlm.serve.shared_sessions import SharedSessions, shared_storage
+from dyadlm.serve.shared_sessions import SharedSessions
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 

@@ -19,9 +19,10 @@ from dyadlm.serve.security import Gate
 from dyadlm.serve.served import ServedModel
 from dyadlm.serve.server import Server, Sessions
 from dyadlm.serve.session_routes import RESTORE
+from dyadlm.serve.session_storage import is_redis, shared_storage
 from dyadlm.serve.sessions import SessionStore
 from dyadlm.serve.settings import Limits
-from dyadlm.serve.shared_sessions import SharedSessions, is_redis, shared_storage
+from dyadlm.serve.shared_sessions import SharedSessions
 from dyadlm.version import __version__
 
 TIDY_SECONDS = 1.0

@@ -14,8 +14,8 @@ from dyadlm.files import locked
 from dyadlm.serve.app import create_app
 from dyadlm.serve.security import LOOPBACK
 from dyadlm.serve.served import ServedModel
+from dyadlm.serve.session_storage import is_redis, shared_storage
 from dyadlm.serve.settings import Limits
-from dyadlm.serve.shared_sessions import is_redis, shared_storage
 
 LOCK_PATIENCE = 2.0  # seconds, for a server that is about to end
 

@@ -223,3 +223,18 @@ class FolderStorage:
         if known is None or known["id"] + SUFFIX != path.name:
             return None
         return Stored(known, max(known["used"], found.st_mtime), found.st_size)
+
+
+def shared_storage(place: str | Path) -> Storage:
+    """A folder, or Redis where the place begins with `redis://` or `rediss://`; its password may stand in
+    DYADLM_REDIS_PASSWORD. Raises `UserError` if it cannot be used."""
+    if is_redis(place):
+        from dyadlm.serve.redis_storage import RedisStorage
+
+        return RedisStorage(str(place), os.environ.get("DYADLM_REDIS_PASSWORD"))
+    return FolderStorage(Path(place))
+
+
+def is_redis(place: str | Path) -> bool:
+    """Whether sessions are in Redis there."""
+    return str(place).startswith(("redis://", "rediss://"))

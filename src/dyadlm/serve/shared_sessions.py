@@ -8,7 +8,6 @@ that were used last stay in memory, and are used again where their version is th
 
 import asyncio
 import logging
-import os
 import secrets
 import tempfile
 import time
@@ -35,7 +34,7 @@ from dyadlm.serve.session_record import (
     require_valid_name,
     session_busy,
 )
-from dyadlm.serve.session_storage import Claim, ClaimLost, FolderStorage, Storage, Stored
+from dyadlm.serve.session_storage import Claim, ClaimLost, Storage, Stored
 from dyadlm.serve.settings import Limits
 
 COUNT_SECONDS = 10.0  # between two counts of all sessions
@@ -276,21 +275,6 @@ class SharedSessions:
     def _drop(self, session_id: str) -> None:
         if (kept := self._rows.pop(session_id, None)) is not None:
             self.memory_bytes -= kept[2]
-
-
-def shared_storage(place: str | Path) -> Storage:
-    """A folder, or Redis where the place begins with `redis://` or `rediss://`; its password may stand in
-    DYADLM_REDIS_PASSWORD. Raises `UserError` if it cannot be used."""
-    if is_redis(place):
-        from dyadlm.serve.redis_storage import RedisStorage
-
-        return RedisStorage(str(place), os.environ.get("DYADLM_REDIS_PASSWORD"))
-    return FolderStorage(Path(place))
-
-
-def is_redis(place: str | Path) -> bool:
-    """Whether sessions are in Redis there."""
-    return str(place).startswith(("redis://", "rediss://"))
 
 
 async def to_the_end(work: Awaitable[Result]) -> Result:
