@@ -50,16 +50,18 @@ def test_the_counted_memory_is_near_what_a_gpu_took():
 
 @pytest.mark.slow
 def test_time_is_operations_by_the_measured_rate():
-    told = plan(settings(), (1, 4), efficiency=0.5, price=3.0)
+    told = plan(settings(), (1, 4, 3), efficiency=0.5, price=3.0)
     config = DyadConfig.from_preset("tiny", hidden_size=32, num_hidden_layers=2)
     rate = nearest_rate("eager", config, 256)
     assert (rate.preset, rate.sequence_length) == ("small", 2048)
     assert told["tokens"] == 100 * 16 * 256
-    one, four = told["cards"]
+    one, four, three = told["cards"]
     assert one["seconds"]["eager"] == pytest.approx(
         told["tokens"] * training_flops_per_token(config, 256) / rate.flops_per_second
     )
     assert four["seconds"]["eager"] == pytest.approx(one["seconds"]["eager"] / 4 / 0.5)
+    # Of 16 windows one of three cards has 6, and the others wait for it.
+    assert three["seconds"]["eager"] == pytest.approx(one["seconds"]["eager"] * 6 / 16 / 0.5)
     assert four["card_hours"]["llama"] == pytest.approx(2 * one["card_hours"]["llama"])
     assert one["cost"]["graph"] == pytest.approx(3 * one["card_hours"]["graph"])
     assert one["seconds"]["llama"] < one["seconds"]["graph"] < one["seconds"]["eager"]
@@ -69,6 +71,7 @@ def test_time_is_operations_by_the_measured_rate():
 def test_memory_follows_the_windows_of_a_card_and_fsdp():
     one, sixteen = plan(settings(), (1, 16))["cards"]
     assert (one["rows"], sixteen["rows"]) == (4, 1)
+    assert (one["gradient_accumulation_steps"], sixteen["gradient_accumulation_steps"]) == (4, 1)
     assert one["sharded_memory_bytes"] == one["memory_bytes"] > sixteen["memory_bytes"]
     assert sixteen["memory_bytes"] > sixteen["sharded_memory_bytes"]
     (less,) = plan(settings("gradient_checkpointing=true"), (1,))["cards"]

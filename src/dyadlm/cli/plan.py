@@ -62,13 +62,14 @@ def _print(told: dict[str, Any], memory: float) -> None:
         f"{told['sequence_length']:,} tokens; {told['flops']:.2e} floating-point operations"
     )
     typer.echo(f"memory: {_gigabytes(told['static_memory_bytes'])} for weights, gradients and optimizer\n")
-    titles = ["cards", "windows at once", "memory of a card", "with FSDP", f"in {_gigabytes(memory)}"]
+    titles = ["cards", "windows at once", "accumulation", "memory of a card", "with FSDP", f"in {_gigabytes(memory)}"]
     rows = []
     for entry in told["cards"]:
         whole, sharded = entry["memory_bytes"], entry["sharded_memory_bytes"]
         fits = "yes" if whole <= memory else "with FSDP" if sharded <= memory else "no"
-        rows.append([str(entry["cards"]), str(entry["rows"]), _gigabytes(whole), _gigabytes(sharded), fits])
-    print_table(titles, rows, right=titles[:4])
+        counts = [str(entry[name]) for name in ("cards", "rows", "gradient_accumulation_steps")]
+        rows.append([*counts, _gigabytes(whole), _gigabytes(sharded), fits])
+    print_table(titles, rows, right=titles[:5])
     if any(row[-1] == "no" for row in rows):
         typer.echo("What does not fit: fewer per_device_train_batch_size, or gradient_checkpointing=true.")
     typer.echo("")

@@ -60,8 +60,9 @@ def plan(
 
     Returns parameters, steps, windows_per_step, sequence_length, tokens, flops (of all steps), static_memory_bytes
     (weights, gradients and what the optimizer keeps), rates (by kind: what was measured, as in `Rate`), and cards: for
-    each number of cards rows (windows that one card computes at once), memory_bytes of each card, sharded_memory_bytes
-    (with FSDP), and by kind of rate seconds, card_hours and cost (without a price: {}).
+    each number of cards rows (windows that one card computes at once), gradient_accumulation_steps (for the run on so
+    many cards), memory_bytes of each card, sharded_memory_bytes (with FSDP), and by kind of rate seconds, card_hours
+    and cost (without a price: {}).
 
     Raises `UserError` for settings that do not fit, and where a step has fewer windows than there are cards.
     """
@@ -79,6 +80,11 @@ def plan(
         raise UserError("How long an epoch is depends on the text, which a plan does not read; set max_steps.")
     recomputed = any(bool(arguments.get(f"{name}_checkpointing")) for name in ("gradient", "activation"))
     rows, windows = arguments["per_device_train_batch_size"], windows_per_step(arguments)
+    if max(cards) > windows:
+        raise UserError(
+            f"A step has {windows} windows, too few for {max(cards)} cards; raise gradient_accumulation_steps, or give "
+            "fewer --cards."
+        )
     tokens = arguments["max_steps"] * windows * length
     per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
     with torch.device("meta"):
@@ -88,22 +94,16 @@ def plan(
     memory = {own: activation_bytes(config, own, length, recomputed=recomputed) for own in set(rows_of.values())}
     told: list[dict[str, Any]] = []
     for count in cards:
-        if count > windows:
-            raise UserError(
-                f"A step has {windows} windows, too few for {count} cards; raise gradient_accumulation_steps, or give "
-                "fewer --cards."
-            )
-        own = rows_of[count]
+        own, share = rows_of[count], math.ceil(windows / count)
         kept = round(overhead(rates["eager"]) * memory[own])
-        seconds = {
-            kind: tokens * per_token / rate.flops_per_second / count / (efficiency if count > 1 else 1)
-            for kind, rate in rates.items()
-        }
+        operations = tokens / windows * share * per_token / (efficiency if count > 1 else 1)
+        seconds = {kind: operations / rate.flops_per_second for kind, rate in rates.items()}
         hours = {kind: count * taken / 3600 for kind, taken in seconds.items()}
         told.append(
             {
                 "cards": count,
                 "rows": own,
+                "gradient_accumulation_steps": math.ceil(share / own),
                 "memory_bytes": static + kept,
                 "sharded_memory_bytes": math.ceil(static / count) + kept,
                 "seconds": seconds,
