@@ -106,7 +106,7 @@ def prepare_run(
     if settings.train.history_weight and arguments.label_smoothing_factor:
         raise UserError("train.history_weight and label_smoothing_factor exclude each other; leave one of them out.")
     if settings.model is None:
-        _configuration(settings)
+        configuration_of(settings)
     else:
         require_model_folder(Path(place_of_model(settings.model)))
         if Path(settings.model) == output:  # of that name there would be two models from then on
@@ -220,7 +220,7 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if settings.model is None:
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(tokenizer, name) for name in special}
-        model = DyadForCausalLM(_configuration(settings, vocab_size=len(tokenizer), **ids))
+        model = DyadForCausalLM(configuration_of(settings, vocab_size=len(tokenizer), **ids))
         model.generation_config.update(**SAMPLING)  # type: ignore[no-untyped-call]
         if tokenizer_identity(tokenizer) != tokenizer_identity(byte_tokenizer()):
             model.use_tokenizer(tokenizer)
@@ -306,7 +306,7 @@ def _require_positions(model: PreTrainedModel, length: int) -> None:
         log.warning("Windows of %d tokens are longer than the %d the model was made for.", length, context)
 
 
-def _configuration(settings: TrainSettings, **fields: Any) -> DyadConfig:
+def configuration_of(settings: TrainSettings, **fields: Any) -> DyadConfig:
     """Of a new model; what was asked for wins over `fields`."""
     fields = {"max_position_embeddings": settings.data.sequence_length} | fields | settings.model_fields
     return DyadConfig.from_preset(settings.preset or "", **fields)
