@@ -25,10 +25,16 @@ class ChunkLayout(NamedTuple):
     segments: SegmentPlan | None  # of the semantic levels that follow rules
     ages: Tensor  # (B or 1, T, ages): how far past its last node, or into its segment, each level is
     progress: Tensor  # 0-dim: how far training is, from 0 to 1
+    keep: bool  # whether the state after the chunk is wanted
 
 
 def chunk_layout(
-    clock: Clock, segments: SegmentPlan | None, progress: Tensor, config: DyadConfig, dtype: torch.dtype
+    clock: Clock,
+    segments: SegmentPlan | None,
+    progress: Tensor,
+    config: DyadConfig,
+    dtype: torch.dtype,
+    keep: bool = True,
 ) -> ChunkLayout:
     """The layout of a chunk for a model whose hidden states have `dtype`."""
     alignments = config.alignments
@@ -44,4 +50,4 @@ def chunk_layout(
     if segments is not None:
         into = segments.length.to(ages.dtype).log2() / math.log2(config.longest_segment)
         ages = torch.cat([ages.expand(into.shape[0], -1, -1), into], -1)
-    return ChunkLayout(clock, nodes, shares, segments, ages.to(dtype), progress)
+    return ChunkLayout(clock, nodes, shares, segments, ages.to(dtype), progress, keep)
