@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 INSTALLED = find_spec("triton") is not None
-WIDEST = 5  # levels above have windows that are too wide to be summed directly
+WIDEST_LEVEL = 5  # sliding levels above have windows that are too wide to be summed directly
+WIDEST_RANK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

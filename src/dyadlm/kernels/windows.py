@@ -1,7 +1,7 @@
 """The features of a sliding level in one kernel: weights, both windows, centroids, product and pair.
 
 The windows of 2^k tokens are summed directly, in float32, from rows that lie in the caches of the device. Beside the
-form in torch (`dyadlm.ops.sliding`, `Tower.compare`) a training step of `small` has 35 operations in place of 194 for
+form in torch (`dyadlm.ops.sliding`, `Tower.compare`) a training step of `small` has 31 operations in place of 194 for
 the sliding levels of a block, bottlenecks included, and their arguments and results have a fifth of the bytes.
 
 With s the weight of a token and f the share of a window over its width:
@@ -18,15 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS, WARPS = 2048, 8  # of a tile: rows times rank, and the warps that share them
+ELEMENTS = 2048  # of a tile: rows times rank
+OF_A_WARP = 256
 
 log = logging.getLogger("dyadlm.kernels")
 log.info("Sliding levels are computed by Triton kernels.")  # once: when the first of them is about to be
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
 
 
 @triton.jit
@@ -140,13 +136,14 @@ def _gradients_kernel(
     at = row * time + token
     tl.store(x_slope + at[:, None] * rank + channel[None, :], s[:, None] * pull, mask=stored)
     summed = part.to(tl.float32) * pull - lost - lost_before
-    tl.store(weight_slope + at, tl.reduce(summed, 1, _add), mask=valid)
+    tl.store(weight_slope + at, tl.sum(summed, 1), mask=valid)
 
 
 def _tile(rank: int) -> dict[str, int]:
-    """How many tokens a tile has, and its channels, both powers of two."""
+    """How many tokens a tile has, its channels, and the warps that share it: powers of two."""
     padded = max(16, triton.next_power_of_2(rank))
-    return {"rows": min(64, max(1, ELEMENTS // padded)), "padded": padded}
+    rows = min(64, max(1, ELEMENTS // padded))
+    return {"rows": rows, "padded": padded, "num_warps": max(4, rows * padded // OF_A_WARP)}
 
 
 @torch.library.custom_op("dyadlm::window_features", mutates_args=())
@@ -166,7 +163,7 @@ def window_features(
         weight: (B, T) float32, how much each token counts.
         index: (B, T) int64, of `Clock`.
         share, share_before: (B or 1, T, 1) float32, of `Shares`; None for 1.
-        level: k, at most `dyadlm.kernels.WIDEST`.
+        level: k, at most `dyadlm.kernels.WIDEST_LEVEL`.
         dtype: of the features.
 
     Returns:
@@ -184,7 +181,7 @@ def window_features(
     with torch.cuda.device_of(x):
         _features_kernel[(batch * tiles,)](
             x, weight, index.contiguous(), *shares, features, scales, *x.stride()[:2], *weight.stride(), *steps,
-            time, tiles, rank, 2**level, **tile, num_warps=WARPS,
+            time, tiles, rank, 2**level, **tile,
         )  # fmt: skip
     return features, scales
 
@@ -211,7 +208,7 @@ def window_gradients(
     with torch.cuda.device_of(x):
         _gradients_kernel[(batch * tiles,)](
             x, weight, index.contiguous(), features, slope, scales, x_slope, weight_slope,
-            *x.stride()[:2], *weight.stride(), time, tiles, rank, 2**level, **tile, num_warps=WARPS,
+            *x.stride()[:2], *weight.stride(), time, tiles, rank, 2**level, **tile,
         )  # fmt: skip
     return x_slope, weight_slope
 
@@ -222,12 +219,15 @@ def _gradient_shapes(x, weight, index, features, slope, scales, level):
 
 
 def _keep(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, weight, index, _, _, ctx.level, _ = inputs
     ctx.save_for_backward(x, weight, index, *output)
 
 
 def _backward(ctx, slope, _):
     x, weight, index, features, scales = ctx.saved_tensors
+    if slope is None:
+        return None, None, None, None, None, None, None
     x_slope, weight_slope = window_gradients(x, weight, index, features, slope, scales, ctx.level)
     return x_slope, weight_slope, None, None, None, None, None
 

@@ -30,7 +30,7 @@ class SlidingLevels(LevelFamily):
     ) -> tuple[LevelFeatures, BlockState]:
         """Features (B, T, F R) of each level."""
         tower = self.tower
-        if not layout.keep and not state.rings and self.has_kernel(x):
+        if self.levels[-1] <= kernels.WIDEST_LEVEL and self.has_kernel(x, layout):
             return LevelFeatures(self.read_by_kernel(x, weights.sums, layout)), state
         summed, channels = self.summed(x, weights.sums)
         windows, rings = sliding_windows(summed, self.levels, channels, layout.clock, state.rings)
@@ -40,10 +40,6 @@ class SlidingLevels(LevelFamily):
             for k, (now, before), share in zip(self.levels, windows, shares, strict=True)
         )
         return LevelFeatures(dict(zip(self.levels, compared, strict=True))), state._replace(rings=rings)
-
-    def has_kernel(self, x: Tensor) -> bool:
-        """Whether one kernel computes the features of a level for x (B, T, D), where no state is to be left."""
-        return self.tower.plain and self.levels[-1] <= kernels.WIDEST and kernels.usable(x)
 
     def read_by_kernel(self, x: Tensor, weights: Tensor, layout: ChunkLayout) -> dict[int, Tensor]:
         """Features (B, T, 3 R) of each level, from a fresh state."""
