@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages STAGE ...]
 
-tests: the tests that need a GPU. training: time of a step (`gpu_training.py`), and of a decoded token
-(`gpu_decoding.py`). study: models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside
-a Llama, on as much text as the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
+tests: the tests that need a GPU. kernels: their time beside that of a copy (`gpu_kernels.py`; needs Triton). training:
+time of a step (`gpu_training.py`), and of a decoded token (`gpu_decoding.py`). study: models of 1M parameters, many at
+once (`gpu_study.py`). text: `tiny-en`, and `small` beside a Llama, on as much text as the time allows (`gpu_text.py`;
+needs the file that `shard.py` writes).
 
 Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
 measured again. With `--rehearse` everything runs at small sizes on the CPU where there is no GPU.
@@ -24,9 +25,9 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("tests", "training", "study", "text")
+STAGES = ("tests", "kernels", "training", "study", "text")
 # Of the whole time.
-SHARES = {"tests": 0.1, "training": 0.27, "study": 0.39, "text": 0.24}
+SHARES = {"tests": 0.1, "kernels": 0.06, "training": 0.26, "study": 0.35, "text": 0.23}
 LENGTHS = (2048, 8192, 32768)
 TRAINED = [
     ("llama-compiled", "small"),
@@ -34,6 +35,7 @@ TRAINED = [
     ("llama-compiled", "base"),
     ("ours-compiled", "base"),
     ("ours", "small"),
+    ("ours-without-kernels", "small"),
 ]
 
 
@@ -73,12 +75,18 @@ class Run:
 
 def tests(run: Run, seconds: float) -> None:
     """The tests of the GPU and of what they build on."""
-    chosen = ["tests/gpu", "tests/generate/test_graph_step.py", "tests/ops/test_transport.py"]
+    chosen = ["tests/gpu", "tests/kernels", "tests/generate/test_graph_step.py", "tests/ops/test_transport.py"]
     command = [
         sys.executable, "-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider", "--override-ini=addopts=",
         "-W", "default", "-x" if run.options.first else "--maxfail=20",
     ]  # fmt: skip
     run.finish(run.start(command, "tests.log"), "tests.log", seconds)
+
+
+def kernels(run: Run, seconds: float) -> None:
+    arguments: list[Any] = ["--folder", run.folder, "--until", time.time() + 0.8 * seconds]
+    arguments += ["--rehearse"] if run.options.rehearse else []
+    run.finish(run.start(run.command("gpu_kernels.py", *arguments), "kernels.log"), "kernels.log", seconds)
 
 
 def training(run: Run, seconds: float) -> None:
