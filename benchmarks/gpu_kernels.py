@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dyadlm import DyadConfig, kernels
 from dyadlm.model.cache import BlockState
@@ -27,7 +29,7 @@ from dyadlm.ops.clock import make_clock
 from dyadlm.ops.segments import segment_ends, segment_plan
 
 SHAPES = ((16, 2048), (1, 32768))
-RANKS = {"small": 54, "base": 100}
+SIZES = {"small": (288, 54), "base": (768, 100)}  # width and rank
 # Tokens of a segment, as bytes of English have them.
 LENGTHS = {"syllable": 3, "word": 5, "sentence": 100, "line": 60}
 LONGEST = 2048
@@ -50,11 +52,11 @@ def size(parts: Sequence[Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def tower_of(rank: int, device: str) -> Tower:
+def tower_of(width: int, rank: int, device: str) -> Tower:
     """Four sliding levels and four semantic ones, as the presets have them."""
     tower = Tower(
         DyadConfig(
-            hidden_size=32, num_hidden_layers=1, num_levels=4, level_alignment="sliding", salience=True,
+            hidden_size=width, num_hidden_layers=1, num_levels=4, level_alignment="sliding", salience=True,
             level_rank=rank, semantic_levels=list(LENGTHS),
         )
     )  # fmt: skip
@@ -113,13 +115,31 @@ def measured(rank: int, batch: int, length: int, device: str, rate: float) -> di
     return found
 
 
-def beside_torch(rank: int, batch: int, length: int, device: str) -> dict[str, float]:
-    """Milliseconds of all levels of a tower forward and backward, bottlenecks included, with kernels and without."""
-    tower, gpu, where = tower_of(rank, device), device == "cuda", torch.device(device)
+class Count(TorchDispatchMode):
+    """Counts operations that are more than another view, and the bytes of their arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, called: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = called(*args, **(kwargs or {}))
+        if not called.is_view:
+            self.operations += 1
+            self.bytes += size([part for part in tree_leaves((args, kwargs, result)) if isinstance(part, Tensor)])
+        return result
+
+
+def beside_torch(width: int, rank: int, batch: int, length: int, device: str) -> dict[str, Any]:
+    """Of all levels of a block forward and backward, bottlenecks included, with kernels and without: milliseconds,
+    operations, and the bytes of their arguments and results."""
+    tower, gpu, where = tower_of(width, rank, device), device == "cuda", torch.device(device)
     chance = torch.tensor([1 / each for each in LENGTHS.values()])
     clock = make_clock(batch, length, device=where)
     plan, _ = segment_plan((torch.rand(batch, length, len(LENGTHS)) < chance).to(where), clock, LONGEST)
-    x = torch.randn(batch, length, 32, device=where, requires_grad=True)
+    x = torch.randn(batch, length, width, device=where, requires_grad=True)
     progress = torch.ones((), device=where)
     layouts = [chunk_layout(clock, plan, progress, tower.config, torch.float32, keep) for keep in (False, True)]
 
@@ -129,11 +149,13 @@ def beside_torch(rank: int, batch: int, length: int, device: str) -> dict[str, f
         torch.autograd.backward(list(features), [torch.ones_like(feature) for feature in features])
 
     # A state is left by the forms in torch alone.
-    names = ("with kernels", "forms in torch")
-    return {
-        name: round(milliseconds(lambda layout=layout: step(layout), gpu), 4)
-        for name, layout in zip(names, layouts, strict=True)
-    }
+    found = {}
+    for name, layout in zip(("with kernels", "forms in torch"), layouts, strict=True):
+        with Count() as count:
+            step(layout)
+        taken = milliseconds(lambda layout=layout: step(layout), gpu)
+        found[name] = {"milliseconds": round(taken, 4), "operations": count.operations, "bytes": count.bytes}
+    return found
 
 
 def main() -> None:
@@ -156,12 +178,12 @@ def main() -> None:
     target = torch.empty_like(source)
     rate = 2 * source.numel() / milliseconds(lambda: target.copy_(source), gpu) * 1000
     found["copied_gb_per_second"] = round(rate / 1e9, 1)
-    for preset, rank in {"rehearsal": 5}.items() if options.rehearse else RANKS.items():
-        for batch, length in ((2, 40),) if options.rehearse else SHAPES:
+    for preset, (width, rank) in list(SIZES.items())[: 1 if options.rehearse else None]:
+        for batch, length in ((1, 128),) if options.rehearse else SHAPES:
             name = f"{preset} {batch} x {length}"
             if name in found or time.time() > options.until:
                 continue
-            found[name] = measured(rank, batch, length, device, rate) | beside_torch(rank, batch, length, device)
+            found[name] = measured(rank, batch, length, device, rate) | beside_torch(width, rank, batch, length, device)
             print(name, json.dumps(found[name]), flush=True)
             path.write_text(json.dumps(found, indent=1))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.7")
 
 import dyadlm.kernels.segments
 import dyadlm.kernels.windows

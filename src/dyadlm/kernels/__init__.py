@@ -3,12 +3,22 @@
 Nothing here is imported on a CPU: a caller asks `usable`, and imports the kernel it wants where the answer is yes.
 """
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
-INSTALLED = find_spec("triton") is not None
+
+def _installed() -> bool:
+    """Whether there is a Triton whose compiler takes the kernels: from 3.3 on."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 3)
+
+
+INSTALLED = _installed()
 WIDEST_LEVEL = 5  # sliding levels above have windows that are too wide to be summed directly
 WIDEST_RANK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
