@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages STAGE ...]
 
-tests: the tests that need a GPU. kernels: tests of the Triton kernels, and their time beside that of
-a copy (`gpu_kernels.py`). training: time of a step (`gpu_training.py`), and of a decoded token (`gpu_decoding.py`). study: models of 1M parameters, many at
-once (`gpu_study.py`). text: `tiny-en`, and `small` beside a Llama, on as much text as the time allows (`gpu_text.py`;
-needs the file that `shard.py` writes).
+tests: the tests that need a GPU. kernels: tests of the Triton kernels, and their time beside that of a copy
+(`gpu_kernels.py`). training: time of a step (`gpu_training.py`), and of a decoded token (`gpu_decoding.py`). study:
+models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside a Llama, on as much text as
+the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
 
 Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
 measured again. With `--rehearse` everything runs at small sizes on the CPU where there is no GPU.
