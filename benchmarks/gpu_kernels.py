@@ -84,7 +84,7 @@ def measured(rank: int, batch: int, length: int, device: str, rate: float) -> di
         taken, floor = milliseconds(call, gpu), 1000 * moved / rate
         found[name] = {"milliseconds": round(taken, 4), "floor": round(floor, 4), "ratio": round(taken / floor, 2)}
 
-    places = [(clock.index,)] * 4 + [(plan.length[..., s], plan.complete[..., s], ends[..., s]) for s in range(4)]
+    places = [(clock.index,)] * 4 + [(plan.last[..., s], plan.complete[..., s], ends[..., s]) for s in range(4)]
     for family, first in (("sliding", 0), ("semantic", 4)):
         read = [(k, tokens[k % 4], weights[k], places[k]) for k in range(first, first + 4)]
 

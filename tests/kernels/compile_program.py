@@ -34,7 +34,7 @@ for tokens, written in (("*bf16", "*fp32"), ("*fp16", "*fp16")):
         compiled(windows._features_kernel, POINTERS | own | shared, **tile)
         compiled(windows._features_kernel, POINTERS | own, share=None, share_before=None, **tile)
         compiled(windows._gradients_kernel, POINTERS | own, **tile)
-PLAN = {"length": "*i64", "complete": "*i64", "ends": "*i64", "counts": "*fp32"}
+PLAN = {"last": "*i64", "complete": "*i64", "ends": "*i64", "counts": "*fp32"}
 for tokens, written in (("*bf16", "*fp32"), ("*fp16", "*fp16")):
     for rank in (54, 100):
         own = PLAN | {"x": tokens, "features": written, "slope": written, "x_slope": tokens}

@@ -35,6 +35,12 @@ def _row(values, chosen):
 
 
 @triton.jit
+def _so_far(last, token, step, there):
+    """How many tokens of its segment there are up to a token, 1 where it is not there; from `SegmentPlan.last`."""
+    return tl.where(there, token + 3 - tl.load(last + token * step, mask=there, other=0).to(tl.int32), 1)
+
+
+@triton.jit
 def _weighed(x, weight, x_step, weight_step, token, there, channel, inside):
     """s x (rows, padded) and s (rows) of tokens, 0 where they are not there."""
     s = tl.load(weight + token * weight_step, mask=there, other=0.0).to(tl.float32)
@@ -58,7 +64,7 @@ def _summed(x, weight, x_step, weight_step, first, end, channel, inside, rows: t
 
 @triton.jit
 def _features_kernel(
-    x, weight, length, complete, features, counts,
+    x, weight, last, complete, features, counts,
     x_row, x_step, weight_row, weight_step, plan_row, plan_step, time, stretches,
     least: tl.constexpr, rank: tl.constexpr, rows: tl.constexpr, tiles: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
@@ -66,15 +72,15 @@ def _features_kernel(
     first = (tl.program_id(0) % stretches) * (rows * tiles)
     x += row * x_row
     weight += row * weight_row
-    length += row * plan_row
+    last += row * plan_row
     complete += row * plan_row
     channel, place = tl.arange(0, padded), tl.arange(0, rows)
     inside, final = channel < rank, place == rows - 1
     # What is open before the stretch, from `begun` on, and the last complete segment there, from `previous` on.
     some = first > 0
-    begun = first - tl.load(length + (first - 1) * plan_step, mask=some, other=0).to(tl.int32)
+    begun = tl.where(some, tl.maximum(first - _so_far(last, first - 1, plan_step, some), 0), first)
     had = some & (tl.load(complete + (first - 1) * plan_step, mask=some, other=0) >= 1)
-    previous = begun - tl.load(length + (begun - 1) * plan_step, mask=had, other=0).to(tl.int32)
+    previous = tl.where(had, begun - _so_far(last, begun - 1, plan_step, had), begun)
     total, count = _summed(x, weight, x_step, weight_step, begun, first, channel, inside, rows, padded)
     held, held_count = _summed(x, weight, x_step, weight_step, previous, begun, channel, inside, rows, padded)
     held = held / tl.maximum(held_count, least)
@@ -82,7 +88,7 @@ def _features_kernel(
         start = first + tile * rows
         token = start + place
         valid = token < time
-        so_far = tl.load(length + token * plan_step, mask=valid, other=1).to(tl.int32)
+        so_far = _so_far(last, token, plan_step, valid)
         known = tl.load(complete + token * plan_step, mask=valid, other=0) >= 1
         part, s = _weighed(x, weight, x_step, weight_step, token, valid, channel, inside)
         back = place[:, None] - place[None, :]
@@ -96,7 +102,7 @@ def _features_kernel(
         closed = tl.dot(where, opened, input_precision="ieee")
         just = known & (so_far == place + 1)
         closed += tl.where(just[:, None], (total / tl.maximum(count, least))[None, :], 0.0)
-        closed += tl.where(older[:, None], held[None, :], 0.0)
+        closed += tl.where((known & older)[:, None], held[None, :], 0.0)
         tl.store(counts + row * time + token, counted, mask=valid)
         target = features + (row * time + token)[:, None] * (3 * rank) + channel[None, :]
         stored = valid[:, None] & inside[None, :]
@@ -121,8 +127,8 @@ def _slopes(features, slope, token, there, channel, inside, rank: tl.constexpr):
 
 
 @triton.jit
-def _behind(features, slope, counts, first, end, channel, inside, rank: tl.constexpr, rows: tl.constexpr,
-            padded: tl.constexpr):  # fmt: skip
+def _behind(features, slope, counts, complete, plan_step, first, end, channel, inside, rank: tl.constexpr,
+            rows: tl.constexpr, padded: tl.constexpr):  # fmt: skip
     """Over the tokens from `first` to before `end`: the sum of the gradients of the complete mean (padded), of those of
     the open mean over its sum of weights (padded), and of these times the mean.
     """
@@ -132,9 +138,10 @@ def _behind(features, slope, counts, first, end, channel, inside, rank: tl.const
     for start in range(first, end, rows):
         token = start + tl.arange(0, rows)
         there = token < end
+        known = tl.load(complete + token * plan_step, mask=there, other=0) >= 1
         own, closed, opened = _slopes(features, slope, token, there, channel, inside, rank)
         own = own / tl.load(counts + token, mask=there, other=1.0)[:, None]
-        of_closed += tl.sum(closed, 0)
+        of_closed += tl.sum(tl.where(known[:, None], closed, 0.0), 0)
         pull += tl.sum(own, 0)
         lost += tl.sum(tl.sum(own * opened, 1), 0)
     return of_closed, pull, lost
@@ -142,7 +149,7 @@ def _behind(features, slope, counts, first, end, channel, inside, rank: tl.const
 
 @triton.jit
 def _gradients_kernel(
-    x, weight, length, complete, ends, features, slope, counts, x_slope, weight_slope,
+    x, weight, last, complete, ends, features, slope, counts, x_slope, weight_slope,
     x_row, x_step, weight_row, weight_step, plan_row, plan_step, time, stretches,
     rank: tl.constexpr, rows: tl.constexpr, tiles: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +157,7 @@ def _gradients_kernel(
     first = (tl.program_id(0) % stretches) * (rows * tiles)
     x += row * x_row
     weight += row * weight_row
-    length += row * plan_row
+    last += row * plan_row
     complete += row * plan_row
     ends += row * plan_row
     counts += row * time
@@ -162,11 +169,14 @@ def _gradients_kernel(
     after = tl.minimum(first + rows * tiles, time)
     end = tl.load(ends + after * plan_step, mask=after < time, other=0).to(tl.int32) + 1
     end = tl.where(after < time, end, time)
-    next_there = (end < time) & (tl.load(complete + end * plan_step, mask=end < time, other=0) >= 1)
-    beyond = tl.load(ends + end * plan_step, mask=next_there, other=0).to(tl.int32) + 1
-    beyond = tl.where(next_there, beyond, end)
-    of_closed, pull, lost = _behind(features, slope, counts, after, end, channel, inside, rank, rows, padded)
-    of_next, _, _ = _behind(features, slope, counts, end, beyond, channel, inside, rank, rows, padded)
+    beyond = tl.load(ends + end * plan_step, mask=end < time, other=0).to(tl.int32) + 1
+    beyond = tl.where(end < time, beyond, end)
+    of_closed, pull, lost = _behind(
+        features, slope, counts, complete, plan_step, after, end, channel, inside, rank, rows, padded
+    )
+    of_next, _, _ = _behind(
+        features, slope, counts, complete, plan_step, end, beyond, channel, inside, rank, rows, padded
+    )
     last_count = tl.load(counts + end - 1)
     last_mean = tl.load(features + (end - 1) * (3 * rank) + rank + channel, mask=inside, other=0.0).to(tl.float32)
     pull += of_next / last_count
@@ -175,18 +185,18 @@ def _gradients_kernel(
         start = first + (tiles - 1 - step) * rows
         stop, token = start + rows, start + place
         valid = token < time
-        so_far = tl.load(length + token * plan_step, mask=valid, other=1).to(tl.int32)
+        so_far = _so_far(last, token, plan_step, valid)
         known = tl.load(complete + token * plan_step, mask=valid, other=0) >= 1
-        # The segment that stands behind the tile: how far it reaches back, and whether one is complete before it.
-        reach = tl.load(length + stop * plan_step, mask=stop < time, other=1).to(tl.int32) - 1
-        reach_known = (stop < time) & (tl.load(complete + stop * plan_step, mask=stop < time, other=0) >= 1)
+        # How far the segment that stands behind the tile reaches back.
+        reach = _so_far(last, stop, plan_step, stop < time) - 1
         own, closed, opened = _slopes(features, slope, token, valid, channel, inside, rank)
+        closed = tl.where(known[:, None], closed, 0.0)
         count = tl.load(counts + token, mask=valid, other=1.0)
         # Gradients of a complete mean reach the last token of its segment, where it stands.
         ahead = place[None, :] - place[:, None]
-        where = (known[None, :] & (ahead == so_far[None, :])).to(tl.float32)
+        where = (ahead == so_far[None, :]).to(tl.float32)
         brought = tl.dot(where, closed, input_precision="ieee")
-        brought += tl.where((reach_known & (rows - place == reach + 1))[:, None], of_closed[None, :], 0.0)
+        brought += tl.where((rows - place == reach + 1)[:, None], of_closed[None, :], 0.0)
         own = (own + brought) / count[:, None]
         own_lost = tl.sum(own * opened, 1)
         # Those of an open mean reach all tokens of its segment up to its own.
@@ -228,7 +238,7 @@ def _plan_steps(*plan: Tensor) -> tuple[int, int]:
 def segment_features(
     x: Tensor,
     weight: Tensor,
-    length: Tensor,
+    last: Tensor,
     complete: Tensor,
     ends: Tensor,
     dtype: torch.dtype,
@@ -238,7 +248,7 @@ def segment_features(
     Args:
         x: (B, T, R) float32, bfloat16 or float16: the tokens through the bottleneck of the level.
         weight: (B, T) float32, how much each token counts.
-        length, complete: (B, T) int64, of `SegmentPlan`, for one segmentation.
+        last, complete: (B, T) int64, of `SegmentPlan`, for one segmentation.
         ends: (B, T) int64, the last token of each token's segment, of `segment_ends`.
         dtype: of the features.
 
@@ -251,17 +261,17 @@ def segment_features(
     counts = x.new_empty(batch, time, dtype=torch.float32)
     tile = _tile(rank)
     stretches = triton.cdiv(time, tile["rows"] * tile["tiles"])
-    steps = _plan_steps(length, complete)
+    steps = _plan_steps(last, complete)
     with torch.cuda.device_of(x):
         _features_kernel[(batch * stretches,)](
-            x, weight, length, complete, features, counts,
+            x, weight, last, complete, features, counts,
             *x.stride()[:2], *weight.stride(), *steps, time, stretches, LEAST, rank, **tile,
         )  # fmt: skip
     return features, counts
 
 
 @segment_features.register_fake
-def _shapes(x, weight, length, complete, ends, dtype):
+def _shapes(x, weight, last, complete, ends, dtype):
     batch, time, rank = x.shape
     return x.new_empty(batch, time, 3 * rank, dtype=dtype), x.new_empty(batch, time, dtype=torch.float32)
 
@@ -270,7 +280,7 @@ def _shapes(x, weight, length, complete, ends, dtype):
 def segment_gradients(
     x: Tensor,
     weight: Tensor,
-    length: Tensor,
+    last: Tensor,
     complete: Tensor,
     ends: Tensor,
     features: Tensor,
@@ -286,31 +296,31 @@ def segment_gradients(
     x_slope, weight_slope = x.new_empty(batch, time, rank), x.new_empty(batch, time, dtype=torch.float32)
     tile = _tile(rank)
     stretches = triton.cdiv(time, tile["rows"] * tile["tiles"])
-    steps = _plan_steps(length, complete, ends)
+    steps = _plan_steps(last, complete, ends)
     with torch.cuda.device_of(x):
         _gradients_kernel[(batch * stretches,)](
-            x, weight, length, complete, ends, features, slope, counts, x_slope, weight_slope,
+            x, weight, last, complete, ends, features, slope, counts, x_slope, weight_slope,
             *x.stride()[:2], *weight.stride(), *steps, time, stretches, rank, **tile,
         )  # fmt: skip
     return x_slope, weight_slope
 
 
 @segment_gradients.register_fake
-def _gradient_shapes(x, weight, length, complete, ends, features, slope, counts):
+def _gradient_shapes(x, weight, last, complete, ends, features, slope, counts):
     return x.new_empty(x.shape), x.new_empty(weight.shape, dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    x, weight, length, complete, ends, _ = inputs
-    ctx.save_for_backward(x, weight, length, complete, ends, *output)
+    x, weight, last, complete, ends, _ = inputs
+    ctx.save_for_backward(x, weight, last, complete, ends, *output)
 
 
 def _backward(ctx, slope, _):
-    x, weight, length, complete, ends, features, counts = ctx.saved_tensors
+    x, weight, last, complete, ends, features, counts = ctx.saved_tensors
     if slope is None:
         return None, None, None, None, None, None
-    x_slope, weight_slope = segment_gradients(x, weight, length, complete, ends, features, slope, counts)
+    x_slope, weight_slope = segment_gradients(x, weight, last, complete, ends, features, slope, counts)
     return x_slope, weight_slope, None, None, None, None
 
 

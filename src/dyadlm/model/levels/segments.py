@@ -71,7 +71,7 @@ class SegmentLevels(LevelFamily):
         features = {}
         projected = self.tower.through_bottlenecks(x, self.levels)
         for s, (k, part, weight) in enumerate(zip(self.levels, projected, weights.unbind(-1), strict=True)):
-            places = (plan.length[..., s], plan.complete[..., s], ends[..., s])
+            places = (plan.last[..., s], plan.complete[..., s], ends[..., s])
             features[k], _ = segment_features(part, weight, *places, x.dtype)
         return features
 
