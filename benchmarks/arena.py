@@ -18,6 +18,7 @@ from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
 from dyadlm.compare.cell import Done
 from dyadlm.compare.study import Results, run_cells, summary
 from dyadlm.data import byte_tokenizer, resolve_data
+from dyadlm.files import locked, make_folder
 from dyadlm.report.arena import write_arena
 from dyadlm.zoo import FAMILIES
 
@@ -39,22 +40,24 @@ def main() -> None:
     budget = Budget.parse(f"tokens={asked.tokens}")
     study = Study(recipe, tuple(asked.families), budget, asked.seeds, asked.sweep)
     finals: dict[str, list[Cell]] = {}
-    for name in fastest_first(study, asked.output, asked.jobs):
+    for name in fastest_first(study, asked.output):
         finals |= run_study(replace(study, families=(name,)), asked.output, asked.jobs, progress=show)
         found = summary(replace(study, families=tuple(finals)), asked.output, finals)
         write_arena(found, asked.output, shlex.join(["python", *sys.argv]))
 
 
-def fastest_first(study: Study, folder: Path, jobs: int) -> list[str]:
+def fastest_first(study: Study, folder: Path) -> list[str]:
     """The sound families of a study, in the order of the time that they take for a token."""
-    results = Results(folder, study)
+    make_folder(folder)
+    with locked(folder):
+        results = Results(folder, study)
 
-    def missing() -> list[Cell]:
-        return [cell for cell in map(Cell, study.families) if cell.name not in results.found]
+        def missing() -> list[Cell]:
+            return [cell for cell in map(Cell, study.families) if cell.name not in results.found]
 
-    for done in run_cells(study.recipe, missing, jobs):
-        results.keep(done)
-        show(done, len(missing()))
+        for done in run_cells(study.recipe, missing, jobs=1):
+            results.keep(done)
+            show(done, len(missing()))
     costs = {name: results.found[Cell(name).name] for name in study.families}
     for name, cost in costs.items():
         if cost["faults"]:

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages STAGE ...]
 
-tests: the tests that need a GPU. training: time of a step (`gpu_training.py`), and of a decoded token
-(`gpu_decoding.py`). study: models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside
-a Llama, on as much text as the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
+tests: the tests that need a GPU. kernels: tests of the Triton kernels, and their time beside that of a copy
+(`gpu_kernels.py`). training: time of a step (`gpu_training.py`), and of a decoded token (`gpu_decoding.py`). study:
+models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside a Llama, on as much text as
+the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
 
 Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
 measured again. With `--rehearse` everything runs at small sizes on the CPU where there is no GPU.
@@ -24,9 +25,9 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("tests", "training", "study", "text")
+STAGES = ("tests", "kernels", "training", "study", "text")
 # Of the whole time.
-SHARES = {"tests": 0.1, "training": 0.27, "study": 0.39, "text": 0.24}
+SHARES = {"tests": 0.1, "kernels": 0.1, "training": 0.25, "study": 0.33, "text": 0.22}
 LENGTHS = (2048, 8192, 32768)
 TRAINED = [
     ("llama-compiled", "small"),
@@ -34,6 +35,7 @@ TRAINED = [
     ("llama-compiled", "base"),
     ("ours-compiled", "base"),
     ("ours", "small"),
+    ("ours-without-kernels", "small"),
 ]
 
 
@@ -71,14 +73,27 @@ class Run:
         print("\n".join(f"  {line[:240]}" for line in lines[-self.options.tail :]), flush=True)
 
 
-def tests(run: Run, seconds: float) -> None:
-    """The tests of the GPU and of what they build on."""
-    chosen = ["tests/gpu", "tests/generate/test_graph_step.py", "tests/ops/test_transport.py"]
+def tested(run: Run, chosen: list[str], log: str, seconds: float) -> None:
+    """Run tests, with what they say in a log."""
     command = [
         sys.executable, "-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider", "--override-ini=addopts=",
         "-W", "default", "-x" if run.options.first else "--maxfail=20",
     ]  # fmt: skip
-    run.finish(run.start(command, "tests.log"), "tests.log", seconds)
+    run.finish(run.start(command, log), log, seconds)
+
+
+def tests(run: Run, seconds: float) -> None:
+    """The tests of the GPU and of what they build on."""
+    tested(run, ["tests/gpu", "tests/generate/test_graph_step.py", "tests/ops/test_transport.py"], "tests.log", seconds)
+
+
+def kernels(run: Run, seconds: float) -> None:
+    """Kernels are tested in half of the time, as compiled where there is a GPU, and then measured."""
+    until = time.time() + seconds
+    tested(run, ["tests/kernels/test_kernels.py"], "kernel tests.log", seconds / 2)
+    arguments: list[Any] = ["--folder", run.folder, "--until", until - 0.2 * seconds]
+    arguments += ["--rehearse"] if run.options.rehearse else []
+    run.finish(run.start(run.command("gpu_kernels.py", *arguments), "kernels.log"), "kernels.log", until - time.time())
 
 
 def training(run: Run, seconds: float) -> None:

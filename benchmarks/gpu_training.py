@@ -17,9 +17,10 @@ import torch
 
 import dyadlm
 from common import dyad, llama, size
+from dyadlm import kernels
 from lanes import optimizer_of
 
-CONTENDERS = ("ours", "ours-compiled", "llama-compiled")
+CONTENDERS = ("ours", "ours-without-kernels", "ours-compiled", "llama-compiled")
 LENGTHS = (2048, 8192, 32768)
 TOKENS = 32_768
 LLAMAS = {"tiny": (5, 128, 4), "small": (8, 320, 5), "base": (12, 768, 12)}  # layers, width, heads
@@ -98,6 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     name = options.name
+    kernels.INSTALLED = kernels.INSTALLED and options.contender != "ours-without-kernels"
     model = build(options.contender, options.preset, max(options.lengths)).to(options.device).train()
     if isinstance(model, dyadlm.DyadForCausalLM):
         model.model.progress.fill_(1.0)

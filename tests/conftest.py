@@ -1,6 +1,10 @@
 """Shared test set-up: few threads, no network, deterministic kernels, uninitialised memory poisoned with NaN."""
 
 import os
+import shutil
+import socket
+import subprocess
+import time
 
 # Set before any Hugging Face import: tests never reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# Without a GPU the kernels of Triton run in its interpreter, which is chosen when Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +27,28 @@ def deterministic_torch():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory):
+    """A server of Redis, where there is one."""
+    redis = pytest.importorskip("redis", reason="needs the extra redis")
+    if shutil.which("redis-server") is None:
+        pytest.skip("there is no redis-server here")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    url = f"redis://127.0.0.1:{port}/0"
+    with redis.Redis.from_url(url) as client:
+        for _ in range(100):
+            try:
+                client.ping()
+            except redis.ConnectionError:
+                time.sleep(0.05)
+            else:
+                break
+    yield url
+    server.terminate()
+    server.wait()

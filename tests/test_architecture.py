@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "dyadlm"
 # Packages of one row may import those of the same row, and all above.
 ROWS = (
     ("ops",),
+    ("kernels",),
     ("model",),
     ("engine", "causal_lm", "accounting", "memory", "peer_ngrams"),
     ("data",),

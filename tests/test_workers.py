@@ -2,9 +2,11 @@
 
 import os
 import signal
+import struct
 import time
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,21 @@ def always(task: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
     raise AssertionError
+
+
+def sends(marks: str, task: str) -> bytes:
+    """The first time the process is killed between two parts of what it sends."""
+    mark = Path(marks) / task
+    if mark.exists():
+        return b"whole"
+    mark.write_text("")
+
+    def send_a_part(connection, content):
+        os.write(connection.fileno(), struct.pack("!i", len(content)) + content[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send_bytes = send_a_part
+    return bytes(10_000)
 
 
 def refuses(task: str) -> str:
@@ -65,6 +82,10 @@ def test_what_is_wanted_may_depend_on_what_was_found():
 
 def test_a_worker_that_dies_costs_its_task_alone(tmp_path):
     assert run_all(partial(once, str(tmp_path)), ["ill", "well"]) == {"ill": "ILL", "well": "WELL"}
+
+
+def test_a_worker_that_dies_while_it_sends_costs_its_task_alone(tmp_path):
+    assert run_all(partial(sends, str(tmp_path)), ["one"]) == {"one": b"whole"}
 
 
 def test_a_task_that_dies_twice_stops_all_at_once():

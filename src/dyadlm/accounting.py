@@ -9,7 +9,9 @@ import json
 from functools import lru_cache
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from dyadlm.errors import UserError
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.cost import Cost
 from dyadlm.model.slots import plans_alike, tag_integers
@@ -44,6 +46,56 @@ def state_bytes(config: DyadConfig, bytes_per_number: int = 4) -> int:
     """Bytes of the streaming state of one row: constant in the number of tokens seen."""
     cost = _cost(config, 1, planning=False)
     return cost.numbers * bytes_per_number + cost.halves * 2 + cost.integers * 8 + cost.flags
+
+
+def activation_bytes(
+    config: DyadConfig, windows: int, sequence_length: int, bfloat16: bool = True, recomputed: bool = False
+) -> int:
+    """Bytes that the forward pass of a training step keeps for the backward pass: what autograd saves of a pass over
+    `windows` rows of `sequence_length` tokens whose tensors have shapes and no numbers.
+
+    bfloat16: under autocast; else float32. recomputed: with gradient checkpointing, which keeps the inputs of the
+    blocks and, in the backward pass, all of one block at a time. Buffers that operators use for a moment are not
+    counted.
+
+    Raises:
+        UserError: what the model computes depends on numbers, as with a selector that leaves out levels.
+    """
+    whole = _saved_bytes(config, windows, sequence_length, bfloat16, False)
+    if not recomputed:
+        return whole
+    outside = _saved_bytes(config, windows, sequence_length, bfloat16, True)
+    inputs = config.num_hidden_layers * windows * sequence_length * config.hidden_size * 4
+    return outside + inputs + (whole - outside) // config.num_hidden_layers
+
+
+def _saved_bytes(config: DyadConfig, windows: int, sequence_length: int, bfloat16: bool, outside: bool) -> int:
+    """What autograd saves, each piece of memory once. outside: of what stands outside the blocks alone."""
+    saved: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode():
+        model = DyadForCausalLM(config).train()
+        if outside:  # inside of a checkpoint, its own hooks stand in front of these
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
+        if model.model.boundaries is not None:
+            model.model.boundaries.known = True  # tokens without numbers need no text
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage
+            return tensor
+
+        ids = torch.zeros(windows, sequence_length, dtype=torch.int64)
+        hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            try:
+                model(input_ids=ids, labels=ids, use_cache=False)
+            except DataDependentOutputException as error:
+                message = "What this model computes depends on its numbers (selector), so memory cannot be counted."
+                raise UserError(f"{message} Use --dry-run on the device.") from error
+        return sum(storage.nbytes() for storage in saved.values())
 
 
 def _cost(config: DyadConfig, time: int, planning: bool) -> Cost:

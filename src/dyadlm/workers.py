@@ -1,12 +1,13 @@
 """Where independent tasks run: in processes of this machine, or as tasks of a Ray cluster.
 
-What is done is told as it is done. A worker that dies costs one task, which is run again; a task that dies twice stops
-all.
+Results are yielded as they come. A worker that dies costs one task, which is run again: here once, on Ray twice. A task
+that dies each time ends the work with an error.
 """
 
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
@@ -69,7 +70,7 @@ def _here(
                 task, process = running.pop(ready)
                 try:
                     result = ready.recv()
-                except EOFError:
+                except (EOFError, OSError):  # also in the middle of what it sent
                     if task in died:
                         raise RunFailed(_dead(task)) from None
                     died.add(task)
@@ -83,6 +84,8 @@ def _here(
     finally:
         for _, process in running.values():
             process.terminate()
+        for _, process in running.values():
+            process.join()
 
 
 def _dead(task: Hashable) -> str:
@@ -92,6 +95,7 @@ def _dead(task: Hashable) -> str:
 def _work(sender: Connection, work: Callable[[Task], Result], task: Task) -> None:
     """In the process of a task: send its result, or the error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that has started this one ends it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that temporary folders are removed
     result: Result | Exception
     try:
         result = work(task)

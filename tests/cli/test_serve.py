@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from dyadlm import DyadConfig, DyadForCausalLM
 from dyadlm.cli.app import app
 from dyadlm.data.tokenizer import byte_tokenizer
-from dyadlm.generate import Session
+from dyadlm.generate import Sampling, Session
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -153,6 +154,37 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, messa
     assert message in " ".join((result.output + str(result.exception)).split())
 
 
+@pytest.mark.parametrize("kind", ["folder", "redis"])
+def test_a_replica_goes_on_where_another_was_killed(folder, tmp_path, request, kind):
+    """What was answered is kept; what was being written is not."""
+    url = str(tmp_path / "sessions") if kind == "folder" else request.getfixturevalue("redis_url")
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda _: Process(str(folder), "--sessions", url, "--shared"), range(2))
+    session = one.http.post("/v1/sessions", json={"name": kind, "text": "To be"}).json()["id"]
+    body = {"prompt": " or", "session": session, "max_tokens": 6, "seed": 1}
+    assert one.http.post("/v1/completions", json=body).status_code == 200
+    with one.http.stream("POST", "/v1/completions", json=body | {"max_tokens": 60_000, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert other.http.post("/v1/completions", json=body).json()["error"]["code"] == "session_busy"
+        assert one.end(signal.SIGKILL) == -signal.SIGKILL
+    if kind == "redis":  # where the claim of a server that was killed lasts for its lease
+        import redis
+
+        with redis.Redis.from_url(url) as client:
+            assert 0 < client.ttl(f"dyadlm:{session}:lock") <= 30
+            client.delete(f"dyadlm:{session}:lock")
+    found = other.http.get(f"/v1/sessions/{kind}").json()
+    assert found["tokens"] == len("To be or") + 6
+    told = other.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    alone = Session(DyadForCausalLM.from_pretrained(folder).eval(), byte_tokenizer())
+    for prompt in ("To be", " or", " or"):
+        alone.read_prompt(prompt)
+        written = "" if prompt == "To be" else "".join(alone.write(6, Sampling(seed=1)))
+    assert told == written
+    assert other.end() == 0
+
+
 def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(monkeypatch):
     monkeypatch.delenv("DYADLM_API_KEY", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -165,7 +197,7 @@ def test_a_folder_that_another_server_uses_is_said_before_a_model_is_loaded(tmp_
 
     monkeypatch.delenv("DYADLM_API_KEY", raising=False)
     monkeypatch.setattr("dyadlm.serve.running.LOCK_PATIENCE", 0.0)
-    with own_folder(tmp_path):
+    with own_folder(tmp_path, shared=False):
         result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", "0", "--sessions", str(tmp_path)])
     assert "Another server keeps its sessions in" in str(result.exception)
     assert "--sessions" in str(result.exception)

@@ -1,6 +1,7 @@
 """What a study runs, in which order, what it keeps, and what it refuses; cells here need no training."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -8,6 +9,8 @@ from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
 from dyadlm.compare.cell import Done
 from dyadlm.compare.study import Results, file_name, final_cells, next_cells, summary, swept, tokens_of
 from dyadlm.errors import UserError
+from dyadlm.evaluate.protocols import PROTOCOLS
+from dyadlm.report.arena import write_arena
 
 RECIPE = Recipe(data=("shakespeare",), parameters=300_000, length=64, batch=2)
 BEST = {"dyad": 16e-3, "llama": 4e-3}
@@ -16,22 +19,29 @@ FAULTS: dict[str, list[str]] = {}
 
 def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
     """A cell whose loss is least at the rate in `BEST`."""
-    found = {"cell": vars(cell) | {}, "parameters": 300_000}
+    found = {"cell": vars(cell) | {}, "recipe": json.loads(json.dumps(asdict(recipe))), "parameters": 300_000}
     if not cell.tokens:
         slow = 2.0 if cell.family == "dyad" else 1.0
         return found | {
             "seconds_per_token": slow * 1e-4,
             "flops_per_token": 2e6,
             "faults": FAULTS.get(cell.family, []),
+            "decoding": [{"context": 0, "milliseconds": 1.0, "state_bytes": 8}],
+            "decoding_ends": "",
         }, b""
     nats = 2.0 + abs(cell.rate / BEST[cell.family] - 1) + cell.seed / 100
     point = {"tokens": cell.tokens, "seconds": 1.0, "nats": nats}
     return found | {
         "curve": [point] if cell.final else [],
-        "scores": {name: {"nats": nats, "bits": nats, "tokens": 9} for name in ("fresh", "context", "carried")},
-        "decoding": [{"context": 0, "milliseconds": 1.0, "state_bytes": 8}] if cell.final else [],
+        "scores": {name: {"nats": nats, "bits": nats, "tokens": 9} for name in PROTOCOLS},
+        "carried": True,
         "peak_mebibytes": 1.0,
     }, b"weights" if cell.final else b""
+
+
+def lost(recipe: Recipe, cell: Cell) -> dict:
+    """A cell that diverged."""
+    return {name: made(recipe, cell)[0][name] for name in ("cell", "recipe")} | {"diverged": "The loss is nan."}
 
 
 def study(**fields) -> Study:
@@ -129,7 +139,7 @@ def test_a_rate_that_diverged_is_worse_than_all(tmp_path, ran, monkeypatch):
         while cells := wanted():
             cell = cells[0]
             wild = cell.rate >= 8e-3 and not cell.final
-            yield Done(cell, {"cell": vars(cell), "diverged": True}, b"") if wild else Done(cell, *made(recipe, cell))
+            yield Done(cell, lost(recipe, cell), b"") if wild else Done(cell, *made(recipe, cell))
 
     monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
     asked = study(families=("llama",))
@@ -138,6 +148,49 @@ def test_a_rate_that_diverged_is_worse_than_all(tmp_path, ran, monkeypatch):
     assert found["rate"] == 4e-3
     assert found["sweep"][8e-3] is None
     assert not found["rate_at_the_edge"]
+
+
+def test_a_seed_that_diverged_is_left_out_and_told(tmp_path, ran, monkeypatch):
+    def run(recipe, wanted, jobs, engine, address):
+        while cells := wanted():
+            wild = cells[0].final and (cells[0].seed == 1 or cells[0].family == "dyad")
+            yield Done(cells[0], lost(recipe, cells[0]), b"") if wild else Done(cells[0], *made(recipe, cells[0]))
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    found = summary(study(), tmp_path, run_study(study(), tmp_path, 1))
+    assert [found["families"][name]["diverged"] for name in ("dyad", "llama")] == [[0, 1], [1]]
+    assert len(found["families"]["llama"]["seeds"]) == 1
+    page = write_arena(found, tmp_path, "dyadlm compare").read_text()
+    assert "Training diverged: llama with seed 1; dyad with seed 0, 1." in page
+    assert page.count('<span class="value">diverged</span>') == 4
+
+
+def test_costs_are_measured_one_by_one(tmp_path):
+    asked = study()
+    results = Results(tmp_path, asked)
+    assert next_cells(asked, results) == [Cell("dyad")]
+    results.keep(Done(Cell("dyad"), *made(RECIPE, Cell("dyad"))))
+    assert next_cells(asked, results) == [Cell("llama")]
+
+
+def test_cells_of_another_study_are_refused(tmp_path, ran):
+    run_study(study(), tmp_path, 1)
+    (tmp_path / "recipe.json").unlink()
+    other = Study(replace(RECIPE, length=32), ("dyad",), Budget("tokens", 10_240.0))
+    with pytest.raises(UserError, match="is no cell of this study"):
+        run_study(other, tmp_path, 1)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match=r"recipe.json is damaged .*; choose another --output"):
+        run_study(study(), tmp_path, 1)
+
+
+def test_rates_of_an_earlier_sweep_are_not_those_of_this_one(tmp_path, ran):
+    run_study(study(), tmp_path, 1)
+    asked = study(rates=(4e-3, 8e-3))
+    found = summary(asked, tmp_path, run_study(asked, tmp_path, 1))["families"]["llama"]
+    assert list(found["sweep"]) == [2e-3, 4e-3, 8e-3]
+    asked = study(rates=(4e-3,))
+    assert summary(asked, tmp_path, run_study(asked, tmp_path, 1))["families"]["llama"]["sweep"] == {}
 
 
 def test_a_model_that_only_counts_has_no_operations(tmp_path, ran, monkeypatch):
@@ -204,7 +257,7 @@ def test_results_say_what_is_next(tmp_path, ran):
     assert next_cells(asked, results) == [Cell("dyad")]
     results.keep(Done(Cell("dyad"), *made(RECIPE, Cell("dyad"))))
     assert tokens_of(asked, results, "dyad", 0.2) == 2_048
-    missing, best = swept(asked, results, "dyad")
+    _, missing, best = swept(asked, results, "dyad")
     assert best is None
     assert missing == next_cells(asked, results) == [Cell("dyad", 2_048, rate) for rate in (4e-3, 8e-3, 1.6e-2)]
     (final,) = final_cells(asked, results, "dyad", 8e-3)

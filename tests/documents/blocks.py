@@ -14,7 +14,7 @@ run; those of `%%sh` are commands. Marks stand in HTML comments, each on a line 
 What is smaller than printed:
 
 - `dyadlm train` takes four steps of a narrow model (`TRAINING`), and plants no strings
-- `recall`, `diagnose`, `audit` and `generate` do less (`LESS`)
+- `recall`, `diagnose`, `audit`, `plan` and `generate` do less (`LESS`)
 - `shakespeare` is a text of some kilobytes; `tail -f` and `tail -F` end, as `cat` does
 - what follows a file without end (`--follow`) is ended by SIGTERM when it has waited for a second
 - in Python, `max_steps` is 2 and `max_new_tokens` 8
@@ -51,6 +51,7 @@ LESS = {
     "recall": ["--steps", "2", "--questions", "8", "--learning-rates", "1e-3", "--batch-tokens", "512"],
     "generate": ["--max-new-tokens", "8"],
     "audit": ["--length", "24"],
+    "plan": ["--set", *NARROW],
 }
 
 

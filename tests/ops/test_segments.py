@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyadlm.ops import make_clock, reference
 from dyadlm.ops.pyramid import next_position
-from dyadlm.ops.segments import SegmentState, segment_plan, segment_sums, segment_windows
+from dyadlm.ops.segments import SegmentState, segment_ends, segment_plan, segment_sums, segment_windows
 
 EXACT = 1e-10
 
@@ -191,3 +191,9 @@ def test_strong_forgetting_neither_overflows_nor_fades_to_nothing():
     got, state = run(case, case.x.float(), case.weights.float(), case.log_keep.float())
     assert (got[0] - case.x).abs().max() < 1e-5  # all but the token itself is forgotten
     assert all(part.isfinite().all() for part in (*got, *state))
+
+
+def test_a_segment_ends_before_the_next_one_begins_or_with_the_chunk():
+    """A row that begins no segment at first belongs to one that is open."""
+    begins = torch.tensor([[1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0]]).bool()[..., None]
+    assert segment_ends(begins)[..., 0].tolist() == [[2, 2, 2, 3, 5, 5], [1, 1, 5, 5, 5, 5]]

@@ -183,7 +183,7 @@ def test_a_client_that_leaves_leaves_its_session_as_it_was(serve):
         assert busy.status_code == 409
         assert complete(live, session=session, keep=False, max_tokens=2)  # as it stood before
     wait_for(lambda: scheduler(live).live == 0, seconds=5)
-    wait_for(lambda: not live.server_state.store.find(session).busy, seconds=5)
+    wait_for(lambda: not asyncio.run(live.server_state.store.find(session)).busy, seconds=5)
     assert live.http.get(f"/v1/sessions/{session}").json()["tokens"] == 5
 
 

@@ -1,5 +1,6 @@
 """The page in a real browser: every button, the keyboard, no error in its console, and no request to another host."""
 
+import asyncio
 import shutil
 import time
 
@@ -101,7 +102,7 @@ def server(serve):
 
 
 def session_named(server, name):
-    return server.server_state.store.find(name)
+    return asyncio.run(server.server_state.store.find(name))
 
 
 @pytest.fixture
@@ -250,9 +251,9 @@ def test_what_the_server_forgot_is_read_again(page, server):
     page.type("the cat")
     page.press("do-read", "Reading")
     store = server.server_state.store
-    assert all(own.ttl < 86_400 for own in store.all()), "what has no name is kept for hours"
-    for own in store.all():
-        store.delete(own)
+    assert all(own.ttl < 86_400 for own in asyncio.run(store.all())), "what has no name is kept for hours"
+    for own in asyncio.run(store.all()):
+        asyncio.run(store.delete(own))
     page.press("do-write", "Writing")
     forgotten = page.tokens
     assert [entry["message"].split()[0] for entry in page.browser.get_log("browser")] == [

@@ -12,7 +12,8 @@ import pytest
 from dyadlm.generate import Sampling, Session
 from dyadlm.serve import Limits, ServedModel
 from dyadlm.serve.errors import ApiError
-from dyadlm.serve.sessions import ABOUT, SessionStore
+from dyadlm.serve.session_record import ABOUT
+from dyadlm.serve.sessions import SessionStore
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
@@ -254,7 +255,7 @@ def stored(folder, weights, **limits):
 
 
 def added(store, model):
-    return store.add(model, model.rows.start(), None, None, "x")
+    return asyncio.run(store.add(model, model.rows.start(), None, None, "x"))
 
 
 def test_a_use_that_changes_nothing_counts_after_a_restart(weights, tmp_path, monkeypatch):
@@ -270,7 +271,7 @@ def test_a_use_that_changes_nothing_counts_after_a_restart(weights, tmp_path, mo
     monkeypatch.setattr(time, "time", lambda: later)
     again, model = stored(tmp_path, weights, ttl=1000.0)
     model.scheduler.close(0)
-    (found,) = again.all()
+    (found,) = asyncio.run(again.all())
     assert found.used > later - 600
 
 
@@ -281,7 +282,7 @@ def test_a_session_that_is_saved_again_takes_its_room_once(weights, tmp_path):
     for _ in range(3):
         asyncio.run(store.save(session))
         assert session.saved
-        store.commit(session, model.rows.start(), "y")
+        asyncio.run(store.commit(session, model.rows.start(), "y"))
     other = added(store, model)
     with pytest.raises(ApiError, match="no room on disk"):
         asyncio.run(store.save(other))
@@ -306,7 +307,7 @@ def test_no_session_is_added_while_memory_is_full_and_the_disk_too(weights, tmp_
 
 def test_a_file_whose_text_cannot_be_sent_is_refused(serve):
     live = serve()
-    session = live.server_state.store.find(make(live)["id"])
+    session = asyncio.run(live.server_state.store.find(make(live)["id"]))
     known = json.loads(session.about()[ABOUT].tobytes()) | {"tail": "\ud800"}
     path = live.folder / "wrong.state"
     session.model.rows.save(session.row, path, {ABOUT: np.frombuffer(json.dumps(known).encode(), np.uint8)})

@@ -1,5 +1,7 @@
 """Every family of the zoo is causal, has the size that is asked for, and learns; excluded ones say why they are not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -101,6 +103,12 @@ def test_wrong_requests(arguments, message, capsys):
         main(["zoo", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_name_is_given_once():
+    zoo.register_family(zoo.find_family("llama"))  # the same again
+    with pytest.raises(UserError, match="'llama' already"):
+        zoo.register_family(replace(zoo.find_family("mamba"), name="llama"))
 
 
 @pytest.mark.slow

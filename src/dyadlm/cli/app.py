@@ -18,6 +18,7 @@ from dyadlm.cli import (
     export,
     generate,
     inspect,
+    plan,
     recall,
     repl,
     report,
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(zoo.app, name="zoo")
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(repl.repl)
@@ -59,7 +61,7 @@ app.command()(report.report)
 app.command()(verify.verify)
 
 # Options that take all the values that follow: `--data a b` means `--data a --data b`.
-LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates", "--probe")
+LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates", "--probe", "--cards")
 
 
 def _print_version(asked: bool) -> None:

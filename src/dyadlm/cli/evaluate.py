@@ -2,7 +2,7 @@
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,19 @@ from dyadlm.cli.shared import (
     load,
     memory_for,
     token_progress,
+)
+from dyadlm.console import print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dyadlm.evaluate.streams import Stream
+    from dyadlm.memory import MemoryOptions
+
+NOT_CARRIED = (
+    "The model carries no state of constant size, so that the stream was read in overlapping windows of 1,024 tokens."
 )
 
 
@@ -40,6 +53,13 @@ def evaluate(
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Carry the state through the whole text instead of cutting it.")
+    ] = False,
+    protocols: Annotated[
+        bool,
+        typer.Option(
+            "--protocols",
+            help="Score samples of the text in fresh windows, in the same after 1,024 tokens, and as one stream.",
+        ),
     ] = False,
     slot_entries: SlotEntries = None,
     memory: Memory = False,
@@ -63,6 +83,8 @@ def evaluate(
 
     if stream and window is not None:
         raise UserError("A stream has no windows; give --window or --stream, not both.")
+    if protocols and stream:
+        raise UserError("--protocols has a carried stream among its three; leave --stream out.")
     if window is not None and window < 1:
         raise UserError(f"A window has at least 1 token; --window cannot be {window}.")
     require_split(split)
@@ -75,6 +97,10 @@ def evaluate(
         streams, parts = resolve_text(data, tokenizer, text_field)
     else:
         streams, parts = resolve_data(data, tokenizer, text_field).split(split), dict.fromkeys(data, split)
+    if protocols:
+        options = None if remembers is None else remembers.options
+        _by_protocol(loaded, tokenizer, streams, window, options, json, {"model": model, "data": data, "parts": parts})
+        return
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:
         result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress, memory=remembers)
@@ -101,6 +127,37 @@ def evaluate(
     left_out = [f"{source} ({part} alone)" for source, part in parts.items() if part != "whole"]
     if left_out:
         typer.echo(f"Only a part was scored: {', '.join(left_out)}; --split names another.")
+
+
+def _by_protocol(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    streams: "Sequence[Stream]",
+    window: int | None,
+    memory: "MemoryOptions | None",
+    json: bool,
+    asked: dict[str, Any],
+) -> None:
+    """Print the loss in each protocol of `dyadlm.evaluate.protocols`."""
+    from dyadlm.causal_lm import context_of, continues
+    from dyadlm.data.encoding import prefix_token
+    from dyadlm.evaluate.evaluation import require_vocabulary, window_length
+    from dyadlm.evaluate.protocols import PROTOCOLS, three_protocols
+
+    require_vocabulary(model, tokenizer)
+    carry = context_of(model) is None and continues(model) == "in pieces"
+    length = window_length(model, window)
+    scores = three_protocols(model, streams, length, prefix_token(tokenizer), carry, memory=memory)
+    if json:
+        found = {name: score._asdict() for name, score in scores.items()}
+        typer.echo(json_format.dumps(asked | {"window": length, "carried": carry, "protocols": found}, indent=2))
+        return
+    rows = [
+        (PROTOCOLS[name], f"{score.nats:.4f}", f"{score.bits:.4f}", f"{score.tokens:,}")
+        for name, score in scores.items()
+    ]
+    print_table(("protocol", "nats per token", "bits per byte", "tokens"), rows, right=("tokens",))
+    typer.echo(f"Windows of {length} tokens. " + ("The state was carried." if carry else NOT_CARRIED))
 
 
 def say_what_was_trained_on(model: str, sources: list[str]) -> None:

@@ -43,8 +43,13 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME", help="Another name of this server, as Host headers give it.")
     ] = None,
     sessions: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where sessions are kept; a new server takes them up again.")
-    ] = Path("dyadlm-sessions"),
+        str,
+        typer.Option(metavar="FOLDER|URL", help="Where sessions are kept: a folder, or Redis as redis://HOST:PORT/0."),
+    ] = "dyadlm-sessions",
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="Other servers use the folder of sessions, too: replicas behind a balancer."),
+    ] = False,
     max_sessions: Annotated[int, typer.Option(metavar="N", min=1, max=10**7, help="Sessions that are kept.")] = 10_000,
     session_memory: Annotated[
         float, typer.Option(metavar="MIB", min=0, max=MOST_MIB, callback=number, help="Memory of sessions, in MiB.")
@@ -131,7 +136,7 @@ def serve(
     key = read_key(api_key)
     require_key(host, key)
     require_port(host, port)
-    require_folder(sessions)
+    require_folder(sessions, shared)
     names = names_of(models)
     served = {}
     for model, name in names.items():
@@ -142,7 +147,7 @@ def serve(
         say(f"Serving {', '.join(names.values())} at {address} (Ctrl-C ends it)")
 
     with Stops():  # a signal is how a server ends
-        run(served, sessions, limits, host, port, key, allow_host or (), ready)
+        run(served, sessions, limits, host, port, key, allow_host or (), ready, shared)
 
 
 def say(text: str) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def train(
     output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run. It becomes the model.")],
-    preset: Annotated[str | None, typer.Option(help="Train a new model: tiny, small, base or paper.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Train a new model: tiny, small, base, large, xl or paper.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Continue from the weights of a model (fine-tuning): its folder, or tiny-en."),

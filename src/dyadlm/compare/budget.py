@@ -13,7 +13,7 @@ _AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?(e\+?\d+)?)(?P<suffix>[kMGTP]?)")
 
 
 def parse_amount(text: str, name: str) -> float:
-    """`5M`, `300`, `1e15` as a number. Raises `UserError` for what is none, or not above 0."""
+    """`5M`, `300`, `1e15` as a number. Raises `UserError` for any other text, and for numbers that are not above 0."""
     match = _AMOUNT.fullmatch(text)
     amount = 0.0 if match is None else float(match["number"]) * SUFFIXES[match["suffix"]]
     if not 0 < amount < LARGEST:
@@ -39,8 +39,10 @@ class Budget:
     def tokens(self, seconds_per_token: float, flops_per_token: float) -> int:
         """How many tokens that is for a model of this speed and cost. Raises `UserError` for one without operations."""
         if self.kind == "flops" and not flops_per_token:
-            raise UserError("A model that only counts has no operations to budget; give tokens=N or seconds=N.")
+            raise UserError(
+                "A family that only counts has no operations to budget; leave it out, or give tokens=N or seconds=N."
+            )
         return int(self.amount / {"tokens": 1.0, "seconds": seconds_per_token, "flops": flops_per_token}[self.kind])
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.amount:g}"
+        return f"{self.kind}={self.amount:.15g}"

@@ -6,7 +6,7 @@ import math
 import resource
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +16,22 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dyadlm.causal_lm import continues
-from dyadlm.compare.cost import circumstances, decoding, training_cost
+from dyadlm.compare.cost import circumstances, decoding_cost, training_cost
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
+from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
+from dyadlm.zoo.floors import FLOORS
 
+OWN_TABLES = {family.name for family in FLOORS}  # families that n-gram tables are not added to
 POINTS = 8  # of a learning curve, evenly in tokens
 
 
@@ -71,7 +74,7 @@ class Done(NamedTuple):
 @dataclass(frozen=True)
 class Cell:
     """One training. tokens: to train on, whole steps; 0 measures speed and cost alone. final: scored in all protocols,
-    with a learning curve and the cost of decoding; a cell of a sweep is scored in fresh windows alone."""
+    with a learning curve; a cell of a sweep is scored only in fresh windows."""
 
     family: str
     tokens: int = 0
@@ -91,7 +94,7 @@ class Cell:
 def new_model(recipe: Recipe, cell: Cell) -> PreTrainedModel:
     """The model before training, n-gram tables included."""
     model = build(cell.family, length=recipe.length, parameters=recipe.parameters, seed=cell.seed)
-    if recipe.ngrams:
+    if recipe.ngrams and cell.family not in OWN_TABLES:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cell.seed)
             if isinstance(model, DyadForCausalLM):
@@ -105,8 +108,7 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     """Train and score; what was found, as JSON can hold it, and the weights as safetensors (empty without training).
 
     Raises:
-        UserError: data or a family that there is not, or another text than the study's. RunFailed: the loss of a final
-            cell is no number, or rose far; a cell of a sweep says so.
+        UserError: data or a family that there is not, or another text than the study's.
     """
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -118,6 +120,7 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
             "recipe": asdict(recipe),
             "parameters": count_parameters(model),
             **training_cost(model, recipe.batch, recipe.length, recipe.optimizer),
+            **decoding_cost(model, find_family(cell.family).decodes != "nothing"),
             "faults": check(cell.family, recipe.parameters).faults,
             "circumstances": circumstances(),
         }, b""
@@ -128,24 +131,18 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             model, curve = trained(recipe, cell, data, Path(folder))
-    except RunFailed:
-        if cell.final:
-            raise
-        return found | {"diverged": True}, b""  # which a sweep is there to find out
-    prefix, streams = prefix_token(data.tokenizer), data.validation
-    if cell.final:
-        scores = three_protocols(model, streams, recipe.length, prefix, carries(cell.family, model), recipe.scale)
-    else:
-        scores = {"fresh": measure(model, fresh(streams, recipe.length, int(TARGETS * recipe.scale)), prefix)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        scores = scored(recipe, cell, model, data)
+    except RunFailed as error:  # a result, too: a sweep is there to find it out
+        return found | {"diverged": str(error)}, b""
     found |= {
         "parameters": count_parameters(model),
         "curve": curve,
-        "scores": {name: score._asdict() for name, score in scores.items()},
-        "peak_mebibytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_mebibytes": round(peak, 1),
+        **scores,
     }
     if not cell.final:
         return found, b""
-    found["decoding"], found["decoding_ends"] = decoding(model)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     once: dict[int, str] = {}  # a tied matrix is kept under its first name
     for name, tensor in weights.items():
@@ -153,9 +150,20 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     return found, save({name: weights[name] for name in once.values()})
 
 
-def carries(family: str, model: PreTrainedModel) -> bool:
-    """Whether a state of constant size can be handed on from piece to piece of a long text."""
-    return find_family(family).decodes == "state" and continues(model) == "in pieces"
+def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedData) -> dict[str, Any]:
+    """The loss in each protocol, of a cell of a sweep in fresh windows alone.
+
+    carried: whether a state was handed on through the stream. The others read it in overlapping windows, of the trained
+    length or of 1,024 tokens: the length that suits the model better.
+    """
+    prefix, streams = prefix_token(data.tokenizer), data.validation
+    if not cell.final:
+        windows = fresh(streams, recipe.length, int(TARGETS * recipe.scale))
+        return {"scores": {"fresh": measure(model, windows, prefix)._asdict()}}
+    carry = find_family(cell.family).decodes == "state" and continues(model) != "from the beginning"
+    memory = MemoryOptions.of_vocabulary(len(data.tokenizer))
+    scores = three_protocols(model, streams, recipe.length, prefix, carry, recipe.scale, memory)
+    return {"carried": carry, "scores": {name: score._asdict() for name, score in scores.items()}}
 
 
 class Curve(TrainerCallback):
@@ -182,13 +190,10 @@ def trained(
     recipe: Recipe, cell: Cell, data: ResolvedData, folder: Path
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """The model after training by the trainer of `dyadlm train`, and its learning curve."""
-    start = folder / "start"
-    build(cell.family, length=recipe.length, parameters=recipe.parameters, seed=cell.seed).save_pretrained(start)
-    data.tokenizer.save_pretrained(start)
     steps = max(1, cell.tokens // (recipe.length * recipe.batch))
     settings = TrainSettings.create(
         folder / "run",
-        model=start,
+        preset="tiny",  # which is not built: the model is given
         data=recipe.data,
         device="cpu",
         dtype="float32",
@@ -199,9 +204,8 @@ def trained(
         ],
     )  # fmt: skip
     given = TrainingData(data.tokenizer, data.train, data.validation, "compare")
-    # The run is prepared around the plain model; the one with n-gram tables takes its place.
     model = new_model(recipe, cell)
-    plan = replace(prepare_run(settings, given, folder / "run"), model=model)
+    plan = prepare_run(settings, given, folder / "run", model)
     points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
     prefix = prefix_token(data.tokenizer)
     parts = fresh(data.validation, recipe.length, int(16_384 * recipe.scale))

@@ -1,13 +1,14 @@
 """What a family costs: a step of training, one more token, the bytes of its state."""
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from dyadlm.causal_lm import FAULTS, first_state, state_bytes, state_of
@@ -15,39 +16,41 @@ from dyadlm.errors import first_line
 from dyadlm.train.muon import muon_over
 from dyadlm.version import __version__
 
-TIMED = 6  # steps that are timed, after two
+TIMED_STEPS = 6  # after two others
 CONTEXTS = (0, 1_000, 4_000)  # tokens read before decoding is timed
-WRITTEN = 24
+NEW_TOKENS = 24
 
 
 def training_cost(model: PreTrainedModel, batch: int, length: int, optimizer: str) -> dict[str, float]:
     """Of a training step on random tokens (batch, length): seconds of thread time and operations, both for a token.
-    Operations are those of products of matrices and of attention."""
+
+    Operations are those of products of matrices, convolutions and attention; element by element, in scans and in
+    Fourier transforms none is counted.
+    """
     model.train()
     ids = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(0))
     muon = optimizer == "muon"
-    moves = (
+    optimizing = (
         muon_over(model, weight_decay=0.0, adamw={"lr": 0.0}) if muon else torch.optim.AdamW(model.parameters(), 0.0)
     )
 
     def step() -> None:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        moves.zero_grad()
+        optimizing.zero_grad()
         loss.backward()
-        moves.step()
+        optimizing.step()
 
-    # What torch does not count: the products of a mixture of experts.
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_products})
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter:
         step()
     step()
     times = []
-    for _ in range(TIMED):
+    for _ in range(TIMED_STEPS):
         begun = time.thread_time()
         step()
         times.append(time.thread_time() - begun)
     return {
-        "seconds_per_token": sorted(times)[len(times) // 2] / ids.numel(),
+        "seconds_per_token": statistics.median(times) / ids.numel(),
         "flops_per_token": counter.get_total_flops() / ids.numel(),
     }
 
@@ -63,10 +66,38 @@ def grouped_products(
     return 2 * one[-2] * one[-1] * other[-1]
 
 
+def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any) -> int:
+    """Operations of attention on a CPU, forward: shapes (B, heads, T, D)."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def attention_backward(
+    gradient: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any
+) -> int:
+    """Operations of attention on a CPU, backward."""
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+# What torch does not count by itself: the products of a mixture of experts, and attention on a CPU.
+UNCOUNTED = {
+    torch.ops.aten._grouped_mm: grouped_products,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+def decoding_cost(model: PreTrainedModel, keeps_state: bool) -> dict[str, Any]:
+    """decoding: as `decoding` measures it; decoding_ends: why there is no longer context, or none at all."""
+    if not keeps_state:
+        return {"decoding": [], "decoding_ends": "it keeps no state, and reads its text again"}
+    found, reason = decoding(model)
+    return {"decoding": found, "decoding_ends": reason}
+
+
 @torch.no_grad()
 def decoding(model: PreTrainedModel) -> tuple[list[dict[str, float]], str]:
-    """Milliseconds of thread time for one more token after some contexts, and the bytes of the state; why there are not
-    more: what keeps no state reads its text again, and a context can be longer than a model reads."""
+    """Milliseconds of thread time (median) for one more token after contexts of some lengths, and bytes of the state.
+    The text says why a length is missing; it is empty where none is."""
     found: list[dict[str, float]] = []
     model.train(False)
     for context in CONTEXTS:
@@ -77,7 +108,7 @@ def decoding(model: PreTrainedModel) -> tuple[list[dict[str, float]], str]:
             if not state:
                 return found, "it keeps no state"
             times = []
-            for _ in range(WRITTEN):
+            for _ in range(NEW_TOKENS):
                 begun = time.thread_time()
                 output = model(input_ids=ids[:, -1:], use_cache=True, **state)
                 state = state_of(model, output)
@@ -85,7 +116,11 @@ def decoding(model: PreTrainedModel) -> tuple[list[dict[str, float]], str]:
         except FAULTS as error:
             return found, f"after {context:,} tokens: {first_line(error)}"
         found.append(
-            {"context": context, "milliseconds": round(1000 * min(times), 4), "state_bytes": state_bytes(state)}
+            {
+                "context": context,
+                "milliseconds": round(1000 * statistics.median(times), 4),
+                "state_bytes": state_bytes(state),
+            }
         )
     return found, ""
 

@@ -10,21 +10,22 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dyadlm.cluster import Engine
 from dyadlm.compare.budget import Budget
 from dyadlm.compare.cell import Cell, Done, Recipe, run_cell
 from dyadlm.errors import UserError
+from dyadlm.evaluate.protocols import PROTOCOLS
 from dyadlm.files import locked, make_folder, write_atomically
+from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.workers import run_tasks
-from dyadlm.zoo import find_family, solve
+from dyadlm.zoo import Sizes, find_family, solve
 from dyadlm.zoo.family import Family
 
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
 RECIPE = "recipe.json"
-PROTOCOLS = ("fresh", "context", "carried")
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ class Study:
 def require_comparable(family: Family, recipe: Recipe) -> None:
     """Raise `UserError` where a family cannot be built at the size of the recipe."""
     if family.build is None or family.missing:
-        from dyadlm.zoo import Sizes
-
-        family.make(Sizes(32, 1, 32, 259, recipe.length))
-    solve(family, recipe.parameters, None, 259, recipe.length)
+        family.make(Sizes(32, 1, 32, BYTE_VOCABULARY, recipe.length))  # raises
+    solve(family, recipe.parameters, None, BYTE_VOCABULARY, recipe.length)
 
 
 class Results:
@@ -87,14 +86,15 @@ class Results:
         if not place.exists():
             write_atomically(place, json.dumps(asked, indent=1) + "\n")
         else:
-            earlier = self._read(place)
+            earlier = self._read(place, "choose another --output")
             if changed := [name for name in asked if earlier.get(name) != asked[name]]:
                 raise UserError(f"{folder} holds a study with another {changed[0]}; choose another --output.")
         for file in sorted((folder / "cells").glob("*.json")):
             content = self._read(file)
             try:
                 cell = Cell(**content["cell"])
-                whole = file.name == file_name(cell) and is_whole(cell, content)
+                ours = content["recipe"] == json.loads(json.dumps(asdict(study.recipe)))
+                whole = ours and file.name == file_name(cell) and is_whole(cell, content)
             except (KeyError, TypeError, ValueError):
                 whole = False
             if not whole:
@@ -102,13 +102,13 @@ class Results:
             self.found[cell.name] = content
 
     @staticmethod
-    def _read(file: Path) -> dict[str, Any]:
+    def _read(file: Path, remedy: str = "remove it, and its cell is run again") -> dict[str, Any]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} is damaged ({error}); remove it, and its cell is run again.") from error
+            raise UserError(f"{file} is damaged ({error}); {remedy}.") from error
         if not isinstance(content, dict):
-            raise UserError(f"{file} is damaged (it holds no object); remove it, and its cell is run again.")
+            raise UserError(f"{file} is damaged (it holds no object); {remedy}.")
         return content
 
     def keep(self, done: Done) -> None:
@@ -128,14 +128,16 @@ class Results:
 def is_whole(cell: Cell, content: dict[str, Any]) -> bool:
     """Whether a cell's file has the figures that a study needs of it. Raises what a missing part raises."""
     if content.get("diverged"):
-        return bool(cell.tokens) and not cell.final
+        return bool(cell.tokens)
     if not cell.tokens:
         operations = content["flops_per_token"]  # of a model that only counts, none
         if not isinstance(operations, int | float) or not 0 <= operations < math.inf:
             return False
+        if not isinstance(content["faults"], list) or not isinstance(content["decoding"], list):
+            return False
         figures = [content[name] for name in ("parameters", "seconds_per_token")]
     else:
-        figures = [content["scores"][name]["nats"] for name in (PROTOCOLS if cell.final else PROTOCOLS[:1])]
+        figures = [content["scores"][name]["nats"] for name in (PROTOCOLS if cell.final else ["fresh"])]
     return all(isinstance(figure, int | float) and 0 < figure < math.inf for figure in figures)
 
 
@@ -153,20 +155,28 @@ def tokens_of(study: Study, results: Results, family: str, part: float = 1.0) ->
     return max(1, int(tokens * part) // step) * step
 
 
-def swept(study: Study, results: Results, family: str) -> tuple[list[Cell], float | None]:
-    """Cells of the sweep that are still to be run, and the best rate once there are none."""
+class Sweep(NamedTuple):
+    """cells: of all rates that are tried so far. missing: those still to be run. best: the best rate, once none is."""
+
+    cells: list[Cell]
+    missing: list[Cell]
+    best: float | None
+
+
+def swept(study: Study, results: Results, family: str) -> Sweep:
+    """The sweep of a family. One rate is no sweep."""
     if len(study.rates) == 1:
-        return [], study.rates[0]
+        return Sweep([], [], study.rates[0])
     tokens = tokens_of(study, results, family, study.sweep)
     rates = sorted(study.rates)
     while True:
         cells = [Cell(family, tokens, rate) for rate in rates]
         if missing := [cell for cell in cells if cell.name not in results.found]:
-            return missing, None
+            return Sweep(cells, missing, None)
         best = min(cells, key=results.nats).rate
         further = best / 2 if best == rates[0] else best * 2 if best == rates[-1] else None
         if further is None or not SMALLEST <= further <= LARGEST:
-            return [], best
+            return Sweep(cells, [], best)
         rates = sorted([*rates, further])
 
 
@@ -179,12 +189,12 @@ def final_cells(study: Study, results: Results, family: str, rate: float) -> lis
 def next_cells(study: Study, results: Results) -> list[Cell]:
     """What can be run now, the longest first: the cost of all families, then the sweep of each, then its seeds."""
     if costs := [Cell(family) for family in study.families if Cell(family).name not in results.found]:
-        return costs
+        return costs[:1]  # one by one: they are timed
     cells: list[Cell] = []
     for family in study.families:
-        if (faults := results.found[Cell(family).name].get("faults")) and not study.force:
+        if (faults := results.found[Cell(family).name]["faults"]) and not study.force:
             raise UserError(f"{family} is not sound ({faults[0]}); leave it out of --models, or give --force.")
-        missing, best = swept(study, results, family)
+        _, missing, best = swept(study, results, family)
         if best is not None:
             missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
         cells += missing
@@ -228,7 +238,7 @@ def run_study(
 
 
 def _best(study: Study, results: Results, family: str) -> float:
-    _, rate = swept(study, results, family)
+    rate = swept(study, results, family).best
     assert rate is not None
     return rate
 
@@ -239,7 +249,8 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
     families: dict[str, Any] = {}
     for name, cells in finals.items():
         family, cost = find_family(name), results.found[Cell(name).name]
-        rates = _swept_rates(study, results, name)
+        sweep = {cell.rate: results.nats(cell) for cell in swept(study, results, name).cells}
+        seeds = [results.found[cell.name] for cell in cells]
         families[name] = {
             "title": family.title,
             "paper": family.paper,
@@ -247,22 +258,14 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
             "parameters": cost["parameters"],
             "flops_per_token": cost["flops_per_token"],
             "seconds_per_token": cost["seconds_per_token"],
-            "faults": cost.get("faults", []),
-            "sweep": rates,
+            "faults": cost["faults"],
+            "sweep": {rate: nats if math.isfinite(nats) else None for rate, nats in sweep.items()},  # None: diverged
             "rate": cells[0].rate,
-            "rate_at_the_edge": len(rates) > 1 and cells[0].rate in (min(rates), max(rates)),
+            "rate_at_the_edge": len(sweep) > 1 and cells[0].rate in (min(sweep), max(sweep)),
             "tokens": cells[0].tokens,
-            "seeds": [results.found[cell.name] for cell in cells],
+            "decoding": cost["decoding"],
+            "decoding_ends": cost["decoding_ends"],
+            "seeds": [seed for seed in seeds if not seed.get("diverged")],
+            "diverged": [seed["cell"]["seed"] for seed in seeds if seed.get("diverged")],
         }
     return {"recipe": study.to_dict(), "seeds": study.seeds, "families": families}
-
-
-def _swept_rates(study: Study, results: Results, family: str) -> dict[float, float | None]:
-    """Loss at each rate of the sweep, None where it diverged."""
-    tokens = tokens_of(study, results, family, study.sweep)
-    cells: Iterable[Cell] = (Cell(**found["cell"]) for found in results.found.values())
-    return {
-        cell.rate: None if results.found[cell.name].get("diverged") else results.nats(cell)
-        for cell in sorted(cells, key=lambda one: one.rate)
-        if cell.family == family and cell.tokens == tokens and not cell.final
-    }

@@ -5,10 +5,11 @@ Fresh windows hide what a model makes of a long past, and a carried stream shows
     fresh      <|begin|> or one token  [t0 … tL]                     each window alone
     context    C tokens                [t0 … tL]                     the same targets
     carried    [t0 … tN]                                             one text, from its beginning, read once
+    remembered the same, with a memory of what followed each context (`dyadlm.memory`), which any model can have
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
@@ -16,10 +17,18 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from dyadlm.evaluate.scoring import score
+from dyadlm.errors import RunFailed, UserError
+from dyadlm.evaluate.scoring import remembered, score
 from dyadlm.evaluate.streams import Stream, target_bytes
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window
+from dyadlm.memory import ContextMemory, MemoryOptions
 
+PROTOCOLS = {
+    "fresh": "fresh windows",
+    "context": "after 1,024 tokens",
+    "carried": "carried stream",
+    "remembered": "carried stream, with a memory",
+}
 LONG = 1024  # tokens of context, and of the windows of models that carry no state
 TARGETS, CARRIED = 65_536, 65_536
 BATCH = 16
@@ -74,24 +83,56 @@ def measure(
     model: PreTrainedModel, parts: Sequence[tuple[Stream, list[Window]]], prefix: int, batch: int = BATCH
 ) -> Score:
     """Score all windows. prefix: the input before the first token of a stream."""
-    nats = tokens = size = 0.0
     model.train(False)
-    for stream, windows in parts:
-        for position, found in score(model, stream, windows, prefix, batch):
-            nats += float(np.sum(found, dtype="float64"))
-            tokens += len(found)
-            size += target_bytes(stream, position, position + len(found))
-    return Score(nats / tokens, nats / max(size, 1) / math.log(2), int(tokens))
+    return _sum((stream, score(model, stream, windows, prefix, batch)) for stream, windows in parts)
 
 
 def three_protocols(
-    model: PreTrainedModel, streams: Sequence[Stream], length: int, prefix: int, carry: bool, scale: float = 1.0
+    model: PreTrainedModel,
+    streams: Sequence[Stream],
+    length: int,
+    prefix: int,
+    carry: bool,
+    scale: float = 1.0,
+    memory: MemoryOptions | None = None,
 ) -> dict[str, Score]:
-    """All three. length: of the training text. carry: whether the model hands on a state of constant size. scale: of
-    the numbers of targets, for quick looks."""
+    """All three, and `remembered` where a memory is given; each stream begins with an empty one.
+
+    length: of the training text. carry: whether the model hands on a state of constant size; otherwise the stream is
+    read in overlapping windows of `length` or of 1,024 tokens, whichever gives the smaller loss. scale: of the numbers
+    of targets, for quick looks.
+    """
     windows = fresh(streams, length, int(TARGETS * scale))
-    return {
+    scores = {
         "fresh": measure(model, windows, prefix),
         "context": measure(model, after_context(windows), prefix),
-        "carried": measure(model, carried(streams, carry, int(CARRIED * scale)), prefix),
     }
+    ways = [{}] if carry else [{"length": size} for size in sorted({length, LONG})]
+    every = [
+        [
+            (stream, list(score(model, stream, own, prefix, BATCH)))
+            for stream, own in carried(streams, carry, int(CARRIED * scale), **way)
+        ]
+        for way in ways
+    ]
+    read = min(every, key=lambda one: _sum(one).nats)
+    scores["carried"] = _sum(read)
+    if memory is not None:
+        mixed = ((stream, remembered(found, stream, ContextMemory(memory))) for stream, found in read)
+        scores["remembered"] = _sum(mixed)
+    return scores
+
+
+def _sum(parts: Iterable[tuple[Stream, Iterable[tuple[int, np.ndarray]]]]) -> Score:
+    """Of what `score` yields for each stream. Raises `UserError` without text, `RunFailed` for what is no number."""
+    nats = tokens = size = 0.0
+    for stream, pieces in parts:
+        for position, found in pieces:
+            nats += float(np.sum(found, dtype="float64"))
+            tokens += len(found)
+            size += target_bytes(stream, position, position + len(found))
+    if not tokens or not size:
+        raise UserError("There is no text to score; give data with at least one character.")
+    if not math.isfinite(nats):
+        raise RunFailed("The model's likelihoods are not numbers; its weights are damaged or diverged.")
+    return Score(nats / tokens, nats / size / math.log(2), int(tokens))

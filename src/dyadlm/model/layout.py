@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dyadlm import kernels
 from dyadlm.model.configuration import DyadConfig
 from dyadlm.ops.blocks import Nodes, granularity, tree_nodes
 from dyadlm.ops.centroids import Shares, level_shares
 from dyadlm.ops.clock import Clock
-from dyadlm.ops.segments import SegmentPlan
+from dyadlm.ops.segments import SegmentPlan, segment_ends
 
 
 class ChunkLayout(NamedTuple):
@@ -25,10 +26,17 @@ class ChunkLayout(NamedTuple):
     segments: SegmentPlan | None  # of the semantic levels that follow rules
     ages: Tensor  # (B or 1, T, ages): how far past its last node, or into its segment, each level is
     progress: Tensor  # 0-dim: how far training is, from 0 to 1
+    keep: bool  # whether the state after the chunk is wanted
+    segment_ends: Tensor | None  # (B, T, S) int64, of `segments`; None where no kernel asks for it
 
 
 def chunk_layout(
-    clock: Clock, segments: SegmentPlan | None, progress: Tensor, config: DyadConfig, dtype: torch.dtype
+    clock: Clock,
+    segments: SegmentPlan | None,
+    progress: Tensor,
+    config: DyadConfig,
+    dtype: torch.dtype,
+    keep: bool = True,
 ) -> ChunkLayout:
     """The layout of a chunk for a model whose hidden states have `dtype`."""
     alignments = config.alignments
@@ -44,4 +52,5 @@ def chunk_layout(
     if segments is not None:
         into = segments.length.to(ages.dtype).log2() / math.log2(config.longest_segment)
         ages = torch.cat([ages.expand(into.shape[0], -1, -1), into], -1)
-    return ChunkLayout(clock, nodes, shares, segments, ages.to(dtype), progress)
+    ends = None if segments is None or keep or not kernels.usable(progress) else segment_ends(segments.begins)
+    return ChunkLayout(clock, nodes, shares, segments, ages.to(dtype), progress, keep, ends)

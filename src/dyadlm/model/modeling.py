@@ -151,7 +151,7 @@ class DyadModel(DyadPreTrainedModel):
     ) -> tuple[list[Tensor], list[BlockState], list[BlockAux]]:
         """The blocks over a chunk (B, T, D) whose real tokens come first in each row; this is the part to compile."""
         identity = self.identity_norm(embedded)
-        layout = chunk_layout(clock, segments, self.progress, self.config, embedded.dtype)
+        layout = chunk_layout(clock, segments, self.progress, self.config, embedded.dtype, keep)
         plan = features = None
         if contexts is not None and self.config.slot_layers and plans_alike(self.config):
             tables = states[self.config.slot_layers[0]].slots

@@ -53,5 +53,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "level_rank": 100,
         **COMPOSITION,
     },
+    # About 350M parameters. Here and below a level's rank is an eighth of the width, so that the levels of a block have
+    # about as many parameters as its SwiGLU, as in `base`. Neither size has been trained yet.
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 20,
+        "max_position_embeddings": 2048,
+        "level_rank": 128,
+        **COMPOSITION,
+    },
+    # About 1.3B parameters.
+    "xl": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 19,
+        "max_position_embeddings": 2048,
+        "level_rank": 256,
+        **COMPOSITION,
+    },
 }
 """The fields of the configuration, for each preset; `DyadConfig.from_preset` takes them."""

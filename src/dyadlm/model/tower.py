@@ -66,6 +66,20 @@ class Tower(nn.Module):
         self.learned = [k for k, name in semantic.items() if name == LEARNED]
         self.token_levels = [k for k in range(len(self.ranks)) if k not in self.node_levels]
         self.token_widths = [self.part_count(k) * self.ranks[k] for k in self.token_levels]
+        # Whether weights and features are those of this class, which kernels compute, and not those of a variant.
+        self.plain = not self.forgets and all(
+            getattr(type(self), name) is getattr(Tower, name)
+            for name in (
+                "weigh",
+                "compare",
+                "centroid",
+                "parts",
+                "feature",
+                "joined",
+                "segment_inputs",
+                "segment_feature",
+            )
+        )
         self.families = [family for family in self.build_families() if family.levels]
         self.build_write(config)
         if reads:

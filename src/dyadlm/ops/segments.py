@@ -90,6 +90,14 @@ def segment_plan(
     return plan, carried
 
 
+def segment_ends(begins: Tensor) -> Tensor:
+    """The last column of each token's segment in the chunk: (B, T, S) bool -> (B, T, S) int64."""
+    time = begins.shape[1]
+    column = torch.arange(1, time + 1, device=begins.device)[:, None]
+    follows = torch.nn.functional.pad(begins[:, 1:], (0, 0, 0, 1), value=True)
+    return torch.where(follows, column, time).flip(1).cummin(1).values.flip(1) - 1
+
+
 def _tiles(begins: Tensor) -> tuple[Tiles, ...]:
     """Masks for every depth, from begins (B, S, T)."""
     if begins.shape[-1] == 1:

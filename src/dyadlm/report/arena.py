@@ -12,22 +12,17 @@ from markupsafe import Markup
 
 from dyadlm.diagnose.pool import STUDENT
 from dyadlm.diagnose.result import Curve
+from dyadlm.evaluate.protocols import PROTOCOLS
 from dyadlm.files import write_atomically
 from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, looks, to_svg
 from dyadlm.version import __version__
 
-PROTOCOLS = {
-    "fresh": "fresh windows",
-    "context": "after 1,024 tokens",
-    "carried": "carried stream",
-}
-
 
 class Shown(NamedTuple):
-    """A figure of a table. interval: of the mean over seeds, 95 %."""
+    """A figure of a table. note: the interval of the mean over seeds, 95 %, or how the figure was measured."""
 
     value: str
-    interval: str = ""
+    note: str = ""
     best: bool = False
 
 
@@ -70,10 +65,13 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
 
 
 def _warnings(families: Mapping[str, Any]) -> list[str]:
-    edge = [name for name, one in families.items() if one["rate_at_the_edge"]]
-    if not edge:
-        return []
-    return [f"The best rate of {', '.join(edge)} lies at the end of its sweep: a better one may lie beyond."]
+    warnings = []
+    if edge := [name for name, one in families.items() if one["rate_at_the_edge"]]:
+        warnings.append(f"The best rate of {', '.join(edge)} is at the end of its sweep. A better one may exist.")
+    if diverged := {name: one["diverged"] for name, one in families.items() if one["diverged"]}:
+        told = "; ".join(f"{name} with seed {', '.join(map(str, seeds))}" for name, seeds in diverged.items())
+        warnings.append(f"Training diverged: {told}. These seeds are left out of all figures.")
+    return warnings
 
 
 def _nats(family: Mapping[str, Any], protocol: str) -> list[float]:
@@ -81,11 +79,13 @@ def _nats(family: Mapping[str, Any], protocol: str) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+    return statistics.fmean(values) if values else math.inf
 
 
 def _shown(values: Sequence[float], form: Callable[[float], str]) -> Shown:
-    """The mean, and Student's interval where there are several."""
+    """The mean, and Student's interval where there are several; of a training that diverged there is none."""
+    if not values:
+        return Shown("diverged")
     if len(values) < 2:
         return Shown(form(values[0]))
     return Shown(form(_mean(values)), f"± {form(_half(values))}")
@@ -97,29 +97,38 @@ def _half(values: Sequence[float]) -> float:
 
 
 def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
-    """The three protocols; the least of a column is marked where its interval overlaps no other's."""
-    cells: dict[str, list[Shown]] = {name: [] for name in families}
+    """All protocols; the least of a column is marked where its interval overlaps no other's."""
+    cells = {name: [Shown("; ".join(one["faults"]) or "sound")] for name, one in families.items()}
     for protocol in PROTOCOLS:
         values = {name: _nats(one, protocol) for name, one in families.items()}
         figures = {name: _shown(own, lambda value: f"{value:.4f}") for name, own in values.items()}
         best = _clear_best(values)
         for name, figure in figures.items():
-            cells[name].append(figure._replace(best=name == best))
+            windows = protocol in ("carried", "remembered") and not all(
+                seed["carried"] for seed in families[name]["seeds"]
+            )
+            note = ", ".join(filter(None, (figure.note, "windows" if windows else "")))
+            cells[name].append(figure._replace(best=name == best, note=note))
     return {
         "id": "losses",
         "title": "Loss",
-        "text": "Nats per token of the validation text, less is better: in fresh windows, at the same places after a "
-        "long context, and in a text that is read once from its beginning. There models that hand on a state of "
-        "constant size carry it, and the others read overlapping windows of 1,024 tokens. Marked: the best, where its "
-        "interval overlaps no other.",
+        "text": "The audit asks whether later tokens change earlier logits, and, where a model keeps a state, if "
+        "a text in pieces gives the same logits. Losses are nats per token of the validation text, on which the rates "
+        "were chosen, too; less is better: in fresh windows, at the same places after a long context, and in a text "
+        "that is read once from its beginning. Models with a state of constant size carry it through that text. The "
+        "others read overlapping windows (“windows”) of the trained length or of 1,024 tokens, whichever suits them "
+        "better. The last column mixes into the same predictions what followed each short context of the text so "
+        "far: a memory of bounded size, the same for all, as in `dyadlm evaluate --memory`. Marked: the best, where "
+        "its interval overlaps no other.",
         "marked": "best",
-        "columns": list(PROTOCOLS.values()),
+        "columns": ["audit", *PROTOCOLS.values()],
         "rows": [(shown[name], cells[name]) for name in families],
     }
 
 
 def _clear_best(values: Mapping[str, Sequence[float]]) -> str | None:
     """The family whose interval lies below all others; none where there is one seed alone."""
+    values = {name: own for name, own in values.items() if own}
     if len(values) < 2 or any(len(own) < 2 for own in values.values()):
         return None
     best = min(values, key=lambda name: _mean(values[name]))
@@ -128,31 +137,32 @@ def _clear_best(values: Mapping[str, Sequence[float]]) -> str | None:
 
 
 def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
-    contexts = sorted({int(point["context"]) for one in families.values() for point in one["seeds"][0]["decoding"]})
+    contexts = sorted({int(point["context"]) for one in families.values() for point in one["decoding"]})
     rows = []
     for name, one in families.items():
-        points = {int(point["context"]): point for point in one["seeds"][0]["decoding"]}
-        decoding = [Shown(f"{points[at]['milliseconds']:.2f}") if at in points else Shown("–") for at in contexts]
-        state = [Shown(f"{int(points[at]['state_bytes']):,}") if at in points else Shown("–") for at in contexts[-1:]]
+        points = {int(point["context"]): point for point in one["decoding"]}
+        missing = Shown("–", one["decoding_ends"])
+        decoding = [Shown(f"{points[at]['milliseconds']:.2f}") if at in points else missing for at in contexts]
+        state = [Shown(compact(points[at]["state_bytes"])) if at in points else Shown("–") for at in contexts]
+        peaks = [seed["peak_mebibytes"] for seed in one["seeds"]]
         cells = [
-            Shown("; ".join(one["faults"]) or "sound"),
             Shown(f"{one['parameters']:,}"),
             Shown(f"{one['tokens']:,}"),
             Shown(compact(one["flops_per_token"])),
             Shown(f"{1e6 * one['seconds_per_token']:.0f}"),
-            Shown(f"{max(seed['peak_mebibytes'] for seed in one['seeds']):,.0f}"),
+            Shown(f"{max(peaks):,.0f}" if peaks else "–"),
         ]
         rows.append((shown[name], [*cells, *decoding, *state]))
-    columns = ["audit", "parameters", "tokens trained on", "operations a token", "µs a token, training", "peak MiB"]
+    columns = ["parameters, tables too", "tokens trained on", "operations a token", "µs a token, training", "peak MiB"]
     columns += [f"ms a token after {at:,}" for at in contexts]
-    columns += [f"state bytes after {contexts[-1]:,}"] if contexts else []
+    columns += [f"state bytes after {at:,}" for at in contexts]
     return {
         "id": "costs",
         "title": "Cost",
-        "text": "The audit asks whether later tokens change earlier logits, and whether a text in pieces gives equal "
-        "logits. Operations and microseconds of training are those of whole steps, one thread. Peak memory is that of "
-        "the process. Decoding is one more token by a call of the model, after so many tokens; – where a model cannot "
-        "read so many, or keeps no state. dyadlm decodes faster with its engine, which is not used here.",
+        "text": "Operations and microseconds of training are those of whole steps, one thread. Operations are those of "
+        "products of matrices, convolutions and attention; what is done element by element, in scans or in Fourier "
+        "transforms is not counted. Peak memory is that of the process after training. Decoding is one more token by a "
+        "call of the model, after so many tokens. dyadlm decodes faster with its engine, which is not used here.",
         "marked": "",
         "columns": columns,
         "rows": rows,
@@ -187,6 +197,8 @@ def _pictures(families: Mapping[str, Any], shown: Mapping[str, Look]) -> list[di
     for key, label, place in kinds:
         curves = []
         for name, one in families.items():
+            if not one["seeds"]:
+                continue
             runs = [seed["curve"] for seed in one["seeds"]]
             points = list(zip(*runs, strict=True))
             heights = [[run["nats"] for run in point] for point in points]

@@ -17,10 +17,12 @@ from dyadlm.serve.answers import ClientLeft, as_api_error
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.security import Gate
 from dyadlm.serve.served import ServedModel
-from dyadlm.serve.server import Server
+from dyadlm.serve.server import Server, Sessions
 from dyadlm.serve.session_routes import RESTORE
+from dyadlm.serve.session_storage import is_redis, shared_storage
 from dyadlm.serve.sessions import SessionStore
 from dyadlm.serve.settings import Limits
+from dyadlm.serve.shared_sessions import SharedSessions
 from dyadlm.version import __version__
 
 TIDY_SECONDS = 1.0
@@ -30,14 +32,24 @@ log = logging.getLogger("dyadlm.serve")
 
 def create_app(
     models: Mapping[str, ServedModel],
-    folder: Path,
+    folder: Path | str,
     limits: Limits,
     key: str | None = None,
     hosts: Iterable[str] | None = (),
+    shared: bool = False,
 ) -> FastAPI:
-    """The application (ASGI). models: by name. folder: of saved sessions. key: that clients have to name. hosts: names
-    that they may call the server by, in the Host header; None: any."""
-    server = Server(models, SessionStore(folder, models, limits), limits)
+    """The application (ASGI). models: by name. folder: of saved sessions, or the URL of a Redis server. key: that
+    clients have to name. hosts: names that they may call the server by, in the Host header; None: any. shared: other
+    servers use the sessions, too, as they always do in Redis.
+
+    Raises `UserError` where sessions cannot be shared there.
+    """
+    store: Sessions
+    if shared or is_redis(folder):
+        store = SharedSessions(shared_storage(folder), models, limits)
+    else:
+        store = SessionStore(Path(folder), models, limits)
+    server = Server(models, store, limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -48,7 +60,7 @@ def create_app(
             tidying.cancel()
             for model in server.models.values():
                 await asyncio.to_thread(model.scheduler.close, 0.0)
-            await server.store.save_all()
+            await server.store.close()
 
     app = FastAPI(title="dyadlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server

@@ -32,7 +32,7 @@ from dyadlm.serve.openai_api import (
 from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Job, Read, Work
 from dyadlm.serve.server import Server, require_sessions
-from dyadlm.serve.sessions import ServedSession
+from dyadlm.serve.session_record import ServedSession
 
 # New tokens of an answer where the request does not say; the first as with OpenAI.
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
@@ -134,7 +134,7 @@ class Answer:
                 await self._start(jobs, await self.server.store.row_of(self.session))
                 yield jobs
             else:
-                async with self.server.continuing(self.session) as row:
+                async with self.server.store.continuing(self.session) as row:
                     await self._start(jobs, row)
                     yield jobs
 
@@ -176,7 +176,7 @@ class Answer:
         if len(after):
             row = await read_on(jobs, row, after)
         shown = self.prompt_texts[0] + text
-        self.server.store.commit(self.session, row, shown)
+        await self.server.store.commit(self.session, row, shown)
 
     async def _whole(self) -> Response:
         async with self._running() as jobs:
@@ -363,17 +363,17 @@ def routes(server: Server) -> APIRouter:
     """`/v1/completions` and `/v1/chat/completions`."""
     router = APIRouter()
 
-    def session_for(body: Generation, answers: int) -> ServedSession | None:
+    async def session_for(body: Generation, answers: int) -> ServedSession | None:
         if body.session is None:
             return None
         if body.keep and answers > 1:
             message = "Only one answer can become part of a session; ask for one, or set keep to false."
             raise ApiError(400, message, param="n")
         require_sessions(server.model_of(body.model))
-        return server.session_of(body.session, body.model)
+        return await server.session_of(body.session, body.model)
 
     async def respond(kind: type[Answer], body: Generation, answers: int, request: Request) -> Response:
-        session = session_for(body, answers)
+        session = await session_for(body, answers)
         size = len(await request.body())
         return await (await away(size, kind, server, body, session)).respond(request)
 

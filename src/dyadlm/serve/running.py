@@ -3,7 +3,7 @@
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dyadlm.files import locked
 from dyadlm.serve.app import create_app
 from dyadlm.serve.security import LOOPBACK
 from dyadlm.serve.served import ServedModel
+from dyadlm.serve.session_storage import is_redis, shared_storage
 from dyadlm.serve.settings import Limits
 
 LOCK_PATIENCE = 2.0  # seconds, for a server that is about to end
@@ -21,23 +22,25 @@ LOCK_PATIENCE = 2.0  # seconds, for a server that is about to end
 
 def run(
     models: dict[str, ServedModel],
-    folder: Path,
+    folder: Path | str,
     limits: Limits,
     host: str = "127.0.0.1",
     port: int = 8000,
     key: str | None = None,
     allowed_hosts: Sequence[str] = (),
     ready: Callable[[str], None] | None = None,
+    shared: bool = False,
 ) -> None:
-    """Serve until a signal comes. folder: of sessions, which no other server may use. ready: is told the address.
+    """Serve until a signal comes. folder, shared: of sessions, as in `create_app`; without shared no other server may
+    use the folder. ready: is told the address.
 
     Raises `UserError` if a host beyond this machine is to be served without a key, the port is taken, or another server
     uses the folder.
     """
     require_key(host, key)
-    with own_folder(folder):
+    with own_folder(folder, shared):
         hosts = None if key is not None else [*LOOPBACK, *allowed_hosts]
-        app = create_app(models, folder, limits, key, hosts)
+        app = create_app(models, folder, limits, key, hosts, shared)
         listening = listen(host, port)
         config = uvicorn.Config(
             app,
@@ -66,15 +69,21 @@ def require_key(host: str, key: str | None) -> None:
         )
 
 
-def own_folder(folder: Path) -> AbstractContextManager[None]:
-    """Keep other servers out of a folder of sessions. Raises `UserError` while one uses it."""
+def own_folder(folder: Path | str, shared: bool) -> AbstractContextManager[None]:
+    """Keep other servers out of a folder of sessions that is not shared. Raises `UserError` while one uses it."""
+    if shared or is_redis(folder):
+        return nullcontext()
+    folder = Path(folder)
     taken = f"Another server keeps its sessions in {folder}; end it, or give this one another folder with --sessions."
     return locked(folder, taken, LOCK_PATIENCE)
 
 
-def require_folder(folder: Path) -> None:
-    """Raise `UserError` if the folder of sessions is another server's, before models are loaded."""
-    with own_folder(folder):
+def require_folder(folder: Path | str, shared: bool = False) -> None:
+    """Raise `UserError` if the folder of sessions is another server's, or sessions cannot be shared there, before
+    models are loaded."""
+    if shared or is_redis(folder):
+        shared_storage(folder).close()
+    with own_folder(folder, shared):
         pass
 
 

@@ -15,7 +15,7 @@ from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Job, Read, Work
 from dyadlm.serve.served import ServedModel
 from dyadlm.serve.server import Server, require_sessions
-from dyadlm.serve.sessions import tail_of
+from dyadlm.serve.session_record import tail_of
 
 RESTORE = "/v1/sessions/restore"
 MANY = 500  # sessions, whose list is written in another thread
@@ -43,25 +43,25 @@ def routes(server: Server) -> APIRouter:
         body = await body_of(NewSession, request)
         model = server.model_of(body.model)
         require_sessions(model)
-        store.require_name(body.name)
-        store.require_room()
+        await store.require_name(body.name)
+        await store.require_room()
         row = model.rows.start()
         if body.text:
             ids = await away(len(body.text), model.prompt_ids, body.text, True)
             row, _ = await until_gone(request, reading(model, ids, None))
-        return store.add(model, row, body.name, None, body.text, body.ttl).described()
+        return (await store.add(model, row, body.name, None, body.text, body.ttl)).described()
 
     @router.get("/v1/sessions")
     async def all_sessions() -> Response:
-        found = [session.described() for session in store.all()]
+        found = [session.described() for session in await store.all()]
         return await json_of(LARGE * (len(found) > MANY), lambda: {"object": "list", "data": found})
 
     @router.post(RESTORE, status_code=201)
     async def restore(request: Request, name: str | None = None, model: str | None = None) -> dict[str, Any]:
         served = server.model_of(model)
         require_sessions(served)
-        store.require_name(name)
-        store.require_room()
+        await store.require_name(name)
+        await store.require_room()
         content, staged = await request.body(), store.staging()
 
         def load() -> tuple[Row, str]:
@@ -76,47 +76,47 @@ def routes(server: Server) -> APIRouter:
         except UserError as error:
             message = str(error).replace(str(staged), "The file").split(";")[0] + "."
             raise ApiError(400, message.replace("..", "."), code="state_refused") from error
-        return store.add(served, row, name, None, tail).described()
+        return (await store.add(served, row, name, None, tail)).described()
 
     @router.get("/v1/sessions/{key}")
     async def one_session(key: str) -> dict[str, Any]:
-        return store.find(key).described()
+        return (await store.find(key)).described()
 
     @router.delete("/v1/sessions/{key}")
     async def delete(key: str) -> dict[str, Any]:
-        session = store.find(key)
-        store.delete(session)
+        session = await store.find(key)
+        await store.delete(session)
         return {"id": session.id, "object": "session", "deleted": True}
 
     @router.post("/v1/sessions/{key}/read")
     async def read(key: str, request: Request) -> dict[str, Any]:
-        body, session = await body_of(ReadText, request), store.find(key)
-        async with server.continuing(session) as row:
+        body, session = await body_of(ReadText, request), await store.find(key)
+        async with store.continuing(session) as row:
             ids = np.empty(0, np.int64)
             if body.text:
                 ids = await away(len(body.text), session.model.prompt_ids, body.text, row.begins)
             row, bits = await until_gone(request, reading(session.model, ids, row))
-            store.commit(session, row, body.text)
+            await store.commit(session, row, body.text)
         return session.described() | {"read": {"tokens": len(ids), "bits": bits}}
 
     @router.post("/v1/sessions/{key}/fork", status_code=201)
     async def fork(key: str, request: Request) -> dict[str, Any]:
-        body, session = await body_of(Fork, request), store.find(key)
-        store.require_name(body.name)
-        store.require_room()
+        body, session = await body_of(Fork, request), await store.find(key)
+        await store.require_name(body.name)
+        await store.require_room()
         row = await store.row_of(session)  # never changed, so that both may have it
         ttl = session.ttl if body.ttl is None else body.ttl
-        return store.add(session.model, row, body.name, session.id, session.tail, ttl).described()
+        return (await store.add(session.model, row, body.name, session.id, session.tail, ttl)).described()
 
     @router.post("/v1/sessions/{key}/save")
     async def save(key: str) -> dict[str, Any]:
-        session = store.find(key)
+        session = await store.find(key)
         await store.save(session)
         return session.described()
 
     @router.get("/v1/sessions/{key}/state")
     async def state(key: str) -> Response:
-        session = store.find(key)
+        session = await store.find(key)
         row, staged = await store.row_of(session), store.staging()
 
         def content() -> bytes:

@@ -10,103 +10,35 @@ written in other threads.
 """
 
 import asyncio
-import json
 import logging
 import os
-import re
 import secrets
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from dyadlm.errors import UserError
 from dyadlm.files import collect_leftovers
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.rows import Row
 from dyadlm.serve.served import ServedModel
+from dyadlm.serve.session_record import (
+    ID,
+    ID_PREFIX,
+    SUFFIX,
+    TAIL,
+    ServedSession,
+    is_text,
+    known_of,
+    name_taken,
+    not_found,
+    require_valid_name,
+    session_busy,
+)
 from dyadlm.serve.settings import Limits
-from dyadlm.state_file import BESIDE
-
-ID_PREFIX = "sess_"
-ID = re.compile(r"^sess_[A-Za-z0-9_-]{22}$")
-NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
-# Beside the state in a file: what is known of the session, as the bytes of JSON.
-ABOUT = "serve.session"
-SUFFIX = ".state"
-TAIL = 200  # characters of the text that are shown
 
 log = logging.getLogger("dyadlm.serve")
-
-
-@dataclass(eq=False)
-class ServedSession:
-    """row: as the session stands; None while it is on disk alone. It is never changed, only replaced. parent: the
-    session that it was forked from. tail: the end of what was read. created, used: seconds since 1970. ttl: seconds for
-    which it is kept unused. saved: whether the file is as the row is. busy: whether a request continues it.
-    """
-
-    id: str
-    model: ServedModel
-    name: str | None
-    parent: str | None
-    row: Row | None
-    tokens: int
-    nbytes: int
-    tail: str
-    created: float
-    used: float
-    ttl: float
-    saved: bool = False
-    busy: bool = False
-    deleted: bool = False
-    changed: float = 0.0
-    file_bytes: int = 0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def expires(self) -> float:
-        return self.used + self.ttl
-
-    def described(self) -> dict[str, Any]:
-        """For answers."""
-        return {
-            "id": self.id,
-            "object": "session",
-            "name": self.name,
-            "model": self.model.name,
-            "tokens": self.tokens,
-            "state_bytes": self.nbytes,
-            "created": round(self.created, 3),
-            "used": round(self.used, 3),
-            "expires": round(self.expires, 3),
-            "place": "disk" if self.row is None else "memory",
-            "saved": self.saved,
-            "parent": self.parent,
-            "tail": self.tail,
-        }
-
-    def about(self) -> dict[str, np.ndarray]:
-        """What is written beside the state."""
-        known = {
-            "id": self.id,
-            "name": self.name,
-            "parent": self.parent,
-            "model": self.model.name,
-            "identity": self.model.identity,
-            "tokens": self.tokens,
-            "nbytes": self.nbytes,
-            "tail": self.tail,
-            "created": self.created,
-            "used": self.used,
-            "ttl": self.ttl,
-        }
-        return {ABOUT: np.frombuffer(json.dumps(known).encode(), np.uint8)}
 
 
 class SessionStore:
@@ -123,32 +55,28 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def all(self) -> list[ServedSession]:
+    async def all(self) -> list[ServedSession]:
         """Those that have not expired, the one used last at first."""
         self._expire()
         return sorted(self._sessions.values(), key=lambda session: -session.used)
 
-    def find(self, key: str) -> ServedSession:
+    async def find(self, key: str) -> ServedSession:
         """By id or name. Raises `ApiError` if there is none."""
         self._expire()
         session = self._sessions.get(self._names.get(key, key))
         if session is None:
-            raise ApiError(404, f"There is no session {key[:80]!r}.", param="session", code="session_not_found")
+            raise not_found(key)
         return session
 
-    def require_name(self, name: str | None) -> None:
+    async def require_name(self, name: str | None) -> None:
         """Raise `ApiError` for a name that is taken, or is none."""
         if name is None:
             return
-        if not NAME.fullmatch(name) or name.startswith(ID_PREFIX):
-            message = (
-                f"A name has 1 to 64 letters, digits, dots, dashes or underscores, and does not begin with {ID_PREFIX}."
-            )
-            raise ApiError(400, message, param="name")
+        require_valid_name(name)
         if name in self._names:
-            raise ApiError(409, f"There is a session {name!r} already.", param="name", code="name_taken")
+            raise name_taken(name)
 
-    def require_room(self) -> None:
+    async def require_room(self) -> None:
         """Raise `ApiError` if no session can be added."""
         self._expire()
         if len(self._sessions) >= self._limits.sessions:
@@ -161,12 +89,12 @@ class SessionStore:
             message = "The memory of sessions is full, and they cannot be written to disk; delete some."
             raise ApiError(503, message, code="sessions_full")
 
-    def add(
+    async def add(
         self, model: ServedModel, row: Row, name: str | None, parent: str | None, tail: str, ttl: float | None = None
     ) -> ServedSession:
         """A new session that stands where the row stands. Raises `ApiError` as the methods above do."""
-        self.require_room()
-        self.require_name(name)
+        await self.require_room()
+        await self.require_name(name)
         now = time.time()
         nbytes = model.rows.nbytes(row)
         ttl = self._limits.ttl if ttl is None else min(ttl, self._limits.ttl)
@@ -176,6 +104,17 @@ class SessionStore:
         self._enter(session)
         self.memory_bytes += nbytes
         return session
+
+    @asynccontextmanager
+    async def continuing(self, session: ServedSession) -> AsyncIterator[Row]:
+        """Where a session stands, while no other request may move it. Raises `ApiError` while another does."""
+        if session.busy:
+            raise session_busy()
+        session.busy = True
+        try:
+            yield await self.row_of(session)
+        finally:
+            session.busy = False
 
     async def row_of(self, session: ServedSession) -> Row:
         """Where a session stands; copy it to read on. Raises `ApiError` if its file is damaged."""
@@ -196,7 +135,7 @@ class SessionStore:
                     os.utime(self._path(session))  # the file tells a new server of a use that changed nothing
             return session.row
 
-    def commit(self, session: ServedSession, row: Row, text: str) -> None:
+    async def commit(self, session: ServedSession, row: Row, text: str) -> None:
         """Let a session stand where the row stands. text: what was read since."""
         if session.deleted:
             return
@@ -232,8 +171,11 @@ class SessionStore:
             self.disk_bytes += session.file_bytes
             session.saved = session.row is row
 
-    def delete(self, session: ServedSession) -> None:
+    async def delete(self, session: ServedSession) -> None:
         """Forget a session, and remove its file."""
+        self._forget(session)
+
+    def _forget(self, session: ServedSession) -> None:
         if session.deleted:
             return
         session.deleted = True
@@ -266,7 +208,7 @@ class SessionStore:
                 break
         self._stuck = failed
 
-    async def save_all(self) -> None:
+    async def close(self) -> None:
         """Write all that is not on disk."""
         for session in list(self._sessions.values()):
             await self._try_to_save(session)
@@ -294,7 +236,7 @@ class SessionStore:
     def _expire(self) -> None:
         now = time.time()
         for session in [one for one in self._sessions.values() if one.expires < now and not one.busy]:
-            self.delete(session)
+            self._forget(session)
 
     def _enter(self, session: ServedSession) -> None:
         self._sessions[session.id] = session
@@ -316,8 +258,8 @@ class SessionStore:
         by_identity = {model.identity: model for model in reversed(own)}
         by_both = {(model.name, model.identity): model for model in own}
         for path in self._folder.glob(f"??/{ID_PREFIX}*{SUFFIX}"):
-            known = _about(path)
-            if known is None or known["id"] + SUFFIX != path.name or not _is_text(known["tail"]):
+            known = known_of(path)
+            if known is None or known["id"] + SUFFIX != path.name or not is_text(known["tail"]):
                 log.warning("%s is no session that can be read; it is passed over.", path)
                 continue
             model = by_both.get((known["model"], known["identity"]), by_identity.get(known["identity"]))
@@ -333,50 +275,3 @@ class SessionStore:
             self._enter(session)
         if lost:
             log.warning("%d saved sessions are of models that are not served now; they stay on disk.", lost)
-
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "id": (str,),
-    "name": (str, type(None)),
-    "parent": (str, type(None)),
-    "model": (str,),
-    "identity": (str,),
-    "tokens": (int,),
-    "nbytes": (int,),
-    "tail": (str,),
-    "created": (int, float),
-    "used": (int, float),
-    "ttl": (int, float),
-}
-
-
-def _about(path: Path) -> dict[str, Any] | None:
-    """What a file says of its session, without reading the state; None if it says nothing that can be used."""
-    try:
-        with safe_open(str(path), framework="np") as file:
-            known = json.loads(file.get_tensor(BESIDE + ABOUT).tobytes())
-    except (SafetensorError, OSError, ValueError):
-        return None
-    if not isinstance(known, dict) or any(not isinstance(known.get(key), kinds) for key, kinds in KINDS.items()):
-        return None
-    fits = ID.fullmatch(known["id"]) and (known["name"] is None or NAME.fullmatch(known["name"]))
-    return known if fits else None
-
-
-def tail_of(path: Path) -> str:
-    """The end of what was read, as a file says; empty where it does not. Raises `UserError` if it cannot be sent."""
-    known = _about(path)
-    if known is None:
-        return ""
-    if not _is_text(known["tail"]):
-        raise UserError(f"{path} holds text that is not Unicode; use a file that a server wrote.")
-    return str(known["tail"][-TAIL:])
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be sent: JSON can spell one half of a pair of surrogates, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

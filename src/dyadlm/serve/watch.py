@@ -25,7 +25,7 @@ from dyadlm.serve.errors import ApiError
 from dyadlm.serve.openai_api import Body, Seed, Text, Token
 from dyadlm.serve.rows import Row
 from dyadlm.serve.server import Server, require_sessions
-from dyadlm.serve.sessions import ServedSession
+from dyadlm.serve.session_record import ServedSession
 from dyadlm.serve.watching import Watcher
 
 # Texts that are watched at once, each in a thread of its own.
@@ -82,7 +82,7 @@ def routes(server: Server) -> APIRouter:
                         raise ApiError(
                             503, "The request took too long; ask for fewer tokens.", code="deadline_exceeded"
                         )
-                record = visit.settle()
+                record = await visit.settle()
         except (ApiError, UserError, RunFailed) as error:
             if not count:
                 raise
@@ -115,7 +115,7 @@ class _Visit:
     def __init__(self, server: Server, watcher: Watcher, session: ServedSession | None):
         self.watcher, self._server, self._session, self._from = watcher, server, session, watcher.tokens
 
-    def settle(self) -> dict[str, Any] | None:
+    async def settle(self) -> dict[str, Any] | None:
         """Let the session stand where the watcher stands; its record, None without one."""
         if self._session is None:
             return None
@@ -124,7 +124,7 @@ class _Visit:
             row = self._session.model.rows.taken(self.watcher.state, self.watcher.logits, self.watcher.tokens)
             if (times := self.watcher.times) is not None:
                 _times[row] = times
-            self._server.store.commit(self._session, row, self.watcher.tail)
+            await self._server.store.commit(self._session, row, self.watcher.tail)
             self._from, self.watcher.tail = self.watcher.tokens, ""
         return self._session.described()
 
@@ -138,8 +138,8 @@ async def _visit(server: Server, body: WatchRequest) -> AsyncIterator[_Visit]:
         yield _Visit(server, Watcher(model.model, model.tokenizer, top=body.top), None)
         return
     require_sessions(server.model_of(body.model))
-    session = server.session_of(body.session, body.model)
-    async with server.continuing(session) as row:
+    session = await server.session_of(body.session, body.model)
+    async with server.store.continuing(session) as row:
         rows, model = session.model.rows, session.model
         given = (rows.cache(row), row.logits, row.tokens, _times.get(row), body.top)
         watcher = Watcher(model.model, model.tokenizer, *given)
@@ -148,7 +148,8 @@ async def _visit(server: Server, body: WatchRequest) -> AsyncIterator[_Visit]:
             yield visit
         except (GeneratorExit, CancelledError):  # the client has left
             if watcher.whole:
-                visit.settle()
+                with CancelScope(shield=True):
+                    await visit.settle()
             raise
 
 

@@ -2,6 +2,7 @@
 
 from dyadlm.train.cost import dry_run
 from dyadlm.train.export import export
+from dyadlm.train.gpu_plan import plan
 from dyadlm.train.interrupt import RunInterrupted
 from dyadlm.train.prepared_run import TrainingData
 from dyadlm.train.run import TrainResult, train
@@ -17,5 +18,6 @@ __all__ = [
     "TrainingData",
     "dry_run",
     "export",
+    "plan",
     "train",
 ]

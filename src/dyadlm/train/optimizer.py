@@ -8,9 +8,16 @@ from dyadlm.train.settings import TrainOptions
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
-    """Names of the matrices: what has two dimensions or more and is no embedding (nor tied to one)."""
+    """Names of the matrices: what has two dimensions or more and is no embedding (nor tied to one).
+
+    What a model marks with `_no_weight_decay`, as Mamba does with the decays of its state, is left out.
+    """
     embeddings = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
-    return [name for name, value in model.named_parameters() if value.ndim >= 2 and id(value) not in embeddings]
+    return [
+        name
+        for name, value in model.named_parameters()
+        if value.ndim >= 2 and id(value) not in embeddings and not getattr(value, "_no_weight_decay", False)
+    ]
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, options: TrainOptions) -> float:

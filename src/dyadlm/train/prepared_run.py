@@ -101,8 +101,11 @@ class PreparedRun:
             raise UserError(f"These settings do not fit together: {error}") from error
 
 
-def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path) -> PreparedRun:
-    """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet.
+def prepare_run(
+    settings: TrainSettings, data: TrainingData | None, output: Path, model: PreTrainedModel | None = None
+) -> PreparedRun:
+    """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet. model: instead
+    of that of the settings, as it is: whether it is causal is not asked.
 
     Raises `UserError` for whatever is wrong with the request, the model first: preparing text takes longest.
     """
@@ -110,7 +113,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
     if settings.train.history_weight and arguments.label_smoothing_factor:
         raise UserError("train.history_weight and label_smoothing_factor exclude each other; leave one of them out.")
     if settings.model is None:
-        _configuration(settings)
+        configuration_of(settings)
     else:
         require_model_folder(Path(place_of_model(settings.model)))
         if Path(settings.model) == output:  # of that name there would be two models from then on
@@ -129,7 +132,7 @@ def prepare_run(settings: TrainSettings, data: TrainingData | None, output: Path
 
     choices += _remarks(settings, data, arguments.max_steps * batch * options.sequence_length)
     set_seed(arguments.seed)
-    model = _model(settings, data.tokenizer)
+    model = model or _model(settings, data.tokenizer)
     if settings.train.carry_state:
         require_carriable(model)
     adapter = _adapt(model, settings, choices)
@@ -271,7 +274,7 @@ def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if settings.model is None:
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(tokenizer, name) for name in special}
-        model = DyadForCausalLM(_configuration(settings, vocab_size=len(tokenizer), **ids))
+        model = DyadForCausalLM(configuration_of(settings, vocab_size=len(tokenizer), **ids))
         model.generation_config.update(**SAMPLING)  # type: ignore[no-untyped-call]
         if tokenizer_identity(tokenizer) != tokenizer_identity(byte_tokenizer()):
             model.use_tokenizer(tokenizer)
@@ -357,7 +360,7 @@ def _require_positions(model: PreTrainedModel, length: int) -> None:
         log.warning("Windows of %d tokens are longer than the %d the model was made for.", length, context)
 
 
-def _configuration(settings: TrainSettings, **fields: Any) -> DyadConfig:
+def configuration_of(settings: TrainSettings, **fields: Any) -> DyadConfig:
     """Of a new model; what was asked for wins over `fields`."""
     fields = {"max_position_embeddings": settings.data.sequence_length} | fields | settings.model_fields
     return DyadConfig.from_preset(settings.preset or "", **fields)

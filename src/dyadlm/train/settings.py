@@ -232,6 +232,21 @@ PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
         "gradient_accumulation_steps": 8,
         "data.sequence_length": 2048,
     },
+    # Rates of the transformers of these sizes in GPT-3 (arXiv 2005.14165, table 2.1); not measured for ours.
+    "large": {
+        "max_steps": 100_000,
+        "learning_rate": 3e-4,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 16,
+        "data.sequence_length": 2048,
+    },
+    "xl": {
+        "max_steps": 200_000,
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 64,
+        "data.sequence_length": 2048,
+    },
     # Continuing from the weights of a folder.
     None: {"max_steps": 1000, "learning_rate": 3e-4, "per_device_train_batch_size": 8},
 }

@@ -10,6 +10,7 @@ Needs nothing beside dyadlm for most families; `pip install 'dyadlm[zoo]'` for t
 import torch
 from transformers import PreTrainedModel
 
+from dyadlm.errors import UserError
 from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.zoo.families import FAMILIES, find_family
 from dyadlm.zoo.family import Family, Sizes
@@ -67,5 +68,8 @@ def register_family(family: Family) -> None:
     """Add a family of your own to `FAMILIES`, for `build` and `dyadlm.compare`.
 
     Each process of a comparison must register it: call this outside of `if __name__ == "__main__"`, `run_study` inside.
+    Raises `UserError` where the name is taken.
     """
+    if FAMILIES.get(family.name, family) != family:
+        raise UserError(f"There is a family {family.name!r} already; choose another name.")
     FAMILIES[family.name] = family

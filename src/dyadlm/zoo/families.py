@@ -48,6 +48,9 @@ def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, **given), trust_remote_code=False
         )
+        for name, weight in made.named_parameters():
+            if name.endswith("A_log"):  # of Mamba, as its authors train it
+                weight._no_weight_decay = True  # type: ignore[attr-defined]
         return made
 
     return build

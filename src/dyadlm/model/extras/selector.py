@@ -77,7 +77,7 @@ class Selector(nn.Module):
     @torch.no_grad()
     def balance(self) -> None:
         """Correct the bias by the load of the last training pass. Between passes: a pass may be run twice."""
-        if self.chooses and bool(self.load.any()):
+        if self.chooses:  # no load corrects nothing
             self.bias = balanced(self.bias, self.load, self.config.selector_balance)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from dyadlm import kernels
 from dyadlm.model.cache import BlockState
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
@@ -60,6 +61,11 @@ class LevelFamily(ABC):
 
         state: of the whole block; the family replaces its own part. Empty for a fresh start.
         """
+
+    def has_kernel(self, x: Tensor, layout: ChunkLayout) -> bool:
+        """Whether a kernel computes the features of a level for x (B, T, D): plain ones, and no state is left."""
+        narrow = max(self.tower.ranks[k] for k in self.levels) <= kernels.WIDEST_RANK
+        return self.tower.plain and not layout.keep and narrow and kernels.usable(x)
 
     @abstractmethod
     def cost(self, time: int) -> Cost:

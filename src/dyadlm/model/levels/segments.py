@@ -35,6 +35,8 @@ class SegmentLevels(LevelFamily):
     ) -> tuple[LevelFeatures, BlockState]:
         """Features (B, T, F R) of each level."""
         assert layout.segments is not None, "a model with semantic levels plans its segments"
+        if layout.segment_ends is not None and self.has_kernel(x, layout):
+            return LevelFeatures(self.read_by_kernel(x, weights.sums, layout.segments, layout.segment_ends)), state
         features, segments = self.read_plan(x, weights, layout.segments, layout.clock, state.segments)
         return LevelFeatures(features), state._replace(segments=segments)
 
@@ -61,6 +63,17 @@ class SegmentLevels(LevelFamily):
             paired = (plan.complete[..., s] >= 1)[..., None]
             features[k] = self.tower.segment_feature(k, current[s], last[s], earlier[s], paired, x.dtype)
         return features, tuple(carried)
+
+    def read_by_kernel(self, x: Tensor, weights: Tensor, plan: SegmentPlan, ends: Tensor) -> dict[int, Tensor]:
+        """Features (B, T, 3 R) of each level, from a fresh state."""
+        from dyadlm.kernels.segments import segment_features
+
+        features = {}
+        projected = self.tower.through_bottlenecks(x, self.levels)
+        for s, (k, part, weight) in enumerate(zip(self.levels, projected, weights.unbind(-1), strict=True)):
+            places = (plan.last[..., s], plan.complete[..., s], ends[..., s])
+            features[k], _ = segment_features(part, weight, *places, x.dtype)
+        return features
 
     def log_keep(self, weights: Weights) -> Tensor | None:
         """The part of `log_keep` that is about these levels, (B, T, S)."""

@@ -9,6 +9,7 @@ Dimension letters: B batch, T time, R rank, F parts of a feature.
 
 from torch import Tensor
 
+from dyadlm import kernels
 from dyadlm.model.cache import BlockState
 from dyadlm.model.cost import Cost
 from dyadlm.model.layout import ChunkLayout
@@ -29,6 +30,8 @@ class SlidingLevels(LevelFamily):
     ) -> tuple[LevelFeatures, BlockState]:
         """Features (B, T, F R) of each level."""
         tower = self.tower
+        if self.levels[-1] <= kernels.WIDEST_LEVEL and self.has_kernel(x, layout):
+            return LevelFeatures(self.read_by_kernel(x, weights.sums, layout)), state
         summed, channels = self.summed(x, weights.sums)
         windows, rings = sliding_windows(summed, self.levels, channels, layout.clock, state.rings)
         shares = [layout.shares[k] for k in self.levels]
@@ -37,6 +40,17 @@ class SlidingLevels(LevelFamily):
             for k, (now, before), share in zip(self.levels, windows, shares, strict=True)
         )
         return LevelFeatures(dict(zip(self.levels, compared, strict=True))), state._replace(rings=rings)
+
+    def read_by_kernel(self, x: Tensor, weights: Tensor, layout: ChunkLayout) -> dict[int, Tensor]:
+        """Features (B, T, 3 R) of each level, from a fresh state."""
+        from dyadlm.kernels.windows import window_features
+
+        projected = self.tower.through_bottlenecks(x, self.levels)
+        features = {}
+        for k, part, weight in zip(self.levels, projected, weights.unbind(-1), strict=True):
+            current, previous, _ = layout.shares[k]
+            features[k], _ = window_features(part, weight, layout.clock.index, current, previous, k, x.dtype)
+        return features
 
     def summed(self, x: Tensor, weights: Tensor) -> tuple[Tensor, list[int] | None]:
         """What is summed (B, T, C): the channels of all levels side by side, and how wide each is."""

@@ -63,6 +63,8 @@ class TimeMixing(Mixer):
         )
         self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Sigmoid(), nn.Linear(rank, width, bias=False))
         self.key_scales = nn.Parameter(torch.empty(3, width))  # of c, of k by a, and of the token itself
+        for scales in (self.shift, self.key_scales):  # vectors that stand in one matrix
+            scales._no_weight_decay = True  # type: ignore[attr-defined]
         self.norm = nn.GroupNorm(self.heads, width, eps=64e-5)
         self.out = nn.Linear(width, width, bias=False)
         self.reset()

@@ -29,6 +29,8 @@ class DiagonalStateSpace(Mixer):
         self.read_real = nn.Parameter(torch.empty(self.width, state))
         self.read_imaginary = nn.Parameter(torch.empty(self.width, state))
         self.skip = nn.Parameter(torch.empty(self.width))
+        for weight in (self.log_decay, self.turn, self.read_real, self.read_imaginary):
+            weight._no_weight_decay = True  # type: ignore[attr-defined]
         self.out = nn.Linear(self.width, 2 * self.width, bias=False)
         self.reset()
 

@@ -1,0 +1,102 @@
+"""`dyadlm plan`: what training a preset would take on GPUs that are not here."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dyadlm.cli.train import duration
+from dyadlm.console import print_table
+
+KINDS = {
+    "eager": "ours, as torch runs it",
+    "graph": "ours, compiled, a CUDA graph for each step",
+    "llama": "a compiled Llama with flash attention, which ours has not reached",
+}
+GIGA, DAY = 10**9, 86_400
+
+
+def plan(
+    preset: Annotated[str, typer.Option(help="A new model: tiny, small, base, large or xl.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings of the run in a YAML or JSON file.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key=value ...", help="Settings of the run, as `dyadlm train` takes them."),
+    ] = None,
+    cards: Annotated[
+        list[int] | None, typer.Option(metavar="N ...", help="Numbers of GPUs; 1, 8 and 64 if none are given.")
+    ] = None,
+    memory: Annotated[float, typer.Option(metavar="GB", min=1, help="Memory of a card, in GB; an H100 has 80.")] = 80,
+    price: Annotated[
+        float | None, typer.Option(metavar="X", help="What a card costs for an hour, in any currency.")
+    ] = None,
+    efficiency: Annotated[
+        float, typer.Option(metavar="X", help="What several cards keep of their speed; 1: nothing is lost.")
+    ] = 1.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell memory, time and cost of a training on 1, 8 and 64 GPUs, from rates that were measured on one.
+
+    Nothing is trained and no text is read. `dyadlm train --dry-run` measures on the device that is here.
+    """
+    from dyadlm.train import TrainSettings
+    from dyadlm.train import plan as plan_run
+
+    settings = TrainSettings.create(
+        Path("run"), preset=preset, config=config, data=["any"], assignments=assignments or ()
+    )
+    told = plan_run(settings, tuple(cards or (1, 8, 64)), efficiency, price)
+    if json:
+        typer.echo(json_format.dumps(told, indent=2))
+    else:
+        _print(told, memory * GIGA)
+
+
+def _print(told: dict[str, Any], memory: float) -> None:
+    typer.echo(f"parameters: {told['parameters']:,}")
+    typer.echo(
+        f"run: {told['tokens']:,} tokens in {told['steps']:,} steps of {told['windows_per_step']} windows of "
+        f"{told['sequence_length']:,} tokens; {told['flops']:.2e} floating-point operations"
+    )
+    typer.echo(f"memory: {_gigabytes(told['static_memory_bytes'])} for weights, gradients and optimizer\n")
+    titles = ["cards", "windows at once", "accumulation", "memory of a card", "with FSDP", f"in {_gigabytes(memory)}"]
+    rows = []
+    for entry in told["cards"]:
+        whole, sharded = entry["memory_bytes"], entry["sharded_memory_bytes"]
+        fits = "yes" if whole <= memory else "with FSDP" if sharded <= memory else "no"
+        counts = [str(entry[name]) for name in ("cards", "rows", "gradient_accumulation_steps")]
+        rows.append([*counts, _gigabytes(whole), _gigabytes(sharded), fits])
+    print_table(titles, rows, right=titles[:5])
+    if any(row[-1] == "no" for row in rows):
+        typer.echo("What does not fit: fewer per_device_train_batch_size, or gradient_checkpointing=true.")
+    typer.echo("")
+    titles = ["cards", "rate", "time", "card-hours", "cost"]
+    rows = []
+    for entry in told["cards"]:
+        for kind, seconds in entry["seconds"].items():
+            cost = f"{entry['cost'][kind]:,.0f}" if entry["cost"] else ""
+            rows.append([str(entry["cards"]), kind, _time(seconds), f"{entry['card_hours'][kind]:,.0f}", cost])
+    shown = 5 if told["cards"][0]["cost"] else 4
+    print_table(titles[:shown], [row[:shown] for row in rows], right={"cards", "time", "card-hours", "cost"})
+    typer.echo("\nRates, measured on one card each, in bfloat16:")
+    for kind, rate in told["rates"].items():
+        where = f"{rate['card']}, torch {rate['torch']}, commit {rate['commit']}"
+        what = f"{rate['parameters'] / 1e6:,.1f}M parameters, windows of {rate['sequence_length']:,} tokens"
+        fast = f"{rate['tokens_per_second']:,} tokens/s, {rate['flops_per_second'] / 1e12:,.1f} TFLOP/s"
+        typer.echo(f"  {kind}: {KINDS[kind]}; {what}; {where}: {fast}")
+    lost = f"{1 - told['efficiency']:.0%}" if told["efficiency"] < 1 else "nothing"
+    typer.echo(
+        "Assumed, not measured: this model computes as many TFLOP/s as the measured one; your cards are as fast as the "
+        f"measured one; several cards lose {lost} to each other. Evaluations and checkpoints come on top."
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / GIGA:,.1f} GB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / DAY:,.1f} days" if seconds >= 2 * DAY else duration(seconds)

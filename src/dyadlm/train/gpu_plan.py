@@ -1,0 +1,148 @@
+"""What a run would take on GPUs that are not here: memory counted, time from rates measured on one card.
+
+Three things are assumed, and said with every plan: a larger model moves as many floating-point operations in a second
+as the measured one; several cards share the windows of a step and lose `1 - efficiency` of their time to each other;
+and the card is as fast as the one that was measured.
+
+rates.json is written by benchmarks/rates.py from benchmarks/results/gpu*.json.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dyadlm.accounting import activation_bytes, forward_flops, parameters, training_flops_per_token
+from dyadlm.errors import UserError
+from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.train.cost import static_bytes
+from dyadlm.train.prepared_run import configuration_of
+from dyadlm.train.settings import TrainSettings
+
+
+class Rate(NamedTuple):
+    """One measurement. kind: `eager`, ours as torch runs it; `graph`, ours with compiled blocks and each step in one
+    CUDA graph; `llama`, a compiled Llama with flash attention. peak_bytes: of memory in a step of ours, of which
+    activation_bytes are what `dyadlm.accounting.activation_bytes` counts; None where it was not measured."""
+
+    card: str
+    torch: str
+    commit: str
+    kind: str
+    preset: str
+    sequence_length: int
+    parameters: int
+    tokens_per_second: float
+    flops_per_second: float
+    peak_bytes: int | None = None
+    activation_bytes: int | None = None
+
+
+@cache
+def measured_rates() -> list[Rate]:
+    """All that was measured on GPUs."""
+    path = Path(__file__).with_name("rates.json")
+    return [Rate(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def plan(
+    settings: TrainSettings, cards: Sequence[int] = (1, 8, 64), efficiency: float = 1.0, price: float | None = None
+) -> dict[str, Any]:
+    """What the run of these settings would take on so many cards together; nothing is run, and no text is read.
+
+    The cards share the windows of a step, so that the model that comes out does not depend on their number. What trains
+    beside a model is not counted. efficiency: of several cards, beside as many cards that do not wait for each other.
+    price: of one card for one hour, in any currency.
+
+    Returns parameters, steps, windows_per_step, sequence_length, tokens, flops (of all steps), static_memory_bytes
+    (weights, gradients and what the optimizer keeps), rates (by kind: what was measured, as in `Rate`), and cards: for
+    each number of cards rows (windows that one card computes at once), gradient_accumulation_steps (for the run on so
+    many cards), memory_bytes of each card, sharded_memory_bytes (with FSDP), and by kind of rate seconds, card_hours
+    and cost (without a price: {}).
+
+    Raises `UserError` for settings that do not fit, and where a step has fewer windows than there are cards.
+    """
+    if settings.preset is None:
+        raise UserError("A plan is for a new model; give --preset, and --set for fields of your own.")
+    if min(cards, default=0) < 1:
+        raise UserError("There is at least one card; give the numbers of cards as --cards 1 8 64.")
+    if not 0 < efficiency <= 1:
+        raise UserError("The efficiency of several cards lies above 0 and at most at 1; 1 loses nothing.")
+    if price is not None and not (price > 0 and math.isfinite(price)):
+        raise UserError("The price of a card for an hour is a number above 0.")
+    config = configuration_of(settings)
+    length, arguments = settings.data.sequence_length, settings.arguments
+    if "max_steps" not in arguments:
+        raise UserError("How long an epoch is depends on the text, which a plan does not read; set max_steps.")
+    recomputed = any(bool(arguments.get(f"{name}_checkpointing")) for name in ("gradient", "activation"))
+    rows, windows = arguments["per_device_train_batch_size"], windows_per_step(arguments)
+    if max(cards) > windows:
+        raise UserError(
+            f"A step has {windows} windows, too few for {max(cards)} cards; raise gradient_accumulation_steps, or give "
+            "fewer --cards."
+        )
+    tokens = arguments["max_steps"] * windows * length
+    per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
+    with torch.device("meta"):
+        static = static_bytes(DyadForCausalLM(config), settings.train)
+    rates = {kind: rate for kind in ("eager", "graph", "llama") if (rate := nearest_rate(kind, config, length))}
+    rows_of = {count: min(rows, math.ceil(windows / count)) for count in cards}
+    memory = {own: activation_bytes(config, own, length, recomputed=recomputed) for own in set(rows_of.values())}
+    told: list[dict[str, Any]] = []
+    for count in cards:
+        own, share = rows_of[count], math.ceil(windows / count)
+        kept = round(overhead(rates["eager"]) * memory[own])
+        operations = tokens / windows * share * per_token / (efficiency if count > 1 else 1)
+        seconds = {kind: operations / rate.flops_per_second for kind, rate in rates.items()}
+        hours = {kind: count * taken / 3600 for kind, taken in seconds.items()}
+        told.append(
+            {
+                "cards": count,
+                "rows": own,
+                "gradient_accumulation_steps": math.ceil(share / own),
+                "memory_bytes": static + kept,
+                "sharded_memory_bytes": math.ceil(static / count) + kept,
+                "seconds": seconds,
+                "card_hours": hours,
+                "cost": {} if price is None else {kind: price * taken for kind, taken in hours.items()},
+            }
+        )
+    return {
+        "parameters": parameters(config),
+        "steps": arguments["max_steps"],
+        "windows_per_step": windows,
+        "sequence_length": length,
+        "tokens": tokens,
+        "flops": tokens * per_token,
+        "static_memory_bytes": static,
+        "rates": {kind: rate._asdict() for kind, rate in rates.items()},
+        "efficiency": efficiency,
+        "cards": told,
+    }
+
+
+def windows_per_step(arguments: dict[str, Any]) -> int:
+    """Of one process."""
+    return int(arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1))
+
+
+def nearest_rate(kind: str, config: DyadConfig, length: int) -> Rate | None:
+    """What was measured on the model nearest in size, and of that at the nearest length; None: nothing of this kind."""
+    size = parameters(config)
+    found = [rate for rate in measured_rates() if rate.kind == kind]
+    if not found:
+        return None
+    preset = min(found, key=lambda rate: abs(math.log(size / rate.parameters))).preset
+    alike = [rate for rate in found if rate.preset == preset]
+    return min(alike, key=lambda rate: abs(math.log(length / rate.sequence_length)))
+
+
+def overhead(rate: Rate) -> float:
+    """By how much the measured memory of a step exceeds what is counted: buffers that live for a moment."""
+    assert rate.peak_bytes is not None
+    assert rate.activation_bytes is not None
+    return (rate.peak_bytes - 16 * rate.parameters) / rate.activation_bytes
