@@ -39,11 +39,21 @@ def main() -> None:
     recipe = Recipe(data=(asked.data,), text=resolve_data([asked.data], byte_tokenizer()).identity)
     budget = Budget.parse(f"tokens={asked.tokens}")
     study = Study(recipe, tuple(asked.families), budget, asked.seeds, asked.sweep)
+    command = shlex.join(["python", "benchmarks/arena.py", *_told(sys.argv[1:])])
     finals: dict[str, list[Cell]] = {}
     for name in fastest_first(study, asked.output):
         finals |= run_study(replace(study, families=(name,)), asked.output, asked.jobs, progress=show)
         found = summary(replace(study, families=tuple(finals)), asked.output, finals)
-        write_arena(found, asked.output, shlex.join(["python", *sys.argv]))
+        write_arena(found, asked.output, command)
+
+
+def _told(arguments: list[str]) -> list[str]:
+    """Without what is of one machine."""
+    kept, left_out = [], 0
+    for argument in arguments:
+        left_out = 2 if argument in ("--jobs", "--output") else max(0, left_out - 1)
+        kept += [] if left_out else [argument]
+    return kept
 
 
 def fastest_first(study: Study, folder: Path) -> list[str]:

@@ -68,6 +68,29 @@ def test_a_batch_is_scored_before_it_is_counted(texts):
     loss.backward()
 
 
+def test_crowded_tables_invent_no_counts():
+    many = torch.randint(0, 50, (8, 400), generator=torch.Generator().manual_seed(1))
+    model = KneserNeyForCausalLM(KneserNeyConfig(vocab_size=50, order=3, entries=2**9)).train()
+    for row in many:
+        model.count(row[None])
+    chances = model.eval()(many[:1, :50]).logits.exp().sum(-1)
+    assert chances.max() <= 1 + 1e-4  # what is not counted is missing, and nothing is there twice
+    assert (model.counts.sum(1) <= model.totals.sum(1)).all()
+
+
+def test_more_text_makes_it_better():
+    rows = torch.arange(64)[:, None] * 7 % 13
+    steps = torch.randint(1, 4, (64, 200), generator=torch.Generator().manual_seed(2))
+    texts = (rows + steps.cumsum(1)) % 13
+    model = KneserNeyForCausalLM(KneserNeyConfig(vocab_size=13, order=5, entries=2**16))
+    losses = []
+    for part in texts[:-8].split(14):
+        model.train().count(part)
+        losses.append(model.eval()(texts[-8:], labels=texts[-8:]).loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1.2  # log 3 is the least
+
+
 def test_discounts_learn(texts):
     model = made().train()
     model.count(texts)

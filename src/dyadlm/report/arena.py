@@ -118,7 +118,7 @@ def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str,
         "that is read once from its beginning. Models with a state of constant size carry it through that text. The "
         "others read overlapping windows (“windows”) of the trained length or of 1,024 tokens, whichever suits them "
         "better. The last column mixes into the same predictions what followed each short context of the text so "
-        "far: a memory of bounded size, the same for all, as in `dyadlm evaluate --memory`. Marked: the best, where "
+        "far: a memory of bounded size, the same for all, as in “dyadlm evaluate --memory”. Marked: the best, where "
         "its interval overlaps no other.",
         "marked": "best",
         "columns": ["audit", *PROTOCOLS.values()],

@@ -304,7 +304,7 @@ def _scalar() -> ScalarFormatter:
 
 def compact(value: float) -> str:
     """In few letters: 12000 → 12k."""
-    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, sign in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size and (size > 1e3 or abs(value) >= 1e4):
             return f"{value / size:.3g}{sign}".replace("-", "−")
     return f"{value:g}".replace("e-0", "e-").replace("-", "−")

@@ -7,8 +7,8 @@ counts and leaves what that frees to the order below:
 
 The longest n-grams are counted as they occur, shorter ones by how many different tokens stand before them. In training
 mode each batch is scored and then counted, once; discounts and the distribution below all orders are trained by
-gradient. Counts are in hashed tables, so that the size is constant: two n-grams may share an entry, and the rest is
-normalised away.
+gradient. Counts are in hashed tables, so that the size is constant. An entry belongs to the n-gram that came first, and
+its tag says to which: another one that would take the same entry is not counted.
 
 Dimension letters: B batch, T tokens, V vocabulary, N n-grams.
 """
@@ -35,7 +35,7 @@ class KneserNeyConfig(PreTrainedConfig):
 
     vocab_size: int = 259
     order: int = 5
-    entries: int = 2**22
+    entries: int = 2**21
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -53,6 +53,11 @@ def place(hashed: Tensor, entries: int) -> Tensor:
     return ((hashed ^ (hashed >> 29)) * SPREAD >> 33) & (entries - 1)
 
 
+def tag(hashed: Tensor) -> Tensor:
+    """Tags of hashes, int32, never 0: that of an empty entry."""
+    return ((hashed ^ (hashed >> 27)) * FACTOR >> 33).to(torch.int32) | 1
+
+
 class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
     """The model. Padding is possible on the right alone, where no loss is taken."""
 
@@ -63,6 +68,8 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
     counts: Tensor
     totals: Tensor
     distinct: Tensor
+    grams: Tensor
+    histories: Tensor
 
     def __init__(self, config: KneserNeyConfig):
         super().__init__(config)
@@ -70,8 +77,10 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
         self.discounts = nn.Parameter(torch.empty(config.order))  # by the logistic function
         for name, entries, kind in (
             ("counts", config.entries, torch.int16),
+            ("grams", config.entries, torch.int32),  # tags of the counts
             ("totals", config.entries // 4, torch.int32),
             ("distinct", config.entries // 4, torch.int32),
+            ("histories", config.entries // 4, torch.int32),  # tags of both
         ):
             self.register_buffer(name, torch.zeros(config.order, entries, dtype=kind))
         self.post_init()
@@ -88,7 +97,7 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
         if module is self and not getattr(self.discounts, "_is_hf_initialized", False):
             self.discounts.fill_(float(np.log(DISCOUNT / (1 - DISCOUNT))))
             self.embed_tokens.weight.zero_()
-            for table in (self.counts, self.totals, self.distinct):
+            for table in self.buffers():
                 table.zero_()
 
     def contexts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +135,11 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
         chance = self.embed_tokens.weight[:, 0].softmax(0).expand(*input_ids.shape, -1)
         for order, discount in enumerate(self.discounts.sigmoid()):
             at = place(contexts[order], self.totals.shape[1])
-            total = (self.totals[order, at] * known[order])[..., None]
-            counts = self.counts[order, place(longer(contexts[order][..., None], tokens), self.counts.shape[1])]
+            met = known[order] & (self.histories[order, at] == tag(contexts[order]))
+            total = (self.totals[order, at] * met)[..., None]
+            grams = longer(contexts[order][..., None], tokens)
+            entries = place(grams, self.counts.shape[1])
+            counts = self.counts[order, entries] * (self.grams[order, entries] == tag(grams))
             freed = discount * self.distinct[order, at][..., None]
             mixed = ((counts - discount).clamp(min=0) + freed * chance) / total.clamp(min=1)
             chance = torch.where(total > 0, mixed, chance)
@@ -150,8 +162,11 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
         left = known[-1].nonzero()[:, 0]  # the tokens that end an n-gram to be counted
         for order in range(self.config.order - 1, -1, -1):
             context = contexts[order, left]
+            grams = longer(context, tokens[left])
             at = place(context, self.totals.shape[1])
-            entries = place(longer(context, tokens[left]), self.counts.shape[1])
+            entries = place(grams, self.counts.shape[1])
+            kept = _owned(self.histories[order], at, tag(context)) & _owned(self.grams[order], entries, tag(grams))
+            at, entries, left = at[kept], entries[kept], left[kept]
             found = np.unique(entries.cpu().numpy(), return_index=True, return_counts=True)
             entry, first, times = (torch.from_numpy(part).to(ids.device) for part in found)
             seen = self.counts[order, entry]
@@ -161,6 +176,14 @@ class KneserNeyForCausalLM(PreTrainedModel, GenerationMixin):
             self.totals[order].index_add_(0, at, ones)
             self.distinct[order].index_add_(0, at[first], ones[: len(first)])
             left = left[first]
+
+
+def _owned(owners: Tensor, places: Tensor, tags: Tensor) -> Tensor:
+    """Give entries that are empty to the tags that ask for them first; which tags have theirs, bool (N,)."""
+    entry, first = (torch.from_numpy(part).to(places.device) for part in np.unique(places.cpu(), return_index=True))
+    empty = owners[entry] == 0
+    owners[entry[empty]] = tags[first[empty]]
+    return owners[places] == tags
 
 
 def register_kneser_ney() -> None:
