@@ -187,7 +187,7 @@ def final_cells(study: Study, results: Results, family: str, rate: float) -> lis
 
 
 def next_cells(study: Study, results: Results) -> list[Cell]:
-    """What can be run now, the longest first: the cost of all families, then the sweep of each, then its seeds."""
+    """What can be run now: the cost of each family, then sweeps, then seeds, of each kind the longest first."""
     if costs := [Cell(family) for family in study.families if Cell(family).name not in results.found]:
         return costs[:1]  # one by one: they are timed
     cells: list[Cell] = []
@@ -198,7 +198,9 @@ def next_cells(study: Study, results: Results) -> list[Cell]:
         if best is not None:
             missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
         cells += missing
-    return sorted(cells, key=lambda cell: -cell.tokens * results.found[Cell(cell.family).name]["seconds_per_token"])
+    seconds = {name: results.found[Cell(name).name]["seconds_per_token"] for name in study.families}
+    # Seeds wait until all sweeps have begun: a sweep that begins late is what all would wait for.
+    return sorted(cells, key=lambda cell: (cell.final, -cell.tokens * seconds[cell.family]))
 
 
 def run_cells(
