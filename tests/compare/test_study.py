@@ -173,6 +173,16 @@ def test_costs_are_measured_one_by_one(tmp_path):
     assert next_cells(asked, results) == [Cell("llama")]
 
 
+def test_sweeps_begin_before_seeds(tmp_path):
+    asked = study()
+    results = Results(tmp_path, asked)
+    llama = [Cell("llama", 2_048, rate) for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)]
+    for cell in (Cell("dyad"), Cell("llama"), *llama):
+        results.keep(Done(cell, *made(RECIPE, cell)))
+    waiting = next_cells(asked, results)
+    assert [(cell.family, cell.final) for cell in waiting] == [("dyad", False)] * 3 + [("llama", True)] * 2
+
+
 def test_cells_of_another_study_are_refused(tmp_path, ran):
     run_study(study(), tmp_path, 1)
     (tmp_path / "recipe.json").unlink()
