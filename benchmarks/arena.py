@@ -27,7 +27,10 @@ ALL = [name for name, family in FAMILIES.items() if not family.excluded]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="shakespeare")
+    parser.add_argument("--data", nargs="+", default=["shakespeare"])
+    parser.add_argument("--ngrams", type=int, nargs="*", default=[], help="sizes of hashed n-grams, the same for all")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", nargs="*", default=[], help="families to compile")
     parser.add_argument("--tokens", default="1.5M")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sweep", type=float, default=0.1, help="the part of the tokens that each rate gets")
@@ -36,7 +39,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "arena")
     asked = parser.parse_args()
     require_green()
-    recipe = Recipe(data=(asked.data,), text=resolve_data([asked.data], byte_tokenizer()).identity)
+    recipe = Recipe(
+        data=tuple(asked.data),
+        ngrams=tuple(asked.ngrams),
+        text=resolve_data(asked.data, byte_tokenizer()).identity,
+        dtype=asked.dtype,
+        compiled=tuple(asked.compile),
+    )
     budget = Budget.parse(f"tokens={asked.tokens}")
     study = Study(recipe, tuple(asked.families), budget, asked.seeds, asked.sweep)
     command = shlex.join(["python", "benchmarks/arena.py", *_told(sys.argv[1:])])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyadlm.causal_lm import state_bytes
@@ -23,6 +24,7 @@ from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
 from dyadlm.errors import UserError
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
 from dyadlm.train.optimizer import decayed_parameters
+from dyadlm.train.prepared_run import prepare_run
 from dyadlm.zoo import FAMILIES, Family, build, count_parameters
 from dyadlm.zoo.families import mixed
 from dyadlm.zoo.mixer import MIXERS, Mixer
@@ -116,6 +118,46 @@ def test_all_families_read_the_same_tokens_in_the_same_order(text, tmp_path, mon
         trained(recipe, Cell(family, 128, 1e-3, 5), data, tmp_path / family)
     assert read["dyad"] == read["llama"] == read["linear"]
     assert len(read["dyad"]) == 8
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [("float32", ("dyad",)), ("bfloat16", ("llama",))])
+def test_training_computes_as_asked(dtype, compiled, text, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def prepare(*given):
+        raise Seen(prepare_run(*given).arguments)
+
+    monkeypatch.setattr("dyadlm.compare.cell.prepare_run", prepare)
+    recipe = Recipe(data=(text,), parameters=200_000, length=16, batch=2, dtype=dtype, compiled=compiled)
+    with pytest.raises(Seen) as raised:
+        trained(recipe, Cell("llama", 64, 1e-3), resolve_data([text], byte_tokenizer()), tmp_path)
+    (arguments,) = raised.value.args
+    assert arguments.bf16 == (dtype == "bfloat16")
+    assert arguments.torch_compile == ("llama" in compiled)
+
+
+def test_costs_are_those_of_the_dtype():
+    recipe = Recipe(data=("x",), parameters=200_000)
+    seen = []
+    model = new_model(recipe, Cell("llama"))
+    model.model.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    training_cost(model, 1, 16, "adamw", "bfloat16")
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_what_cannot_be_compiled_is_told(text, monkeypatch):
+    recipe = Recipe(data=(text,), parameters=200_000, length=16, batch=2, compiled=("llama",))
+
+    def fails(model):
+        raise TorchDynamoException("no such instruction")
+
+    monkeypatch.setattr("torch.compile", fails)
+    with pytest.raises(UserError, match=r"no such instruction.*leave --compile out"):
+        run_cell(recipe, Cell("llama"))
+    monkeypatch.setattr("dyadlm.train.compiler.shutil.which", lambda name: None)
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
+        run_cell(recipe, Cell("llama"))
 
 
 def _told(remember, recipe, cell):

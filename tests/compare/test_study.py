@@ -194,6 +194,21 @@ def test_cells_of_another_study_are_refused(tmp_path, ran):
         run_study(study(), tmp_path, 1)
 
 
+def test_a_study_of_an_earlier_version_goes_on(tmp_path, ran):
+    run_study(study(), tmp_path, 1)
+    before = len(ran)
+    for file in (tmp_path / "recipe.json", *(tmp_path / "cells").glob("*.json")):
+        content = json.loads(file.read_text())
+        for name in ("dtype", "compiled"):
+            del content.get("recipe", content)[name]
+        file.write_text(json.dumps(content))
+    run_study(study(), tmp_path, 1)
+    assert len(ran) == before
+    other = Study(replace(RECIPE, dtype="bfloat16"), ("dyad",), Budget("tokens", 10_240.0))
+    with pytest.raises(UserError, match="holds a study with another dtype"):
+        run_study(other, tmp_path, 1)
+
+
 def test_rates_of_an_earlier_sweep_are_not_those_of_this_one(tmp_path, ran):
     run_study(study(), tmp_path, 1)
     asked = study(rates=(4e-3, 8e-3))

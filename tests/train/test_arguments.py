@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dyadlm import UserError
-from dyadlm.train import arguments
-from dyadlm.train.arguments import choose_dtype, has_bfloat16, require_compiler, training_arguments
+from dyadlm.train import arguments, compiler
+from dyadlm.train.arguments import choose_dtype, has_bfloat16, training_arguments
+from dyadlm.train.compiler import require_compiler
 
 
 @pytest.mark.parametrize("capable", [True, False])
@@ -41,10 +42,10 @@ def test_a_resumed_run_computes_as_it_began(before, tmp_path, small, monkeypatch
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(arguments.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler.*leave train.compile out"):
         training_arguments(small(tmp_path, "train.compile=true"), tmp_path)
-    monkeypatch.setattr(arguments.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: "/usr/bin/" + name)
     require_compiler()
     assert training_arguments(small(tmp_path, "train.compile=true"), tmp_path)[0].torch_compile
     assert not training_arguments(small(tmp_path), tmp_path)[0].torch_compile

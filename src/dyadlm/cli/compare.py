@@ -46,6 +46,17 @@ def compare(
     ngrams: Annotated[
         str, typer.Option(metavar="2,3,…", help="Sizes of hashed n-grams beside the embedding, the same for all.")
     ] = "",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="What training computes in (autocast), the same for all.")
+    ] = "float32",
+    compiled: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            metavar="A,B,…",
+            help="Families to train with torch.compile: faster, after minutes for each cell. It needs a C++ compiler.",
+        ),
+    ] = "",
     engine: WorkEngine = "local",
     address: Address = None,
     jobs: Annotated[
@@ -80,8 +91,10 @@ def compare(
         optimizer=optimizer,
         ngrams=_sizes(ngrams),
         scale=scale,
+        dtype=dtype,
+        compiled=_names(compiled),
     )
-    families = tuple(name.strip() for name in models.split(",") if name.strip())
+    families = _names(models)
     rates = tuple(learning_rates or ())
     study = Study(recipe, families, Budget.parse(budget), seeds, sweep, rates, force)
     at_once = jobs or os.cpu_count() or 1
@@ -97,6 +110,10 @@ def compare(
         raise typer.Exit(130) from None
     page = write_arena(summary(study, output, finals), output, _command())
     errors.print(f"{page}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _sizes(text: str) -> tuple[int | str, ...]:

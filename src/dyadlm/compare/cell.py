@@ -26,6 +26,7 @@ from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
+from dyadlm.train.compiler import compiler_errors, require_compiler
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
@@ -42,7 +43,8 @@ class Recipe:
     data: sources, as `dyadlm train --data` takes them. parameters: of each model, n-gram tables aside. length: T, of
     training texts; batch: of them a step. optimizer: adamw or muon. ngrams: sizes of hashed n-grams beside the
     embedding, the same tables for all. scale: of the numbers of scored tokens. text: the identity of the data, which a
-    worker's must have; empty asks for none.
+    worker's must have; empty asks for none. dtype: float32 or bfloat16 (autocast) in training; losses are measured in
+    float32. compiled: families that are trained with torch.compile.
 
     Raises:
         UserError: a scale that is no number above 0.
@@ -57,6 +59,8 @@ class Recipe:
     final_learning_rate: float = 0.0
     scale: float = 1.0
     text: str = ""
+    dtype: str = "float32"
+    compiled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
@@ -113,21 +117,28 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    compiles = cell.family in recipe.compiled
     if not cell.tokens:
         model = new_model(recipe, cell)
+        with _compiling(compiles):
+            training = training_cost(model, recipe.batch, recipe.length, recipe.optimizer, recipe.dtype, compiles)
         return {
             "cell": asdict(cell),
             "recipe": asdict(recipe),
             "parameters": count_parameters(model),
-            **training_cost(model, recipe.batch, recipe.length, recipe.optimizer),
+            **training,
             **decoding_cost(model, find_family(cell.family).decodes != "nothing"),
             "faults": check(cell.family, recipe.parameters).faults,
-            "circumstances": circumstances(),
+            "circumstances": circumstances(recipe.dtype),
         }, b""
     data = resolve_data(list(recipe.data), byte_tokenizer())
     if recipe.text not in ("", data.identity):
         raise UserError(f"{', '.join(recipe.data)} holds another text here than where the study began; copy it anew.")
-    found: dict[str, Any] = {"cell": asdict(cell), "recipe": asdict(recipe), "circumstances": circumstances()}
+    found: dict[str, Any] = {
+        "cell": asdict(cell),
+        "recipe": asdict(recipe),
+        "circumstances": circumstances(recipe.dtype),
+    }
     try:
         with tempfile.TemporaryDirectory() as folder:
             model, curve = trained(recipe, cell, data, Path(folder))
@@ -148,6 +159,14 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     for name, tensor in weights.items():
         once.setdefault(tensor.data_ptr(), name)
     return found, save({name: weights[name] for name in once.values()})
+
+
+def _compiling(compiles: bool) -> contextlib.AbstractContextManager[None]:
+    """Around what may compile a model, for its errors."""
+    if not compiles:
+        return contextlib.nullcontext()
+    require_compiler("--compile")
+    return compiler_errors("--compile", UserError)
 
 
 def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedData) -> dict[str, Any]:
@@ -191,16 +210,18 @@ def trained(
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """The model after training by the trainer of `dyadlm train`, and its learning curve."""
     steps = max(1, cell.tokens // (recipe.length * recipe.batch))
+    compiles = cell.family in recipe.compiled
     settings = TrainSettings.create(
         folder / "run",
         preset="tiny",  # which is not built: the model is given
         data=recipe.data,
         device="cpu",
-        dtype="float32",
+        dtype=recipe.dtype,
         assignments=[
             f"max_steps={steps}", f"learning_rate={cell.rate}", f"seed={cell.seed}", f"save_steps={steps + 1}",
             "eval_steps=0", f"per_device_train_batch_size={recipe.batch}", f"data.sequence_length={recipe.length}",
-            f"train.optimizer={recipe.optimizer}", f"train.final_learning_rate={recipe.final_learning_rate}",
+            f"train.optimizer={recipe.optimizer}", f"train.compile={str(compiles).lower()}",
+            f"train.final_learning_rate={recipe.final_learning_rate}",
         ],
     )  # fmt: skip
     given = TrainingData(data.tokenizer, data.train, data.validation, "compare")
@@ -210,6 +231,6 @@ def trained(
     prefix = prefix_token(data.tokenizer)
     parts = fresh(data.validation, recipe.length, int(16_384 * recipe.scale))
     curve = Curve(model, parts, prefix, points, recipe.length * recipe.batch)
-    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints there
+    with contextlib.redirect_stdout(io.StringIO()), _compiling(compiles):  # Trainer prints there
         plan.trainer(settings, curve).train()
     return model, curve.found

@@ -21,8 +21,11 @@ CONTEXTS = (0, 1_000, 4_000)  # tokens read before decoding is timed
 NEW_TOKENS = 24
 
 
-def training_cost(model: PreTrainedModel, batch: int, length: int, optimizer: str) -> dict[str, float]:
+def training_cost(
+    model: PreTrainedModel, batch: int, length: int, optimizer: str, dtype: str = "float32", compiles: bool = False
+) -> dict[str, float]:
     """Of a training step on random tokens (batch, length): seconds of thread time and operations, both for a token.
+    The time to compile is left out.
 
     Operations are those of products of matrices, convolutions and attention; element by element, in scans and in
     Fourier transforms none is counted.
@@ -34,20 +37,22 @@ def training_cost(model: PreTrainedModel, batch: int, length: int, optimizer: st
         muon_over(model, weight_decay=0.0, adamw={"lr": 0.0}) if muon else torch.optim.AdamW(model.parameters(), 0.0)
     )
 
-    def step() -> None:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    def step(model: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         optimizing.zero_grad()
         loss.backward()
         optimizing.step()
 
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter:
-        step()
-    step()
+        step(model)
+    timed = torch.compile(model) if compiles else model
+    step(timed)
     times = []
     for _ in range(TIMED_STEPS):
         begun = time.thread_time()
-        step()
+        step(timed)
         times.append(time.thread_time() - begun)
     return {
         "seconds_per_token": statistics.median(times) / ids.numel(),
@@ -125,11 +130,11 @@ def decoding(model: PreTrainedModel) -> tuple[list[dict[str, float]], str]:
     return found, ""
 
 
-def circumstances() -> dict[str, Any]:
-    """Versions and the kind of machine."""
+def circumstances(dtype: str) -> dict[str, Any]:
+    """Versions and the kind of machine. dtype: that the training computes in."""
     return {
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "dtype": dtype,
         "versions": {"dyadlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -26,6 +26,7 @@ from dyadlm.zoo.family import Family
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
 RECIPE = "recipe.json"
+EARLIER = {"dtype": "float32", "compiled": []}  # of studies that were begun when there was no choice
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,15 @@ class Results:
         if not place.exists():
             write_atomically(place, json.dumps(asked, indent=1) + "\n")
         else:
-            earlier = self._read(place, "choose another --output")
+            earlier = EARLIER | self._read(place, "choose another --output")
             if changed := [name for name in asked if earlier.get(name) != asked[name]]:
                 raise UserError(f"{folder} holds a study with another {changed[0]}; choose another --output.")
+        recipe = json.loads(json.dumps(asdict(study.recipe)))
         for file in sorted((folder / "cells").glob("*.json")):
             content = self._read(file)
             try:
                 cell = Cell(**content["cell"])
-                ours = content["recipe"] == json.loads(json.dumps(asdict(study.recipe)))
+                ours = EARLIER | content["recipe"] == recipe
                 whole = ours and file.name == file_name(cell) and is_whole(cell, content)
             except (KeyError, TypeError, ValueError):
                 whole = False

@@ -46,6 +46,7 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
         f"text: {', '.join(recipe['data'])}",
         f"optimizer {recipe['optimizer']}, windows of {recipe['length']} tokens, {recipe['batch']} a step",
         f"n-grams: {', '.join(map(str, recipe['ngrams'])) or 'none'}",
+        f"trained in {recipe['dtype']}, with torch.compile: {', '.join(recipe['compiled']) or 'none'}",
     ]
     page = environment.get_template("arena.html").render(
         title="Families of models on the same text",

@@ -1,8 +1,6 @@
 """The arguments of Hugging Face's Trainer, and the choice of device and dtype, with the reasons."""
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from dyadlm.errors import UserError
+from dyadlm.train.compiler import require_compiler
 from dyadlm.train.muon import muon_optimizer
 from dyadlm.train.settings import RECORD_NAME, TrainOptions, TrainSettings, read_record
 from dyadlm.train.shards import require_shards
@@ -100,16 +99,6 @@ def has_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16; without them it is slower than float32."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def require_compiler() -> None:
-    """Raise `UserError` where torch.compile would find no compiler of C++, which it needs on a CPU."""
-    named = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])):
-        raise UserError(
-            "train.compile needs a C++ compiler, and there is none here; install one (g++ or clang++), "
-            "or leave train.compile out."
-        )
 
 
 def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, options: TrainOptions) -> None:

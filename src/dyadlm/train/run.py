@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.resolve import parse_weight
-from dyadlm.errors import RunFailed, UserError, first_line
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
 from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.configuration import CHOOSING, DyadConfig
@@ -34,6 +34,7 @@ from dyadlm.train.checkpoint import (
     require_same,
 )
 from dyadlm.train.companions import published_parameters
+from dyadlm.train.compiler import compiler_errors
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
@@ -123,7 +124,8 @@ def train(
         if resumed is not None:
             console.print(f"Going on from {printable(str(resumed))}.")
         begin = time.perf_counter()
-        with handler, _compiler_errors(plan.arguments):
+        compiling = compiler_errors() if plan.arguments.torch_compile else contextlib.nullcontext()
+        with handler, compiling:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.perf_counter() - begin
         if trainer.state.global_step < plan.arguments.max_steps:
@@ -334,22 +336,6 @@ def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any])
             "chat": bool(plan.tokenizer.chat_template),
         }
     )
-
-
-@contextlib.contextmanager
-def _compiler_errors(arguments: TrainingArguments) -> Iterator[None]:
-    """A model that the compiler of this machine cannot take is a failed run, reported in one sentence."""
-    if not arguments.torch_compile:
-        yield
-        return
-    from torch._dynamo.exc import TorchDynamoException  # slow to import
-
-    try:
-        yield
-    except TorchDynamoException as error:
-        raise RunFailed(
-            f"torch.compile cannot take this model here ({first_line(error)}); leave train.compile out."
-        ) from error
 
 
 @contextlib.contextmanager

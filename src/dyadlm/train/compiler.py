@@ -1,0 +1,32 @@
+"""torch.compile: what it needs, and a sentence in place of its errors."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from dyadlm.errors import RunFailed, UserError, first_line
+
+
+def require_compiler(option: str = "train.compile") -> None:
+    """Raise `UserError` where torch.compile would find no compiler of C++, which it needs on a CPU. option: what asks
+    for it."""
+    named = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])):
+        raise UserError(
+            f"{option} needs a C++ compiler, and there is none here; install one (g++ or clang++), "
+            f"or leave {option} out."
+        )
+
+
+@contextlib.contextmanager
+def compiler_errors(
+    option: str = "train.compile", kind: type[UserError] | type[RunFailed] = RunFailed
+) -> Iterator[None]:
+    """A model that the compiler of this machine cannot take is reported in one sentence, as an error of that kind."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise kind(f"torch.compile cannot take this model here ({first_line(error)}); leave {option} out.") from error
