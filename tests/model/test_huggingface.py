@@ -259,6 +259,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[], [2, 3, "word"]])
+def test_reading_and_the_loss_are_in_the_graph_too(sizes):
+    model, ids = make_model(torch.float32, ngram_sizes=sizes).train(), random_ids(2, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, of torch's deprecated parts
+        found = torch._dynamo.explain(model)(ids, labels=ids)
+    assert found.graph_count == 1, [str(reason.reason) for reason in found.break_reasons]
+
+
+@pytest.mark.slow
 def test_the_core_compiles_without_a_graph_break():
     """Captured whole, forward and backward; the default backend also needs a C++ compiler (benchmarks measure it)."""
     model, ids = make_model(torch.float32).train(), random_ids(2, 40)

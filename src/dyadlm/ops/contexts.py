@@ -124,7 +124,7 @@ def token_history(
     Arguments as of `context_tags`.
     """
     batch = len(ids)
-    carried = max((c for c in contexts if isinstance(c, int)), default=1) - 1
+    carried = max([1, *(c for c in contexts if isinstance(c, int))]) - 1
     if state is None:
         word_state = ids.new_zeros(batch, 3 if "word" in contexts else 0)
         state = ContextState(ids.new_full((batch, carried), -1), word_state)
@@ -174,7 +174,7 @@ def _packed(history: Tensor, lengths: Sequence[int], vocab_size: int) -> dict[in
     fits, radix = tokens_per_word(vocab_size), max(vocab_size, 2)
     sizes = {min(fits, c - older) for c in lengths for older in range(0, c, fits)}
     packed, number = {}, torch.zeros_like(history)
-    for n in range(1, max(sizes, default=0) + 1):
+    for n in range(1, max([0, *sizes]) + 1):
         number = number + torch.nn.functional.pad(history, (n - 1, 0))[:, : history.shape[1]] * radix ** (n - 1)
         if n in sizes:
             packed[n] = number

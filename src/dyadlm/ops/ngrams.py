@@ -27,7 +27,7 @@ def ngram_rows(history: TokenHistory, sizes: Sequence[int | str], entries: int, 
     before = history.tokens.shape[1] - time
     real = torch.arange(time, device=clock.index.device) < clock.length[:, None]
     total, sums = torch.zeros_like(clock.index), {}
-    for place in range(max((size for size in sizes if isinstance(size, int)), default=0)):
+    for place in range(max([0, *(size for size in sizes if isinstance(size, int))])):
         token = history.tokens[:, before - place :][:, :time]
         total = total + mix(((token << 32) + place) ^ SEEDS[0])
         sums[place + 1] = total
