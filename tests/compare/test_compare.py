@@ -10,16 +10,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
+from dyadlm.compare import Budget, load_model
 from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, trained
 from dyadlm.compare.cost import grouped_products, training_cost
-from dyadlm.compare.study import run_cells
+from dyadlm.compare.study import Results, Study, run_cells
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
 from dyadlm.errors import UserError
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
@@ -28,6 +29,7 @@ from dyadlm.train.prepared_run import prepare_run
 from dyadlm.zoo import FAMILIES, Family, build, count_parameters
 from dyadlm.zoo.families import mixed
 from dyadlm.zoo.mixer import MIXERS, Mixer
+from dyadlm.zoo.positions import length_losses
 
 WORDS = ["the", "king", "queen", "speaks", "of", "love", "and", "war", "in", "a", "dark", "wood"]
 
@@ -93,15 +95,28 @@ def test_weights_of_a_cell_are_the_model(text):
     recipe = Recipe(data=(text,), parameters=200_000, length=32, batch=2, ngrams=(2,), scale=0.02)
     cell = Cell("llama", 256, 4e-3, 1, final=True)
     found, weights = run_cell(recipe, cell)
-    Path("weights.safetensors").write_bytes(weights)
-    model = new_model(recipe, cell)
-    left = model.load_state_dict(load_file("weights.safetensors"), strict=False)
-    assert not left.unexpected_keys
-    assert set(left.missing_keys) <= {"lm_head.weight"}
-    model.tie_weights()
+    study = Study(recipe, ("llama",), Budget("tokens", 256.0))
+    Results(Path("kept"), study).keep(Done(cell, found, weights))
+    model = load_model(Path("kept"), "llama", seed=1)
     data = resolve_data([text], byte_tokenizer())
     scores = three_protocols(model, data.validation, 32, byte_tokenizer().bos_token_id, False, 0.02)
     assert scores["fresh"].nats == pytest.approx(found["scores"]["fresh"]["nats"], abs=1e-5)
+    tokens = torch.from_numpy(data.validation[0].tokens(0, len(data.validation[0])).astype(np.int64))
+    losses = length_losses(model, tokens, 32, windows=1)
+    assert found["lengths"] == [{"multiple": one.multiple, "nats": pytest.approx(one.loss)} for one in losses]
+    with pytest.raises(UserError, match="has no trained llama with seed 0; train it"):
+        load_model(Path("kept"), "llama")
+    (file,) = Path("kept/cells").glob("*.safetensors")
+    content = load_file(file)
+    for wrong in (dict(list(content.items())[:-1]), content | {"another": torch.zeros(3)}):
+        save_file(wrong, file)
+        with pytest.raises(UserError, match="does not hold the weights of the cell 'llama final"):
+            load_model(Path("kept"), "llama", seed=1)
+    file.write_bytes(b"weights")
+    with pytest.raises(UserError, match="does not hold the weights of the cell 'llama final"):
+        load_model(Path("kept"), "llama", seed=1)
+    with pytest.raises(UserError, match="holds no study"):
+        load_model(Path("elsewhere"), "llama", seed=1)
 
 
 def test_all_families_read_the_same_tokens_in_the_same_order(text, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
         "curve": [point] if cell.final else [],
         "scores": {name: {"nats": nats, "bits": nats, "tokens": 9} for name in PROTOCOLS},
         "carried": True,
+        "lengths": [{"multiple": n, "nats": None if n > 4 else nats + n / 100} for n in (1, 2, 4, 8)],
         "peak_mebibytes": 1.0,
     }, b"weights" if cell.final else b""
 
@@ -163,6 +164,19 @@ def test_a_seed_that_diverged_is_left_out_and_told(tmp_path, ran, monkeypatch):
     page = write_arena(found, tmp_path, "dyadlm compare").read_text()
     assert "Training diverged: llama with seed 1; dyad with seed 0, 1." in page
     assert page.count('<span class="value">diverged</span>') == 4
+
+
+def test_longer_texts_than_trained_have_a_table(tmp_path, ran):
+    found = summary(study(), tmp_path, run_study(study(), tmp_path, 1))
+    page = write_arena(found, tmp_path, "dyadlm compare").read_text()
+    table = page[page.index("Longer texts than trained") :]
+    assert [f"{n:,} tokens" in table for n in (64, 128, 256, 512)] == [True] * 4
+    assert "2.0250" in table  # the mean of both seeds, twice the trained length
+    assert table.count("no positions") == 2
+    for family in found["families"].values():
+        for seed in family["seeds"]:
+            del seed["lengths"]  # as earlier versions wrote them
+    assert "Longer texts than trained" not in write_arena(found, tmp_path, "dyadlm compare").read_text()
 
 
 def test_costs_are_measured_one_by_one(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save
@@ -31,8 +32,10 @@ from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
 from dyadlm.zoo.floors import FLOORS
+from dyadlm.zoo.positions import MULTIPLES, length_losses
 
 OWN_TABLES = {family.name for family in FLOORS}  # families that n-gram tables are not added to
+LENGTH_WINDOWS = 64  # in which a longer past is tried
 POINTS = 8  # of a learning curve, evenly in tokens
 
 
@@ -173,7 +176,8 @@ def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedDat
     """The loss in each protocol, of a cell of a sweep in fresh windows alone.
 
     carried: whether a state was handed on through the stream. The others read it in overlapping windows, of the trained
-    length or of 1,024 tokens: the length that suits the model better.
+    length or of 1,024 tokens: the length that suits the model better. lengths: the loss of equal tokens after pasts of
+    some multiples of the trained length; None where the model has no positions for so many.
     """
     prefix, streams = prefix_token(data.tokenizer), data.validation
     if not cell.final:
@@ -182,7 +186,20 @@ def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedDat
     carry = find_family(cell.family).decodes == "state" and continues(model) != "from the beginning"
     memory = MemoryOptions.of_vocabulary(len(data.tokenizer))
     scores = three_protocols(model, streams, recipe.length, prefix, carry, recipe.scale, memory)
-    return {"carried": carry, "scores": {name: score._asdict() for name, score in scores.items()}}
+    found = {"carried": carry, "scores": {name: score._asdict() for name, score in scores.items()}}
+    return found | {"lengths": _lengths(recipe, model, data)}
+
+
+def _lengths(recipe: Recipe, model: PreTrainedModel, data: ResolvedData) -> list[dict[str, Any]]:
+    """The loss after pasts of 1, 2, 4 and 8 trained lengths, as far as the longest validation stream goes."""
+    stream = max(data.validation, key=len)
+    multiples = [multiple for multiple in MULTIPLES if multiple * recipe.length <= len(stream)]
+    if not multiples:
+        return []
+    tokens = torch.from_numpy(stream.tokens(0, len(stream)).astype(np.int64))
+    windows = max(1, round(LENGTH_WINDOWS * recipe.scale))
+    found = length_losses(model, tokens, recipe.length, multiples=multiples, windows=windows)
+    return [{"multiple": one.multiple, "nats": one.loss} for one in found]
 
 
 class Curve(TrainerCallback):

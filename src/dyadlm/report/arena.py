@@ -56,7 +56,12 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
         dark=DARK,
         style=Markup((Path(__file__).parent / "diagnosis.css").read_text(encoding="utf-8")),
         warnings=_warnings(families),
-        tables=[_losses(families, shown), _costs(families, shown), _rates(families, shown)],
+        tables=[
+            _losses(families, shown),
+            *_lengths(families, shown, recipe["length"]),
+            _costs(families, shown),
+            _rates(families, shown),
+        ],
         pictures=_pictures(families, shown),
         command=command,
     )
@@ -125,6 +130,42 @@ def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str,
         "columns": ["audit", *PROTOCOLS.values()],
         "rows": [(shown[name], cells[name]) for name in families],
     }
+
+
+def _lengths(families: Mapping[str, Any], shown: Mapping[str, Look], length: int) -> list[dict[str, Any]]:
+    """The table of longer texts than trained; none where no cell has tried them."""
+    found = {name: [_by_multiple(seed) for seed in one["seeds"]] for name, one in families.items()}
+    multiples = sorted({multiple for seeds in found.values() for seed in seeds for multiple in seed})
+    if not multiples:
+        return []
+    rows = []
+    for name, seeds in found.items():
+        cells = []
+        for multiple in multiples:
+            tried = [seed[multiple] for seed in seeds if multiple in seed]
+            nats = [loss for loss in tried if loss is not None]
+            whole = tried and len(nats) == len(tried)
+            cells.append(
+                _shown(nats, lambda value: f"{value:.4f}") if whole else Shown("–", "no positions" if tried else "")
+            )
+        rows.append((shown[name], cells))
+    return [
+        {
+            "id": "lengths",
+            "title": "Longer texts than trained",
+            "text": f"Loss of the same tokens at the end of texts of 1, 2, 4 and 8 times the trained length ({length} "
+            "tokens). A loss that falls from left to right says that a longer past helps; one that rises, that it does "
+            "harm. The tokens are fewer than those of the first table, so that only figures of one row can be compared "
+            "with each other closely.",
+            "marked": "",
+            "columns": [f"{multiple * length:,} tokens" for multiple in multiples],
+            "rows": rows,
+        }
+    ]
+
+
+def _by_multiple(seed: Mapping[str, Any]) -> dict[int, float | None]:
+    return {int(point["multiple"]): point["nats"] for point in seed.get("lengths", [])}
 
 
 def _clear_best(values: Mapping[str, Sequence[float]]) -> str | None:

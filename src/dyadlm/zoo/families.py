@@ -262,6 +262,19 @@ FAMILIES: dict[str, Family] = {
             excluded="it adds a store of documents to a model; here kNN-LM does (`dyadlm.zoo.neighbours`).",
         ),
         Family(
+            "knn-lm", "what followed the most similar states of a text", "P11",
+            "Khandelwal et al. 2020, arXiv 1911.00172",
+            excluded="it goes around any model: `dyadlm.zoo.neighbours.add_neighbours`.",
+        ),
+        Family(
+            "memory", "counts of what followed each short context", "P11", "Grave et al. 2017, arXiv 1612.04426",
+            excluded="it goes around any model: the last column of `compare`, and `dyadlm evaluate --memory`.",
+        ),
+        Family(
+            "goldfish", "a loss that leaves out one target in k", "P12", "Hans et al. 2024, arXiv 2406.10209",
+            excluded="it is a loss for any model: `dyadlm train --set train.goldfish=4`.",
+        ),
+        Family(
             "rwkv7", "RWKV-7, its time mixing", "today", "Peng et al. 2025, arXiv 2503.14456", mixed("rwkv7"),
             decodes="state",
         ),
