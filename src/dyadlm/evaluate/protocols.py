@@ -96,27 +96,41 @@ def three_protocols(
     scale: float = 1.0,
     memory: MemoryOptions | None = None,
 ) -> dict[str, Score]:
-    """All three, and `remembered` where a memory is given; each stream begins with an empty one.
-
-    length: of the training text. carry: whether the model hands on a state of constant size; otherwise the stream is
-    read in overlapping windows of `length` or of 1,024 tokens, whichever gives the smaller loss. scale: of the numbers
-    of targets, for quick looks.
-    """
+    """All three, and `remembered` where a memory is given. scale: of the numbers of targets, for quick looks. The
+    others as for `carried_scores`."""
     windows = fresh(streams, length, int(TARGETS * scale))
-    scores = {
+    return {
         "fresh": measure(model, windows, prefix),
         "context": measure(model, after_context(windows), prefix),
+        **carried_scores(model, streams, length, prefix, carry, int(CARRIED * scale), memory),
     }
+
+
+def carried_scores(
+    model: PreTrainedModel,
+    streams: Sequence[Stream],
+    length: int,
+    prefix: int,
+    carry: bool,
+    tokens: int = CARRIED,
+    memory: MemoryOptions | None = None,
+) -> dict[str, Score]:
+    """The protocol `carried`, and `remembered` where a memory is given; each stream begins with an empty one.
+
+    length: of the training text. prefix: the input before the first token of a stream. carry: whether the model hands
+    on a state of constant size; otherwise the stream is read in overlapping windows of `length` or of 1,024 tokens,
+    whichever gives the smaller loss. tokens: to score, of all streams together.
+    """
     ways = [{}] if carry else [{"length": size} for size in sorted({length, LONG})]
     every = [
         [
             (stream, list(score(model, stream, own, prefix, BATCH)))
-            for stream, own in carried(streams, carry, int(CARRIED * scale), **way)
+            for stream, own in carried(streams, carry, tokens, **way)
         ]
         for way in ways
     ]
     read = min(every, key=lambda one: _sum(one).nats)
-    scores["carried"] = _sum(read)
+    scores = {"carried": _sum(read)}
     if memory is not None:
         mixed = ((stream, remembered(found, stream, ContextMemory(memory))) for stream, found in read)
         scores["remembered"] = _sum(mixed)
