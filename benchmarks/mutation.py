@@ -112,7 +112,7 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "train/checkpoint.py": CHECKPOINTS,
         "train/companions.py": ("tests/train/test_companions.py", "tests/train/test_fingerprint.py"),
         "train/verification.py": ("tests/train/test_verification.py",),
-        "train/trainer.py": TRAINER,
+        "train/checkpointing.py": TRAINER,
         "train/optimizer.py": ("tests/train/test_parts.py",),
     },
     "data/preparation.py": {"data/preparation.py": ("tests/data/test_prepare.py",)},
@@ -127,13 +127,6 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "generate/streaming.py": GENERATE,
         "generate/torch_reader.py": GENERATE,
     },
-}
-# Of these files the functions that are about checkpoints.
-PARTS = {
-    "train/trainer.py": {
-        *("_save_checkpoint", "shared_staging", "publish", "_save", "_load_from_checkpoint", "_last_good"),
-        *("_load_optimizer_and_scheduler", "_require_fitting_moments", "_issue_warnings_after_load"),
-    }
 }
 # Mutants a file; more of the files that are a target of their own.
 MOST = 12
@@ -243,22 +236,16 @@ def unnoticed(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     ]
 
 
-def places(file: str, source: str) -> list[list[Mutant]]:
+def places(source: str) -> list[list[Mutant]]:
     """All places of a file, each with the mutants to choose from, in the order of the text."""
     hidden = unnoticed(source)
-    shown = [
-        (node.lineno, node.end_lineno or 0)
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef) and node.name in PARTS.get(file, ())
-    ]
     nodes = list(ast_nodes(get_ast(source)))
     found: dict[tuple[Any, str], list[Mutant]] = {}
     for name in OPERATORS:
         operator = operator_of(name)
         positions = [position for node in nodes for position in operator.mutation_positions(node)]
         for number, (begin, end) in enumerate(positions):
-            inside = file not in PARTS or any(first <= begin[0] <= last for first, last in shown)
-            if inside and not any(first <= begin and end <= last for first, last in hidden):
+            if not any(first <= begin and end <= last for first, last in hidden):
                 found.setdefault((begin, name.split("_")[0]), []).append(Mutant(name, number, begin))
     return [found[place] for place in sorted(found)]
 
@@ -270,7 +257,7 @@ def separators(source: str) -> set[tuple[int, int]]:
 
 def sample(file: str, source: str, most: int, seed: int) -> list[Mutant]:
     """At most so many mutants of a file, of different places. A larger sample holds the smaller ones."""
-    everywhere, marks = places(file, source), separators(source)
+    everywhere, marks = places(source), separators(source)
     order = random.Random(f"{seed} {file}").sample(range(len(everywhere)), len(everywhere))
     chosen = [random.Random(f"{seed} {file} {place}").choice(everywhere[place]) for place in sorted(order[:most])]
     return [mutant for mutant in chosen if mutant.begin not in marks]
@@ -425,7 +412,7 @@ def summary(cells: dict[str, Any]) -> dict[str, Any]:
                 continue
             counts = Counter(cells[file]["outcomes"].values())
             same = 0
-            by_key = {mutant.key: mutant for place in places(file, source) for mutant in place}
+            by_key = {mutant.key: mutant for place in places(source) for mutant in place}
             for key, outcome in cells[file]["outcomes"].items():
                 if outcome == "survived":
                     line, before, after = difference(source, by_key[key].code(source))
@@ -525,7 +512,7 @@ def main() -> None:
             if cell.get("source") != source:
                 cell = cells[file] = {"source": source, "tests": tests, "outcomes": {}}
             text = (tree / PACKAGE / file).read_text(encoding="utf-8")
-            cell["places"] = len(places(file, text))
+            cell["places"] = len(places(text))
             drawn = sample(file, text, options.most or MOST_OF.get(file, MOST), options.seed)
             outcomes = cell["outcomes"]
             if cell["tests"] != tests:

@@ -14,8 +14,8 @@ from dyadlm.data import prepare
 from dyadlm.generate import generate_text, load_model
 from dyadlm.train import export, train
 from dyadlm.train.checkpoint import write_manifest
+from dyadlm.train.checkpointing import _reading
 from dyadlm.train.settings import read_record
-from dyadlm.train.trainer import _reading
 from dyadlm.train.verification import verify
 
 pytestmark = pytest.mark.slow
