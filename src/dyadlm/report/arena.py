@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dyadlm.diagnose.pool import STUDENT
 from dyadlm.diagnose.result import Curve
 from dyadlm.evaluate.protocols import PROTOCOLS
 from dyadlm.files import write_atomically
-from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, looks, to_svg
-from dyadlm.version import __version__
+from dyadlm.report.comparison import Look, compact, draw_curves, looks, to_svg
+from dyadlm.report.page import render
 
 
 class Shown(NamedTuple):
@@ -31,13 +30,6 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
     families = dict(sorted(summary["families"].items(), key=lambda item: _mean(_nats(item[1], "fresh"))))
     shown = dict(zip(families, looks(list(families), []), strict=True))
     recipe = summary["recipe"]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     facts = [
         f"{len(families)} families",
         f"about {compact(recipe['parameters'])} parameters each, n-gram tables aside",
@@ -48,13 +40,10 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
         f"n-grams: {', '.join(map(str, recipe['ngrams'])) or 'none'}",
         f"trained in {recipe['dtype']}, with torch.compile: {', '.join(recipe['compiled']) or 'none'}",
     ]
-    page = environment.get_template("arena.html").render(
+    page = render(
+        "arena.html",
         title="Families of models on the same text",
         facts=facts,
-        version=__version__,
-        light=LIGHT,
-        dark=DARK,
-        style=Markup((Path(__file__).parent / "diagnosis.css").read_text(encoding="utf-8")),
         warnings=_warnings(families),
         tables=[
             _losses(families, shown),

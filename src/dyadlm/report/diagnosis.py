@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure as Drawing
 
 from dyadlm.diagnose import PROBES, Control, Diagnosis, ProbeResult, Published, Reading
 from dyadlm.errors import UserError
 from dyadlm.files import require_new, staged_folder, write_atomically
-from dyadlm.report.comparison import DARK, LIGHT, Look, compact, draw_curves, draw_readings, to_svg, write_picture
+from dyadlm.report.comparison import Look, compact, draw_curves, draw_readings, to_svg, write_picture
+from dyadlm.report.page import render
 from dyadlm.report.usual import Kind, ground, measured, parameters_of, usual_of_all
 from dyadlm.report.verdicts import Subject, Verdict, compare, enumeration, number, subjects, told, written
 from dyadlm.version import __version__
@@ -387,18 +387,11 @@ def _agreement(settings: Sequence[tuple[Look, Mapping[str, str]]]) -> Agreement:
 def _page(
     models: Sequence[Subject], others: Sequence[Subject], sections: Sequence[Section], near: Sequence[Kind]
 ) -> str:
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = [model.look.name for model in models]
     pooled = [model.look.name for model in models if model.pooled]
     first = models[0].diagnosis.circumstances
-    return environment.get_template("diagnosis.html").render(
+    return render(
+        "diagnosis.html",
         title=f"Diagnosis of {enumeration(names) if len(names) <= 4 else f'{len(names)} models'}",
         models=models,
         references=others,
@@ -413,11 +406,7 @@ def _page(
         facts=_facts(first),
         unlike=[subject.look.name for subject in (*models, *others) if not subject.alike],
         circumstances=_agreement([(each.look, _flat(each.diagnosis.circumstances)) for each in (*models, *others)]),
-        style=Markup((folder / "diagnosis.css").read_text(encoding="utf-8")),
-        light=LIGHT,
-        dark=DARK,
         files={"json": JSON_NAME, "figures": FIGURES_NAME},
-        version=__version__,
     )
 
 
