@@ -3,11 +3,13 @@
 import os
 import signal
 import struct
+import sys
 import time
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,4 +118,16 @@ def test_ray_runs_a_task_again_whose_worker_was_killed(tmp_path):
 def test_ray_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
+        run_all(square, [1], engine="ray")
+
+
+def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setattr(cluster, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(
+        UserError, match=r"Ray cannot be started here \(The .* startup\.\); start one with `ray start --head`"
+    ):
         run_all(square, [1], engine="ray")

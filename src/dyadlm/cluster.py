@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import RunFailed, UserError, first_line
 
 Engine = Literal["local", "ray"]
 RETRIES = 2  # by Ray, of a lost task
@@ -27,9 +27,11 @@ def ray_cluster(address: str | None, workers: int) -> Iterator[Any]:
         ray.init(
             address=address, num_cpus=None if address else workers, log_to_driver=False, logging_level=logging.ERROR
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare one where a node does not start in time
         where = "Ray cannot be started here" if address is None else f"There is no Ray cluster at {address}"
-        raise UserError(f"{where} ({error}); start one with `ray start --head`.") from error
+        raise UserError(
+            f"{where} ({first_line(error)}); start one with `ray start --head` and give its --address."
+        ) from error
     try:
         yield ray
     finally:
