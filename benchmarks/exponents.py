@@ -40,9 +40,9 @@ def repeated(call: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     return taken
 
 
-def trained(preset: str, length: int) -> dict[str, Any]:
-    """Forward and backward of one row."""
-    model = dyad(preset, max_position_embeddings=max(length, 256))
+def trained(preset: str, length: int, **fields: Any) -> dict[str, Any]:
+    """Forward and backward of one row. fields: of the configuration."""
+    model = dyad(preset, **fields)
     ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
@@ -84,7 +84,8 @@ def main() -> None:
     cells = Cells(asked.output)
     lengths = {f"tiny, training, {length} tokens": length for length in LENGTHS}
     for name in cells.missing(list(lengths)):
-        cells.store(name, trained("tiny", lengths[name]))
+        reach = {"max_position_embeddings": lengths[name], "num_levels": None}
+        cells.store(name, trained("tiny", lengths[name], **reach))
     decoding = {f"tiny, decoding after {context} tokens": context for context in CONTEXTS}
     if list(cells.missing(list(decoding))):
         for context, found in decoded("tiny", CONTEXTS).items():
