@@ -126,8 +126,10 @@ def processed(processor: LogitsProcessor, choose: Choice) -> Choice:
     return choice
 
 
-def continued(engine: Engine, prompt: np.ndarray, choose: Choice = greedy, tables: str = "as they are") -> np.ndarray:
-    """The continuation int64 (WRITTEN,) of a prompt.
+def continued(
+    engine: Engine, prompt: np.ndarray, choose: Choice = greedy, tables: str = "as they are", count: int = WRITTEN
+) -> np.ndarray:
+    """The continuation int64 (count,) of a prompt.
 
     tables: of slots: `as they are`; `prompt alone`: not written to after the prompt; `written alone`: emptied after
     the prompt; `off in a cycle`: silent as soon as the text has gone three times round.
@@ -137,7 +139,7 @@ def continued(engine: Engine, prompt: np.ndarray, choose: Choice = greedy, table
     if tables == "written alone":
         state.tags[:] = -1
     tokens, off = prompt.tolist(), False
-    for _ in range(WRITTEN):
+    for _ in range(count):
         tokens.append(choose(tokens, logits))
         if tables == "prompt alone":
             state.pending[:] = -1
@@ -173,7 +175,7 @@ def figures(written: list[np.ndarray], material: Material) -> dict[str, Any]:
         "seq_rep_4": round(float(fours.mean()), 4),
         "seq_rep_4_interval": _rounded(mean_interval(fours, np.arange(len(fours)))),
         "begun_within": {str(place): float(np.mean([onset <= place for onset in begun])) for place in WITHIN},
-        "median_onset_of_cycles": float(np.median([onset for onset in begun if onset < WRITTEN] or [WRITTEN])),
+        "median_onset_of_cycles": float(np.median([onset for onset in begun if onset < np.inf] or [len(written[0])])),
         "known_words": round(float(np.nanmean([material.known(row) for row in written])), 4),
     }
 
@@ -214,10 +216,18 @@ def part_changed(engine: Engine, material: Material, part: str, to: float) -> di
         }
 
 
-def chosen_by(engine: Engine, material: Material, choice: Callable[[int], Choice]) -> dict[str, Any]:
+def chosen_by(
+    engine: Engine, material: Material, choice: Callable[[int], Choice], tables: str = "as they are"
+) -> dict[str, Any]:
     """Figures of another decoding. choice: of the number of the prompt, which is its seed."""
-    written = [continued(engine, prompt[-PROMPT:], choice(n)) for n, prompt in enumerate(material.prompts)]
+    written = [continued(engine, prompt[-PROMPT:], choice(n), tables) for n, prompt in enumerate(material.prompts)]
     return figures(written, material)
+
+
+def long_texts(engine: Engine, material: Material, tables: str) -> dict[str, Any]:
+    """Figures of greedy continuations of four times the length, of every fourth prompt."""
+    prompts = [prompt[-PROMPT:] for prompt in material.prompts[::4]]
+    return figures([continued(engine, prompt, tables=tables, count=4 * WRITTEN) for prompt in prompts], material)
 
 
 def along_cycles(engine: Engine, material: Material) -> dict[str, Any]:
@@ -258,7 +268,8 @@ def read_again(engine: Engine, text: np.ndarray, last: int) -> tuple[np.ndarray,
 def tasks_of(engine: Engine, material: Material) -> dict[str, Callable[[], dict[str, Any]]]:
     """What is measured of a model, by name."""
     changed = partial(part_changed, engine, material)
-    chosen = partial(chosen_by, engine, material)
+    chosen, long = partial(chosen_by, engine, material), partial(long_texts, engine, material)
+    default = partial(sampled, temperature=0.8, top_p=0.95)
     found: dict[str, Callable[[], dict[str, Any]]] = {
         "the text itself": lambda: figures(material.followed, material),
         "as it is": lambda: changed("slots", 1.0),
@@ -271,7 +282,9 @@ def tasks_of(engine: Engine, material: Material) -> dict[str, Callable[[], dict[
         **{
             f"temperature {degree}": partial(chosen, partial(sampled, temperature=degree)) for degree in (0.3, 0.7, 1.0)
         },
-        "temperature 0.8, top-p 0.95": partial(chosen, partial(sampled, temperature=0.8, top_p=0.95)),
+        "temperature 0.8, top-p 0.95": partial(chosen, default),
+        "temperature 0.8, top-p 0.95, slots: prompt alone": partial(chosen, default, tables="prompt alone"),
+        **{f"1,024 bytes, slots: {tables}": partial(long, tables=tables) for tables in ("as they are", "prompt alone")},
     }
     if engine.shape.ngrams:
         found["n-grams off"] = lambda: changed("n-grams", 0.0)
