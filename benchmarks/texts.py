@@ -76,7 +76,7 @@ seq-rep-4 is the share of groups of four bytes that stood in the continuation be
 period of at most 64 bytes to the end, three times or more ([diagnose](diagnose.md)). The text that people wrote repeats
 many groups of four bytes, too: see
 [experiments](experiments.md#2026-11-28-what-makes-greedy-text-run-in-a-circle), where it is also measured what makes
-greedy text run in a circle. Made at commit {commit}, on a CPU, in float32.
+greedy text run in a circle. Made with dyadlm {version} on a CPU, in float32.
 
 """
 
@@ -108,9 +108,9 @@ def table(texts: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(texts: list[dict[str, Any]], commit: str) -> str:
+def page(texts: list[dict[str, Any]], version: str) -> str:
     """docs/texts.md."""
-    parts = [PAGE.format(written=WRITTEN, table=table(texts), commit=commit)]
+    parts = [PAGE.format(written=WRITTEN, table=table(texts), version=version)]
     kind = None
     for each in texts:
         if each["kind"] != kind:
@@ -139,7 +139,7 @@ def main() -> None:
     ]
     found = {"model": MODEL, "written": WRITTEN, "texts": texts, "circumstances": circumstances()}
     write_atomically(options.output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(options.page, page(texts, found["circumstances"]["commit"]))
+    write_atomically(options.page, page(texts, found["circumstances"]["versions"]["dyadlm"]))
     print(table(texts))
 
 

@@ -19,5 +19,5 @@ def test_the_page_and_its_figures_are_those_of_the_texts(monkeypatch):
     for said in (each[name] for each in found["texts"] for name in texts.DECODING):
         tokens = np.frombuffer(said["text"].encode(), np.uint8)
         assert (said["seq_rep_4"], said["onset"]) == (round(repeated_fours(tokens), 4), loop_onset(tokens))
-    page = texts.page(found["texts"], found["circumstances"]["commit"])
+    page = texts.page(found["texts"], found["circumstances"]["versions"]["dyadlm"])
     assert page == (ROOT / "docs/texts.md").read_text()
