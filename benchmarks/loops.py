@@ -290,12 +290,12 @@ def tasks_of(engine: Engine, material: Material) -> dict[str, Callable[[], dict[
         found["n-grams off"] = lambda: changed("n-grams", 0.0)
     for name, processor in {"min_p=0.1": MinPLogitsWarper(0.1), "typical_p=0.9": TypicalLogitsWarper(0.9)}.items():
         found[f"temperature 1.0, {name}"] = partial(chosen, partial(_sampled_after, processor))
-    for penalty in (1.1, 1.2):
-        choice = processed(RepetitionPenaltyLogitsProcessor(penalty), greedy)
-        found[f"repetition_penalty={penalty}"] = partial(chosen, lambda seed, choice=choice: choice)
-    for size in (8, 16, 32):
-        choice = processed(NoRepeatNGramLogitsProcessor(size), greedy)
-        found[f"no_repeat_ngram_size={size}"] = partial(chosen, lambda seed, choice=choice: choice)
+    for name, processor in {
+        "repetition_penalty=1.2": RepetitionPenaltyLogitsProcessor(1.2),
+        "no_repeat_ngram_size=16": NoRepeatNGramLogitsProcessor(16),
+    }.items():
+        choice = processed(processor, greedy)
+        found[name] = partial(chosen, lambda seed, choice=choice: choice)
     return found
 
 
