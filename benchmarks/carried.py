@@ -1,18 +1,18 @@
 """Bits per byte of long texts that are read once, from beginning to end: models, models with a memory, compressors.
 
-    python benchmarks/carried.py runs/tiny [FOLDER ...] --after shakespeare [--paq8px PATH]
+    python benchmarks/carried.py runs/tiny [FOLDER ...] --after shakespeare [--paq8px PATH] [--paq8o PATH]
 
 Texts are held-out parts of the corpora, which no model was trained on: the first 65,536 bytes of Hamlet, of the
 validation parts of `kjv` and `sotu`, and `heldout`: 1,000,000 bytes, the validation parts of all three and then their
 test parts. A folder is any causal language model over bytes; where it holds n-gram tables of `dyadlm.peer_ngrams`,
-their arguments are in `ngrams.json` beside the weights. Ours carry their state, with their slots as trained and larger.
-Others read windows of the length that they were trained at (1,024 where they name none), half a window further each
-time, so that each byte has half a window of context at least; `--carry` lets recurrent ones carry their state, token
-by token. `memory` is `dyadlm evaluate --memory` around a model.
+their arguments are in `ngrams.json` beside the weights. Ours carry their state, with their slots as trained and larger,
+through the engine where it runs them. Others read windows of the length that they were trained at (1,024 where they
+name none), half a window further each time, so that each byte has half a window of context at least; `--carry` lets
+recurrent ones carry their state, token by token. `memory` is `dyadlm evaluate --memory` around a model.
 
 Compressors get the text alone, and once more with the text of a model's training before it (`--after`): counted is
 what the archive grows by. Of a model, neither its weights nor the memory that reading takes is counted as bits, nor is
-the program of a compressor. `zpaq` and `paq8px` (`-8`) are used where they are installed.
+the program of a compressor. `zpaq`, `paq8px` and `paq8o` (`-8`) are used where they are installed.
 """
 
 import argparse
@@ -36,15 +36,17 @@ import torch
 
 from common import Cells, arguments, require_green, size
 from dyadlm import DyadConfig
+from dyadlm.accounting import parameters
 from dyadlm.causal_lm import context_of, continues, state_bytes, state_of
 from dyadlm.data import TokenStream
 from dyadlm.data.corpora import open_corpus
 from dyadlm.evaluate.protocols import overlapping
 from dyadlm.evaluate.scoring import remembered, score
 from dyadlm.evaluate.windows import one_window
-from dyadlm.generate import load_model
+from dyadlm.generate import EngineModel, Session, engine_model, load_model
 from dyadlm.memory import ContextMemory, MemoryOptions
 from dyadlm.peer_ngrams import add_ngrams
+from dyadlm.shipped import place_of_model
 
 CORPORA = ("shakespeare", "kjv", "sotu")
 TEXTS = {"hamlet": 65_536, "kjv": 65_536, "sotu": 65_536, "heldout": 1_000_000}
@@ -76,7 +78,10 @@ def text_of(name: str) -> bytes:
 
 def read_by_model(folder: Path, slots: int | None, memory: bool, text: bytes, carry: bool) -> dict[str, Any]:
     """Bits per byte of a text under a model, bytes of its state at the end, and seconds."""
-    model, tokenizer = load_model(folder, "auto", "float32", {} if slots is None else {"slot_entries": slots})
+    fields = {} if slots is None else {"slot_entries": slots}
+    if (engine := engine_model(folder, "auto", "float32", fields)) is not None:
+        return read_by_engine(engine, memory, text)
+    model, tokenizer = load_model(folder, "auto", "float32", fields)
     if (folder / "ngrams.json").is_file():
         add_tables(model, folder)
     stream = TokenStream.from_tokens(np.frombuffer(text, np.uint8).astype(np.int32))
@@ -100,6 +105,27 @@ def read_by_model(folder: Path, slots: int | None, memory: bool, text: bytes, ca
         "parameters": size(model),
         "seconds": round(seconds, 1),
         "device": str(model.device),
+    }
+
+
+def read_by_engine(model: EngineModel, memory: bool, text: bytes) -> dict[str, Any]:
+    """The same without torch."""
+    vocabulary = len(model.tokenizer)
+    remembers = ContextMemory(MemoryOptions.of_vocabulary(vocabulary, MEMORY_ENTRIES)) if memory else None
+    session = Session(model, model.tokenizer, remembers)
+    started = time.perf_counter()
+    session.read([model.tokenizer.bos_token_id])
+    nats = session.read(np.frombuffer(text, np.uint8).astype(np.int64))
+    seconds = time.perf_counter() - started
+    memory_bytes = 0 if remembers is None else remembers.state_bytes
+    return {
+        "bits_per_byte": round(float(nats.sum(dtype=np.float64)) / len(text) / math.log(2), 4),
+        "state": "carried",
+        "state_bytes": (session.state_bytes or 0) - memory_bytes,
+        "memory_bytes": memory_bytes,
+        "parameters": parameters(DyadConfig(**model.fields)),
+        "seconds": round(seconds, 1),
+        "device": "cpu, engine",
     }
 
 
@@ -157,10 +183,12 @@ def by_command(data: bytes, command: Callable[[str, str], list[str]]) -> tuple[i
         process.returncode = status  # it has been waited for
         if status:
             raise SystemExit(f"{command('text', 'archive')} ended with {status}.")
-        return archive.stat().st_size, used.ru_maxrss * 1024
+        source.unlink()
+        (written,) = Path(folder).iterdir()  # paq8o names it itself
+        return written.stat().st_size, used.ru_maxrss * 1024
 
 
-def compressors(paq8px: str | None) -> dict[str, Callable[[bytes], tuple[int, int]]]:
+def compressors(paq8px: str | None, paq8o: str | None) -> dict[str, Callable[[bytes], tuple[int, int]]]:
     """Those that are here. Of PPMd each order stands alone, since the best is not known before."""
     found: dict[str, Callable[[bytes], tuple[int, int]]] = {"xz -9e": xz, "zstd -19 --long=27": zstd}
     if find_spec("pyppmd") is not None:
@@ -171,6 +199,8 @@ def compressors(paq8px: str | None) -> dict[str, Callable[[bytes], tuple[int, in
         found["zpaq -m5"] = partial(by_command, command=lambda text, archive: ["zpaq", "add", archive, text, "-m5"])
     if paq8px is not None:
         found["paq8px -8"] = partial(by_command, command=lambda text, archive: [paq8px, "-8", text, archive])
+    if paq8o is not None:
+        found["paq8o -8"] = partial(by_command, command=lambda text, archive: [paq8o, "-8", text])
     return found
 
 
@@ -195,11 +225,12 @@ def archive_of(compress: Callable[[bytes], tuple[int, int]], before: bytes) -> i
 def main() -> None:
     parser = arguments(__doc__ or "", "carried.json")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of models over bytes")
+    parser.add_argument("folders", nargs="*", help="folders of models over bytes, or names of those that come along")
     parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--after", nargs="*", choices=CORPORA, default=[], help="the training text of the models")
     parser.add_argument("--carry", action="store_true", help="recurrent peers carry their state, token by token")
     parser.add_argument("--paq8px", help="the program, where there is one")
+    parser.add_argument("--paq8o", help="the same of its ancestor of 2007, which is an order faster")
     parser.add_argument("--only", default="", metavar="BEGINNING", help="measure what is named so; print all")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -207,16 +238,17 @@ def main() -> None:
         require_green()
     cells = Cells(options.output)
     carry = " carried" if options.carry else ""
+    folders = [Path(place_of_model(folder)) for folder in options.folders]
 
     tasks: dict[str, Callable[[], dict[str, Any]]] = {}
-    for text, (name, compress) in product(options.texts, compressors(options.paq8px).items()):
+    for text, (name, compress) in product(options.texts, compressors(options.paq8px, options.paq8o).items()):
         tasks[f"{name} | {text}"] = partial(compressed, compress, text_of(text), b"")
         if options.after:
             before = b"".join(part(corpus, "train") for corpus in options.after)
             tasks[f"{name} after {' '.join(options.after)} | {text}"] = partial(
                 compressed, compress, text_of(text), before
             )
-    for text, folder, memory in product(options.texts, options.folders, (False, True)):
+    for text, folder, memory in product(options.texts, folders, (False, True)):
         fields = json.loads((folder / "config.json").read_text())
         sizes = (None, *SLOT_ENTRIES) if fields.get("slot_contexts") else (None,)
         for slots in sizes:
