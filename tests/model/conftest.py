@@ -70,6 +70,7 @@ VARIANTS: dict[str, dict] = {
         "ngram_entries": 23,
         "ngram_width": 2,
     },
+    "convolution": {**SMALL, **SLOTS, "mixers": ["convolution"], "slot_contexts": [1, "word"]},
     "slots_code": {**SMALL, **SLOTS, "slot_contexts": ["code"], "slot_ways": 2},
     "planner": {
         **SMALL,

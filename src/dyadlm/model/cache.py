@@ -38,6 +38,7 @@ class BlockState(NamedTuple):
     # token, a SlotWrite.
     slots: tuple[Tensor, ...] = ()
     decision: tuple[Tensor, ...] = ()  # one (B, heads, K + D / heads): the choice last made, and what it said
+    convolved: tuple[Tensor, ...] = ()  # of short convolutions, before the tower and before the SwiGLU: (B, 3, D) each
 
 
 class PlannerState(NamedTuple):

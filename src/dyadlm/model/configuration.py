@@ -30,6 +30,7 @@ LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
 }
 TRANSPORT_SPACES = ("level", "model")
 TOWERS = ("layer", "input")
+MIXERS = ("convolution",)
 SELECTORS = ("none", *selection.KINDS)
 CHOOSING = ("topk", "gumbel")
 LEARNED_CODE = "code"
@@ -99,6 +100,8 @@ class DyadConfig(PreTrainedConfig):
         ngram_sizes: n-grams whose hashed embeddings are added to that of the token (`dyadlm.model.ngrams`): numbers of
             tokens, `word` (the open word). One table each. None: none.
         ngram_entries: rows of each table. ngram_width: M, numbers of a row.
+        mixers: what mixes tokens beside levels and slots (`dyadlm.model.extras`): convolution (short and causal,
+            before the tower and the SwiGLU). None: nothing.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         planner: whether the model forecasts the next node of each level of its last block and plans by them
             (`dyadlm.model.extras.planner`), and how it proposes the token after next: none | head (from the hidden
@@ -158,6 +161,7 @@ class DyadConfig(PreTrainedConfig):
     ngram_sizes: list[int | str] | None = None
     ngram_entries: int = 16_384
     ngram_width: int = 24
+    mixers: list[str] | None = None
     decision_slots: bool = False
     planner: str = "none"
     planner_width: int = 32
@@ -204,9 +208,12 @@ class DyadConfig(PreTrainedConfig):
         self.semantic_levels = list(self.semantic_levels or [])
         self.slot_contexts = list(self.slot_contexts or [])
         self.ngram_sizes = list(self.ngram_sizes or [])
+        self.mixers = list(self.mixers or [])
         for name in self.semantic_levels:
             _require_choice("semantic_levels", name, SEMANTIC_LEVELS)
-        for field in ("semantic_levels", "slot_contexts", "ngram_sizes"):
+        for name in self.mixers:
+            _require_choice("mixers", name, MIXERS)
+        for field in ("semantic_levels", "slot_contexts", "ngram_sizes", "mixers"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise UserError(f"{field} names something twice ({getattr(self, field)}); name each once.")
         for name, levels in (

@@ -6,6 +6,7 @@ Importing this package registers them. The order matters where one builds on ano
 from dyadlm.model.block import DyadBlock
 from dyadlm.model.boundaries import LEARNED
 from dyadlm.model.configuration import DyadConfig
+from dyadlm.model.extras.convolution import Convolved
 from dyadlm.model.extras.features import LongerMemory, OtherFeatures
 from dyadlm.model.extras.forgetting import Forgetting
 from dyadlm.model.extras.gated_slots import GatedSlots
@@ -33,6 +34,7 @@ register(Tower, lambda config: config.forgetting, Forgetting)
 register(Tower, _has_learned, LearnedBoundaries)
 register(Tower, lambda config: config.selector != "none", Selected)
 register(DyadBlock, lambda config: config.decision_slots, Deciding)
+register(DyadBlock, lambda config: "convolution" in (config.mixers or ()), Convolved)
 register(IdentitySlots, lambda config: not plans_alike(config), GatedSlots)
 register_part("forecasters", lambda config: config.planner != "none", ModelForecasters)
 register_part("planner", lambda config: config.planner != "none", ModelPlanner)

@@ -1,6 +1,7 @@
 """The definitions: slow loops in float64. Every fast operator is tested against these; read these first."""
 
 from dyadlm.ops.reference.consensus import consensus
+from dyadlm.ops.reference.convolution import short_convolution
 from dyadlm.ops.reference.dyadic import centroid, phase_transport, pyramid, stream, windows_at
 from dyadlm.ops.reference.ngrams import ngram_row
 from dyadlm.ops.reference.recurrence import linear_scan
@@ -21,6 +22,7 @@ __all__ = [
     "pyramid",
     "segments",
     "select",
+    "short_convolution",
     "slot_reads",
     "slot_set",
     "stream",
