@@ -1,4 +1,5 @@
-"""Mixers beside levels and slots (`dyadlm.model.extras`), each against a model without: short convolutions.
+"""Mixers beside levels and slots (`dyadlm.model.extras`), each against a model without: short convolutions,
+and a memory under the gated delta rule.
 
     python benchmarks/mixers.py [--arm ARM] [--rehearse]
 
@@ -24,6 +25,7 @@ LEARNING_RATE = 8e-3
 ARMS: dict[str, list[str]] = {
     "baseline": [],
     "convolution": ["convolution"],
+    "gated delta": ["delta"],
 }
 TIMES = "time of a step"
 

@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict] = {
         "ngram_width": 2,
     },
     "convolution": {**SMALL, **SLOTS, "mixers": ["convolution"], "slot_contexts": [1, "word"]},
+    "delta": {**SMALL, "mixers": ["delta"], "semantic_levels": ["word", "line"], "salience": True},
     "slots_code": {**SMALL, **SLOTS, "slot_contexts": ["code"], "slot_ways": 2},
     "planner": {
         **SMALL,

@@ -13,7 +13,11 @@ from .conftest import SMALL, VARIANTS, make_model, text_ids
 from .test_causality import assert_causal, assert_no_gradient_from_later
 
 # By mixer: parts of a block, each of which would leak if it saw a token ahead.
-PARTS = {"convolution": ["tower_convolution", "mlp_convolution"]}
+PARTS = {
+    "convolution": ["tower_convolution", "mlp_convolution"],
+    "delta": [f"tower.delta.{part}" for part in ("query", "key", "strength", "decay", "boundary")],
+}
+OF_TOKENS = ["tower.delta.boundary"]  # what tokens alone decide, so that nothing of it has a gradient
 
 
 def test_convolutions_of_zero_are_none_and_new_ones_are_zero():
@@ -27,14 +31,14 @@ def test_convolutions_of_zero_are_none_and_new_ones_are_zero():
 
 @pytest.mark.parametrize(("mixer", "part"), [(mixer, part) for mixer, parts in PARTS.items() for part in parts])
 def test_a_leak_in_any_part_is_caught(mixer, part):
-    model = make_model(**VARIANTS[mixer])
+    model, ahead = make_model(**VARIANTS[mixer]), 8 if part in OF_TOKENS else 1
 
     def early(module, args, output):
-        rolled = (output[0] if isinstance(output, tuple) else output).roll(-1, 1)
+        rolled = (output[0] if isinstance(output, tuple) else output).roll(-ahead, 1)
         return (rolled, *output[1:]) if isinstance(output, tuple) else rolled
 
     model.model.layers[0].get_submodule(part).register_forward_hook(early)
-    for check in (assert_causal, assert_no_gradient_from_later):
+    for check in (assert_causal, *[assert_no_gradient_from_later] * (part not in OF_TOKENS)):
         with pytest.raises(AssertionError):
             check(model)
 
@@ -59,7 +63,32 @@ def test_torch_decodes_and_the_log_says_why(mixer, caplog):
     assert "mixers" in caplog.text
 
 
-def test_mixers_that_do_not_exist_or_come_twice_are_refused():
-    for mixers, message in ((["attention"], "mixers is 'attention'"), (["convolution"] * 2, "names something twice")):
-        with pytest.raises(UserError, match=message):
-            DyadConfig(mixers=mixers)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixers": ["attention"]}, "mixers is 'attention'"),
+        ({"mixers": ["convolution", "convolution"]}, "names something twice"),
+        ({"mixers": ["delta"], "planner": "head"}, "mixer delta has none; set planner=none"),
+    ],
+)
+def test_mixers_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        DyadConfig(**fields)
+
+
+def test_heads_forget_at_different_speeds_and_a_boundary_can_make_them_forget():
+    """Whether the memory after 60 tokens still holds something of the first 30, at fresh weights."""
+    torch.manual_seed(0)
+    config = DyadConfig(hidden_size=128, num_hidden_layers=1, num_levels=2, semantic_levels=["word"], mixers=["delta"])
+    model, ids = DyadForCausalLM(config).double().eval(), text_ids(1, 60)
+    delta, memories = model.model.layers[0].tower.delta, []
+    keep = torch.exp(-torch.nn.functional.softplus(delta.decay.bias))
+    torch.testing.assert_close(keep, torch.tensor([-1 / 16, -1 / 256]).double().exp(), rtol=1e-5, atol=0)
+    for push in (0.0, 40.0):
+        torch.nn.init.constant_(delta.boundary.weight, push)
+        memories.append(
+            [model(ids[:, start:], use_cache=True).past_key_values.layers[0].memory[0] for start in (0, 30)]
+        )
+    (far, near), (cut, same) = memories
+    assert (far - near).abs().max() > 1e-3  # what stood before still counts
+    assert (cut - same).abs().max() < 1e-12  # unless the word began later

@@ -9,6 +9,7 @@ from dyadlm.model.configuration import DyadConfig
 from dyadlm.model.extras.convolution import Convolved
 from dyadlm.model.extras.features import LongerMemory, OtherFeatures
 from dyadlm.model.extras.forgetting import Forgetting
+from dyadlm.model.extras.gated_delta import GatedDelta
 from dyadlm.model.extras.gated_slots import GatedSlots
 from dyadlm.model.extras.learned_boundaries import LearnedBoundaries
 from dyadlm.model.extras.model_space import ModelSpace
@@ -32,6 +33,7 @@ register(Tower, lambda config: config.transport_space == "model", ModelSpace)
 register(Tower, lambda config: "prefix" in config.alignments, PrefixLevels)
 register(Tower, lambda config: config.forgetting, Forgetting)
 register(Tower, _has_learned, LearnedBoundaries)
+register(Tower, lambda config: "delta" in (config.mixers or ()), GatedDelta)
 register(Tower, lambda config: config.selector != "none", Selected)
 register(DyadBlock, lambda config: config.decision_slots, Deciding)
 register(DyadBlock, lambda config: "convolution" in (config.mixers or ()), Convolved)

@@ -3,6 +3,7 @@
 from dyadlm.ops.reference.consensus import consensus
 from dyadlm.ops.reference.convolution import short_convolution
 from dyadlm.ops.reference.dyadic import centroid, phase_transport, pyramid, stream, windows_at
+from dyadlm.ops.reference.gated_delta import gated_delta
 from dyadlm.ops.reference.ngrams import ngram_row
 from dyadlm.ops.reference.recurrence import linear_scan
 from dyadlm.ops.reference.segments import Segments, segments
@@ -15,6 +16,7 @@ __all__ = [
     "consensus",
     "context_at",
     "entmax",
+    "gated_delta",
     "linear_scan",
     "mean_run_length",
     "ngram_row",
