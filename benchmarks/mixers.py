@@ -1,5 +1,5 @@
 """Mixers beside levels and slots (`dyadlm.model.extras`), each against a model without: short convolutions,
-and a memory under the gated delta rule.
+a memory under the gated delta rule, and outer products in windows.
 
     python benchmarks/mixers.py [--arm ARM] [--rehearse]
 
@@ -26,6 +26,7 @@ ARMS: dict[str, list[str]] = {
     "baseline": [],
     "convolution": ["convolution"],
     "gated delta": ["delta"],
+    "outer products": ["outer"],
 }
 TIMES = "time of a step"
 

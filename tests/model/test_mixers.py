@@ -16,6 +16,7 @@ from .test_causality import assert_causal, assert_no_gradient_from_later
 PARTS = {
     "convolution": ["tower_convolution", "mlp_convolution"],
     "delta": [f"tower.delta.{part}" for part in ("query", "key", "strength", "decay", "boundary")],
+    "outer": ["tower.outer.query", "tower.outer.key"],
 }
 OF_TOKENS = ["tower.delta.boundary"]  # what tokens alone decide, so that nothing of it has a gradient
 
@@ -68,7 +69,7 @@ def test_torch_decodes_and_the_log_says_why(mixer, caplog):
     [
         ({"mixers": ["attention"]}, "mixers is 'attention'"),
         ({"mixers": ["convolution", "convolution"]}, "names something twice"),
-        ({"mixers": ["delta"], "planner": "head"}, "mixer delta has none; set planner=none"),
+        ({"mixers": ["delta"], "planner": "head"}, "delta .mixers. has none; set planner=none"),
     ],
 )
 def test_mixers_that_do_not_fit_are_refused(fields, message):

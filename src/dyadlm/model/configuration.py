@@ -30,7 +30,7 @@ LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
 }
 TRANSPORT_SPACES = ("level", "model")
 TOWERS = ("layer", "input")
-MIXERS = ("convolution", "delta")
+MIXERS = ("convolution", "delta", "outer")
 DELTA_HEAD = 16  # numbers of a key and of a value
 SELECTORS = ("none", *selection.KINDS)
 CHOOSING = ("topk", "gumbel")
@@ -102,8 +102,8 @@ class DyadConfig(PreTrainedConfig):
             tokens, `word` (the open word). One table each. None: none.
         ngram_entries: rows of each table. ngram_width: M, numbers of a row.
         mixers: what mixes tokens beside levels and slots (`dyadlm.model.extras`): convolution (short and causal,
-            before the tower and the SwiGLU), delta (one more level: a memory under the gated delta rule). None:
-            nothing.
+            before the tower and the SwiGLU), delta (one more level: a memory under the gated delta rule), outer (one
+            more level: linear attention in the windows of the others). None: nothing.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         planner: whether the model forecasts the next node of each level of its last block and plans by them
             (`dyadlm.model.extras.planner`), and how it proposes the token after next: none | head (from the hidden
@@ -328,8 +328,11 @@ class DyadConfig(PreTrainedConfig):
             _require_between("consensus", self.consensus, 0.0, 1.0)
         if self.consensus and self.planner == "none":
             raise UserError("consensus needs an artist; set planner too, or consensus=0.")
-        if self.planner != "none" and "delta" in (self.mixers or ()):
-            raise UserError("A planner forecasts the nodes of levels, and mixer delta has none; set planner=none.")
+        if self.planner != "none" and self.mixing_levels:
+            mixers = " and ".join(self.mixing_levels)
+            raise UserError(
+                f"A planner forecasts the nodes of levels, and {mixers} (mixers) has none; set planner=none."
+            )
         if self.planner == "stack" and self.transport_space == "model":
             raise UserError("planner=stack reads forecasts of levels, not of the model; set transport_space=level.")
 
@@ -353,14 +356,20 @@ class DyadConfig(PreTrainedConfig):
         """The bottleneck's rank at each level."""
         windows = len(self.alignments) + len(self.semantic_levels or ())
         given = self.level_rank if isinstance(self.level_rank, list) else [int(self.level_rank or 1)] * windows
-        return given + [DELTA_HEAD * max(1, self.hidden_size // 64)] * ("delta" in (self.mixers or ()))
+        return [*given, *self.mixing_levels.values()]
+
+    @property
+    def mixing_levels(self) -> dict[str, int]:
+        """The mixers that are levels, each with its rank; they come after all other levels."""
+        ranks = {"delta": DELTA_HEAD * max(1, self.hidden_size // 64), "outer": max(4, self.hidden_size // 16)}
+        return {name: rank for name, rank in ranks.items() if name in (self.mixers or ())}
 
     @property
     def level_keys(self) -> list[str]:
         """The names of the levels as parts of names: 1, 2, 4 ..., then those of the semantic levels, then of mixers
         that are levels."""
         windows = [str(2**level) for level in range(len(self.alignments))] + list(self.semantic_levels or ())
-        return windows + ["delta"] * ("delta" in (self.mixers or ()))
+        return windows + list(self.mixing_levels)
 
     @property
     def longest_segment(self) -> int:

@@ -13,6 +13,7 @@ from dyadlm.model.extras.gated_delta import GatedDelta
 from dyadlm.model.extras.gated_slots import GatedSlots
 from dyadlm.model.extras.learned_boundaries import LearnedBoundaries
 from dyadlm.model.extras.model_space import ModelSpace
+from dyadlm.model.extras.outer_products import OuterProducts
 from dyadlm.model.extras.planning import ModelForecasters, ModelPlanner
 from dyadlm.model.extras.prefix import PrefixLevels
 from dyadlm.model.extras.selector import Deciding, Selected
@@ -34,6 +35,7 @@ register(Tower, lambda config: "prefix" in config.alignments, PrefixLevels)
 register(Tower, lambda config: config.forgetting, Forgetting)
 register(Tower, _has_learned, LearnedBoundaries)
 register(Tower, lambda config: "delta" in (config.mixers or ()), GatedDelta)
+register(Tower, lambda config: "outer" in (config.mixers or ()), OuterProducts)
 register(Tower, lambda config: config.selector != "none", Selected)
 register(DyadBlock, lambda config: config.decision_slots, Deciding)
 register(DyadBlock, lambda config: "convolution" in (config.mixers or ()), Convolved)
