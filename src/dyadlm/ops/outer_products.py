@@ -110,9 +110,9 @@ def _scaled(sums: Tensor, count: int) -> Tensor:
 
 def ask(query: Tensor, windows: Sequence[Tensor]) -> Tensor:
     """What each token's query (B, T, K) finds in each of W windows (B, T, K M): (B, T, W M)."""
-    width = query.shape[-1]
-    together = torch.stack([window.unflatten(-1, (width, -1)) for window in windows], 3)  # (B, T, K, W, M)
-    return (query[..., None, :] @ together.flatten(3)).squeeze(-2)
+    # Number by number: a product of matrices as small takes several times as long on a CPU.
+    width, asking = query.shape[-1], query[..., None]
+    return torch.cat([(asking * window.unflatten(-1, (width, -1))).sum(-2) for window in windows], -1)
 
 
 def outer_numbers(alignments: Sequence[str], segmentations: int, size: int) -> int:

@@ -71,11 +71,11 @@ class OuterLevel(LevelFamily):
         return OuterState(state[:sliding], state[sliding:end], state[end:])
 
     def cost(self, time: int) -> Cost:
-        """Bottleneck, keys and queries, sums over segments, what is asked; and the state."""
+        """Bottleneck, keys and queries, sums over segments, and the state. What is asked is no matrix product."""
         tower, (level,) = self.tower, self.levels
         rank, segmentations = tower.ranks[level], len(tower.by_rule)
         size = KEY_WIDTH * rank
-        read = time * (tower.config.hidden_size * (rank + 2 * KEY_WIDTH) + size * tower.part_count(level))
+        read = time * tower.config.hidden_size * (rank + 2 * KEY_WIDTH)
         # Which tokens share a segment has no gradient.
         summed = tile_products(time) * segmentations * (size + 1)
         return Cost(read + summed, summed, numbers=outer_numbers(tower.alignments, segmentations, size))
