@@ -4,7 +4,9 @@ What both read at a token is what they would read without it, and beside that a 
 tokens, one weight for each channel and distance. Convolutions as short help mixers that are linear in the past
 (H3, arXiv 2212.14052; Mamba, arXiv 2312.00752; canon layers, arXiv 2512.17351).
 
-Measured: see "mixers" in docs/experiments.md. What a planner imagines of tokens to come has no convolution.
+Predicted and not yet measured: "mixers" in docs/experiments.md.
+
+What a planner imagines of tokens to come has no convolution.
 
 Dimension letters: B batch, T time, D width, N taps.
 """

@@ -4,7 +4,7 @@ A token stores its value (what passes the level's bottleneck) under a key, in pl
 recalls by a query. Heads are small. What a head keeps at a token is learned, and the beginnings of segments, which
 semantic levels know, have a say in it: a head may forget where a sentence begins, or a word.
 
-Measured: see "mixers" in docs/experiments.md.
+Predicted and not yet measured: "mixers" in docs/experiments.md.
 
 Dimension letters: B batch, T time, D width, H heads, R rank, K numbers of a key, S semantic levels.
 """

@@ -3,7 +3,9 @@
 Each window of the geometric and the semantic levels holds a sum of outer products of keys and values (what passes the
 level's bottleneck), and a token's query reads every one of them apart; the feature is all that it finds.
 
-Measured: see "mixers" in docs/experiments.md. Learned boundaries and forgetting do not reach these windows.
+Predicted and not yet measured: "mixers" in docs/experiments.md.
+
+Learned boundaries and forgetting do not reach these windows.
 
 Dimension letters: B batch, T time, D width, R rank, K numbers of a key, W windows, S semantic levels.
 """
