@@ -45,6 +45,8 @@ def state_signature(fields: Mapping[str, Any], alignments: list[str], ranks: lis
     also = ["semantic_levels", "salience", "decision_slots", "slot_contexts"]
     if fields.get("ngram_sizes"):
         also.append("ngram_sizes")
+    if fields.get("mixers"):
+        also.append("mixers")
     if fields["slot_contexts"]:
         also += ["vocab_size", "slot_layers", "slot_entries", "slot_ways", "slot_width"]
         if fields.get("slot_values", "float32") != "float32":

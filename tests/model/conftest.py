@@ -70,6 +70,15 @@ VARIANTS: dict[str, dict] = {
         "ngram_entries": 23,
         "ngram_width": 2,
     },
+    "convolution": {**SMALL, **SLOTS, "mixers": ["convolution"], "slot_contexts": [1, "word"]},
+    "delta": {**SMALL, "mixers": ["delta"], "semantic_levels": ["word", "line"], "salience": True},
+    "outer": {
+        **SMALL,
+        "mixers": ["convolution", "delta", "outer"],
+        "level_alignment": ["sliding", "dual", "prefix", "block"],
+        "semantic_levels": ["word", "line"],
+        "salience": True,
+    },
     "slots_code": {**SMALL, **SLOTS, "slot_contexts": ["code"], "slot_ways": 2},
     "planner": {
         **SMALL,

@@ -39,6 +39,7 @@ REQUIRED: tuple[tuple[str, Any, Any, str], ...] = (
     ("planner", "none", "none", "it has a planner"),
     ("early", "zero", "zero", "its early windows are not zero"),
     ("slot_gate", False, False, "its slots have a gate"),
+    ("mixers", [], [], "it has mixers beside its levels"),
 )
 
 

@@ -137,7 +137,8 @@ def opinions(model: DyadForCausalLM, ids: Tensor) -> dict[str, Tensor]:
 
 def level_names(config: DyadConfig) -> list[str]:
     """What each level spans: tokens, then the names of the semantic levels."""
-    return [f"{2**level:,}" for level in range(config.num_levels or 0)] + list(config.semantic_levels or ())
+    windows = len(config.alignments)
+    return [f"{2**level:,}" for level in range(windows)] + config.level_keys[windows:]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dyadlm.model.levels import LevelFeatures
 from dyadlm.model.slots import IdentitySlots
 from dyadlm.model.tower import Tower
 from dyadlm.model.variants import variant_of
+from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.slots import SlotLookup
 
@@ -97,11 +98,22 @@ class DyadBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden: Tensor, inputs: BlockInputs, state: BlockState) -> tuple[Tensor, BlockState, BlockAux]:
         """hidden (B, T, D) → hidden (B, T, D), the state after the chunk, and auxiliary outputs."""
-        read = self.tower_norm(hidden) + self.tower_identity * inputs.identity
+        identity, clock = inputs.identity, inputs.layout.clock
+        read, state = self.tower_input(hidden, identity, clock, state)
         past, state, aux = self.levels_and_slots(read, inputs, state)
         hidden = hidden + self.dropout(past)
-        read = self.mlp_norm(hidden) + self.mlp_identity * inputs.identity
+        read, state = self.mlp_input(hidden, identity, clock, state)
         return hidden + self.dropout(self.mlp(read)), state, aux
+
+    def tower_input(
+        self, hidden: Tensor, identity: Tensor, clock: Clock, state: BlockState
+    ) -> tuple[Tensor, BlockState]:
+        """What tower and slots read, (B, T, D), of hidden and identity (B, T, D); and the state after it."""
+        return self.tower_norm(hidden) + self.tower_identity * identity, state
+
+    def mlp_input(self, hidden: Tensor, identity: Tensor, clock: Clock, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The same of the SwiGLU."""
+        return self.mlp_norm(hidden) + self.mlp_identity * identity, state
 
     def levels_and_slots(
         self, read: Tensor, inputs: BlockInputs, state: BlockState

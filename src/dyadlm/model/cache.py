@@ -38,6 +38,9 @@ class BlockState(NamedTuple):
     # token, a SlotWrite.
     slots: tuple[Tensor, ...] = ()
     decision: tuple[Tensor, ...] = ()  # one (B, heads, K + D / heads): the choice last made, and what it said
+    convolved: tuple[Tensor, ...] = ()  # of short convolutions, before the tower and before the SwiGLU: (B, 3, D) each
+    memory: tuple[Tensor, ...] = ()  # of the gated delta rule: one (B, heads, 16, 16)
+    outer: tuple[Tensor, ...] = ()  # of sums of outer products: rings, blocks, segments, as `OuterState` has them
 
 
 class PlannerState(NamedTuple):

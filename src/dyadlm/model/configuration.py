@@ -30,6 +30,8 @@ LEVEL_FEATURES: dict[str, tuple[str, ...]] = {
 }
 TRANSPORT_SPACES = ("level", "model")
 TOWERS = ("layer", "input")
+MIXERS = ("convolution", "delta", "outer")
+DELTA_HEAD = 16  # numbers of a key and of a value
 SELECTORS = ("none", *selection.KINDS)
 CHOOSING = ("topk", "gumbel")
 LEARNED_CODE = "code"
@@ -99,6 +101,9 @@ class DyadConfig(PreTrainedConfig):
         ngram_sizes: n-grams whose hashed embeddings are added to that of the token (`dyadlm.model.ngrams`): numbers of
             tokens, `word` (the open word). One table each. None: none.
         ngram_entries: rows of each table. ngram_width: M, numbers of a row.
+        mixers: what mixes tokens beside levels and slots (`dyadlm.model.extras`): convolution (short and causal,
+            before the tower and the SwiGLU), delta (one more level: a memory under the gated delta rule), outer (one
+            more level: linear attention in the windows of the others). None: nothing.
         decision_slots: whether each head of the selector keeps its last decision, its choice and what that said.
         planner: whether the model forecasts the next node of each level of its last block and plans by them
             (`dyadlm.model.extras.planner`), and how it proposes the token after next: none | head (from the hidden
@@ -158,6 +163,7 @@ class DyadConfig(PreTrainedConfig):
     ngram_sizes: list[int | str] | None = None
     ngram_entries: int = 16_384
     ngram_width: int = 24
+    mixers: list[str] | None = None
     decision_slots: bool = False
     planner: str = "none"
     planner_width: int = 32
@@ -204,11 +210,15 @@ class DyadConfig(PreTrainedConfig):
         self.semantic_levels = list(self.semantic_levels or [])
         self.slot_contexts = list(self.slot_contexts or [])
         self.ngram_sizes = list(self.ngram_sizes or [])
+        self.mixers = list(self.mixers or [])
         for name in self.semantic_levels:
             _require_choice("semantic_levels", name, SEMANTIC_LEVELS)
-        for field in ("semantic_levels", "slot_contexts", "ngram_sizes"):
+        for name in self.mixers:
+            _require_choice("mixers", name, MIXERS)
+        for field in ("semantic_levels", "slot_contexts", "ngram_sizes", "mixers"):
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise UserError(f"{field} names something twice ({getattr(self, field)}); name each once.")
+        self.mixers = [name for name in MIXERS if name in self.mixers]  # in whatever order they were named
         for name, levels in (
             ("level_rank", self.num_levels + len(self.semantic_levels)),
             ("level_alignment", self.num_levels),
@@ -319,6 +329,11 @@ class DyadConfig(PreTrainedConfig):
             _require_between("consensus", self.consensus, 0.0, 1.0)
         if self.consensus and self.planner == "none":
             raise UserError("consensus needs an artist; set planner too, or consensus=0.")
+        if self.planner != "none" and self.mixing_levels:
+            mixers = " and ".join(self.mixing_levels)
+            raise UserError(
+                f"A planner forecasts the nodes of levels, and {mixers} (mixers) has none; set planner=none."
+            )
         if self.planner == "stack" and self.transport_space == "model":
             raise UserError("planner=stack reads forecasts of levels, not of the model; set transport_space=level.")
 
@@ -340,21 +355,27 @@ class DyadConfig(PreTrainedConfig):
     @property
     def ranks(self) -> list[int]:
         """The bottleneck's rank at each level."""
-        return (
-            self.level_rank
-            if isinstance(self.level_rank, list)
-            else [int(self.level_rank or 1)] * (len(self.alignments) + len(self.semantic_levels or ()))
-        )
+        windows = len(self.alignments) + len(self.semantic_levels or ())
+        given = self.level_rank if isinstance(self.level_rank, list) else [int(self.level_rank or 1)] * windows
+        return [*given, *self.mixing_levels.values()]
+
+    @property
+    def mixing_levels(self) -> dict[str, int]:
+        """The mixers that are levels, each with its rank; they come after all other levels."""
+        ranks = {"delta": DELTA_HEAD * max(1, self.hidden_size // 64), "outer": max(4, self.hidden_size // 16)}
+        return {name: rank for name, rank in ranks.items() if name in (self.mixers or ())}
 
     @property
     def level_keys(self) -> list[str]:
-        """The names of the levels as parts of names: 1, 2, 4 ..., then those of the semantic levels."""
-        return [str(2**level) for level in range(len(self.alignments))] + list(self.semantic_levels or ())
+        """The names of the levels as parts of names: 1, 2, 4 ..., then those of the semantic levels, then of mixers
+        that are levels."""
+        windows = [str(2**level) for level in range(len(self.alignments))] + list(self.semantic_levels or ())
+        return windows + list(self.mixing_levels)
 
     @property
     def longest_segment(self) -> int:
         """Tokens after which a segment of a semantic level is cut: 2^K, K counting the semantic levels too."""
-        return int(2 ** len(self.ranks))
+        return int(2 ** (len(self.alignments) + len(self.semantic_levels or ())))
 
     @property
     def read_contexts(self) -> list[int | str]:

@@ -28,6 +28,7 @@ TRAINED = {
     "early",
     "level_alignment",
     "level_feature",
+    "mixers",
     "ngram_sizes",
     "output_attentions",
     "output_hidden_states",

@@ -92,7 +92,7 @@ def _blocks(
         shared, _ = first.tower.read_levels(identity, layout, states[0])
     for layer, hidden, state in zip(inner.layers, outputs[:-1], states, strict=True):
         block = cast(DyadBlock, layer)
-        read = block.tower_norm(hidden) + block.tower_identity * identity
+        read, _ = block.tower_input(hidden, identity, layout.clock, state)
         levels = shared if shared is not None else block.tower.read_levels(read, layout, state)[0]
         yield BlockTrace(block, read, levels, layout, state)
 
