@@ -22,6 +22,7 @@ from dyadlm.cli.shared import (
     Raw,
     Seed,
     SlotEntries,
+    Slots,
     StateIn,
     Stop,
     Temperature,
@@ -58,6 +59,7 @@ def generate(
             help="With --temperature 0, for models with a planner: read two tokens at once where it proposed both.",
         ),
     ] = False,
+    slots: Slots = "all",
     slot_entries: SlotEntries = None,
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
@@ -92,7 +94,7 @@ def generate(
 
         drafts = Drafts()
         require_speculation(loaded, sampling)
-    session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers)
+    session = open_session(loaded, tokenizer, state_in, new_document, state_out, remembers, slots)
     require_entries(session, memory_entries, memory_scope)
     session.read_prompt(text)
     pieces = session.write(max_new_tokens, sampling, stop or (), drafts)

@@ -22,6 +22,7 @@ from dyadlm.cli.shared import (
     Model,
     Raw,
     Seed,
+    Slots,
     StateIn,
     Stop,
     Temperature,
@@ -71,6 +72,7 @@ def repl(
     stop: Stop = None,
     state_in: StateIn = None,
     state_out: StateOut = None,
+    slots: Slots = "all",
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
     raw: Raw = False,
@@ -85,7 +87,9 @@ def repl(
     from dyadlm.generate.conversation import Settings
 
     settings = Settings(temperature, top_k, top_p, seed, max_new_tokens, tuple(stop or ()))
-    _converse(model, None, settings, (state_in, state_out), (memory, memory_entries), raw, (device, dtype, fields))
+    _converse(
+        model, None, settings, (state_in, state_out), (memory, memory_entries), slots, raw, (device, dtype, fields)
+    )
 
 
 def chat(
@@ -99,6 +103,7 @@ def chat(
     stop: Stop = None,
     state_in: StateIn = None,
     state_out: StateOut = None,
+    slots: Slots = "all",
     memory: Memory = False,
     memory_entries: MemoryEntries = None,
     raw: Raw = False,
@@ -113,7 +118,9 @@ def chat(
     from dyadlm.generate.conversation import Settings
 
     settings = Settings(temperature, top_k, top_p, seed, max_new_tokens, tuple(stop or ()))
-    _converse(model, system, settings, (state_in, state_out), (memory, memory_entries), raw, (device, dtype, fields))
+    _converse(
+        model, system, settings, (state_in, state_out), (memory, memory_entries), slots, raw, (device, dtype, fields)
+    )
 
 
 def _converse(
@@ -122,6 +129,7 @@ def _converse(
     settings: "Settings",
     states: tuple[Path | None, Path | None],
     memory: tuple[bool, int | None],
+    slots: Slots,
     raw: bool,
     how: tuple[str, str, list[str] | None],
 ) -> None:
@@ -137,7 +145,7 @@ def _converse(
     loaded, tokenizer = load_to_read(name, *how, compile_after=SHORT_ANSWER)
     turns = None if system is None else _turns(name, tokenizer, system)
     remembers = memory_for(*memory, len(tokenizer))
-    session = open_session(loaded, tokenizer, state_in, state_out=state_out, memory=remembers)
+    session = open_session(loaded, tokenizer, state_in, state_out=state_out, memory=remembers, slots=slots)
     require_entries(session, memory[1])
     conversation = Conversation(session, tokenizer, turns, settings)
     interactive = sys.stdin.isatty()

@@ -72,6 +72,13 @@ SlotEntries = Annotated[
         help="Entries of each table of slots, a power of two times slot_ways (8). Default: as the model was trained.",
     ),
 ]
+Slots = Annotated[
+    Literal["all", "prompt"],
+    typer.Option(
+        help="What slots take in: all, or the prompt alone, not what the model writes. It then copies itself less, and "
+        "seldom runs in a circle.",
+    ),
+]
 Memory = Annotated[
     bool,
     typer.Option(

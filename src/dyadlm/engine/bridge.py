@@ -39,6 +39,10 @@ class EngineRows:
         tensor = once(torch.from_numpy)
         return {name: tensor(array) for name, array in self.state.tensors().items()}
 
+    def skip_slot_write(self) -> None:
+        """Let the next token leave the tables of slots as they are."""
+        self.state.skip_slot_write()
+
     def copy(self) -> "EngineRows":
         """Rows that go on by themselves, read by the same engine."""
         return EngineRows(self.state.copy(), self.engine)

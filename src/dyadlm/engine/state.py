@@ -115,6 +115,10 @@ class EngineState:
         for name, array in self.arrays().items():
             array[row] = getattr(other, name)[other_row]
 
+    def skip_slot_write(self) -> None:
+        """Let the next token leave the tables of slots as they are."""
+        self.pending[:] = -1
+
     def start_document(self) -> None:
         """Let the next token start a new document: of the open one only the tables of slots are kept."""
         empty = EngineState(self.shape, self.rows)

@@ -154,6 +154,13 @@ class EngineReader:
             raise UserError(f"{path} holds {state.rows} rows, but a session reads one text.")
         self._state, self._logits, self._in_torch = state, None, None
 
+    def skip_slot_write(self) -> None:
+        """Let the next token leave the tables of slots as they are."""
+        if self._in_torch is not None:
+            self._in_torch.skip_slot_write()
+        else:
+            self._state.skip_slot_write()
+
     def start_document(self) -> None:
         """Keep the tables of slots alone."""
         require_lasting_slots(self._model.fields)

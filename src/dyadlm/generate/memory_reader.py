@@ -106,6 +106,10 @@ class MemoryReader:
             self.memory = ContextMemory.from_tensors(*kept)
         self._mixed = None
 
+    def skip_slot_write(self) -> None:
+        """That of the model."""
+        self._reader.skip_slot_write()
+
     def start_document(self) -> None:
         """Begin a new document, which recalls what is remembered."""
         self._reader.start_document()

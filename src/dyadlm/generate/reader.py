@@ -70,6 +70,10 @@ class Reader(Protocol):
         """Load a saved state; raises `UserError` if it does not fit the model."""
         ...
 
+    def skip_slot_write(self) -> None:
+        """Let the next token leave the tables of slots as they are; a model without slots has none."""
+        ...
+
     def start_document(self) -> None:
         """Keep the tables of slots alone; raises `UserError` for a model that keeps none."""
         ...

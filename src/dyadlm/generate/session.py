@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.generate.engine_reader import EngineModel
 from dyadlm.generate.reader import Reader
 from dyadlm.generate.sampling import Sampler, Sampling
-from dyadlm.generate.states import require_saveable_state, require_state_files
+from dyadlm.generate.states import require_saveable_state, require_slots, require_state_files
 from dyadlm.state_file import holds_memory
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dyadlm")
 
 Model: TypeAlias = "PreTrainedModel | EngineModel"
+Slots: TypeAlias = Literal["all", "prompt"]
 
 
 class Session:
@@ -38,9 +39,18 @@ class Session:
     `write` ends.
     """
 
-    def __init__(self, model: Model, tokenizer: AnyTokenizer, memory: "ContextMemory | None" = None):
+    def __init__(
+        self, model: Model, tokenizer: AnyTokenizer, memory: "ContextMemory | None" = None, slots: Slots = "all"
+    ):
         """model: any causal language model of transformers, or the engine's form of one of ours. memory: of what
-        followed each context, mixed into its predictions."""
+        followed each context, mixed into its predictions. slots: what they take in: all, or the prompt alone, not what
+        the model writes, which then copies itself less and seldom runs in a circle.
+
+        Raises `UserError` where a model without slots is to fill them with the prompt alone.
+        """
+        if slots == "prompt":
+            require_slots(model.fields if isinstance(model, EngineModel) else vars(model.config))
+        self._slots = slots
         self._reader = reader_of(model, memory)
         self._tokenizer = tokenizer
         self.begins = True
@@ -211,11 +221,15 @@ class Session:
             token = sampler(require_numbers(self._reader.logits))
             if token in self.end_tokens:
                 return
+            if self._slots == "prompt":
+                self._reader.skip_slot_write()
             self._reader.read_next(token, first=number == 0)
             yield token
 
     def _foreseen_tokens(self, most: int, sampling: Sampling, drafts: "Drafts") -> Generator[int]:
         """Greedy tokens, two for one pass where the second was foreseen."""
+        if self._slots == "prompt":
+            raise UserError("Speculation fills the slots with what it writes; leave out --speculate or --slots prompt.")
         speculation = self._reader.speculation(sampling, drafts)
         try:
             for _ in range(most):
@@ -267,10 +281,11 @@ def open_session(
     new_document: bool = False,
     state_out: Path | None = None,
     memory: "ContextMemory | None" = None,
+    slots: Slots = "all",
 ) -> Session:
     """A session at its beginning, or after a saved state.
 
-    memory: mixed into the predictions, saved with the state and loaded with it.
+    slots: as in `Session`. memory: mixed into the predictions, saved with the state and loaded with it.
     new_document: begin a new document, which recalls what the slots of the saved state hold.
     state_out: where the state is to be saved in the end: a new file, or `state_in` again.
     Raises `UserError` for what does not fit together, before anything is read.
@@ -278,7 +293,7 @@ def open_session(
     require_state_files(state_in, new_document, state_out)
     if state_out is not None and not isinstance(model, EngineModel):
         require_saveable_state(model)
-    session = Session(model, tokenizer, memory)
+    session = Session(model, tokenizer, memory, slots)
     if state_in is not None:
         session.load(state_in)
     if new_document:
@@ -299,20 +314,21 @@ def generate_text(
     state_out: Path | None = None,
     drafts: "Drafts | None" = None,
     memory: "ContextMemory | None" = None,
+    slots: Slots = "all",
 ) -> Iterator[str]:
     """Continue a prompt, yielding text as it comes: what Hugging Face `generate` writes with these options.
 
     state_in: a saved state that the prompt continues. new_document: the prompt begins a new document instead, which
     recalls what the slots of the saved state hold. state_out: where the state after prompt and continuation goes when
     the text has ended, or is read no further; a new file, or `state_in` again. drafts: speculate, greedily, and count.
-    memory: as in `open_session`.
+    memory, slots: as in `open_session`.
     Raises `UserError` for an empty prompt, an option out of range, and a state that does not fit.
     """
     if not prompt:
         raise UserError("The prompt is empty; give at least one character.")
     if drafts is not None:
         require_speculation(model, sampling or Sampling())
-    session = open_session(model, tokenizer, state_in, new_document, state_out, memory)
+    session = open_session(model, tokenizer, state_in, new_document, state_out, memory, slots)
     session.read_prompt(prompt)
     try:
         yield from session.write(max_new_tokens, sampling or Sampling(), stop, drafts)

@@ -48,6 +48,12 @@ def require_learnable(model: "PreTrainedModel") -> "DyadConfig":
     return model.config
 
 
+def require_slots(fields: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless a model of this configuration has slots."""
+    if not fields.get("slot_contexts"):
+        raise UserError("This model has no slots (slot_contexts); leave out --slots prompt.")
+
+
 def require_lasting_slots(fields: Mapping[str, Any]) -> None:
     """Raise `UserError` unless a model of this configuration remembers something from one document to the next."""
     if not fields.get("slot_contexts"):

@@ -99,6 +99,11 @@ class TorchReader:
             raise UserError(f"{path} holds {state.batch_size} rows, but a session reads one text.")
         self.state, self.logits, self.hidden = state, None, None
 
+    def skip_slot_write(self) -> None:
+        """Let the next token leave the tables of slots as they are."""
+        if self._other is None and self.state is not None:
+            self.state.skip_slot_write()
+
     def start_document(self) -> None:
         """Keep the tables of slots alone."""
         require_lasting_slots(vars(require_saveable_state(self.model)))

@@ -80,6 +80,10 @@ class Rows(Protocol):
         """Rows that stand where these do and go on by themselves."""
         ...
 
+    def skip_slot_write(self) -> None:
+        """As `DyadCache.skip_slot_write`."""
+        ...
+
     def __len__(self) -> int: ...
 
 
@@ -215,6 +219,15 @@ class DyadCache:
             self.text, self.planner = TextState(), PlannerState()
             self.position, self.may_begin = torch.zeros_like(self.position), True
             self.columns_seen = 0
+
+    def skip_slot_write(self) -> None:
+        """Let the next token leave the tables of slots as they are."""
+        if self.rows is not None:
+            self.rows.skip_slot_write()
+            return
+        nothing = once(lambda pending: torch.full_like(pending, -1))
+        kept = [layer.slots and (*layer.slots[:-1], nothing(layer.slots[-1])) for layer in self.layers]
+        self.layers = [layer._replace(slots=own) for layer, own in zip(self.layers, kept, strict=True)]
 
     def copy(self) -> "DyadCache":
         """A cache that stands where this one does and goes on by itself.
