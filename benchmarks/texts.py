@@ -1,4 +1,5 @@
-"""What `tiny-en` writes after 25 prompts, uncut: greedily, and as `dyadlm generate` samples where nothing is said.
+"""What `tiny-en` writes after 25 prompts, uncut: greedily and as `dyadlm generate` samples where nothing is said, each
+also with slots that take in the prompt alone.
 
     python benchmarks/texts.py
 
@@ -18,9 +19,16 @@ from common import ROOT, circumstances, require_green
 from dyadlm.diagnose.probes.loop import PUBLISHED, loop_onset, repeated_fours
 from dyadlm.files import write_atomically
 from dyadlm.generate import EngineModel, Sampling, Session, engine_model
+from dyadlm.generate.session import Slots
 
 MODEL, WRITTEN = "tiny-en", 256
-DECODING = {"greedy": Sampling(temperature=0.0), "sampled": Sampling(temperature=0.8, top_p=0.95, seed=1)}
+GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=0.8, top_p=0.95, seed=1)
+DECODING: dict[str, tuple[Sampling, Slots]] = {
+    "greedy": (GREEDY, "all"),
+    "greedy, --slots prompt": (GREEDY, "prompt"),
+    "sampled": (SAMPLED, "all"),
+    "sampled, --slots prompt": (SAMPLED, "prompt"),
+}
 PROMPTS = {
     "Plays": (
         "ROMEO:\n",
@@ -62,9 +70,10 @@ PAGE = """# Text of `tiny-en`
 
 What the [model that comes with the package](start.md) writes after 25 prompts, nothing left out and nothing chosen:
 {written} bytes after each, greedily (`--temperature 0`) and as `dyadlm generate` samples by default (temperature 0.8,
-top-p 0.95; `--seed 1`). The prompts were fixed before any text was seen.
+top-p 0.95; `--seed 1`), each as it is and with `--slots prompt`, where slots take in nothing of what the model writes.
+The prompts were fixed before any text was seen.
 
-<!-- not run: writes this page -->
+<!-- not run: takes a minute, and writes this page -->
 
 ```sh
 python benchmarks/texts.py
@@ -81,9 +90,9 @@ greedy text run in a circle. Made with dyadlm {version} on a CPU, in float32.
 """
 
 
-def continued(model: EngineModel, prompt: str, sampling: Sampling) -> dict[str, Any]:
+def continued(model: EngineModel, prompt: str, sampling: Sampling, slots: Slots) -> dict[str, Any]:
     """The text after a prompt, and its figures."""
-    session = Session(model, model.tokenizer)
+    session = Session(model, model.tokenizer, slots=slots)
     session.read_prompt(prompt)
     text = "".join(session.write(WRITTEN, sampling))
     tokens = np.frombuffer(text.encode(), np.uint8)
@@ -133,7 +142,7 @@ def main() -> None:
     model = engine_model(MODEL, "cpu", "float32")
     assert model is not None, "the engine runs it"
     texts = [
-        {"kind": kind, "prompt": prompt, **{name: continued(model, prompt, how) for name, how in DECODING.items()}}
+        {"kind": kind, "prompt": prompt, **{name: continued(model, prompt, *how) for name, how in DECODING.items()}}
         for kind, prompts in PROMPTS.items()
         for prompt in prompts
     ]
