@@ -244,6 +244,7 @@ def test_the_size_of_a_state_counts_what_is_shared_once():
         (["--models", "dyad", "--address", "auto"], "--engine ray"),
         (["--models", "dyad", "--data", "none.txt"], "There is no file"),
         (["--models", "dyad", "--scale", "nan"], "--scale is a number above 0"),
+        (["--models", "dyad", "--compile", "dyad,llama"], "--compile names llama, which is not among --models"),
         (["--models", "dyad", "--budget", "tokens=9e400"], "a number above 0"),
     ],
 )

@@ -80,6 +80,7 @@ def compare(
     from dyadlm.compare import Budget, Recipe, Study, run_study
     from dyadlm.compare.budget import parse_amount
     from dyadlm.compare.study import summary
+    from dyadlm.errors import UserError
     from dyadlm.report.arena import write_arena
 
     require_ray(engine, address)
@@ -95,6 +96,8 @@ def compare(
         compiled=_names(compiled),
     )
     families = _names(models)
+    if others := [name for name in recipe.compiled if name not in families]:
+        raise UserError(f"--compile names {others[0]}, which is not among --models; add it there, or leave it out.")
     rates = tuple(learning_rates or ())
     study = Study(recipe, families, Budget.parse(budget), seeds, sweep, rates, force)
     at_once = jobs or os.cpu_count() or 1
