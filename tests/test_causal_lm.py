@@ -117,6 +117,19 @@ def test_a_stream_longer_than_a_chunk_is_scored_as_in_one_pass(name, monkeypatch
     assert told.nats_per_token == pytest.approx(float(nats), abs=1e-4)
 
 
+def test_several_texts_that_a_model_mixes_up_are_refused():
+    """RWKV-4 of transformers gives logits of another shape for single tokens of several texts."""
+    model, ids = make("rwkv"), torch.randint(0, 256, (3, 8), generator=torch.Generator().manual_seed(0))
+    reader = Continuation(model)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert torch.allclose(torch.cat([reader.read(ids[:, :5]), reader.read(ids[:, 5:7])], 1), whole[:, :7], atol=1e-4)
+    with pytest.raises(UserError, match=r"rwkv model mixes up several texts .*; give one text at a time"):
+        reader.read(ids[:, 7:])
+    one = Continuation(model)
+    assert torch.allclose(torch.cat([one.read(ids[:1, at : at + 1]) for at in range(8)], 1), whole[:1], atol=1e-4)
+
+
 def test_a_text_too_long_for_a_model_without_a_state(monkeypatch):
     monkeypatch.setattr(scoring, "LONGEST_CHUNK", 40)
     monkeypatch.setattr(scoring, "LONGEST_FORGETFUL", 50)

@@ -221,7 +221,8 @@ class Continuation:
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
-        """Read on: (B, T) int64 → logits (B, T, V). Raises `UserError` where the model has no more positions."""
+        """Read on: (B, T) int64 → logits (B, T, V). Raises `UserError` where the model has no more positions, or reads
+        one text alone."""
         with self._limits_named(ids.shape[1]):
             logits = self._read(ids.to(self.model.device))
         self.seen += ids.shape[1]
@@ -263,7 +264,13 @@ class Continuation:
             output = self.model(input_ids=ids[:, at : at + size], use_cache=True, **self._state)
             self._state = state_of(self.model, output)
             logits.append(output.logits)
-        return torch.cat(logits, 1)
+        found = torch.cat(logits, 1)
+        if found.shape[:2] != ids.shape:  # RWKV-4 of transformers, single tokens of several texts
+            raise UserError(
+                f"A {self.model.config.model_type} model mixes up several texts where it reads single tokens; "
+                "give one text at a time."
+            )
+        return found
 
     def _read_again(self, ids: Tensor) -> Tensor:
         """Everything from the beginning. The last logits come from the inputs that the model makes of a text that is
