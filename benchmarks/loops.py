@@ -12,7 +12,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,7 +56,7 @@ class Material:
         self.followed = [text[at : at + WRITTEN] for text in texts for at in _places(text, PROMPTS // len(texts))]
         self.windows = [text[at - WINDOW : at] for text in texts for at in _places(text, WINDOWS // len(texts))]
 
-    @cache  # noqa: B019  there is one for each model
+    @cached_property
     def words(self) -> set[str]:
         """All words of the training parts."""
         return {word for corpus in self.corpora for word in _words(part(corpus, "train"))}
@@ -64,7 +64,7 @@ class Material:
     def known(self, written: np.ndarray) -> float:
         """The share of whole words of a text that stand in the training parts."""
         words = _words(written[written < 256].astype(np.uint8).tobytes())[1:-1]
-        return float(np.mean([word in self.words() for word in words])) if words else float("nan")
+        return float(np.mean([word in self.words for word in words])) if words else float("nan")
 
 
 def _places(text: np.ndarray, count: int) -> list[int]:
@@ -110,9 +110,9 @@ def greedy(tokens: list[int], logits: np.ndarray) -> int:
     return int(logits.argmax())
 
 
-def sampled(seed: int, **options: float) -> Choice:
+def sampled(seed: int, **options: Any) -> Choice:
     """As `dyadlm generate` does."""
-    sampler = Sampler(Sampling(seed=seed, **options))  # type: ignore[arg-type]
+    sampler = Sampler(Sampling(seed=seed, **options))
     return lambda tokens, logits: sampler(logits)
 
 
