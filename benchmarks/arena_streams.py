@@ -3,8 +3,8 @@
     python benchmarks/arena_streams.py FOLDER [--families dyad mamba2]
 
 FOLDER: that of `benchmarks/arena.py` or `dyadlm compare`. Each model reads the first 65,536 bytes of each validation
-text, those of seed 0 also a third of 1,000,000 bytes of each, as far as there are so many. Models without a state of constant size read
-overlapping windows. Differences to the first family are paired by seed.
+text, those of seed 0 also a third of 1,000,000 bytes of each, as far as there are so many. Models without
+a state of constant size read overlapping windows. Differences to the first family are paired by seed.
 """
 
 import statistics
