@@ -1,6 +1,7 @@
 """Rate and memory of `dyadlm data prepare` on large text, in one process and by Ray with one and two workers.
 
     python benchmarks/preparation.py --gigabytes 5 --work DIR      # needs six times as much free space
+    python benchmarks/preparation.py --gigabytes 0.1 --bpe         # tokens of a byte-level BPE of 8,192
 
 The text is the medium corpus again and again, a document in each JSON line, each copy with its number in every line, so
 that no two parts are equal. Of each way: seconds by the clock, the most memory that its processes held together, and
@@ -17,6 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from common import Cells, arguments
 from dyadlm.data.corpora import open_corpus
 
@@ -25,6 +29,9 @@ WAYS = {
     "Ray, 1 worker": ["--engine", "ray", "--processes", "1"],
     "Ray, 2 workers": ["--engine", "ray", "--processes", "2"],
 }
+VOCABULARY = 8192
+LEARNED_FROM = 20_000_000  # bytes
+END = "<|end|>"
 EVERY = 0.5  # seconds between looks at the memory
 
 
@@ -41,6 +48,22 @@ def write_texts(path: Path, size: int) -> None:
                 text = content.decode(errors="replace").replace("\n", f" {copy}\n")
                 written += file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             copy += 1
+
+
+def write_tokenizer(text: Path, folder: Path) -> None:
+    """A tokenizer as GPT-2 has them, made of the beginning of the text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = text.open(encoding="utf-8").readlines(LEARNED_FROM)
+    backend.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END).save_pretrained(folder)
 
 
 def resident(process: int) -> int:
@@ -92,19 +115,26 @@ def main() -> None:
     parser = arguments(__doc__ or "", "preparation.json")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--gigabytes", type=float, default=5.0)
+    parser.add_argument("--bpe", action="store_true", help="a tokenizer that takes time")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
     cells = Cells(asked.output)
+    size = f"{asked.gigabytes:g} GB{', BPE' * asked.bpe}"
+    names = [f"{size}, {way}" for way in WAYS]
     with tempfile.TemporaryDirectory(dir=asked.work) as folder:
         text = Path(folder, "texts.jsonl")
         write_texts(text, int(asked.gigabytes * 1e9))
-        for name in cells.missing([f"{asked.gigabytes:g} GB, {way}" for way in WAYS]):
+        options = []
+        if asked.bpe:
+            write_tokenizer(text, Path(folder, "tokenizer"))
+            options = ["--tokenizer", str(Path(folder, "tokenizer"))]
+        for name in cells.missing(names):
             output = Path(folder, "prepared")
-            found = prepare(text, output, WAYS[name.partition(", ")[2]])
+            found = prepare(text, output, [*WAYS[name.removeprefix(f"{size}, ")], *options])
             cells.store(name, found)
             shutil.rmtree(output)
-    found = {cells.results[f"{asked.gigabytes:g} GB, {way}"]["dataset"] for way in WAYS}
-    print("All prepared texts are equal." if len(found) == 1 else f"Prepared texts differ: {found}.")
+    differing = {cells.results[name]["dataset"] for name in names}
+    print("All prepared texts are equal." if len(differing) == 1 else f"Prepared texts differ: {differing}.")
 
 
 if __name__ == "__main__":

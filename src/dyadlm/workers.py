@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -61,7 +62,8 @@ def _here(
             for task in _free(wanted(), (task for task, _ in running.values()))[: jobs - len(running)]:
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(sender, work, task), daemon=True)
-                process.start()
+                with _interrupts_ignored():
+                    process.start()
                 sender.close()
                 running[receiver] = task, process
             if not running:
@@ -86,6 +88,19 @@ def _here(
             process.terminate()
         for _, process in running.values():
             process.join()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Programs that are started here inherit it: Ctrl-C, which reaches all, does not stop them while they load."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _dead(task: Hashable) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -57,6 +58,10 @@ def compare(
             help="Families to train with torch.compile: faster, after minutes for each cell. It needs a C++ compiler.",
         ),
     ] = "",
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py|MODULE", help="Your own code that registers families; may be given again."),
+    ] = None,
     engine: WorkEngine = "local",
     address: Address = None,
     jobs: Annotated[
@@ -82,6 +87,7 @@ def compare(
     from dyadlm.compare.study import summary
     from dyadlm.errors import UserError
     from dyadlm.report.arena import write_arena
+    from dyadlm.zoo.plugins import load_plugins
 
     require_ray(engine, address)
     recipe = Recipe(
@@ -94,6 +100,8 @@ def compare(
         scale=scale,
         dtype=dtype,
         compiled=_names(compiled),
+        plugins=tuple(plugin or ()),
+        code=load_plugins(plugin or ()),
     )
     families = _names(models)
     if others := [name for name in recipe.compiled if name not in families]:
@@ -109,6 +117,7 @@ def compare(
     try:
         finals = run_study(study, output, at_once, engine, address, progress)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end
         errors.print(f"Stopped; {progress.done} cells are kept in {output}. The same command goes on from there.")
         raise typer.Exit(130) from None
     page = write_arena(summary(study, output, finals), output, _command())

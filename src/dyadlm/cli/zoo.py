@@ -8,15 +8,24 @@ import typer
 from dyadlm.cli.shared import silence_transformers
 from dyadlm.errors import RunFailed
 
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="FILE.py|MODULE", help="Your own code that registers families."),
+]
+
 app = typer.Typer(help="Families of causal language models for `compare`.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_families(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def list_families(
+    plugin: Plugins = None, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """List all families: what they are, what they need, and why some are not compared."""
     from dyadlm.console import print_table
     from dyadlm.zoo import FAMILIES
+    from dyadlm.zoo.plugins import load_plugins
 
+    load_plugins(plugin or ())
     if json:
         rows = [
             {
@@ -47,6 +56,7 @@ def check(
     parameters: Annotated[
         int, typer.Option(help="Build one model with so many parameters, to within 2 %.", min=1)
     ] = 1_000_000,
+    plugin: Plugins = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that no later token changes an earlier logit, that a text read in pieces gives equal logits, that a saved
@@ -55,7 +65,9 @@ def check(
     Exit code 1 if a family is not sound.
     """
     from dyadlm.zoo.check import check as check_family
+    from dyadlm.zoo.plugins import load_plugins
 
+    load_plugins(plugin or ())
     silence_transformers()
     found = []
     for name in names:

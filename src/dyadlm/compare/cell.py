@@ -32,6 +32,7 @@ from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
 from dyadlm.zoo.floors import FLOORS
+from dyadlm.zoo.plugins import load_plugins
 from dyadlm.zoo.positions import MULTIPLES, length_losses
 
 OWN_TABLES = {family.name for family in FLOORS}  # families that n-gram tables are not added to
@@ -47,7 +48,8 @@ class Recipe:
     training texts; batch: of them a step. optimizer: adamw or muon. ngrams: sizes of hashed n-grams beside the
     embedding, the same tables for all. scale: of the numbers of scored tokens. text: the identity of the data, which a
     worker's must have; empty asks for none. dtype: float32 or bfloat16 (autocast) in training; losses are measured in
-    float32. compiled: families that are trained with torch.compile.
+    float32. compiled: families that are trained with torch.compile. plugins: files and modules that register families
+    (`dyadlm.zoo.plugins`); code: the checksum of their code, which a worker's must have.
 
     Raises:
         UserError: a scale that is no number above 0.
@@ -64,6 +66,8 @@ class Recipe:
     text: str = ""
     dtype: str = "float32"
     compiled: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    code: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
@@ -115,8 +119,10 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
     """Train and score; what was found, as JSON can hold it, and the weights as safetensors (empty without training).
 
     Raises:
-        UserError: data or a family that there is not, or another text than the study's.
+        UserError: data or a family that there is not, or another text or code than the study's.
     """
+    if load_plugins(recipe.plugins) != recipe.code:
+        raise UserError(f"{', '.join(recipe.plugins)} is other code here than where the study began; copy it anew.")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -26,7 +26,12 @@ from dyadlm.zoo.family import Family
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
 RECIPE = "recipe.json"
-EARLIER = {"dtype": "float32", "compiled": []}  # of studies that were begun when there was no choice
+EARLIER = {
+    "dtype": "float32",
+    "compiled": [],
+    "plugins": [],
+    "code": "",
+}  # of studies that were begun when there was no choice
 
 
 @dataclass(frozen=True)

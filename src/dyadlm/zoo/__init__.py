@@ -67,7 +67,8 @@ def build(
 def register_family(family: Family) -> None:
     """Add a family of your own to `FAMILIES`, for `build` and `dyadlm.compare`.
 
-    Each process of a comparison must register it: call this outside of `if __name__ == "__main__"`, `run_study` inside.
+    Each process of a comparison must register it: `dyadlm compare --plugin FILE.py` runs that file in each. With
+    `run_study`, call this outside of `if __name__ == "__main__"`, and `run_study` inside.
     Raises `UserError` where the name is taken.
     """
     if FAMILIES.get(family.name, family) != family:

@@ -1,0 +1,112 @@
+"""Does the best learning rate of `tiny` hold for wider models, as it is or scaled by the width (muP)?
+
+    python benchmarks/transfer.py [--optimizer muon] [--width 512]
+
+Models of `tiny`'s depth at widths of 64 to 512 (ranks and feed-forward widths in proportion), on 0.3M tokens of the
+medium corpus in windows of 256 bytes, four a step, one seed, rates in steps of two. "plain": one rate for all weights.
+"scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon, whose updates have a
+spectral norm of their own (Yang et al. 2022, arXiv 2203.03466; Large et al. 2024, arXiv 2405.14813). The best rate is
+where a parabola through the best cell and its neighbours is lowest. The regret is what a width loses, in nats, at the
+rate that is best at 128.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from common import Cells, arguments, dyad, require_green, size, train
+from dyadlm.data import byte_tokenizer, resolve_data
+from dyadlm.train.muon import matrix_parameters
+from dyadlm.train.validation import ValidationSample
+from optimizers import BATCH, score
+
+BASE, BASE_RANK = 128, 22
+WIDTHS = (64, 128, 256, 512)
+RATES = {"muon": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+TOKENS, VALIDATION_TOKENS = 307_200, 131_072
+POWERS = {"adamw": 1.0, "muon": 0.5}
+
+
+def model_of(width: int) -> Any:
+    torch.manual_seed(0)
+    return dyad(hidden_size=width, level_rank=BASE_RANK * width // BASE)
+
+
+def cell_names(optimizer: str, widths: tuple[int, ...]) -> list[str]:
+    """The narrowest first; at the base width both ways are the same."""
+    return [
+        f"{optimizer} / {width} / {way} / {rate:g}"
+        for width in widths
+        for way in (("plain",) if width == BASE else ("plain", "scaled"))
+        for rate in RATES[optimizer]
+    ]
+
+
+def best(losses: dict[float, float]) -> tuple[float, bool]:
+    """The rate at which a parabola in log2 of the rate is lowest, and whether the best cell is inside of the sweep."""
+    rates = sorted(losses)
+    at = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    if at in (0, len(rates) - 1):
+        return rates[at], False
+    left, middle, right = (losses[rates[i]] for i in (at - 1, at, at + 1))
+    return rates[at] * 2 ** ((left - right) / (2 * (left - 2 * middle + right))), True
+
+
+def at_rate(losses: dict[float, float], rate: float) -> float:
+    """The loss at a rate between two of the sweep, on a line in log2 of the rate."""
+    rates = sorted(losses)
+    rate = min(max(rate, rates[0]), rates[-1])
+    high = next(i for i, each in enumerate(rates) if each >= rate)
+    if rates[high] == rate:
+        return losses[rate]
+    part = math.log2(rate / rates[high - 1]) / math.log2(rates[high] / rates[high - 1])
+    return losses[rates[high - 1]] * (1 - part) + losses[rates[high]] * part
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", "transfer.json")
+    parser.add_argument("--optimizer", action="append", choices=list(RATES))
+    parser.add_argument("--width", type=int, action="append", choices=WIDTHS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    require_green()
+    data = resolve_data(["shakespeare", "kjv", "sotu"])
+    training = [(stream, float(len(stream))) for stream, _ in data.train]
+    prefix = byte_tokenizer().bos_token_id
+    fresh = ValidationSample.draw(data.validation, BATCH["sequence_length"], VALIDATION_TOKENS, prefix)
+    cells = Cells(options.output)
+    optimizers = tuple(options.optimizer or RATES)
+    widths = tuple(width for width in WIDTHS if width in (options.width or WIDTHS))
+    for name in cells.missing([name for width in widths for each in optimizers for name in cell_names(each, (width,))]):
+        optimizer, width, way, rate = name.split(" / ")
+        model = model_of(int(width))
+        scale = (BASE / int(width)) ** POWERS[optimizer] if way == "scaled" else 1.0
+        scales = dict.fromkeys(matrix_parameters(model), scale)
+        cost = train(
+            model, training, tokens=TOKENS, learning_rate=float(rate), seed=0, optimizer=optimizer,
+            final_learning_rate=0.0, scales=scales, **BATCH,
+        )  # fmt: skip
+        cells.store(name, {"parameters": size(model), "nats": score(model, fresh), **cost})
+    for optimizer in optimizers:
+        base: float | None = None
+        for width in (BASE, *(width for width in widths if width != BASE)):
+            for way in ("plain", "scaled"):
+                losses = {
+                    rate: cells.results[name]["nats"]
+                    for rate in RATES[optimizer]
+                    if (name := f"{optimizer} / {width} / {way} / {rate:g}") in cells.results
+                }
+                if len(losses) < len(RATES[optimizer]):
+                    continue
+                rate, inside = best(losses)
+                base = base or rate
+                lowest = min(losses.values())
+                print(
+                    f"{optimizer} {width} {way}: best rate {rate:.2g}{'' if inside else ' (end of the sweep)'}, "
+                    f"{lowest:.4f} nats; at the rate of {BASE}: +{at_rate(losses, base) - lowest:.4f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
