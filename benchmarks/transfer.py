@@ -2,10 +2,10 @@
 
     python benchmarks/transfer.py [--optimizer muon] [--width 512]
 
-Models of `tiny`'s depth at widths of 64 to 512 (ranks and feed-forward widths in proportion), on 0.2M tokens of the
-medium corpus in windows of 256 bytes, four a step, one seed, rates in steps of two (without the highest at 512). "plain": one rate for all weights.
-"scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon, whose updates have a
-spectral norm of their own (Yang et al. 2022, arXiv 2203.03466; Large et al. 2024, arXiv 2405.14813). The best rate is
+Models of `tiny`'s depth at widths of 64 to 512 (ranks and feed-forward widths in proportion), 400 steps of four windows
+of 128 bytes of the medium corpus, one seed, rates in steps of two (without the highest at 512). "plain": one rate for
+all weights. "scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon, whose
+updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is
 where a parabola through the best cell and its neighbours is lowest. The regret is what a width loses, in nats, at the
 rate that is best at 128.
 """
@@ -19,11 +19,12 @@ from common import Cells, arguments, dyad, require_green, size, train
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.train.muon import matrix_parameters
 from dyadlm.train.validation import ValidationSample
-from optimizers import BATCH, score
+from optimizers import score
 
 BASE, BASE_RANK = 128, 22
 WIDTHS = (64, 128, 256, 512)
 RATES = {"muon": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+BATCH = {"batch_size": 4, "sequence_length": 128}
 TOKENS, VALIDATION_TOKENS = 204_800, 131_072
 POWERS = {"adamw": 1.0, "muon": 0.5}
 
