@@ -5,8 +5,8 @@
 Models of `tiny`'s depth at widths of 64 to 512 (ranks and feed-forward widths in proportion), 400 steps of four windows
 of 128 bytes of the medium corpus, one seed, rates in steps of two (without the highest at 512). "plain": one rate for
 all weights. "scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon, whose
-updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is where a parabola through
-the best cell and its neighbours is lowest; beside it stands what a width loses, in nats, at the rate that is best at 128.
+updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is where a parabola
+through the best cell and its neighbours is lowest; beside it is what a width loses, in nats, at the best rate of 128.
 """
 
 import math
