@@ -1,6 +1,6 @@
 """Everything that only a GPU can say, in one command of at most nine minutes; resumable.
 
-    python benchmarks/gpu.py --output DIR [--shard FILE] [--minutes 9] [--stages STAGE ...]
+    python benchmarks/gpu.py --output DIR [--shard FILE] [--wheels DIR] [--minutes 9] [--stages STAGE ...]
 
 tests: the tests that need a GPU. kernels: tests of the Triton kernels, and their time beside that of a copy
 (`gpu_kernels.py`). training: time of a step (`gpu_training.py`), and of a decoded token (`gpu_decoding.py`). study:
@@ -8,7 +8,9 @@ models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `sm
 the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
 
 Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
-measured again. With `--rehearse` everything runs at small sizes on the CPU where there is no GPU.
+measured again. A machine without network gets its packages, torch aside, from a folder of wheels (`--wheels`), which
+`pip download -r requirements.lock --dest DIR` fills on a machine of the same kind. With `--rehearse` everything runs at
+small sizes, on the CPU where there is no GPU.
 """
 
 import argparse
@@ -21,8 +23,6 @@ import tarfile
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("tests", "kernels", "training", "study", "text")
@@ -39,6 +39,17 @@ TRAINED = [
 ]
 
 
+def install(folder: Path) -> None:
+    """What the wheels of a folder hold; torch and what goes with CUDA stay those of the machine."""
+    kept = ("torch-", "triton-", "nvidia_")
+    wheels = [str(wheel) for wheel in sorted(folder.glob("*.whl")) if not wheel.name.startswith(kept)]
+    if not wheels:
+        sys.exit(f"There are no wheels in {folder}.")
+    # Packages are complete in the folder, so that none is looked for elsewhere.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *wheels]
+    subprocess.run(command, check=True)
+
+
 class Run:
     """The folder of results and the time that is left."""
 
@@ -46,6 +57,10 @@ class Run:
         self.folder, self.options = options.output, options
         self.folder.mkdir(parents=True, exist_ok=True)
         self.until = time.time() + 60 * options.minutes
+        if options.wheels is not None:
+            install(options.wheels)
+        import torch
+
         self.gpu = torch.cuda.is_available()
         self.texts: dict[str, subprocess.Popen[bytes]] = {}  # models that get ready to train on text
 
@@ -192,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shard", type=Path, help="what shard.py wrote")
+    parser.add_argument("--wheels", type=Path, help="install these first")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--texts", nargs="+", default=["tiny-en", "small", "llama-small"])
@@ -201,6 +217,8 @@ def main() -> None:
     parser.add_argument("--tail", type=int, default=12, help="lines shown of each log")
     options = parser.parse_args()
     run = Run(options)
+    import torch
+
     card: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
     if run.gpu:
         card |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
