@@ -21,9 +21,9 @@ def complete(live, **fields):
     return live.client.completions.create(**{"model": "small", "prompt": PROMPT, "max_tokens": 24, "seed": 3, **fields})
 
 
-def alone(weights, prompt=PROMPT, tokens=24, name="small", **sampling) -> str:
+def alone(weights, prompt=PROMPT, tokens=24, name="small", slots="all", **sampling) -> str:
     """What the library writes, without a server."""
-    session = Session(*weights[name])
+    session = Session(*weights[name], slots=slots)
     session.read_prompt(prompt)
     return "".join(session.write(tokens, Sampling(**{"seed": 3, **sampling})))
 
@@ -46,6 +46,33 @@ def test_a_completion_is_what_the_library_writes(shared, weights, name, sampling
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.prompt_tokens == len(PROMPT)
     assert answer.usage.completion_tokens == 24
+
+
+def test_slots_of_the_prompt(shared, weights):
+    """As `dyadlm generate --slots prompt`, also for rows that step beside others."""
+    prompts = [PROMPT, TEXT_WITH_ACCENTS]
+    greedy = {"prompt": prompts, "max_tokens": 120, "temperature": 0}
+    own = [alone(weights, prompt, 120, slots="prompt", temperature=0) for prompt in prompts]
+    assert [choice.text for choice in complete(shared, **greedy, extra_body={"slots": "prompt"}).choices] == own
+    assert [choice.text for choice in complete(shared, **greedy).choices] != own, "the slots change what is written"
+    with pytest.raises(openai.BadRequestError, match="no slots"):
+        complete(shared, model="llama", extra_body={"slots": "prompt"})
+
+
+def test_an_answer_that_is_not_for_the_slots_is_kept_like_any(shared, weights):
+    """A session goes on from where a stop string has ended the answer, and its slots hold the prompt alone."""
+    whole = alone(weights, PROMPT, 60, slots="prompt", temperature=0)
+    stop = whole[20:24]
+    shown = whole[: whole.index(stop)]
+    session = shared.http.post("/v1/sessions", json={"model": "small"}).json()["id"]
+    body = {"session": session, "slots": "prompt"}
+    assert complete(shared, stop=[stop], max_tokens=60, temperature=0, extra_body=body).choices[0].text == shown
+    library = Session(*weights["small"], slots="prompt")
+    library.read_prompt(PROMPT)
+    assert "".join(library.write(len(shown.encode()), Sampling(temperature=0))) == shown
+    rest = complete(shared, prompt="", max_tokens=40, temperature=0, extra_body=body).choices[0].text
+    assert rest == "".join(library.write(40, Sampling(temperature=0)))
+    shared.http.delete(f"/v1/sessions/{session}")
 
 
 def test_a_stream_is_the_same_text(shared):

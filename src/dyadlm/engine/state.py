@@ -115,9 +115,9 @@ class EngineState:
         for name, array in self.arrays().items():
             array[row] = getattr(other, name)[other_row]
 
-    def skip_slot_write(self) -> None:
-        """Let the next token leave the tables of slots as they are."""
-        self.pending[:] = -1
+    def skip_slot_write(self, rows: Sequence[int] | None = None) -> None:
+        """Let the next token leave the tables of slots as they are, of some rows or of all."""
+        self.pending[slice(None) if rows is None else list(rows)] = -1
 
     def start_document(self) -> None:
         """Let the next token start a new document: of the open one only the tables of slots are kept."""

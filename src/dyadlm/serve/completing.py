@@ -49,6 +49,8 @@ class Answer:
         self.server, self.body, self.session = server, body, session
         self.model = server.model_of(body.model) if session is None else session.model
         self.end_tokens = self.model.end_tokens
+        if body.slots == "prompt" and not self.model.slots:
+            raise ApiError(400, "This model has no slots; leave out slots.", param="slots")
         self.created = int(time.time())
         self.plans: list[Plan] = []
         self.prompt_tokens = 0
@@ -80,7 +82,8 @@ class Answer:
         for choice in range(body.n or 1):
             if len(self.plans) >= limits.choices:
                 raise ApiError(400, f"At most {limits.choices} answers can be asked for at once.", param="n")
-            self.plans.append(Plan(prompt, most, body.sampling(choice), body.stops, keep=self.keep, **odds))
+            sampling, slots = body.sampling(choice), body.slots or "all"
+            self.plans.append(Plan(prompt, most, sampling, body.stops, keep=self.keep, slots=slots, **odds))
 
     def choice(
         self, index: int, pieces: list[Piece], odds: list[TokenOdds] | None, reason: str | None

@@ -13,7 +13,7 @@ from dyadlm.data.encoding import AnyTokenizer
 from dyadlm.errors import UserError
 from dyadlm.generate.decoding import IncrementalDecoder
 from dyadlm.generate.sampling import Sampler, Sampling
-from dyadlm.generate.session import require_numbers
+from dyadlm.generate.session import Slots, require_numbers
 from dyadlm.serve.rows import Row
 from dyadlm.serve.scheduler import Do, Job, Read, Step, Work
 
@@ -52,6 +52,7 @@ class Ended:
 class Plan:
     """What an answer is to be. prompt: ids int64 to read first. top: how many likeliest tokens are told with each;
     None: no odds at all. prompt_odds: of the prompt's tokens, too. keep: the row is used on, so that it reads all.
+    slots: whether they take in all, or the prompt alone.
     """
 
     prompt: np.ndarray
@@ -61,6 +62,7 @@ class Plan:
     top: int | None = None
     prompt_odds: bool = False
     keep: bool = False
+    slots: Slots = "all"
 
 
 class StopGate:
@@ -138,6 +140,7 @@ def write(job: Job, plan: Plan, tokenizer: AnyTokenizer, end_tokens: frozenset[i
     since = ""
     reason: Literal["stop", "length"] = "length"
     end_token = None
+    to_slots = plan.slots == "all"
     most = plan.max_tokens if room is None else min(plan.max_tokens, room)
     while True:
         ends = written == most
@@ -165,7 +168,7 @@ def write(job: Job, plan: Plan, tokenizer: AnyTokenizer, end_tokens: frozenset[i
         if stopped:
             reason = "stop"
             if plan.keep:
-                yield from _stand_at(job, mark, since, tokenizer)
+                yield from _stand_at(job, mark, since, tokenizer, to_slots)
         if ends or stopped:
             break
         if not (gate.held or undecided):
@@ -173,14 +176,17 @@ def write(job: Job, plan: Plan, tokenizer: AnyTokenizer, end_tokens: frozenset[i
         elif mark is None and plan.keep and plan.stop:
             mark = yield Do(job.copy_row)
         if written < most or plan.keep:
-            yield Step(token)
+            yield Step(token, to_slots)
     job.emit(Ended(reason, written, end_token))
 
 
-def _stand_at(job: Job, mark: Row | None, text: str, tokenizer: AnyTokenizer) -> Work:
+def _stand_at(job: Job, mark: Row | None, text: str, tokenizer: AnyTokenizer, to_slots: bool) -> Work:
     """Let the row have read what was shown, and no more. text: shown, and not read at the mark; without a mark, shown
     of the last token, which was not read."""
     if mark is not None:
         yield Do(lambda row: job.stand_at(mark))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    yield Read(np.asarray(ids, np.int64))
+    if to_slots:
+        yield Read(np.asarray(ids, np.int64))
+    else:
+        yield from (Step(int(token), False) for token in ids)

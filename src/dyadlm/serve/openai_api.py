@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dyadlm.generate.sampling import Sampling
+from dyadlm.generate.session import Slots
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.generation import Piece, TokenOdds
 from dyadlm.serve.served import ServedModel
@@ -44,6 +45,7 @@ class Generation(Body):
     stream_options: dict[str, Any] | None = None
     session: Text | None = None
     keep: bool = True
+    slots: Slots | None = None
     # Of OpenAI's, without effect on the answer.
     user: Any = None
     metadata: Any = None

@@ -75,6 +75,10 @@ class Rows(Protocol):
         """Read one token in each of B rows."""
         ...
 
+    def skip_slot_write(self, row: Row) -> None:
+        """Let the next token of a row leave its tables of slots as they are."""
+        ...
+
     def room(self, row: Row) -> int | None:
         """How many more tokens a row can read; None where there is no limit."""
         ...
@@ -136,6 +140,12 @@ class BatchedRows:
         logits = self.engine.step_rows(self._view(len(rows)), ordered)
         for row in rows:
             row.logits, row.tokens, row.begins = logits[row.place], row.tokens + 1, False
+
+    def skip_slot_write(self, row: Row) -> None:
+        if row.place >= 0:
+            self._seats.skip_slot_write([row.place])
+        else:
+            row.state.skip_slot_write()
 
     def room(self, row: Row) -> None:
         return None
@@ -240,6 +250,9 @@ class SeparateRows:
         for row, token in zip(rows, tokens, strict=True):
             row.state.read(np.array([token]))
             row.logits, row.tokens, row.begins = row.state.logits, row.tokens + 1, False
+
+    def skip_slot_write(self, row: Row) -> None:
+        row.state.skip_slot_write()
 
     def room(self, row: Row) -> int | None:
         return row.state.room  # type: ignore[no-any-return]

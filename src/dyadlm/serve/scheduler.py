@@ -64,9 +64,10 @@ class Read:
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """Read one token; the row's logits are those after it."""
+    """Read one token; the row's logits are those after it. to_slots: whether slots take it in."""
 
     token: int
+    to_slots: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -301,6 +302,8 @@ class Scheduler:
             command = live.command
             tokens.append(command.token if isinstance(command, Step) else int(command.ids[command.at]))  # type: ignore[union-attr]
             before.append(live.job.row.logits)
+            if isinstance(command, Step) and not command.to_slots:
+                self.rows.skip_slot_write(live.job.row)
         self.rows.step([live.job.row for live in stepping], tokens)
         self.steps += 1
         for live, token, logits in zip(stepping, tokens, before, strict=True):

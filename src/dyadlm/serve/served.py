@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class ServedModel:
-    """name: by which requests ask for it. sessions: whether its state has constant size and can be kept. chat: whether
-    its tokenizer has a chat template. vocabulary: tokens that it knows. identity: of its weights, for saved sessions.
+    """name: by which requests ask for it. sessions: whether its state has constant size and can be kept. slots: whether
+    it has any. chat: whether its tokenizer has a chat template. vocabulary: tokens that it knows. identity: of its weights, for saved sessions.
     """
 
     def __init__(self, name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", limits: Limits):
@@ -38,6 +38,7 @@ class ServedModel:
         require_causal(model, name)
         self.name, self.model, self.tokenizer, self.created = name, model, tokenizer, int(time.time())
         self.sessions = isinstance(model, DyadForCausalLM)
+        self.slots = self.sessions and bool(model.config.slot_contexts)
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         self._template = ChatTemplate(tokenizer) if self.chat else None
         self.parameters = int(model.num_parameters())
