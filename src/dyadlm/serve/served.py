@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 class ServedModel:
     """name: by which requests ask for it. sessions: whether its state has constant size and can be kept. slots: whether
-    it has any. chat: whether its tokenizer has a chat template. vocabulary: tokens that it knows. identity: of its weights, for saved sessions.
+    it has any. chat: whether its tokenizer has a chat template. vocabulary: tokens that it knows. identity: of its
+    weights, for saved sessions.
     """
 
     def __init__(self, name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", limits: Limits):
