@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", minversion="3.7")
+# Interpreters older than 3.7 fail with today's numpy; on a GPU none is used.
+pytest.importorskip("triton", minversion="3.3" if torch.cuda.is_available() else "3.7")
 
 import dyadlm.kernels.segments
 import dyadlm.kernels.windows
