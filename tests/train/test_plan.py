@@ -12,7 +12,7 @@ from dyadlm.accounting import training_flops_per_token
 from dyadlm.cli import main
 from dyadlm.errors import UserError
 from dyadlm.train import TrainSettings, plan
-from dyadlm.train.gpu_plan import measured_rates, nearest_rate, overhead
+from dyadlm.train.gpu_plan import measured_rates, nearest_rate, overhead, windows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.hidden_size=32", "model.num_hidden_layers=2", "max_steps=100", "gradient_accumulation_steps=4")
@@ -77,6 +77,13 @@ def test_memory_follows_the_windows_of_a_card_and_fsdp():
     (less,) = plan(settings("gradient_checkpointing=true"), (1,))["cards"]
     assert less["memory_bytes"] < one["memory_bytes"]
     assert less["seconds"]["eager"] > 1.2 * one["seconds"]["eager"]
+
+
+def test_windows_of_a_step_of_all_processes_are_those_of_the_plan():
+    assert windows_of(settings()) == (4, 16)
+    assert windows_of(settings("train.windows_per_step=64")) == (16, 64)
+    with pytest.raises(UserError, match=r"A step has 6 windows.*train\.windows_per_step"):
+        plan(settings("train.windows_per_step=6"), (8,))
 
 
 def test_nearest_rates_are_of_the_nearest_length():

@@ -79,11 +79,11 @@ def plan(
     if "max_steps" not in arguments:
         raise UserError("How long an epoch is depends on the text, which a plan does not read; set max_steps.")
     recomputed = any(bool(arguments.get(f"{name}_checkpointing")) for name in ("gradient", "activation"))
-    rows, windows = arguments["per_device_train_batch_size"], windows_per_step(arguments)
+    rows, windows = windows_of(settings)
     if max(cards) > windows:
+        more = "train.windows_per_step" if settings.train.windows_per_step else "gradient_accumulation_steps"
         raise UserError(
-            f"A step has {windows} windows, too few for {max(cards)} cards; raise gradient_accumulation_steps, or give "
-            "fewer --cards."
+            f"A step has {windows} windows, too few for {max(cards)} cards; raise {more}, or give fewer --cards."
         )
     tokens = arguments["max_steps"] * windows * length
     per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
@@ -125,9 +125,11 @@ def plan(
     }
 
 
-def windows_per_step(arguments: dict[str, Any]) -> int:
-    """Of one process."""
-    return int(arguments["per_device_train_batch_size"] * arguments.get("gradient_accumulation_steps", 1))
+def windows_of(settings: TrainSettings) -> tuple[int, int]:
+    """How many windows one card alone computes at once, and how many a step has."""
+    rows = settings.arguments["per_device_train_batch_size"]
+    passes, total = settings.arguments.get("gradient_accumulation_steps", 1), settings.train.windows_per_step
+    return (math.ceil(total / passes), total) if total else (rows, rows * passes)
 
 
 def nearest_rate(kind: str, config: DyadConfig, length: int) -> Rate | None:
