@@ -36,9 +36,9 @@ def read(made, numbers):
 def test_one_source_is_read_in_its_order_but_for_what_is_held_out():
     text = stream_text([(documents("a"), 1.0)], byte_tokenizer(), 20, 0)
     (sample,) = text.samples
-    assert decode_bytes(sample.tokens(0, len(sample))) == b"a0 " * 8
+    assert decode_bytes(sample.tokens(0, len(sample))) == b"a0 " * 8 + b"a0."
     found = read(StreamedWindows(text.passages, text.encoder, 16, 60, 4), range(60)).flatten().tolist()
-    round_ = [*b"a0."]
+    round_ = []
     for number in range(1, 30):
         round_ += [END_ID, *(f"a{number} " * 8 + f"a{number}.").encode()]
     assert found[: len(round_)] == round_[: len(found)]
@@ -50,6 +50,25 @@ def test_sources_are_mixed_by_their_weights_again_and_again():
     assert 2 < parts[0] / parts[1] < 4
     other = read(windows((documents("a", 3), 3.0), (documents("b", 3), 1.0), length=400, seed=1), range(400))
     assert not torch.equal(found, other)
+
+
+def test_documents_stay_whole_between_other_sources(monkeypatch):
+    made = windows((documents("a"), 1.0), (documents("b"), 1.0), length=200)
+    tokens = read(made, range(200)).flatten().tolist()
+    whole = {(f"{letter}{number} " * 8 + f"{letter}{number}.").encode() for letter in "ab" for number in range(30)}
+    text = b"".join(b"|" if token == END_ID else bytes([token]) for token in tokens)
+    assert set(text.split(b"|")[1:-1]) <= whole
+    monkeypatch.setattr("dyadlm.data.streaming.WORK_BYTES", 10)  # longer ones are read in parts
+    text = stream_text([(documents("a"), 1.0)], byte_tokenizer(), 20, 0)
+    found = read(StreamedWindows(text.passages, text.encoder, 16, 60, 4), range(60)).flatten().tolist()
+    assert found[:3] == [*b"a0."]
+
+
+def test_the_first_bad_byte_is_named_by_its_place_in_the_document(monkeypatch, text_tokenizer):
+    monkeypatch.setattr("dyadlm.data.streaming.WORK_BYTES", 10)
+    passages = [Passage("a", b"the tower "), Passage("a", b"speaks \xff", offset=10, starts=False)]
+    with pytest.raises(UserError, match="a is not UTF-8 text: byte 17 is 0xff"):
+        stream_text([(Source("a", "CC0", "a", {"train": lambda: iter(passages)}), 1.0)], text_tokenizer, 20, 0)
 
 
 def test_reading_goes_on_anywhere(tmp_path):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dyadlm.data.chat import CONVERSATION
 from dyadlm.data.formats import Passage
 from dyadlm.data.parts import Piece
-from dyadlm.data.preparation import DocumentEncoder, encode_work
+from dyadlm.data.preparation import WORK_BYTES, DocumentEncoder, encode_work
 from dyadlm.data.sources import Source
 from dyadlm.data.streams import TokenStream
 from dyadlm.errors import UserError
@@ -33,8 +33,8 @@ KEPT = 4  # places in the text that are remembered: the loader reads ahead of th
 def mixed(sources: Sequence[tuple[Source, float]], held_out: Sequence[int], seed: int) -> datasets.IterableDataset:
     """The passages of all sources without end, each source again and again, drawn by their weights.
 
-    Records have `content`, bytes, and `starts`, whether a document begins. held_out: passages at the beginning of each
-    source that are left out.
+    Records are documents, or about a megabyte of longer ones: `content`, bytes, and `starts`, whether a document begins
+    there. held_out: records at the beginning of each source that are left out.
     """
     total = sum(weight for _, weight in sources)
     read = [
@@ -50,8 +50,23 @@ def mixed(sources: Sequence[tuple[Source, float]], held_out: Sequence[int], seed
 
 def _records(parts: Sequence[Callable[[], Iterator[Passage]]]) -> Iterator[dict[str, Any]]:
     for part in parts:
-        for passage in part():
-            yield {"content": passage.content, "starts": passage.starts, "name": _plain(passage)}
+        for passages in _documents(part()):
+            first, content = passages[0], b"".join(passage.content for passage in passages)
+            yield {"content": content, "starts": first.starts, "name": _plain(first), "offset": first.offset}
+
+
+def _documents(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
+    """The passages of each document together, in lists of about WORK_BYTES: no other source is read between them."""
+    held: list[Passage] = []
+    size = 0
+    for passage in passages:
+        if held and (passage.starts or size >= WORK_BYTES):
+            yield held
+            held, size = [], 0
+        held.append(passage)
+        size += len(passage.content)
+    if held:
+        yield held
 
 
 def _plain(passage: Passage) -> str:
@@ -63,7 +78,7 @@ def _plain(passage: Passage) -> str:
 
 def _encoded(encoder: DocumentEncoder, record: dict[str, Any]) -> Piece:
     """Raises `UserError` for what the tokenizer cannot read."""
-    (piece,) = encode_work(encoder, [Passage(record["name"], record["content"])])
+    (piece,) = encode_work(encoder, [Passage(record["name"], record["content"], offset=record["offset"])])
     return piece
 
 
@@ -84,7 +99,7 @@ class StreamedText:
 def stream_text(
     sources: Sequence[tuple[Source, float]], tokenizer: PreTrainedTokenizerBase, held_out: int, seed: int
 ) -> StreamedText:
-    """held_out: tokens at the beginning of each source, in whole passages.
+    """held_out: tokens at the beginning of each source, in whole records (`mixed`).
 
     Raises:
         UserError: a source has no more text than that, or holds conversations.
