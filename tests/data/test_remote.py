@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
 
 from dyadlm.data import byte_tokenizer, open_dataset, prepare, resolve_data
 from dyadlm.data.encoding import decode_bytes
+from dyadlm.data.remote import remote_files, remote_key
 from dyadlm.data.sources import open_source
 from dyadlm.errors import UserError
 
@@ -47,6 +52,25 @@ def test_the_cache_follows_what_changes(bucket):
     bucket.pipe("/bucket/a.jsonl", LINES + LINES)
     second = resolve_data(["memory://bucket/a.jsonl"])
     assert second.datasets[0].path != first.datasets[0].path
+
+
+def test_a_file_of_the_web_that_changed_is_another_one(tmp_path, monkeypatch):
+    """fsspec itself takes what has the same URL for the same."""
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url, keys = f"http://127.0.0.1:{server.server_port}/text.txt", []
+        for text in ("one", "one", "three"):
+            (tmp_path / "text.txt").write_text(text)
+            os.utime(tmp_path / "text.txt", (1e9, 1e9))
+            keys.append(open_source(url).key)
+        assert keys[0] == keys[1] != keys[2]
+        files = remote_files(url)
+        (tmp_path / "text.txt").unlink()
+        with pytest.raises(UserError, match=r"text\.txt cannot be reached"):
+            remote_key(1, files)
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from dyadlm.data.formats import BLOCK_BYTES
 from dyadlm.errors import UserError, first_line
 from dyadlm.files import printable
 
+WEB_VERSION = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -59,8 +61,23 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
 
 
 def remote_key(rules: int, files: dict[str, RemoteFile]) -> str:
-    """A digest of the names, and of what the place itself says of each file: sizes, times or checksums."""
+    """A digest of the names, and of what the place itself says of each file: sizes, times or checksums.
+
+    Raises `UserError` if the place no longer answers.
+    """
     digest = hashlib.sha256(str(rules).encode())
     for name, file in files.items():
-        digest.update(f"{name}\0{file.system.ukey(file.path)}\0".encode())
+        try:
+            digest.update(f"{name}\0{_version(file)}\0".encode())
+        except Exception as error:  # each place has its own
+            raise UserError(f"{file} cannot be reached ({first_line(error)}).") from error
     return digest.hexdigest()
+
+
+def _version(file: RemoteFile) -> str:
+    """What changes when a file does. fsspec takes files of the web for constant, so that their headers are asked."""
+    key = str(file.system.ukey(file.path))
+    if "http" not in file.system.protocol:
+        return key
+    told = file.system.info(file.path)
+    return " ".join([key, *(str(told.get(header)) for header in WEB_VERSION)])
