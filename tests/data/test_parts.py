@@ -3,13 +3,14 @@
 import json
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dyadlm.data import Passage, Source, byte_tokenizer, prepare
 from dyadlm.data.chat import CONVERSATION
-from dyadlm.data.parts import Piece, _is_whole, read_part, write_part
+from dyadlm.data.parts import Piece, _is_whole, kept_parts, read_part, tokenise_on_ray, write_part
 from dyadlm.errors import UserError
 
 from .conftest import make_text
@@ -36,6 +37,34 @@ def test_parts_come_back_whole_and_damage_is_seen(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     assert not _is_whole(path)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    parts = tmp_path / "out.parts"
+    (parts / "ab").mkdir(parents=True)
+    (parts / "ab" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"), kept_parts(tmp_path / "out"):
+        pass
+    assert (parts / "ab" / "notes.txt").read_text() == "mine"
+    (parts / "ab" / "notes.txt").unlink()
+    (parts / "ab" / f"{'ab' * 32}.safetensors").write_bytes(b"half")  # as a stopped preparation may leave it
+    with kept_parts(tmp_path / "out"):
+        pass
+    assert not parts.exists()
+
+
+def test_parts_that_are_not_seen_here_are_said(tmp_path):
+    """As where each machine has a disk of its own."""
+    task = SimpleNamespace(remote=lambda *given: None)
+    ray = SimpleNamespace(
+        put=lambda value: value,
+        cluster_resources=dict,
+        remote=lambda **options: lambda function: task,
+        get=lambda _: None,
+    )
+    encoder = SimpleNamespace(parts_identity="")
+    with pytest.raises(UserError, match="storage that all machines share"):
+        list(tokenise_on_ray(ray, encoder, lambda *given: [], tmp_path, [[Passage("a", b"text")]]))
 
 
 @pytest.fixture

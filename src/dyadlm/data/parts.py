@@ -6,6 +6,7 @@ text. A preparation that was stopped finds them again; one that comes to its end
 
 import hashlib
 import json
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ from safetensors.numpy import save
 
 from dyadlm.cluster import RETRIES, result_of
 from dyadlm.data.formats import Passage
-from dyadlm.files import locked, make_folder, write_atomically
+from dyadlm.errors import UserError
+from dyadlm.files import OWN_PREFIX, locked, make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,21 @@ class Piece:
     passages: list[tuple[int, Passage]]
 
 
+_OWN = re.compile(r"[0-9a-f]{2}(/[0-9a-f]{64}\.safetensors)?")
 Tokenise: TypeAlias = Callable[[Iterable[list[Passage]]], Iterator[list[Piece]]]
 
 
 @contextmanager
 def kept_parts(output: Path) -> Iterator[Path]:
-    """The folder of the parts of `output`, removed where the block ends well. Raises `UserError` if it is in use."""
+    """The folder of the parts of `output`, removed where the block ends well.
+
+    Raises `UserError` if it is in use, or holds anything else than parts.
+    """
     folder = output.absolute().with_name(f"{output.name}.parts")  # workers stand in folders of their own
     make_folder(folder)
     with locked(folder):
+        if any(not _is_own(path.relative_to(folder)) for path in folder.rglob("*")):
+            raise UserError(f"{folder} holds other files, and would be removed at the end; choose another --output.")
         yield folder
         shutil.rmtree(folder)
 
@@ -65,7 +73,12 @@ def tokenise_on_ray(
         path, running = waiting.popleft()
         if running is not None:
             result_of(ray, running, "A part of the text")
-        return read_part(path)
+        try:
+            return read_part(path)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"A worker wrote {path}, which is not seen here; choose an --output on storage that all machines share."
+            ) from error
 
     for passages in work:
         path = _path(folder, encoder.parts_identity, passages)
@@ -74,6 +87,11 @@ def tokenise_on_ray(
             yield first()
     while waiting:
         yield first()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path within the folder is of parts, or of one that is being written."""
+    return bool(_OWN.fullmatch(path.as_posix())) or path.name.startswith(OWN_PREFIX)
 
 
 def _make_part(
