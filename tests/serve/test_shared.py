@@ -1,6 +1,7 @@
 """Replicas: several servers on one folder, or one Redis, of which any continues any session."""
 
 import asyncio
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -289,6 +290,25 @@ def test_a_lock_whose_file_was_removed_is_not_taken_for_one(tmp_path):
     assert second is not None
     second.release()
     storage.close()
+
+
+def test_a_name_that_is_asked_for_while_its_session_ends_is_given_once(tmp_path, monkeypatch):
+    storage, other = FolderStorage(tmp_path), FolderStorage(tmp_path)
+    ids = ["sess_" + letter * 22 for letter in "abc"]
+    known = {"id": ids[0], "name": "mine"}
+    assert storage.take_name("mine", ids[0])
+    path = storage._name("mine")
+    os.utime(path, (0, 0))  # long ago
+    find = storage.find
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "find", lambda key: other.delete(known) or find(key))
+        assert storage.take_name("mine", ids[1])
+    assert path.read_text() == ids[1]
+    assert not other.take_name("mine", ids[2])
+    other.delete({"id": ids[1], "name": "mine"})
+    assert not path.exists()
+    for one in (storage, other):
+        one.close()
 
 
 def until(found, seconds=20.0):

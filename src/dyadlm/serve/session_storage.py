@@ -133,7 +133,8 @@ class FolderStorage:
     def all(self) -> list[Stored]:
         paths = list(self._folder.glob(f"??/{ID_PREFIX}*{SUFFIX}"))
         found = [stored for path in paths if (stored := self._stored(path)) is not None]
-        self._seen = {path: self._seen[path] for path in paths if path in self._seen}
+        seen = self._seen  # other threads may count, too
+        self._seen = {path: seen[path] for path in paths if path in seen}
         return found
 
     def claim(self, session_id: str) -> FileClaim | None:
@@ -174,10 +175,7 @@ class FolderStorage:
 
     def delete(self, known: Mapping[str, Any]) -> None:
         if known["name"] is not None:  # before the session: while there is one, nobody else takes its name
-            path = self._name(known["name"])
-            with suppress(FileNotFoundError):
-                if path.read_bytes() == known["id"].encode():
-                    path.unlink()
+            self._release_name(known["name"], known["id"])
         self._path(known["id"]).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -190,6 +188,18 @@ class FolderStorage:
     def _name(self, name: str) -> Path:
         """Names are no part of a path."""
         return self._folder / "names" / hashlib.sha256(name.encode()).hexdigest()
+
+    def _release_name(self, name: str, session_id: str) -> None:
+        """A name that somebody asks for just now stays: without its session it is free."""
+        path = self._name(name)
+        descriptor = self._locked(path)
+        if descriptor is None:
+            return
+        try:
+            if path.read_bytes() in (b"", session_id.encode()):
+                path.unlink()
+        finally:
+            os.close(descriptor)
 
     def _locked(self, path: Path) -> int | None:
         """A file that is locked, made where it is missing; None while another one has locked it."""
