@@ -52,4 +52,4 @@ def result_of(ray: Any, task: Any, what: str) -> Any:
             raise error.cause from error
         raise
     except ray.exceptions.RayError as error:
-        raise RunFailed(f"{what} was lost {RETRIES + 1} times ({error}).") from error
+        raise RunFailed(f"{what} was lost {RETRIES + 1} times ({first_line(error)}).") from error

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dyadlm.errors import UserError
 from dyadlm.train import train
 from dyadlm.train.checkpoint import MANIFEST_NAME, read_manifest, write_manifest
-from dyadlm.train.shards import OPTIMIZER_FOLDER, WEIGHTS_FOLDER
+from dyadlm.train.shards import OPTIMIZER_FOLDER, WEIGHTS_FOLDER, load_sharded_weights
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,19 @@ KINDS = {
 def metrics(run, name):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [(OSError(5, "Input/output error"), OSError), (MemoryError(), MemoryError), (KeyError("weight"), RuntimeError)],
+)
+def test_a_disk_that_fails_is_no_damaged_checkpoint(tmp_path, monkeypatch, reason, kind):
+    def load(*given, **options):
+        raise CheckpointException("read", {1: (reason, None)})
+
+    monkeypatch.setattr("dyadlm.train.shards.load", load)
+    with pytest.raises(kind):
+        load_sharded_weights(torch.nn.Linear(2, 2), tmp_path, ())
 
 
 def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, console):

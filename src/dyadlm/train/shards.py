@@ -106,9 +106,14 @@ def _read(tensors: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What failed in any process is an error like others; torch raises what is no `Exception`."""
+    """What failed in any process is an error like others; torch raises what is no `Exception`.
+
+    A disk that fails and memory that is full stay errors of these kinds: they say nothing against a checkpoint.
+    """
     try:
         yield
     except CheckpointException as error:
         process, (reason, _) = next(iter(error.failures.items()))
+        if isinstance(reason, OSError | MemoryError | torch.OutOfMemoryError):
+            raise reason from error
         raise RuntimeError(f"in process {process}: {reason}") from error
