@@ -54,7 +54,7 @@ class Run:
     """The folder of results and the time that is left."""
 
     def __init__(self, options: argparse.Namespace):
-        self.folder, self.options = options.output, options
+        self.folder, self.options = options.output.resolve(), options  # stages run in another folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.until = time.time() + 60 * options.minutes
         if options.wheels is not None:
@@ -172,8 +172,11 @@ def prepare_texts(run: Run) -> None:
         return
     unpacked = run.folder / "shard"
     if not unpacked.exists():
+        part = run.folder / "shard.part"  # as a call that was stopped may leave it
+        shutil.rmtree(part, ignore_errors=True)
         with tarfile.open(run.options.shard) as archive:
-            archive.extractall(unpacked, filter="data")
+            archive.extractall(part, filter="data")
+        part.rename(unpacked)
     for name in run.options.texts:
         if (run.folder / f"{name}.json").exists():
             continue
@@ -199,7 +202,9 @@ def text(run: Run, seconds: float) -> None:
     after = 6.0 * len(shares)  # in which models are scored and saved
     each = max(2.0, (until - time.time() - after) / sum(shares.values()))
     for name, process in run.texts.items():
-        (run.folder / f"{name}.go").write_text(f"{each * shares[name]:.1f}")
+        part = run.folder / f"{name}.part"  # whoever waits for the file reads it at once
+        part.write_text(f"{each * shares[name]:.1f}")
+        part.rename(run.folder / f"{name}.go")
         run.finish(process, f"text {name}.log", until + 10 - time.time())
 
 

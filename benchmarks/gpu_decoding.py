@@ -20,6 +20,7 @@ from transformers import StaticCache
 
 from common import dyad, llama, size
 from dyadlm import DyadCache
+from dyadlm.files import write_atomically
 from dyadlm.generate.graph_step import GraphStep
 from gpu_training import LLAMAS
 
@@ -122,7 +123,7 @@ def main() -> None:
             found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         torch.cuda.empty_cache()
         print(name, json.dumps(found[name]), flush=True)
-        path.write_text(json.dumps(found, indent=1))
+        write_atomically(path, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

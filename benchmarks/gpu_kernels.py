@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dyadlm import DyadConfig, kernels
+from dyadlm.files import write_atomically
 from dyadlm.model.cache import BlockState
 from dyadlm.model.layout import ChunkLayout, chunk_layout
 from dyadlm.model.tower import Tower
@@ -185,7 +186,7 @@ def main() -> None:
                 continue
             found[name] = measured(rank, batch, length, device, rate) | beside_torch(width, rank, batch, length, device)
             print(name, json.dumps(found[name]), flush=True)
-            path.write_text(json.dumps(found, indent=1))
+            write_atomically(path, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

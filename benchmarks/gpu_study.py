@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from common import dyad, mamba2, matched_llama, size
 from dyadlm.data import byte_tokenizer, resolve_data
+from dyadlm.files import write_atomically
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train.validation import ValidationSample
 from lanes import Lane, batches, run
@@ -139,7 +140,7 @@ class Study:
                 if name in keep:
                     tensors = {k: v.contiguous() for k, v in lane.model.state_dict().items() if k != "lm_head.weight"}
                     save_file(tensors, self.weights / f"{name.replace(' ', '_')}.safetensors")
-                self.path.write_text(json.dumps(self.cells, indent=1))
+                write_atomically(self.path, json.dumps(self.cells, indent=1))
         return True
 
     def left(self) -> float:

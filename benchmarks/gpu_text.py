@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import dyad, llama, size
+from dyadlm.files import write_atomically
 from dyadlm.train.optimizer import learning_rate_factor
 from dyadlm.train.settings import TrainOptions
 from gpu_training import LLAMAS
@@ -199,7 +200,7 @@ def main() -> None:
     }
     tensors = {k: v.float().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(tensors, options.folder / f"{options.model}.safetensors")
-    (options.folder / f"{options.model}.json").write_text(json.dumps(result, indent=1))
+    write_atomically(options.folder / f"{options.model}.json", json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k != "history"}), flush=True)
 
 

@@ -18,6 +18,7 @@ import torch
 import dyadlm
 from common import dyad, llama, size
 from dyadlm import kernels
+from dyadlm.files import write_atomically
 from lanes import optimizer_of
 
 CONTENDERS = ("ours", "ours-without-kernels", "ours-compiled", "llama-compiled")
@@ -125,7 +126,7 @@ def main() -> None:
     for length, steps in shapes.items():
         steps.take(1)
         found[str(length)] = steps.measure(MEASURED_STEPS)
-        (options.folder / f"{name}.json").write_text(json.dumps(found))
+        write_atomically(options.folder / f"{name}.json", json.dumps(found))
     print(name, json.dumps(found), flush=True)
 
 
