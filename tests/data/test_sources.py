@@ -161,9 +161,9 @@ def test_standard_input_can_be_read_twice(monkeypatch):
 
 
 def test_hub_datasets_keep_their_splits(monkeypatch):
-    stored = datasets.DatasetDict(
-        train=datasets.Dataset.from_dict({"text": ["one", "two"]}), test=datasets.Dataset.from_dict({"text": ["three"]})
-    )
+    train = datasets.Dataset.from_dict({"text": ["one", "two"]}).to_iterable_dataset(num_shards=2)
+    test = datasets.Dataset.from_dict({"text": ["three"]}).to_iterable_dataset()
+    stored = datasets.IterableDatasetDict(train=train, test=test)
     asked = []
 
     class Builder:
@@ -176,6 +176,9 @@ def test_hub_datasets_keep_their_splits(monkeypatch):
     assert asked == [(("owner/name", "small"), True)]
     assert source.licence == "mit"
     assert [passage.content for passage in read(source)] == [b"one", b"two"]
+    # Each of its files is a part of its own, so that a streamed run that goes on reads none of those before.
+    assert [passage.content for part in source.parts for passage in part()] == [b"one", b"two"]
+    assert len(source.parts) == 2
     assert [passage.content for passage in read(source, "test")] == [b"three"]
     assert joined(read(with_validation(source), "validation")) == b"o"  # the last tenth, here a byte
 

@@ -289,6 +289,13 @@ def _hub_dataset(name: str, configuration: str | None, text_field: str) -> Sourc
         for number, record in enumerate(stored[split], start=1):
             yield from read_record(record, f"{title}/{split}:{number}", text_field)
 
+    def part(number: int) -> Iterator[Passage]:
+        shard = stored[TRAIN].shard(shards, number)
+        for place, record in enumerate(shard, start=1):
+            yield from read_record(record, f"{title}/{TRAIN}/{number}:{place}", text_field)
+
     splits = {split: partial(passages, split) for split in (TRAIN, VALIDATION, TEST) if split in stored}
+    shards = stored[TRAIN].num_shards
     key = hashlib.sha256(f"{title}\0{text_field}\0{builder.hash}".encode()).hexdigest()
-    return Source(title, builder.info.license or "unknown", key, splits)
+    parts = [partial(part, number) for number in range(shards)]
+    return Source(title, builder.info.license or "unknown", key, splits, parts)
