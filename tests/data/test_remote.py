@@ -85,3 +85,9 @@ def test_a_file_of_the_web_that_changed_is_another_one(tmp_path, monkeypatch):
 def test_places_without_text_are_said(bucket, url, message):
     with pytest.raises(UserError, match=message):
         open_source(url)
+
+
+def test_two_names_that_look_the_same_are_refused(bucket):
+    bucket.pipe({"/bucket/twice\x1b": b"one", "/bucket/twice\\x1b": b"two"})
+    with pytest.raises(UserError, match="Two files.*rename one"):
+        open_source("memory://bucket/twice*")

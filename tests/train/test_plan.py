@@ -73,6 +73,9 @@ def test_memory_follows_the_windows_of_a_card_and_fsdp():
     assert (one["rows"], sixteen["rows"]) == (4, 1)
     assert (one["gradient_accumulation_steps"], sixteen["gradient_accumulation_steps"]) == (4, 1)
     assert one["sharded_memory_bytes"] == one["memory_bytes"] > sixteen["memory_bytes"]
+    # Several cards sum gradients in buckets beside them.
+    two = plan(settings("per_device_train_batch_size=1", "gradient_accumulation_steps=16"), (1, 2))
+    assert two["cards"][1]["memory_bytes"] - two["cards"][0]["memory_bytes"] == 4 * two["parameters"]
     assert sixteen["memory_bytes"] > sixteen["sharded_memory_bytes"]
     (less,) = plan(settings("gradient_checkpointing=true"), (1,))["cards"]
     assert less["memory_bytes"] < one["memory_bytes"]

@@ -43,7 +43,8 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
     """The files behind a URL by their names, in order: of one file, of a folder (all below it), or of a pattern.
 
     Raises:
-        UserError: there are none, the place cannot be reached, or its package is not installed.
+        UserError: there are none, two names look the same, the place cannot be reached, or its package is not
+            installed.
     """
     try:
         system, path = fsspec.url_to_fs(url)
@@ -57,7 +58,10 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
         raise UserError(f"{url} cannot be reached ({first_line(error)}).") from error
     if not paths:
         raise UserError(f"There are no files at {url}; name a file, a folder or a pattern such as {url}/*.jsonl.")
-    return {printable(found.strip("/")): RemoteFile(system, found) for found in sorted(paths)}
+    files = {printable(found.strip("/")): RemoteFile(system, found) for found in sorted(paths)}
+    if len(files) < len(paths):
+        raise UserError(f"Two files at {url} have names that look the same; rename one of them.")
+    return files
 
 
 def remote_key(rules: int, files: dict[str, RemoteFile]) -> str:

@@ -228,10 +228,10 @@ def _tile(rank: int) -> dict[str, int]:
     return {"rows": rows, "tiles": STRETCH // rows, "padded": padded, "num_warps": warps, "num_stages": 2}
 
 
-def _plan_steps(*plan: Tensor) -> tuple[int, int]:
-    """Of (B, T) tensors that lie alike."""
-    (steps,) = {part.stride() for part in plan}
-    return steps[0], steps[1]
+def _lying_alike(*plan: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    """(B, T) tensors with their common strides: copies, where a compiler has laid them out in different ways."""
+    parts = list(plan) if len({part.stride() for part in plan}) == 1 else [part.contiguous() for part in plan]
+    return parts, parts[0].stride()
 
 
 @torch.library.custom_op("dyadlm::segment_features", mutates_args=())
@@ -261,10 +261,10 @@ def segment_features(
     counts = x.new_empty(batch, time, dtype=torch.float32)
     tile = _tile(rank)
     stretches = triton.cdiv(time, tile["rows"] * tile["tiles"])
-    steps = _plan_steps(last, complete)
+    plan, steps = _lying_alike(last, complete)
     with torch.cuda.device_of(x):
         _features_kernel[(batch * stretches,)](
-            x, weight, last, complete, features, counts,
+            x, weight, *plan, features, counts,
             *x.stride()[:2], *weight.stride(), *steps, time, stretches, LEAST, rank, **tile,
         )  # fmt: skip
     return features, counts
@@ -296,10 +296,10 @@ def segment_gradients(
     x_slope, weight_slope = x.new_empty(batch, time, rank), x.new_empty(batch, time, dtype=torch.float32)
     tile = _tile(rank)
     stretches = triton.cdiv(time, tile["rows"] * tile["tiles"])
-    steps = _plan_steps(last, complete, ends)
+    plan, steps = _lying_alike(last, complete, ends)
     with torch.cuda.device_of(x):
         _gradients_kernel[(batch * stretches,)](
-            x, weight, last, complete, ends, features, slope, counts, x_slope, weight_slope,
+            x, weight, *plan, features, slope, counts, x_slope, weight_slope,
             *x.stride()[:2], *weight.stride(), *steps, time, stretches, rank, **tile,
         )  # fmt: skip
     return x_slope, weight_slope

@@ -326,10 +326,18 @@ class CheckpointingTrainer(Trainer):
     # ---- Stopping ----
 
     def _require_finite_weights(self) -> None:
+        damaged = ""
         for name, weight in cast(PreTrainedModel, self.model).named_parameters():
             local = weight.to_local() if hasattr(weight, "to_local") else weight
             if not torch.isfinite(local).all():
-                self._fail(f"the weights {name} are no longer finite after step {self.state.global_step}")
+                damaged = name
+                break
+        found = torch.tensor(float(bool(damaged)), device=self.args.device)
+        if self.args.world_size > 1:  # a shard of one process may be damaged: the others must not wait for it
+            found = self.accelerator.reduce(found, reduction="sum")
+        if found:
+            which = f"the weights {damaged}" if damaged else "weights of another process"
+            self._fail(f"{which} are no longer finite after step {self.state.global_step}")
 
     def _fail(self, what: str) -> None:
         raise RunFailed(

@@ -88,7 +88,12 @@ def plan(
     tokens = arguments["max_steps"] * windows * length
     per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
     with torch.device("meta"):
-        static = static_bytes(DyadForCausalLM(config), settings.train)
+        model = DyadForCausalLM(config)
+        static = static_bytes(model, settings.train)
+    # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
+    # gradients of one block, and the weights of the next.
+    buckets = 4 * parameters(config)
+    gathered = 12 * max(sum(weight.numel() for weight in block.parameters()) for block in model.model.layers)
     rates = {kind: rate for kind in ("eager", "graph", "llama") if (rate := nearest_rate(kind, config, length))}
     rows_of = {count: min(rows, math.ceil(windows / count)) for count in cards}
     memory = {own: activation_bytes(config, own, length, recomputed=recomputed) for own in set(rows_of.values())}
@@ -104,8 +109,8 @@ def plan(
                 "cards": count,
                 "rows": own,
                 "gradient_accumulation_steps": math.ceil(share / own),
-                "memory_bytes": static + kept,
-                "sharded_memory_bytes": math.ceil(static / count) + kept,
+                "memory_bytes": static + kept + (buckets if count > 1 else 0),
+                "sharded_memory_bytes": math.ceil(static / count) + kept + (gathered if count > 1 else 0),
                 "seconds": seconds,
                 "card_hours": hours,
                 "cost": {} if price is None else {kind: price * taken for kind, taken in hours.items()},
