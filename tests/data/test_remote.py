@@ -89,5 +89,5 @@ def test_places_without_text_are_said(bucket, url, message):
 
 def test_two_names_that_look_the_same_are_refused(bucket):
     bucket.pipe({"/bucket/twice\x1b": b"one", "/bucket/twice\\x1b": b"two"})
-    with pytest.raises(UserError, match="Two files.*rename one"):
+    with pytest.raises(UserError, match=r"Two files.*rename one"):
         open_source("memory://bucket/twice*")
