@@ -63,7 +63,7 @@ def _items_kernel(
         code = _mix((code ^ tag) + phi)
     ended = there & (item >= 1)
     before = tl.load(index + row * time + item - 1, mask=ended, other=0)
-    read = known & (before >= 1) & (item <= real)
+    read = known & (before >= 1)
     written = known & (item < real) & (tl.load(index + row * time + item, mask=item < time, other=0) >= 1)
     if writes is not None:
         written = written & tl.load(writes + (row * time + item) * tables + table, mask=item < time, other=False)
