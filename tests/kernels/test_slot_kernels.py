@@ -127,6 +127,7 @@ def test_gradients_of_halves_are_summed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(slopes_of(found, values, slope).float(), exact, rtol=rounding, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept_as", ["float32", "float16"])
 def test_values_of_a_state_are_read(kept_as: str) -> None:
     """By plans of either form, also of a single token."""
@@ -250,3 +251,16 @@ def test_a_model_reads_on_as_with_the_forms_in_torch(calls: list[str], monkeypat
         found.append({"logits": torch.cat(logits, 1), **cache.tensors()})
     assert calls == ["ring_lookup", "slot_recall"] * 2 + ["slot_recall"] * 2
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # that torch itself reads while it compiles
+def test_a_compiled_model_is_one_graph(calls: list[str]) -> None:
+    """The plan, too, as it is made for all blocks."""
+    model, ids = make_model(slot_contexts=[2, "word"]), torch.randint(97, 100, (1, 20), device=DEVICE)
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert calls == ["ring_lookup", "slot_recall"]
+    model.compile(backend="aot_eager", fullgraph=True)
+    found = model(input_ids=ids, labels=ids, use_cache=False).loss
+    found.backward()
+    torch.testing.assert_close(found, expected)

@@ -55,7 +55,7 @@ def _gradients_kernel(
     if own:
         row, first, end = part // tables, part % tables, part % tables + 1
     else:
-        row, first, end = part, part * 0, part * 0 + tables
+        row, first, end = part, 0, tables
     total = tl.zeros((rows, padded), tl.float32)
     for table in range(first, end):
         items = following + (row * tables + table) * (time + 1)
