@@ -105,7 +105,9 @@ def tests(run: Run, seconds: float) -> None:
 def kernels(run: Run, seconds: float) -> None:
     """Kernels are tested in half of the time, as compiled where there is a GPU, and then measured."""
     until = time.time() + seconds
-    tested(run, ["tests/kernels/test_kernels.py"], "kernel tests.log", seconds / 2)
+    tested(
+        run, ["tests/kernels/test_kernels.py", "tests/kernels/test_slot_kernels.py"], "kernel tests.log", seconds / 2
+    )
     arguments: list[Any] = ["--folder", run.folder, "--until", until - 0.2 * seconds]
     arguments += ["--rehearse"] if run.options.rehearse else []
     run.finish(run.start(run.command("gpu_kernels.py", *arguments), "kernels.log"), "kernels.log", until - time.time())

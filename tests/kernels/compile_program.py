@@ -9,7 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dyadlm.kernels import segments, windows
+from dyadlm.kernels import segments, slot_plan, slot_read, windows
+from dyadlm.ops.slots import PHI
 
 POINTERS = {"index": "*i64", "weight": "*fp32", "scales": "*fp32", "weight_slope": "*fp32"}
 
@@ -41,3 +42,20 @@ for tokens, written in (("*bf16", "*fp32"), ("*fp16", "*fp16")):
         tile = {"rank": rank, **segments._tile(rank)}
         compiled(segments._features_kernel, POINTERS | own, least=segments.LEAST, **tile)
         compiled(segments._gradients_kernel, POINTERS | own, **tile)
+for way_count, documents in ((8, True), (5, False)):
+    own = {"words": "*i64", "index": "*i64", "length": "*i64", "left": "*i64", "keys": "*i32", "kinds": "*i32"}
+    own |= {"order": "*i64", "found": "*i1", "column": "*i64", "slot": "*i64", "following": "*i32"}
+    tile = {"parts": 2, "rows": slot_plan.ROWS, "num_warps": 4}
+    state = {"pending": "*i64", "table_tags": "*i64"}
+    compiled(slot_plan._items_kernel, own, pending=None, writes=None, phi=PHI, documents=documents, **tile)
+    compiled(slot_plan._items_kernel, own | state | {"writes": "*i1"}, phi=PHI, documents=documents, **tile)
+    compiled(slot_plan._plan_kernel, own, pending=None, table_tags=None, ways=way_count, **tile)
+    compiled(slot_plan._plan_kernel, own | state, ways=way_count, **tile)
+for values, stored in (("*bf16", "*fp32"), ("*fp16", "*fp16")):
+    for width, each in ((16, False), (5, True)):
+        own = {"found": "*i1", "column": "*i64", "slot": "*i64", "following": "*i32", "stored": stored}
+        own |= {"values": values, "recalled": values, "slope": values, "value_slope": values}
+        tile = {"own": each, "width": width, "num_warps": 4, **slot_read._tile(width)}
+        compiled(slot_read._read_kernel, own, **tile)
+        compiled(slot_read._read_kernel, own, **tile | {"slot": None, "stored": None})
+        compiled(slot_read._gradients_kernel, own, **tile)

@@ -21,9 +21,9 @@ def _installed() -> bool:
 INSTALLED = _installed()
 WIDEST_LEVEL = 5  # sliding levels above have windows that are too wide to be summed directly
 WIDEST_RANK = 128  # of a level: a program holds all channels of a token
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
 def usable(x: Tensor) -> bool:
-    """Whether kernels compute what is made of x: it is at most float32, on a CUDA device, and there is a Triton."""
+    """Whether kernels compute what is made of x: float32, a half or int64 on a CUDA device, and there is a Triton."""
     return x.is_cuda and INSTALLED and x.dtype in DTYPES

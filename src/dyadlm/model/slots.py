@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from dyadlm import kernels
 from dyadlm.model.configuration import LEARNED_CODE, DyadConfig
 from dyadlm.model.cost import Cost
 from dyadlm.ops.clock import Clock
@@ -21,16 +22,32 @@ def plan_slots(
     contexts: Contexts, clock: Clock, config: DyadConfig, state: SlotState | None, writes: Tensor | None = None
 ) -> SlotLookup:
     """Which slot is read at each token, and what is written."""
-    return slot_lookup(
-        contexts,
-        clock,
-        sets=config.slot_entries // config.slot_ways,
-        ways=config.slot_ways,
-        evict=config.slot_evict,
-        scope=config.slot_scope,
-        writes=writes,
-        state=state,
-    )
+    sets, ways, scope = config.slot_entries // config.slot_ways, config.slot_ways, config.slot_scope
+    several = contexts.words.shape[1] > 1  # a single token touches two sets; the form in torch plans it from them
+    if several and config.slot_evict == "ring" and kernels.usable(contexts.words):
+        from dyadlm.kernels.slot_plan import ring_lookup
+
+        return ring_lookup(contexts, clock, sets=sets, ways=ways, scope=scope, writes=writes, state=state)
+    evict = config.slot_evict
+    return slot_lookup(contexts, clock, sets=sets, ways=ways, evict=evict, scope=scope, writes=writes, state=state)
+
+
+def read_slots(values: Tensor, plan: SlotLookup, state: SlotState | None) -> Tensor:
+    """What is read at each token (B, T, N, M + 1), of values (B, T, 1, M); the last number is 1 where one is found."""
+    stored, trains = None if state is None else state.values, torch.is_grad_enabled()
+    # The kernel gives no gradient to a state, and only plans of a kernel say how one reaches values.
+    of_state = trains and stored is not None and stored.requires_grad
+    of_values = trains and values.requires_grad
+    if kernels.usable(values) and not of_state and (plan.following is not None or not of_values):
+        from dyadlm.kernels.slot_read import slot_recall
+
+        return slot_recall(values, plan.found, plan.column, plan.slot, stored, plan.following)
+    return with_flags(slot_read(values, plan, state), plan)
+
+
+def with_flags(read: Tensor, plan: SlotLookup) -> Tensor:
+    """What is read (B, T, N, M), and behind it 1 where something is found: (B, T, N, M + 1)."""
+    return torch.cat([read, plan.found[..., None].to(read.dtype)], -1)
 
 
 def plans_alike(config: DyadConfig) -> bool:
@@ -79,7 +96,7 @@ class IdentitySlots(nn.Module):
         if plan is None:
             assert contexts is not None
             plan = plan_slots(contexts, clock, self.config, before)
-        recalled = self.recall(slot_read(values, plan, before), plan)
+        recalled = self.read(read_slots(values, plan, before).flatten(2))
         return recalled, self.after(values, plan, before) if keep else (), None
 
     def after(self, values: Tensor, plan: SlotLookup, before: SlotState | None) -> tuple[Tensor, ...]:
@@ -93,8 +110,3 @@ class IdentitySlots(nn.Module):
         values = len(config.slot_contexts or ()) * config.slot_entries * config.slot_width
         kept = {"halves" if config.slot_values == "float16" else "numbers": values}
         return Cost(products, integers=0 if plans_alike(config) else tag_integers(config), **kept)
-
-    def recall(self, recalled: Tensor, plan: SlotLookup) -> Tensor:
-        """What is added to the residual stream (B, T, D), of what is read from the tables (B, T, N, M)."""
-        found = plan.found[..., None].to(recalled.dtype)
-        return self.read(torch.cat([recalled, found], -1).flatten(2))

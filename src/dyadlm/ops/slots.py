@@ -74,6 +74,9 @@ class SlotLookup:
     slot: Tensor | None  # (B, T, N) int64: the entry of the state that is read, set * W + way; None without a state
     pending: Tensor  # (B, N, P) int64, of the new state
     survive: Callable[[], Survivors]
+    # (B, N, T + 1) int32: the next item with the tag of an item, of all that may read its value; -1 for none. Made by a
+    # kernel, for the gradient of what is read; None: not made.
+    following: Tensor | None = None
 
     @cached_property
     def survivors(self) -> Survivors:
@@ -210,7 +213,8 @@ def _lookup_chunk(items: Items, pending: Tensor, clock: Clock, state: SlotState 
     slot = None
     if state is not None:
         slot = torch.where(inside, -1, items.sets * rules.ways + way)[..., 1:].transpose(1, 2)
-    survive = partial(_survivors, items, ranking, previous, way, clock, state, rules)
+    stood = (previous, way) if rules.evict == "lru" else None
+    survive = partial(_survivors, items, ranking, stood, clock, state, rules)
     return SlotLookup(found[..., 1:].transpose(1, 2), previous[..., 1:].transpose(1, 2), slot, pending, survive)
 
 
@@ -280,17 +284,35 @@ def _count_smaller(values: Tensor, bounds: Tensor, limit: int) -> Tensor:
 
 
 @torch.no_grad()
+def ring_survivors(
+    contexts: Contexts,
+    clock: Clock,
+    *,
+    sets: int,
+    ways: int,
+    scope: str,
+    writes: Tensor | None,
+    state: SlotState | None,
+) -> Survivors:
+    """What rings hold after a chunk, without a plan of what is read. Arguments as of `slot_lookup`."""
+    items = _items(contexts, clock, sets, writes, state)
+    return _survivors(items, _ranking(items.sets), None, clock, state, Rules(sets, ways, "ring", scope))
+
+
+@torch.no_grad()
 def _survivors(
     items: Items,
     ranking: Ranking,
-    previous: Tensor,
-    way: Tensor,
+    stood: tuple[Tensor, Tensor] | None,
     clock: Clock,
     state: SlotState | None,
     rules: Rules,
 ) -> Survivors:
-    """What is in the tables after a chunk: the last entries of it in each set, then those of the state, cut at W."""
-    batch, tables, count = previous.shape
+    """What is in the tables after a chunk: the last entries of it in each set, then those of the state, cut at W.
+
+    stood: of lru, the item and the way (B, N, I) in which the tag of each item stood before.
+    """
+    batch, tables, count = items.sets.shape
     sets, ways = rules.sets, rules.ways
     cells = sets * ways  # and one more, for what is dropped
     entered, lasting = items.written, clock.length >= 0
@@ -298,18 +320,19 @@ def _survivors(
         open_began = items.began.gather(-1, clock.length[:, None, None])
         entered = entered & (items.began == open_began)
         lasting = (clock.length == 0) | (open_began[:, 0, 0] < 0)
-    if rules.evict == "lru":  # a write that is followed by one of the same tag has been removed
+    if stood is not None:  # a write that is followed by one of the same tag has been removed
+        previous, way = stood
         removed = previous.new_zeros(batch, tables, count + 1, dtype=torch.bool)
         removed.scatter_(-1, torch.where(items.written & (previous >= 0), previous, count), True)
         entered = entered & ~removed[..., :count]
 
-    entries = previous.new_zeros(batch, tables, sets).scatter_add_(-1, items.sets, entered.long())
+    entries = items.sets.new_zeros(batch, tables, sets).scatter_add_(-1, items.sets, entered.long())
     own = entered.gather(-1, ranking.order).long()
     until = own.cumsum(-1)
     rank = (until - (until - own).gather(-1, ranking.begin)).gather(-1, ranking.place)
     depth = entries.gather(-1, items.sets) - rank
     cell = torch.where(entered & (depth < ways), items.sets * ways + depth, cells)
-    column = previous.new_full((batch, tables, cells + 1), -1)
+    column = items.sets.new_full((batch, tables, cells + 1), -1)
     column = column.scatter_(-1, cell, torch.arange(count, device=cell.device).expand_as(cell))[..., :cells]
     tags = items.tags.gather(2, column.clamp(min=0)[..., None].expand(-1, -1, -1, items.tags.shape[-1]))
     tags = torch.where(column[..., None] >= 0, tags, -1)
@@ -318,7 +341,7 @@ def _survivors(
     if state is not None:
         old = state.tags.flatten(2, 3)
         kept = (old[..., 0] >= 0) & lasting[:, None, None]
-        if rules.evict == "lru":
+        if stood is not None:
             rewritten = previous.new_zeros(batch, tables, cells + 1, dtype=torch.bool)
             rewritten.scatter_(-1, torch.where(entered & (way < ways), items.sets * ways + way, cells), True)
             kept = kept & ~rewritten[..., :cells]
@@ -327,7 +350,7 @@ def _survivors(
         here = torch.arange(cells, device=old.device)
         goes = (here[::ways, None] + depth).flatten(2)
         goes = torch.where(kept & (depth < ways).flatten(2), goes, cells)
-        slot = previous.new_full((batch, tables, cells + 1), -1)
+        slot = items.sets.new_full((batch, tables, cells + 1), -1)
         slot = slot.scatter_(-1, goes, here.expand_as(goes))[..., :cells]
         stays = old.gather(2, slot.clamp(min=0)[..., None].expand_as(old))
         tags = torch.where(slot[..., None] >= 0, stays, tags)

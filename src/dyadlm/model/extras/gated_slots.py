@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from dyadlm.model.configuration import CODE_BITS, LEARNED_CODE, DyadConfig
 from dyadlm.model.cost import Cost
-from dyadlm.model.slots import IdentitySlots, plan_slots
+from dyadlm.model.slots import IdentitySlots, plan_slots, with_flags
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
 from dyadlm.ops.selection import real_tokens, straight_through
@@ -70,7 +70,8 @@ class GatedSlots(IdentitySlots):
         recalled = slot_read(values, plan, before)
         if sure is not None:
             recalled = recalled * straight_through(sure)[..., None]
-        return self.recall(recalled, plan), self.after(values, plan, before) if keep else (), cost
+        recalled = self.read(with_flags(recalled, plan).flatten(2))
+        return recalled, self.after(values, plan, before) if keep else (), cost
 
     def _with_code(self, x: Tensor, contexts: Contexts | None, clock: Clock) -> tuple[Contexts, Tensor]:
         """The contexts with the learned code put in its place, and how sure each table's code is (B, T, N)."""
