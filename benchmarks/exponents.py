@@ -3,7 +3,8 @@
     python benchmarks/exponents.py
 
 Training: forward and backward of one row of T tokens; levels reach as far as the text, so that a longer one has more of
-them. Decoding: one token in the engine after contexts of some lengths, and the bytes of its state. Parameters: a
+them. Decoding: one token in the engine after contexts of some lengths, which take turns, and the bytes of its state.
+Parameters: a
 training step of 512 tokens and one decoded token of the presets. Seconds are those of this thread. Each exponent is the
 slope of a line through the logarithms of the three largest sizes; the interval holds 95 % of the ways to take one
 repeat of each. How the time of preparing text falls with workers: `benchmarks/preparation.py`.
@@ -26,7 +27,8 @@ from dyadlm.engine import Engine
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
 CONTEXTS = (0, 1000, 10_000, 100_000)
 PRESETS = ("tiny", "small", "base")
-ROW, TOKENS, REPEATS = 512, 64, 5
+ROW, REPEATS = 512, 5
+TOKENS, TURNS = 128, 21  # decoded at once, and how often
 
 
 def repeated(call: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
@@ -56,8 +58,8 @@ def trained(preset: str, length: int, **fields: Any) -> dict[str, Any]:
 
 
 def decoded(preset: str, contexts: tuple[int, ...]) -> dict[int, dict[str, Any]]:
-    """One token after each context, the mean of `TOKENS`."""
-    found: dict[int, dict[str, Any]] = {}
+    """One token after each context, the mean of `TOKENS`. Contexts take turns, so that all meet the same disturbances."""
+    states, taken = {}, {context: list[float]() for context in contexts}
     text = np.random.default_rng(0).integers(0, 256, max(contexts) + TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         dyad(preset).save_pretrained(folder)
@@ -67,14 +69,16 @@ def decoded(preset: str, contexts: tuple[int, ...]) -> dict[int, dict[str, Any]]
             while at < context:
                 engine.read(state, text[at : min(at + 2048, context)])
                 at += 2048
-
-            def burst(state: Any = state, context: int = context) -> None:
-                for token in text[context : context + TOKENS].tolist():
+            states[context] = state
+        for turn in range(TURNS + 1):
+            for context, state in states.items():
+                tokens, begun = text[context : context + TOKENS].tolist(), time.thread_time()
+                for token in tokens:
                     engine.step(state, token)
-
-            seconds = [taken / TOKENS for taken in repeated(burst)]
-            found[context] = {"seconds": seconds, "state_bytes": sum(array.nbytes for array in state.arrays().values())}
-    return found
+                if turn:  # the first one warms up
+                    taken[context].append((time.thread_time() - begun) / TOKENS)
+    sizes = {context: sum(array.nbytes for array in state.arrays().values()) for context, state in states.items()}
+    return {context: {"seconds": taken[context], "state_bytes": sizes[context]} for context in contexts}
 
 
 def main() -> None:
