@@ -53,6 +53,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert not parts.exists()
 
 
+def test_parts_may_be_on_another_disk(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out.parts").symlink_to(tmp_path / "large disk")
+    with kept_parts(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_that_are_not_seen_here_are_said(tmp_path):
     """As where each machine has a disk of its own."""
     task = SimpleNamespace(remote=lambda *given: None)
