@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 from fsspec.core import has_magic
@@ -27,7 +27,7 @@ class RemoteFile:
     system: Any
     path: str
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_Opened(self), BLOCK_BYTES)
 
     @property
