@@ -1,6 +1,7 @@
 """A Ray cluster, for as long as some work takes."""
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from dyadlm.errors import RunFailed, UserError, first_line
 
 Engine = Literal["local", "ray"]
 RETRIES = 2  # by Ray, of a lost task
+ANSWER_SECONDS = 10.0  # that a cluster has to answer a call
 
 
 @contextmanager
@@ -24,6 +26,8 @@ def ray_cluster(address: str | None, workers: int) -> Iterator[Any]:
     import ray
 
     try:
+        if address is not None:
+            _require_answer(address)
         ray.init(
             address=address, num_cpus=None if address else workers, log_to_driver=False, logging_level=logging.ERROR
         )
@@ -36,6 +40,13 @@ def ray_cluster(address: str | None, workers: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise an error where nothing listens at HOST:PORT. Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:  # else a word such as "auto"
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
 
 
 def result_of(ray: Any, task: Any, what: str) -> Any:

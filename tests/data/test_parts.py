@@ -1,6 +1,7 @@
 """Preparation on Ray: equal to that on one machine, and going on where it was stopped."""
 
 import json
+import socket
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dyadlm.cluster import ray_cluster
 from dyadlm.data import Passage, Source, byte_tokenizer, prepare
 from dyadlm.data.chat import CONVERSATION
 from dyadlm.data.parts import Piece, _is_whole, kept_parts, read_part, tokenise_on_ray, write_part
@@ -51,6 +53,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     with kept_parts(tmp_path / "out"):
         pass
     assert not parts.exists()
+
+
+def test_parts_may_be_on_another_disk(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out.parts").symlink_to(tmp_path / "large disk")
+    with kept_parts(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_are_not_seen_here_are_said(tmp_path):
@@ -127,3 +137,13 @@ def test_ray_that_is_not_there_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'dyadlm\[cluster\]'"):
         prepare([tmp_path / "text.txt"], tmp_path / "out", byte_tokenizer(), engine="ray")
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once():
+    pytest.importorskip("ray")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for given in (address, f"ray://{address}", "127.0.0.1:x", "127.0.0.1:99999"):
+            with pytest.raises(UserError, match=f"no Ray cluster at {given} "), ray_cluster(given, 1):
+                pass

@@ -9,10 +9,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from dyadlm.data import byte_tokenizer, open_dataset, prepare, resolve_data
 from dyadlm.data.encoding import decode_bytes
-from dyadlm.data.remote import remote_files, remote_key
+from dyadlm.data.remote import RemoteFile, remote_files, remote_key
 from dyadlm.data.sources import open_source
 from dyadlm.errors import UserError
 
@@ -91,3 +92,56 @@ def test_two_names_that_look_the_same_are_refused(bucket):
     bucket.pipe({"/bucket/twice\x1b": b"one", "/bucket/twice\\x1b": b"two"})
     with pytest.raises(UserError, match=r"Two files.*rename one"):
         open_source("memory://bucket/twice*")
+
+
+def test_a_folder_is_read_as_on_the_disk(bucket, caplog, tmp_path):
+    bucket.pipe({"/bucket/.git/config": b"hidden", "/bucket/picture.png": b"\x89PNG\r\n\x1a\n"})
+    source = open_source("memory://bucket")
+    documents = {passage.document.partition(":")[0] for passage in source.splits["train"]()}
+    assert documents == {"bucket/a.jsonl", "bucket/c.txt", "bucket/deep/b.jsonl.gz"}
+    assert "picture.png is not text" in caplog.text
+    with pytest.raises(UserError, match=r"picture\.png is not text"):
+        list(open_source("memory://bucket/picture.png").splits["train"]())
+    prepare(["memory://bucket/c.txt"], tmp_path / "prepared")
+    with pytest.raises(UserError, match="is prepared already"):
+        open_source(f"file://{tmp_path}/prepared")
+
+
+def test_text_that_changes_while_it_is_read_is_refused(bucket, tmp_path):
+    (tmp_path / "file.jsonl").write_bytes(LINES)
+    sources = [open_source(place) for place in ("memory://bucket/a.jsonl", "memory://bucket", tmp_path / "file.jsonl")]
+    prepare(sources, tmp_path / "prepared")
+    bucket.pipe("/bucket/a.jsonl", LINES + LINES)
+    (tmp_path / "file.jsonl").write_bytes(LINES + LINES)
+    for source in sources:
+        with pytest.raises(UserError, match="has changed while it was read"):
+            prepare([source], tmp_path / "changed")
+    (tmp_path / "file.jsonl").unlink()
+    with pytest.raises(UserError, match="has changed while it was read"):
+        sources[-1].require_unchanged()
+    assert not (tmp_path / "changed").exists()
+
+
+def test_what_a_place_fails_with_is_said(bucket, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("the connection was cut")
+
+    source = open_source("memory://bucket/c.txt")
+    monkeypatch.setattr(MemoryFile, "readinto", fail, raising=False)
+    with pytest.raises(UserError, match=r"c\.txt cannot be read: the connection was cut; try again"):
+        list(source.splits["train"]())
+    monkeypatch.setattr(MemoryFileSystem, "ukey", fail)
+    with pytest.raises(UserError, match=r"cannot be reached .*the connection was cut"):
+        open_source("memory://bucket/c.txt")
+
+
+def test_files_of_the_web_are_known_by_what_their_server_says(bucket, monkeypatch):
+    """fsspec takes them for unchanging."""
+    told = [{"size": 5, "ETag": "a"}, {"size": 5, "ETag": "b"}, {"size": 5}, {"size": 5}]
+    files = {"c.txt": RemoteFile(bucket, "/bucket/c.txt")}
+    with monkeypatch.context() as server:
+        server.setattr(MemoryFileSystem, "protocol", ("http", "https"))
+        server.setattr(MemoryFileSystem, "info", lambda system, path, **options: told.pop(0))
+        keys = [remote_key(1, files) for _ in range(3)]
+        bucket.store["/bucket/c.txt"] = MemoryFile(bucket, "/bucket/c.txt", b"white")
+        assert len({*keys, remote_key(1, files)}) == 4

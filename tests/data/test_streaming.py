@@ -3,11 +3,13 @@
 import fsspec
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from dyadlm.data import Passage, Source, byte_tokenizer
 from dyadlm.data.encoding import END_ID, decode_bytes
 from dyadlm.data.sources import open_source
-from dyadlm.data.streaming import StreamedWindows, stream_text
+from dyadlm.data.streaming import FILE, StreamedWindows, stream_text
 from dyadlm.errors import UserError
 
 from .conftest import make_text
@@ -89,7 +91,7 @@ def test_reading_goes_on_anywhere(tmp_path):
             folder.mkdir(exist_ok=True)
             made.save(folder, number)
             resumed = windows(*sources, length=80)
-            resumed.load(folder)
+            resumed.load(folder, number)
             passages = 0
 
             def counted(record, tokens=resumed._tokens):
@@ -102,7 +104,12 @@ def test_reading_goes_on_anywhere(tmp_path):
             assert torch.equal(read(resumed, rest), read(windows(*sources, length=80), rest))
             assert passages < 14  # none of the text before was tokenised
     with pytest.raises(UserError, match="does not say where"):
-        made.load(tmp_path)
+        made.load(tmp_path, 60)
+    for told in ({"window": "36"}, {"passages": "{}"}, {"passages": "7"}, {"passages": "[1"}):
+        with safe_open(str(folder / FILE), framework="np") as written:
+            save_file({"left": written.get_tensor("left")}, tmp_path / FILE, {**written.metadata(), **told})
+        with pytest.raises(ValueError):  # noqa: PT011 - of several makers
+            made.load(tmp_path, 60)
 
 
 def test_files_of_a_place_are_parts_of_their_own():
@@ -115,9 +122,9 @@ def test_files_of_a_place_are_parts_of_their_own():
 
 
 def test_text_that_cannot_be_streamed_is_said():
-    with pytest.raises(UserError, match="a has 16 tokens, too few"):
+    with pytest.raises(UserError, match="a has 16 tokens in 1 passages"):
         windows((Source("a", "CC0", "a", {"train": lambda: iter([Passage("a", b"0123456789abcdef")])}), 1.0))
-    with pytest.raises(UserError, match="a has 24 tokens, too few"):
+    with pytest.raises(UserError, match="a has 24 tokens in 1 passages"):
         windows((Source("a", "CC0", "a", {"train": lambda: iter([Passage("a", b"0123456789" * 2 + b"abcd")])}), 1.0))
     chat = Passage("talk", b"[]", kind="chat:conversation")
     with pytest.raises(UserError, match="talk is a conversation"):

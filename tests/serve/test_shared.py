@@ -13,6 +13,7 @@ from dyadlm.files import locked
 from dyadlm.generate import Sampling, Session
 from dyadlm.serve import Limits, ServedModel
 from dyadlm.serve.errors import ApiError
+from dyadlm.serve.session_record import fits
 from dyadlm.serve.session_storage import FolderStorage, shared_storage
 from dyadlm.serve.sessions import SessionStore
 from dyadlm.serve.shared_sessions import SharedSessions
@@ -317,3 +318,16 @@ def until(found, seconds=20.0):
     while not found():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ttl": float("inf")}, {"used": float("nan")}, {"created": 10**400}, {"tokens": -5}, {"parent": "\ud800"},
+     {"version": 7}],
+)  # fmt: skip
+def test_a_file_that_tells_what_cannot_be_sent_is_no_session(change):
+    """One such file in the folder would fail the list of all sessions."""
+    known = dict.fromkeys(("model", "identity", "tail"), "a") | {"id": f"sess_{'A' * 22}", "name": None, "parent": None}
+    known |= dict.fromkeys(("tokens", "nbytes", "created", "used", "ttl"), 1) | {"version": "a"}
+    assert fits(known)
+    assert not fits(known | change)

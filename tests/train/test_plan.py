@@ -124,6 +124,17 @@ def test_plans_are_for_new_models_of_a_known_length():
         plan(chooses, (1,))
 
 
+def test_windows_are_shared_out_as_in_training():
+    with pytest.raises(UserError, match="cannot be shared out evenly among 6 batches"):
+        plan(settings("train.windows_per_step=32", "gradient_accumulation_steps=2"), (1, 3))
+
+
+@pytest.mark.parametrize("number", ["per_device_train_batch_size=1" + 17 * "0", "max_steps=1" + 320 * "0"])
+def test_what_cannot_be_counted_is_refused(number):
+    with pytest.raises(UserError, match="beyond what can be counted"):
+        plan(settings(number), (1,))
+
+
 @pytest.mark.slow
 def test_the_command_says_what_was_measured_and_what_was_not(capsys):
     with pytest.raises(SystemExit) as ended:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,14 @@ def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, consol
         assert len(list((checkpoint / folder).glob("*.safetensors"))) == 2
 
     half = shutil.copytree(tmp_path / "sharded", tmp_path / "half")
-    shutil.rmtree(half / "checkpoint-4" / WEIGHTS_FOLDER)
-    (half / "checkpoint-4" / WEIGHTS_FOLDER).mkdir()
-    (half / "checkpoint-4" / MANIFEST_NAME).unlink()
-    write_manifest(half / "checkpoint-4", 4, read_manifest(checkpoint)["identity"])
-    with pytest.raises(UserError, match="checkpoint-4 is damaged"):
-        train(small(half, *SHARED, "fsdp=true", "max_steps=6", resume=True), words(), console)
+    for folder in (OPTIMIZER_FOLDER, WEIGHTS_FOLDER):  # weights are read first
+        first, second = sorted((half / "checkpoint-4" / folder).iterdir())
+        for damage in (first.unlink, partial(shutil.copy, second, first), second.unlink, first.unlink):
+            damage()
+            (half / "checkpoint-4" / MANIFEST_NAME).unlink()
+            write_manifest(half / "checkpoint-4", 4, read_manifest(checkpoint)["identity"])
+            with pytest.raises(UserError, match="checkpoint-4 is damaged"):
+                train(small(half, *SHARED, "fsdp=true", "max_steps=6", resume=True), words(), console)
 
     for name, options in KINDS.items():
         run = train(small(tmp_path / name, *SHARED, *options, "max_steps=6", resume=True), words(), console).output

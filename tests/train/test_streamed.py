@@ -1,13 +1,16 @@
 """Training on text that is not prepared: a run that was stopped goes on with the text that follows."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dyadlm.data.streaming import FILE
 from dyadlm.errors import UserError
 from dyadlm.train import train
+from dyadlm.train.checkpoint import MANIFEST_NAME, read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +35,13 @@ def test_a_streamed_run_goes_on_with_the_text_that_follows(tmp_path, small, cons
     parts = train(small(tmp_path / "parts", *STREAMED, "max_steps=6", data=sources, resume=True), console=console)
     first, second = (load_file(run.output / "model.safetensors") for run in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    half = shutil.copytree(tmp_path / "parts", tmp_path / "half") / "checkpoint-6"
+    (half / FILE).write_bytes(b"damaged")
+    identity = read_manifest(tmp_path / "parts" / "checkpoint-6")["identity"]
+    (half / MANIFEST_NAME).unlink()
+    write_manifest(half, 6, identity)
+    with pytest.raises(UserError, match="checkpoint-6 is damaged"):
+        train(small(half.parent, *STREAMED, "max_steps=9", data=sources, resume=True), console=console)
     with pytest.raises(UserError, match="another data"):
         train(small(tmp_path / "parts", *STREAMED, "max_steps=9", data=sources[:1], resume=True), console=console)
 

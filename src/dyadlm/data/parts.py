@@ -50,7 +50,9 @@ def kept_parts(output: Path) -> Iterator[Path]:
         if any(not _is_own(path.relative_to(folder)) for path in folder.rglob("*")):
             raise UserError(f"{folder} holds other files, and would be removed at the end; choose another --output.")
         yield folder
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.resolve())
+        if folder.is_symlink():
+            folder.unlink()
 
 
 def tokenise_on_ray(

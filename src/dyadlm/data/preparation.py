@@ -76,6 +76,7 @@ def prepare(
     held_out = None if validation is None else find_source(validation, text_field, most_decompressed)
     if not opened:
         raise UserError("There is nothing to prepare; name at least one source.")
+    read = opened if held_out is None else [*opened, held_out]
 
     name = tokenizer if isinstance(tokenizer, str) else loaded.name_or_path or "custom"
     if encoder.is_byte:  # wherever it was loaded from
@@ -91,6 +92,8 @@ def prepare(
                 index += written.tokens
             elif split != TEST:
                 raise UserError(f"There is no text for the {split} split; give a source with more text in it.")
+        for source in read:
+            source.require_unchanged()
         if encoder.chat is not None:
             loaded = copy.copy(loaded)
             loaded.chat_template = template_of(loaded)
@@ -104,10 +107,7 @@ def prepare(
                 "vocabulary_size": len(loaded),
                 "end_id": encoder.end_id,
             },
-            sources=[
-                {"name": source.name, "licence": source.licence}
-                for source in [*opened, *([held_out] if held_out else [])]
-            ],
+            sources=[{"name": source.name, "licence": source.licence} for source in read],
             splits=splits,
         )
         write_atomically(staging / MANIFEST_NAME, manifest.to_json())

@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 from fsspec.core import has_magic
@@ -13,7 +15,9 @@ from dyadlm.data.formats import BLOCK_BYTES
 from dyadlm.errors import UserError, first_line
 from dyadlm.files import printable
 
-WEB_VERSION = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
+WEB = ("http", "https")
+# What servers of the web say of a file, and change with it.
+MARKS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class RemoteFile:
     system: Any
     path: str
 
-    def open(self, mode: str) -> BinaryIO:
-        return io.BufferedReader(self.system.open(self.path, mode), BLOCK_BYTES)
+    def open(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Opened(self), BLOCK_BYTES)
 
     @property
     def suffix(self) -> str:
@@ -34,13 +38,51 @@ class RemoteFile:
         return str(self.system.unstrip_protocol(self.path))
 
 
+class _Opened(io.RawIOBase):
+    """A file while it is read. Whatever a place fails with is an `OSError`, as it is of a disk."""
+
+    def __init__(self, file: RemoteFile):
+        with _errors_of_a_disk():
+            self._content = file.system.open(file.path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._content.seekable())
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._content.seek(place, whence))
+
+    def tell(self) -> int:
+        return int(self._content.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        with _errors_of_a_disk():
+            return int(self._content.readinto(buffer))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._content.close()
+        super().close()
+
+
+@contextmanager
+def _errors_of_a_disk() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each place has its own
+        raise OSError(f"{first_line(error)}; try again, or download it and give the file") from error
+
+
 def is_remote(argument: str) -> bool:
     """Whether a source is named by a URL."""
     return "://" in argument
 
 
 def remote_files(url: str) -> dict[str, RemoteFile]:
-    """The files behind a URL by their names, in order: of one file, of a folder (all below it), or of a pattern.
+    """The files behind a URL by their names, in order: of one file, of a folder (all below it that are not hidden), or
+    of a pattern. A URL of the web is a folder where it ends with a slash.
 
     Raises:
         UserError: there are none, two names look the same, the place cannot be reached, or its package is not
@@ -48,20 +90,39 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
     """
     try:
         system, path = fsspec.url_to_fs(url)
-        if has_magic(path):
+        pattern = has_magic(path)
+        if pattern:
             paths = [found for found in system.glob(path) if system.isfile(found)]
+        elif system.isfile(path) and not url.endswith("/"):
+            paths = [path]
         else:
-            paths = [path] if system.isfile(path) else system.find(path)
+            paths = [found for found in system.find(path) if not _is_hidden(found.removeprefix(path))]
     except ImportError as error:
         raise UserError(f"{url} cannot be opened: {first_line(error)}.") from error
     except Exception as error:  # each place has its own
         raise UserError(f"{url} cannot be reached ({first_line(error)}).") from error
     if not paths:
-        raise UserError(f"There are no files at {url}; name a file, a folder or a pattern such as {url}/*.jsonl.")
+        folder, why = (url.rpartition("/")[0], "") if pattern else (url.rstrip("/"), _why_not(system, path))
+        raise UserError(
+            f"There are no files at {url}{why}; name a file, a folder or a pattern such as {folder}/*.jsonl."
+        )
     files = {printable(found.strip("/")): RemoteFile(system, found) for found in sorted(paths)}
     if len(files) < len(paths):
         raise UserError(f"Two files at {url} have names that look the same; rename one of them.")
     return files
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _why_not(system: Any, path: str) -> str:
+    """Why there is nothing, where a place hides it while it looks for files."""
+    try:
+        system.info(path)
+    except Exception as error:
+        return "" if error.__cause__ is None else f" ({first_line(error.__cause__)})"
+    return ""
 
 
 def remote_key(rules: int, files: dict[str, RemoteFile]) -> str:
@@ -79,9 +140,14 @@ def remote_key(rules: int, files: dict[str, RemoteFile]) -> str:
 
 
 def _version(file: RemoteFile) -> str:
-    """What changes when a file does. fsspec takes files of the web for constant, so that their headers are asked."""
-    key = str(file.system.ukey(file.path))
-    if "http" not in file.system.protocol:
-        return key
+    """What changes when a file does. fsspec takes files of the web for unchanging; of those of which their server says
+    no more than the size, the content has to be read."""
+    file.system.invalidate_cache()
+    if not set(WEB) & {file.system.protocol, *file.system.protocol}:
+        return str(file.system.ukey(file.path))
     told = file.system.info(file.path)
-    return " ".join([key, *(str(told.get(header)) for header in WEB_VERSION)])
+    marks = {name: told[name] for name in MARKS if name in told}
+    if marks:
+        return str([told.get("size"), marks])
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -45,7 +46,8 @@ class Source:
     """Text under one name. splits: "train", and "validation" and "test" where the source has them by name.
 
     Each split may be read again and again. key: a digest of the content, which names it in the cache. files: what
-    "train" is made of, one file after the other, where it is made of files.
+    "train" is made of, one file after the other, where it is made of files. key_now: the key, of the content as it is
+    now, where it may change.
     """
 
     name: str
@@ -53,11 +55,22 @@ class Source:
     key: str
     splits: Mapping[str, Callable[[], Iterator[Passage]]]
     files: Sequence[Callable[[], Iterator[Passage]]] = ()
+    key_now: Callable[[], str] | None = None
 
     @property
     def parts(self) -> Sequence[Callable[[], Iterator[Passage]]]:
         """Of "train", each of which can be read without those before it."""
         return self.files or (self.splits[TRAIN],)
+
+    def require_unchanged(self) -> None:
+        """Raise `UserError` if the content is no longer what it was when the source was opened. It is read more than
+        once, so that parts of both would be mixed."""
+        try:
+            unchanged = self.key_now is None or self.key_now() == self.key
+        except (OSError, UserError):
+            unchanged = False
+        if not unchanged:
+            raise UserError(f"{self.name} has changed while it was read; give a copy to which nobody writes.")
 
 
 def open_source(
@@ -82,11 +95,7 @@ def open_source(
     if str(argument) == "-":
         return _standard_input()
     if is_remote(str(argument)):
-        files = remote_files(str(argument))
-        parts = [partial(read, file, name) for name, file in files.items()]
-        return Source(
-            printable(str(argument)), "unknown", remote_key(RULES, files), {TRAIN: partial(_all, parts)}, parts
-        )
+        return _remote(str(argument), read)
     if path.is_dir():
         return _folder(path, read)
     if path.is_file():
@@ -169,37 +178,49 @@ def _character_edge(content: bytes, cut: int) -> int:
 Read = Callable[[Any, str], Iterator[Passage]]
 
 
-def _all(parts: Sequence[Callable[[], Iterator[Passage]]]) -> Iterator[Passage]:
-    for part in parts:
-        yield from part()
-
-
 def _file(path: Path, read: Read) -> Source:
     name = printable(path.name)
-    return Source(name, "unknown", _key({name: path}), {TRAIN: partial(read, path, name)})
+    key = partial(_key, {name: path})
+    return Source(name, "unknown", key(), {TRAIN: partial(read, path, name)}, key_now=key)
 
 
 def _folder(path: Path, read: Read) -> Source:
     if (path / MANIFEST_NAME).exists():
         raise UserError(f"{path} is prepared already; give the folder itself as --data.")
     files = _files_below(path)
-    left_out: set[str] = set()
     if not files:
         raise UserError(f"The folder {path} holds no files; put text files into it.")
+    return _of_files(printable(path.resolve().name), str(path), files, read, partial(_key, files))
+
+
+def _remote(url: str, read: Read) -> Source:
+    files = remote_files(url)
+    if posixpath.join(posixpath.commonpath(files), MANIFEST_NAME) in files:
+        raise UserError(f"{url} is prepared already; copy it to a disk and give that folder as --data.")
+    key = partial(remote_key, RULES, files)
+    if len(files) == 1:
+        ((name, file),) = files.items()
+        return Source(printable(url), "unknown", key(), {TRAIN: partial(read, file, name)}, key_now=key)
+    return _of_files(printable(url), url, files, read, key)
+
+
+def _of_files(name: str, place: str, files: Mapping[str, Any], read: Read, key: Callable[[], str]) -> Source:
+    """Several files, one after the other, of which those are left out that are no text. place: for messages."""
+    left_out: set[str] = set()
 
     def passages() -> Iterator[Passage]:
-        for name, file in files.items():
+        for inner, file in files.items():
             try:
-                yield from read(file, name)
+                yield from read(file, inner)
             except NotText as error:
-                if name not in left_out:
-                    log.warning("Left out of %s: %s", printable(str(path)), error)
-                    left_out.add(name)
+                if inner not in left_out:
+                    log.warning("Left out of %s: %s", printable(place), error)
+                    left_out.add(inner)
         if len(left_out) == len(files):
-            raise UserError(f"The folder {path} holds no text; put text files into it.")
+            raise UserError(f"{place} holds no text; put text files into it.")
 
-    parts = [partial(_text_of, read, file, name) for name, file in files.items()]
-    return Source(printable(path.resolve().name), "unknown", _key(files), {TRAIN: passages}, parts)
+    parts = [partial(_text_of, read, file, inner) for inner, file in files.items()]
+    return Source(name, "unknown", key(), {TRAIN: passages}, parts, key)
 
 
 def _text_of(read: Read, file: Path, name: str) -> Iterator[Passage]:

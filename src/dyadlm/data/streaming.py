@@ -116,8 +116,9 @@ def stream_text(
                 break
         if next(records, None) is None:
             raise UserError(
-                f"{source.name} has {found} tokens, too few to hold {held_out} out; leave data.stream out, or give "
-                "more text or a smaller data.validation_tokens."
+                f"{source.name} has {found} tokens in {len(texts)} passages (documents, or megabytes of longer ones), "
+                f"and nothing is left where {held_out} tokens are held out in whole ones; give more documents or a "
+                "smaller data.validation_tokens, or leave data.stream out."
             )
         samples.append(TokenStream.from_text(texts, tokenizer, source.name))
         numbers.append(len(texts))
@@ -197,10 +198,20 @@ class StreamedWindows(Dataset[dict[str, torch.Tensor]]):
         told = {"window": str(number), "passages": json.dumps(state)}
         save_file({"left": np.ascontiguousarray(left)}, folder / FILE, metadata=told)
 
-    def load(self, folder: Path) -> None:
-        """Remember what `save` wrote. Raises `UserError` if it is not there."""
+    def load(self, folder: Path, number: int) -> None:
+        """Remember what `save` wrote of window `number`.
+
+        Raises:
+            UserError: it is not there.
+            ValueError, KeyError, SafetensorError: it is damaged.
+        """
         if not (folder / FILE).is_file():
             raise UserError(f"{folder} does not say where in the streamed text it is; begin anew in another --output.")
         with safe_open(str(folder / FILE), framework="np") as file:
-            told = file.metadata()
-            self._places[int(told["window"])] = (json.loads(told["passages"]), file.get_tensor("left"))
+            told, left = file.metadata() or {}, file.get_tensor("left")
+        state = json.loads(told["passages"])
+        begin, _ = self._places[0]
+        fits = left.ndim == 1 and left.dtype == np.int32 and isinstance(state, dict) and state.keys() == begin.keys()
+        if not fits or told["window"] != str(number):
+            raise ValueError(f"{FILE} is not of window {number} of this text")
+        self._places[number] = state, left

@@ -22,6 +22,7 @@ NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 # Beside the state in a file: what is known of the session, as the bytes of JSON.
 ABOUT = "serve.session"
 SUFFIX = ".state"
+LARGEST = 2**53  # number, that every reader of JSON takes
 TAIL = 200  # characters of the text that are shown
 
 
@@ -146,7 +147,15 @@ def fits(known: Any) -> bool:
     """Whether this can be what is known of a session."""
     if not isinstance(known, dict) or any(not isinstance(known.get(key), kinds) for key, kinds in KINDS.items()):
         return False
-    return bool(ID.fullmatch(known["id"]) and (known["name"] is None or NAME.fullmatch(known["name"])))
+    numbers = [known[key] for key in ("tokens", "nbytes", "created", "used", "ttl")]
+    texts = [known[key] for key in ("parent", "model", "identity") if known[key] is not None]
+    return bool(
+        ID.fullmatch(known["id"])
+        and (known["name"] is None or NAME.fullmatch(known["name"]))
+        and all(0 <= number < LARGEST for number in numbers)
+        and all(map(is_text, texts))
+        and isinstance(known.get("version", ""), str)
+    )
 
 
 def tail_of(path: Path) -> str:

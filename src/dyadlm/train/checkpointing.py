@@ -244,6 +244,15 @@ class CheckpointingTrainer(Trainer):
             load_raw(cast(PreTrainedModel, self.model), folder)
             load_companions(cast(PreTrainedModel, self.model), folder)
 
+    def _load_place(self, folder: Path) -> None:
+        """The state that training carries, and where it is in streamed text, where there are these."""
+        with _reading(folder):
+            if self.carried is not None:
+                self.carried.load(folder, self.args.device)
+            if isinstance(self.train_dataset, StreamedWindows):
+                step = int(folder.name.rpartition("-")[2])
+                self.train_dataset.load(folder, step * self.get_total_train_batch_size(self.args))
+
     def _load_weights(self, folder: Path, model: PreTrainedModel) -> None:
         """From shards or whole, into shards or whole."""
         whole = folder / SAFE_WEIGHTS_NAME

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dyadlm.accounting import activation_bytes, forward_flops, parameters, training_flops_per_token
-from dyadlm.errors import UserError
+from dyadlm.errors import UserError, first_line
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.train.cost import static_bytes
 from dyadlm.train.prepared_run import configuration_of
@@ -85,23 +85,35 @@ def plan(
         raise UserError(
             f"A step has {windows} windows, too few for {max(cards)} cards; raise {more}, or give fewer --cards."
         )
+    total, batches = settings.train.windows_per_step, arguments.get("gradient_accumulation_steps", 1)
+    if uneven := next((count for count in cards if total % (count * batches)), 0):
+        raise UserError(
+            f"train.windows_per_step={total} cannot be shared out evenly among {uneven * batches} batches (cards × "
+            "gradient_accumulation_steps); choose a multiple of them, or give other --cards."
+        )
     tokens = arguments["max_steps"] * windows * length
-    per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
-    with torch.device("meta"):
-        model = DyadForCausalLM(config)
-        static = static_bytes(model, settings.train)
     # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
     # gradients of one block, and the weights of the next.
     buckets = 4 * parameters(config)
-    gathered = 12 * max(sum(weight.numel() for weight in block.parameters()) for block in model.model.layers)
-    rates = {kind: rate for kind in ("eager", "graph", "llama") if (rate := nearest_rate(kind, config, length))}
     rows_of = {count: min(rows, math.ceil(windows / count)) for count in cards}
-    memory = {own: activation_bytes(config, own, length, recomputed=recomputed) for own in set(rows_of.values())}
+    try:
+        per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
+        with torch.device("meta"):
+            model = DyadForCausalLM(config)
+        static = static_bytes(model, settings.train)
+        gathered = 12 * max(sum(weight.numel() for weight in block.parameters()) for block in model.model.layers)
+        memory = {own: activation_bytes(config, own, length, recomputed=recomputed) for own in set(rows_of.values())}
+        flops = float(tokens) * per_token
+    except (RuntimeError, OverflowError) as error:  # torch, too, counts in 64 bits
+        raise UserError(
+            f"A run of this size is beyond what can be counted ({first_line(error)}); give smaller numbers."
+        ) from error
+    rates = {kind: rate for kind in ("eager", "graph", "llama") if (rate := nearest_rate(kind, config, length))}
     told: list[dict[str, Any]] = []
     for count in cards:
         own, share = rows_of[count], math.ceil(windows / count)
         kept = round(overhead(rates["eager"]) * memory[own])
-        operations = tokens / windows * share * per_token / (efficiency if count > 1 else 1)
+        operations = flops / windows * share / (efficiency if count > 1 else 1)
         seconds = {kind: operations / rate.flops_per_second for kind, rate in rates.items()}
         hours = {kind: count * taken / 3600 for kind, taken in seconds.items()}
         told.append(
@@ -122,7 +134,7 @@ def plan(
         "windows_per_step": windows,
         "sequence_length": length,
         "tokens": tokens,
-        "flops": tokens * per_token,
+        "flops": flops,
         "static_memory_bytes": static,
         "rates": {kind: rate._asdict() for kind, rate in rates.items()},
         "efficiency": efficiency,

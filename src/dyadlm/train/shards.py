@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -101,7 +104,25 @@ def _read(tensors: dict[str, Any], folder: Path) -> None:
 
     with warnings.catch_warnings(), _errors():
         warnings.filterwarnings("ignore", ".*intent is to load in a single process")
-        load(tensors, storage_reader=HuggingFaceStorageReader(path=str(folder)))
+        load(tensors, storage_reader=HuggingFaceStorageReader(path=str(folder)), planner=_WholeTensors())
+
+
+class _WholeTensors(DefaultLoadPlanner):
+    """Refuses tensors that are not all there, or of another type: torch would leave what is missing as it was, and
+    convert the rest."""
+
+    def create_local_plan(self) -> LoadPlan:
+        stored = {} if self.metadata is None else self.metadata.state_dict_metadata
+        for name, tensor in self.state_dict.items():
+            found = stored.get(name)
+            if not isinstance(found, TensorStorageMetadata):
+                continue  # which torch itself refuses
+            parts = {tuple(chunk.offsets): chunk.sizes.numel() for chunk in found.chunks}
+            if sum(parts.values()) != found.size.numel():
+                raise ValueError(f"a part of {name} is missing")
+            if found.properties.dtype != tensor.dtype:
+                raise ValueError(f"{name} is {found.properties.dtype}, not {tensor.dtype}")
+        return super().create_local_plan()
 
 
 @contextmanager

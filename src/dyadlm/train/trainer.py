@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from dyadlm.data.batches import IGNORED_LABEL
-from dyadlm.data.streaming import StreamedWindows
 from dyadlm.evaluate.inspection import behaviour
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.train.average import WeightAverage
@@ -194,10 +193,8 @@ class LanguageModelTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.perf_counter()
         checkpoint = kwargs.get("resume_from_checkpoint")
-        if self.carried is not None and checkpoint:
-            self.carried.load(Path(checkpoint), self.args.device)
-        if isinstance(self.train_dataset, StreamedWindows) and checkpoint:
-            self.train_dataset.load(Path(checkpoint))
+        if checkpoint:
+            self._load_place(Path(checkpoint))
         return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
