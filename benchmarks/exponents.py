@@ -58,7 +58,7 @@ def trained(preset: str, length: int, **fields: Any) -> dict[str, Any]:
 
 
 def decoded(preset: str, contexts: tuple[int, ...]) -> dict[int, dict[str, Any]]:
-    """One token after each context, the mean of `TOKENS`. Contexts take turns, so that all meet the same disturbances."""
+    """One token after each context, the mean of `TOKENS`. They take turns: all meet the same disturbances."""
     states, taken = {}, {context: list[float]() for context in contexts}
     text = np.random.default_rng(0).integers(0, 256, max(contexts) + TOKENS)
     with tempfile.TemporaryDirectory() as folder:
