@@ -1,5 +1,6 @@
 """Shared test set-up: few threads, no network, deterministic kernels, uninitialised memory poisoned with NaN."""
 
+import gc
 import os
 import shutil
 import socket
@@ -17,6 +18,14 @@ import torch
 # Without a GPU the kernels of Triton run in its interpreter, which is chosen when Triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+gc.disable()  # while modules and tests are loaded, which stay
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is loaded out of every collection of garbage. Trainer asks for one at each start, of a second."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
