@@ -1,10 +1,14 @@
 """Shared test set-up: few threads, no network, deterministic kernels, uninitialised memory poisoned with NaN."""
 
+import gc
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 # Set before any Hugging Face import: tests never reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +22,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+sys.path.insert(0, str(Path(__file__).parent))  # processes find their programs by name
+
+gc.disable()  # while modules and tests are loaded, which stay
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is loaded out of every collection of garbage. Trainer asks for one at each start, of a second."""
+    gc.freeze()
+    gc.enable()
+
 
 @pytest.fixture(autouse=True)
 def deterministic_torch():
@@ -27,6 +41,17 @@ def deterministic_torch():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """The context of `multiprocessing` for processes that nothing tells apart from a program started alone.
+
+    They are forked from a server that has imported everything, once for all tests, because that takes longest.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dyadlm.train", "torch._dynamo", "torch.utils.tensorboard", "fastapi", "uvicorn"])
+    return context
 
 
 @pytest.fixture(scope="session")

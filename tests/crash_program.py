@@ -1,9 +1,8 @@
 """Kills a command at every one of its writes, in turn, and looks at what is left (run by `test_crash.py`).
 
-`python crash_program.py prepare|export|state kill|full FOLDER`: for k = 1, 2, ... a child process is killed (SIGKILL,
-no clean-up), or finds the disk full, when it opens a file for writing, renames or removes something for the k-th time,
-until a child comes to its end without. After each, what stands under the final name must be absent, as it was before,
-or whole. After a full disk nothing else may be left.
+For k = 1, 2, ... a child process is killed (SIGKILL, no clean-up), or finds the disk full, when it opens a file for
+writing, renames or removes something for the k-th time, until a child comes to its end without. After each, what stands
+under the final name must be absent, as it was before, or whole. After a full disk nothing else may be left.
 """
 
 import errno
@@ -75,8 +74,8 @@ def sweep(command: Callable[[], object], output: Path, how: str) -> int:
             return number - 1
 
 
-def main() -> None:
-    verb, how, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+def main(verb: str, how: str, folder: Path) -> None:
+    """verb: prepare, export or state. how: kill or full. The number of writes is left in the file `writes`."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "slot_entries": 16, "slot_layers": [0], "intermediate_size": 16}
     dyadlm.DyadForCausalLM(dyadlm.DyadConfig.from_preset("tiny", **small)).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
@@ -95,8 +94,4 @@ def main() -> None:
         engine.save_state(state, output)
         engine.step(state, 65)
         writes = sweep(lambda: engine.save_state(state, output), output, how)
-    print(writes)
-
-
-if __name__ == "__main__":
-    main()
+    (folder / "writes").write_text(str(writes))

@@ -1,12 +1,15 @@
 """Nothing heavy is imported before it is needed, and the Auto classes know the model in every order of imports."""
 
+import io
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.cli import main
 from dyadlm.data import byte_tokenizer
 
 HEAVY = ("torch", "transformers")
@@ -18,30 +21,37 @@ def run(program: str, *arguments: str, stdin: bytes = b"") -> str:
     return done.stdout.decode(errors="replace")
 
 
-MAKE = (
-    "config = AutoConfig.for_model('dyadlm', hidden_size=16, num_hidden_layers=1, num_levels=3); "
-    "print(type(AutoModelForCausalLM.from_config(config)).__name__)"
+ORDERS = (
+    "import dyadlm; from transformers import AutoConfig, AutoModelForCausalLM",
+    "from transformers import AutoConfig, AutoModelForCausalLM; import dyadlm",
+    "from transformers import AutoModelForCausalLM, AutoConfig; import dyadlm",
+    "import transformers, dyadlm; from transformers import AutoModelForCausalLM, AutoConfig",
+    "import dyadlm; from transformers import pipeline, AutoConfig, AutoModelForCausalLM",
+    "import dyadlm; from transformers import PreTrainedModel, AutoConfig, AutoModelForCausalLM",
+    "from transformers import PreTrainedModel; import dyadlm.model.modeling; "
+    "from transformers import AutoConfig, AutoModelForCausalLM",
+    "import dyadlm; dyadlm.DyadConfig; from transformers import AutoConfig, AutoModelForCausalLM",
+    "import dyadlm.engine.bridge; from transformers import AutoConfig, AutoModelForCausalLM",
 )
+# Each order of imports in a process of its own, forked where torch is loaded, which takes longest.
+IN_EACH_ORDER = """
+import gc, os, sys, torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.checkpoint, torch.distributed.tensor
+gc.freeze()
+assert "transformers" not in sys.modules
+for imports in sys.argv[1:]:
+    if not (child := os.fork()):
+        exec(imports)
+        config = AutoConfig.for_model("dyadlm", hidden_size=16, num_hidden_layers=1, num_levels=3)
+        assert type(AutoModelForCausalLM.from_config(config)).__name__ == "DyadForCausalLM"
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, imports
+    print(imports)
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import dyadlm; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import dyadlm",
-        "from transformers import AutoModelForCausalLM, AutoConfig; import dyadlm",
-        "import transformers, dyadlm; from transformers import AutoModelForCausalLM, AutoConfig",
-        "import dyadlm; from transformers import pipeline, AutoConfig, AutoModelForCausalLM",
-        "import dyadlm; from transformers import PreTrainedModel, AutoConfig, AutoModelForCausalLM",
-        "from transformers import PreTrainedModel; import dyadlm.model.modeling; "
-        "from transformers import AutoConfig, AutoModelForCausalLM",
-        "import dyadlm; dyadlm.DyadConfig; from transformers import AutoConfig, AutoModelForCausalLM",
-        "import dyadlm.engine.bridge; from transformers import AutoConfig, AutoModelForCausalLM",
-    ],
-)
-def test_auto_classes_know_the_model(imports):
-    assert run(f"{imports}; {MAKE}").strip() == "DyadForCausalLM"
+def test_auto_classes_know_the_model_in_every_order_of_imports():
+    assert run(IN_EACH_ORDER, *ORDERS).splitlines() == list(ORDERS)
 
 
 def test_import_loads_nothing_heavy():
@@ -73,35 +83,40 @@ def folder(tmp_path_factory):
     return path
 
 
-def both(folder, *arguments: str, stdin: bytes = b"") -> list[str]:
-    """What a verb prints without torch, and with it."""
-    with_torch = "import sys, torch; from dyadlm.generate import engine_reader\n" + WITHOUT[WITHOUT.index("from") :]
-    with_torch = with_torch.replace("\nfrom", "\nengine_reader._refusal = lambda *_: 'the test says so'\nfrom", 1)
-    return [run(program, *arguments, stdin=stdin) for program in (WITHOUT, with_torch)]
+@pytest.fixture
+def in_torch(monkeypatch, capsys):
+    """`in_torch(*arguments)`: what a verb prints that is not left to the engine."""
+
+    def call(*arguments: str, stdin: bytes = b"") -> str:
+        monkeypatch.setattr("dyadlm.generate.engine_reader._refusal", lambda *_: "the test says so")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert not ended.value.code, err
+        return out
+
+    return call
 
 
 @pytest.mark.parametrize("options", [("--temperature", "0"), ("--seed", "3"), ("--seed", "4", "--stop", "e")])
 @pytest.mark.slow
-def test_generate_writes_the_same_without_torch(folder, tmp_path, options):
-    states = [tmp_path / "engine", tmp_path / "torch"]
+def test_generate_writes_the_same_without_torch(folder, tmp_path, options, in_torch):
+    state = str(tmp_path / "state")
     arguments = ["generate", str(folder), "--prompt", "To be, or not", "--max-new-tokens", "40", *options]
-    engine, in_torch = both(folder, *arguments)
-    assert engine == in_torch
-    assert len(engine) > 20
-    run(WITHOUT, *arguments, "--state-out", str(states[0]))
+    written = run(WITHOUT, *arguments, "--state-out", state)
+    assert written == in_torch(*arguments)
+    assert len(written) > 20
     # A state that was written without torch is read with it.
-    continued = [
-        run(program, "generate", str(folder), "--prompt", "x", "--seed", "1", "--state-in", str(states[0]))
-        for program in (WITHOUT, "from dyadlm.cli import main; import torch, sys; main(sys.argv[1:])")
-    ]
-    assert continued[0] == continued[1]
+    continued = ["generate", str(folder), "--prompt", "x", "--seed", "1", "--state-in", state]
+    assert run(WITHOUT, *continued) == in_torch(*continued)
 
 
 @pytest.mark.slow
-def test_stream_reads_the_same_without_torch(folder):
+def test_stream_reads_the_same_without_torch(folder, in_torch):
     lines = b"To be, or not to be:\nthat is the question.\r\n\xc3\xa9t\xc3\xa9 \xff\x00\nno end"
-    engine, in_torch = both(folder, "stream", str(folder), stdin=lines)
-    rows = [[line.split()[:3] for line in printed.splitlines()] for printed in (engine, in_torch)]
+    printed = [read("stream", str(folder), stdin=lines) for read in (partial(run, WITHOUT), in_torch)]
+    rows = [[line.split()[:3] for line in lines_.splitlines()] for lines_ in printed]
     assert len(rows[0]) == len(rows[1]) == len(lines)
     for mine, theirs in zip(*rows, strict=True):
         assert [float(number) for number in mine] == pytest.approx([float(number) for number in theirs], abs=2e-3)

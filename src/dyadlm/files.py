@@ -137,7 +137,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, taken: str = "", patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
+def locked(folder: Path, taken: str = "", patience: float | None = None) -> Iterator[None]:
     """Keep other processes that ask for this lock out of a folder, made if need be and removed if it stays empty.
 
     The lock leaves no file and ends with the process, however that ends. Raises `UserError` if another process
@@ -148,7 +148,7 @@ def locked(folder: Path, taken: str = "", patience: float = LOCK_PATIENCE_SECOND
     make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (LOCK_PATIENCE_SECONDS if patience is None else patience)
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

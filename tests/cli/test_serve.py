@@ -1,23 +1,23 @@
 """`dyadlm serve` as a process: how it starts and ends, and that sessions are whole after it was killed."""
 
+import os
 import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from dyadlm import DyadConfig, DyadForCausalLM
+from dyadlm.cli import main
 from dyadlm.cli.app import app
 from dyadlm.data.tokenizer import byte_tokenizer
 from dyadlm.generate import Sampling, Session
+from processes import shown_in
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -39,47 +39,61 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Process:
-    """A server in a process of its own."""
+class Server:
+    """A process that serves. file: for what it shows."""
 
-    def __init__(self, *arguments: str):
-        command = [sys.executable, "-m", "dyadlm", "serve", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        said = ""
-        while not (found := re.search(r"at (http://\S+)", said)):
-            line = self.process.stderr.readline()
-            assert line, said
-            said += line
+    def __init__(self, forkserver, file, *arguments: str):
+        command = ["serve", *arguments, "--port", "0"]
+        self.process = forkserver.Process(target=shown_in, args=(file, main, command))
+        self.process.start()
+        while not (found := re.search(r"at (http://\S+)\s", file.read_text() if file.exists() else "")):
+            assert self.process.is_alive(), file.read_text()
+            time.sleep(0.02)
         self.http = httpx.Client(base_url=found[1], timeout=60)
 
     def end(self, number: int | None = signal.SIGTERM) -> int:
         if number is not None:
-            self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
-        self.process.stderr.close()
+            os.kill(self.process.pid, number)
+        self.process.join(60)
         self.http.close()
-        return code
+        return self.process.exitcode
 
 
-def test_it_ends_in_good_order(folder, tmp_path):
-    server = Process(str(folder), "--sessions", str(tmp_path / "sessions"), "--autosave", "0", "--grace", "60")
+@pytest.fixture
+def start(tmp_path, forkserver):
+    """`start(*arguments)`: a server."""
+    servers = []
+
+    def start(*arguments) -> Server:
+        servers.append(Server(forkserver, tmp_path / f"shown-{len(servers)}", *map(str, arguments)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.join()
+
+
+def test_it_ends_in_good_order(folder, tmp_path, start):
+    server = start(folder, "--sessions", tmp_path / "sessions", "--autosave", "0", "--grace", "60")
     assert server.http.post("/v1/sessions", json={"name": "kept", "text": "To be"}).status_code == 201
     body = {"prompt": "To be", "max_tokens": 300, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.terminate()
         rest = list(lines)
     assert "data: [DONE]" in rest
     assert server.end(None) == 0
     assert len(list((tmp_path / "sessions").glob("??/*.state"))) == 1
 
 
-def test_sessions_are_whole_after_a_kill(folder, tmp_path):
+def test_sessions_are_whole_after_a_kill(folder, tmp_path, start):
     chance = random.Random(0)
+    model = DyadForCausalLM.from_pretrained(folder).eval()
     told: set[str] = set()
     for round_number in range(3):
-        server = Process(str(folder), "--sessions", str(tmp_path / "sessions"), "--autosave", "0.1")
+        server = start(folder, "--sessions", tmp_path / "sessions", "--autosave", "0.1")
         sessions = {one["id"]: one for one in server.http.get("/v1/sessions").json()["data"]}
         assert told <= set(sessions)
         for one in sessions.values():
@@ -96,7 +110,7 @@ def test_sessions_are_whole_after_a_kill(folder, tmp_path):
                 },
             )
             assert answer.status_code == 200, answer.text
-            alone = Session(DyadForCausalLM.from_pretrained(folder).eval(), byte_tokenizer())
+            alone = Session(model, byte_tokenizer())
             alone.read_prompt(one["tail"])
             (written,) = answer.json()["choices"][0]["logprobs"]["bytes"]
             likeliest = int(alone.logits.argmax())  # a byte, or the end of the text, which is told as it is spelled
@@ -155,11 +169,10 @@ def test_what_cannot_be_served_is_said_before_a_model_is_loaded(arguments, messa
 
 
 @pytest.mark.parametrize("kind", ["folder", "redis"])
-def test_a_replica_goes_on_where_another_was_killed(folder, tmp_path, request, kind):
+def test_a_replica_goes_on_where_another_was_killed(folder, tmp_path, request, kind, start):
     """What was answered is kept; what was being written is not."""
     url = str(tmp_path / "sessions") if kind == "folder" else request.getfixturevalue("redis_url")
-    with ThreadPoolExecutor() as pool:
-        one, other = pool.map(lambda _: Process(str(folder), "--sessions", url, "--shared"), range(2))
+    one, other = (start(folder, "--sessions", url, "--shared") for _ in range(2))
     session = one.http.post("/v1/sessions", json={"name": kind, "text": "To be"}).json()["id"]
     body = {"prompt": " or", "session": session, "max_tokens": 6, "seed": 1}
     assert one.http.post("/v1/completions", json=body).status_code == 200

@@ -56,7 +56,7 @@ def one_after_another(recipe, wanted, jobs, engine, address):
 
 def tables(name: str) -> int:
     """Numbers of two n-gram tables of a family: a model of ours has maps from them in each place, too."""
-    plain = Recipe(data=("x",), parameters=200_000, length=32)
+    plain = Recipe(data=("x",), parameters=100_000, length=32)
     both = [count_parameters(new_model(one, Cell(name))) for one in (replace(plain, ngrams=(2, 3)), plain)]
     return both[0] - both[1]
 
@@ -66,16 +66,16 @@ def test_a_page_comes_of_one_command(text, tmp_path, capsys, monkeypatch):
     # In this process: a process for each cell loads torch anew.
     monkeypatch.setattr("dyadlm.compare.study.run_cells", one_after_another)
     asked = [
-        "compare", "--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "tokens=2k", "--parameters",
-        "200k", "--length", "32", "--batch-size", "2", "--seeds", "2", "--learning-rates", "8e-3", "--ngrams", "2,3",
-        "--jobs", "2", "--scale", "0.05",
+        "compare", "--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "tokens=1k", "--parameters",
+        "100k", "--length", "32", "--batch-size", "2", "--seeds", "2", "--learning-rates", "8e-3", "--ngrams", "2,3",
+        "--jobs", "2", "--scale", "0.01",
     ]  # fmt: skip
     assert call(*asked) == 0
     page = (tmp_path / "out" / "index.html").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     for name, family in found["families"].items():
         assert name in page
-        assert abs((family["parameters"] - tables(name)) / 200_000 - 1) <= 0.02
+        assert abs((family["parameters"] - tables(name)) / 100_000 - 1) <= 0.02
         assert [len(seed["curve"]) for seed in family["seeds"]] == [8, 8]
         for protocol in ("fresh", "context", "carried", "remembered"):
             values = [seed["scores"][protocol]["nats"] for seed in family["seeds"]]

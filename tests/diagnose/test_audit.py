@@ -57,7 +57,9 @@ def test_known_faults_are_found_and_no_others(architecture):
 
 
 def test_rounding_of_routed_tokens_is_no_leak():
-    found = audit(small_model("qwen3_5_moe_text", {}))
+    """All 256 experts, between which tokens are routed; its linear attention, which takes longest, is smaller."""
+    narrow = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    found = audit(small_model("qwen3_5_moe_text", {**narrow, "linear_value_head_dim": 16}))
     assert statuses(found)["perturbation"] == "passed"
 
 

@@ -49,10 +49,11 @@ class Live:
         import uvicorn
 
         from dyadlm.serve import create_app
+        from dyadlm.serve.running import listen
 
         self.app = create_app(models, folder, limits, **{"hosts": ["127.0.0.1", "localhost"], **options})
         self.server_state, self.folder = self.app.state.server, folder
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = listen("127.0.0.1", 0)  # its protocol is named, so that small answers are sent without a delay
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # soon full where a client does not read
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=5)

@@ -1,7 +1,6 @@
 """The small runs of `program.py`, as fixtures, and processes of their own for those that are killed."""
 
 import io
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -45,19 +44,13 @@ def console() -> Console:
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """`launch(output, *arguments)`: a process that trains, told apart by nothing from a program started alone.
-
-    It is forked from a server that has imported everything, once for all tests, because that takes longest.
-    What it shows is in the file `tmp_path / "shown"`.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dyadlm.train", "torch._dynamo", "torch.utils.tensorboard"])
+def launch(tmp_path, forkserver):
+    """`launch(output, *arguments)`: a process that trains. What it shows is in the file `tmp_path / "shown"`."""
     processes = []
 
     def start(*arguments, largest_file=None):
         options = (tmp_path / "shown", [str(argument) for argument in arguments], largest_file)
-        processes.append(context.Process(target=program.run, args=options))
+        processes.append(forkserver.Process(target=program.run, args=options))
         processes[-1].start()
         return processes[-1]
 

@@ -71,6 +71,11 @@ def run(shown: Path, arguments: list[str], largest_file: int | None) -> None:
         main(Console(file=file, width=200), *arguments)
 
 
-if __name__ == "__main__":
-    for arguments in " ".join(sys.argv[1:]).split(" -- "):
+def main_of_runs(runs: str) -> None:
+    """One run after another; ` -- ` stands between their arguments."""
+    for arguments in runs.split(" -- "):
         main(Console(file=sys.stdout, width=200), *arguments.split())
+
+
+if __name__ == "__main__":
+    main_of_runs(" ".join(sys.argv[1:]))

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
+import socket
 from functools import partial
-from pathlib import Path
 
+import program
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +15,10 @@ from dyadlm.errors import UserError
 from dyadlm.train import train
 from dyadlm.train.checkpoint import MANIFEST_NAME, read_manifest, write_manifest
 from dyadlm.train.shards import OPTIMIZER_FOLDER, WEIGHTS_FOLDER, load_sharded_weights
+from processes import shown_in
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = str(Path(__file__).with_name("program.py"))
 SHARED = (
     "model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null",
     "adam_epsilon=1e-4", "train.windows_per_step=4",
@@ -48,7 +47,23 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint(tmp_path, monkeypatch, reaso
         load_sharded_weights(torch.nn.Linear(2, 2), tmp_path, ())
 
 
-def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, console):
+def launch_two(forkserver, file, runs: str) -> None:
+    """As `torchrun --nproc-per-node=2` starts them; it would import torch three times more."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in ("0", "1"):
+        environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        options = {"args": (file, program.main_of_runs, runs), "kwargs": {"environment": environment}}
+        processes.append(forkserver.Process(target=shown_in, **options))
+        processes[-1].start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0], file.read_text()
+
+
+def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, console, forkserver):
     expected = {}
     for name, options in KINDS.items():
         settings = small(tmp_path / f"one-{name}", *SHARED, *options, "max_steps=6")
@@ -58,10 +73,7 @@ def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, consol
     runs = [
         f"{tmp_path / name} {' '.join((*SHARED, *options))} max_steps=4 --resume" for name, options in KINDS.items()
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
-    command = [*launcher, *" -- ".join(runs).split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    launch_two(forkserver, tmp_path / "shown", " -- ".join(runs))
     checkpoint = tmp_path / "sharded" / "checkpoint-4"
     for folder in (WEIGHTS_FOLDER, OPTIMIZER_FOLDER):
         assert len(list((checkpoint / folder).glob("*.safetensors"))) == 2
