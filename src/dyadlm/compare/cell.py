@@ -209,12 +209,29 @@ def _lengths(recipe: Recipe, model: PreTrainedModel, data: ResolvedData) -> list
 
 
 class Curve(TrainerCallback):
-    """Seconds of training alone, and the loss on fresh windows at some points."""
+    """Seconds of training alone, and the loss on fresh windows at some points.
 
-    def __init__(self, model: PreTrainedModel, parts: Any, prefix: int, points: set[int], tokens_per_step: int):
-        self.model, self.parts, self.prefix = model, parts, prefix
+    plain: the model as it was built, which takes the weights of the trained one to be measured. Training in bfloat16
+    leaves autocast around the trained one, and hides from others which arguments it takes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plain: PreTrainedModel,
+        parts: Any,
+        prefix: int,
+        points: set[int],
+        tokens_per_step: int,
+    ):
+        self.model, self.plain, self.parts, self.prefix = model, plain, parts, prefix
         self.points, self.tokens_per_step = points, tokens_per_step
         self.seconds, self._begun, self.found = 0.0, 0.0, list[dict[str, float]]()
+
+    def take_weights(self) -> PreTrainedModel:
+        """The plain model with the weights of the trained one, in evaluation mode."""
+        self.plain.load_state_dict(self.model.state_dict())
+        return self.plain.eval()  # type: ignore[no-untyped-call, no-any-return]
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.thread_time()
@@ -222,8 +239,7 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds += time.thread_time() - self._begun
         if state.global_step in self.points:
-            nats = measure(self.model, self.parts, self.prefix).nats
-            self.model.train()
+            nats = measure(self.take_weights(), self.parts, self.prefix).nats
             tokens = state.global_step * self.tokens_per_step
             self.found.append({"tokens": tokens, "seconds": round(self.seconds, 3), "nats": round(nats, 5)})
 
@@ -253,7 +269,7 @@ def trained(
     points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
     prefix = prefix_token(data.tokenizer)
     parts = fresh(data.validation, recipe.length, int(16_384 * recipe.scale))
-    curve = Curve(model, parts, prefix, points, recipe.length * recipe.batch)
+    curve = Curve(model, new_model(recipe, cell), parts, prefix, points, recipe.length * recipe.batch)
     with contextlib.redirect_stdout(io.StringIO()), _compiling(compiles):  # Trainer prints there
         plan.trainer(settings, curve).train()
-    return model, curve.found
+    return curve.take_weights(), curve.found
