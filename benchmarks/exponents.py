@@ -4,10 +4,10 @@
 
 Training: forward and backward of one row of T tokens; levels reach as far as the text, so that a longer one has more of
 them. Decoding: one token in the engine after contexts of some lengths, which take turns, and the bytes of its state.
-Parameters: a
-training step of 512 tokens and one decoded token of the presets. Seconds are those of this thread. Each exponent is the
-slope of a line through the logarithms of the three largest sizes; the interval holds 95 % of the ways to take one
-repeat of each. How the time of preparing text falls with workers: `benchmarks/preparation.py`.
+Parameters: a training step of 512 tokens and one decoded token of the presets. Seconds are those of this thread. Each
+exponent is the slope of a line through the logarithms of the three largest sizes; the interval holds 95 % of the ways
+to take one repeat of each, in decoding it is that of the median over turns (bootstrap). How the time of preparing text
+falls with workers: `benchmarks/preparation.py`.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import Cells, arguments, dyad, require_green, size
+from common import Cells, arguments, dyad, interval, require_green, size
 from dyadlm.diagnose.probes.cost import Allocations, exponent
 from dyadlm.engine import Engine
 
@@ -108,7 +108,6 @@ def report(results: dict[str, dict[str, Any]], lengths: list[str], decoding: lis
     series: dict[str, tuple[list[int], list[list[float]]]] = {
         "training, time in T": (list(LENGTHS), [results[name]["seconds"] for name in lengths]),
         "training, memory in T": (list(LENGTHS), [[results[name]["bytes"]] for name in lengths]),
-        "decoding, time in the context": (contexts, [results[name]["seconds"] for name in decoding[1:]]),
         "decoding, state in the context": (contexts, [[results[name]["state_bytes"]] for name in decoding[1:]]),
         "training, time in parameters": (parameters, [one["seconds"] for one in sizes]),
         "training, memory in parameters": (parameters, [[one["bytes"]] for one in sizes]),
@@ -119,6 +118,10 @@ def report(results: dict[str, dict[str, Any]], lengths: list[str], decoding: lis
         shown = "" if between is None else f" ({between[0]:.3f} to {between[1]:.3f})"
         ends = f"{statistics.median(measured[0]):.3g} at {places[0]:,}, {statistics.median(measured[-1]):.3g}"
         print(f"{name}: {slope:.3f}{shown}; {ends} at {places[-1]:,}")
+    # Contexts took turns: each turn has a slope of its own.
+    turns = zip(*(results[name]["seconds"] for name in decoding[1:]), strict=True)
+    found = interval([exponent(contexts, [[seconds] for seconds in turn])[0] for turn in turns])
+    print(f"decoding, time in the context: {found['median']:.4f} ({found['low']:.4f} to {found['high']:.4f})")
 
 
 if __name__ == "__main__":

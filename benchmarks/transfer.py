@@ -3,9 +3,9 @@
     python benchmarks/transfer.py [--optimizer muon] [--width 512]
 
 Models of `tiny`'s depth at widths of 64 to 512 (ranks and feed-forward widths in proportion), 400 steps of four windows
-of 128 bytes of the medium corpus, one seed, rates in steps of two (without the highest at 512). "plain": one rate for
-all weights. "scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon, whose
-updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is where a parabola
+of 128 bytes of the medium corpus, one seed, rates in steps of two, and more while the best is at an end. "plain": one
+rate for all weights. "scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon,
+whose updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is where a parabola
 through the best cell and its neighbours is lowest; beside it is what a width loses, in nats, at the best rate of 128.
 """
 
@@ -33,18 +33,9 @@ def model_of(width: int) -> Any:
     return dyad(hidden_size=width, level_rank=BASE_RANK * width // BASE)
 
 
-def rates_of(optimizer: str, width: int) -> tuple[float, ...]:
-    return RATES[optimizer][: 4 if width == WIDTHS[-1] else None]
-
-
-def cell_names(optimizer: str, widths: tuple[int, ...]) -> list[str]:
-    """The narrowest first. At the base width both ways are the same; below it nothing is scaled."""
-    return [
-        f"{optimizer} / {width} / {way} / {rate:g}"
-        for width in widths
-        for way in (("plain",) if width <= BASE else ("plain", "scaled"))
-        for rate in rates_of(optimizer, width)
-    ]
+def ways_of(width: int) -> tuple[str, ...]:
+    """At the base width both ways are the same. Below it nothing is scaled."""
+    return ("plain",) if width <= BASE else ("plain", "scaled")
 
 
 def best(losses: dict[float, float]) -> tuple[float, bool]:
@@ -80,35 +71,34 @@ def main() -> None:
     prefix = byte_tokenizer().bos_token_id
     fresh = ValidationSample.draw(data.validation, BATCH["sequence_length"], VALIDATION_TOKENS, prefix)
     cells = Cells(options.output)
-    optimizers = tuple(options.optimizer or RATES)
-    widths = tuple(width for width in WIDTHS if width in (options.width or WIDTHS))
-    for name in cells.missing([name for width in widths for each in optimizers for name in cell_names(each, (width,))]):
-        optimizer, width, way, rate = name.split(" / ")
-        model = model_of(int(width))
-        scale = (BASE / int(width)) ** POWERS[optimizer] if way == "scaled" else 1.0
-        scales = dict.fromkeys(matrix_parameters(model), scale)
-        cost = train(
-            model, training, tokens=TOKENS, learning_rate=float(rate), seed=0, optimizer=optimizer,
-            final_learning_rate=0.0, scales=scales, **BATCH,
-        )  # fmt: skip
-        cells.store(name, {"parameters": size(model), "nats": score(model, fresh), **cost})
-    for optimizer in optimizers:
-        base: float | None = None
-        for width in (BASE, *(width for width in widths if width != BASE)):
-            for way in ("plain", "scaled"):
-                losses = {
-                    rate: cells.results[name]["nats"]
-                    for rate in rates_of(optimizer, width)
-                    if (name := f"{optimizer} / {width} / {way} / {rate:g}") in cells.results
-                }
-                if len(losses) < len(rates_of(optimizer, width)):
-                    continue
-                rate, inside = best(losses)
-                base = base or rate
+
+    def losses_of(optimizer: str, width: int, way: str) -> dict[float, float]:
+        """By rate."""
+        rates = list(RATES[optimizer])
+        while True:
+            names = {f"{optimizer} / {width} / {way} / {rate:g}": rate for rate in rates}
+            for name in cells.missing(list(names)):
+                model = model_of(width)
+                scale = (BASE / width) ** POWERS[optimizer] if way == "scaled" else 1.0
+                cost = train(
+                    model, training, tokens=TOKENS, learning_rate=names[name], seed=0, optimizer=optimizer,
+                    final_learning_rate=0.0, scales=dict.fromkeys(matrix_parameters(model), scale), **BATCH,
+                )  # fmt: skip
+                cells.store(name, {"parameters": size(model), "nats": score(model, fresh), **cost})
+            losses = {rate: float(cells.results[name]["nats"]) for name, rate in names.items()}
+            if best(losses)[1]:
+                return losses
+            rates.append(min(rates) / 2 if min(losses, key=losses.__getitem__) == min(rates) else 2 * max(rates))
+
+    for optimizer in options.optimizer or RATES:
+        base = best(losses_of(optimizer, BASE, "plain"))[0]
+        for width in options.width or WIDTHS:
+            for way in ways_of(width):
+                losses = losses_of(optimizer, width, way)
                 lowest = min(losses.values())
                 print(
-                    f"{optimizer} {width} {way}: best rate {rate:.2g}{'' if inside else ' (end of the sweep)'}, "
-                    f"{lowest:.4f} nats; at the rate of {BASE}: +{at_rate(losses, base) - lowest:.4f}"
+                    f"{optimizer} {width} {way}: best rate {best(losses)[0]:.2g}, {lowest:.4f} nats; at the rate of "
+                    f"{BASE}: +{at_rate(losses, base) - lowest:.4f}"
                 )
 
 
