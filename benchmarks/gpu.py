@@ -7,10 +7,11 @@ tests: the tests that need a GPU. kernels: tests of the Triton kernels, and thei
 models of 1M parameters, many at once (`gpu_study.py`). text: `tiny-en`, and `small` beside a Llama, on as much text as
 the time allows (`gpu_text.py`; needs the file that `shard.py` writes).
 
-Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR. What is there is not
-measured again. A machine without network gets its packages, torch aside, from a folder of wheels (`--wheels`), which
-`pip download -r requirements.lock --dest DIR` fills on a machine of the same kind. With `--rehearse` everything runs at
-small sizes, on the CPU where there is no GPU.
+Each stage is a process of its own with a share of the time, and leaves JSON and a log in DIR; at the end
+`gpu_summary.py` makes one file of them, and pictures. What is there is not measured again. A machine without network
+gets its packages, torch aside, from a folder of wheels (`--wheels`). On a machine of the same kind this fills it:
+`pip download -r requirements.lock --dest DIR`. With `--rehearse` everything runs at small sizes, on the CPU where there
+is no GPU.
 """
 
 import argparse
@@ -34,6 +35,7 @@ TRAINED = [
     ("ours-compiled", "small"),
     ("llama-compiled", "base"),
     ("ours-compiled", "base"),
+    ("mamba2-compiled", "small"),
     ("ours", "small"),
     ("ours-without-kernels", "small"),
 ]
@@ -243,6 +245,7 @@ def main() -> None:
         print(f"==== {stage}: {time.time() - begun:.0f} s", flush=True)
     shutil.rmtree(run.folder / "shard", ignore_errors=True)
     shutil.rmtree(run.folder / "inductor", ignore_errors=True)
+    subprocess.run(run.command("gpu_summary.py", "--folder", run.folder), check=True)
 
 
 if __name__ == "__main__":

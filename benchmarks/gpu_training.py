@@ -3,7 +3,8 @@
 One process is one contender at one size; `benchmarks/gpu.py` starts them. It prepares its shapes (compiles, warms up),
 says so, and waits until it may measure; so compilers of all contenders run side by side, and steps are timed alone.
 
-bfloat16 autocast, fused AdamW, 32,768 tokens a step. The Llama reads with torch's fused attention and is compiled.
+bfloat16 autocast, fused AdamW, 32,768 tokens a step. The Llama reads with torch's fused attention and is compiled; so
+are the blocks of the Mamba-2 of transformers, which without the package mamba-ssm has no kernels of its own.
 """
 
 import argparse
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 
 import dyadlm
-from common import dyad, llama, size
+from common import dyad, llama, mamba2, size
 from dyadlm import kernels
 from dyadlm.files import write_atomically
 from lanes import optimizer_of
 
-CONTENDERS = ("ours", "ours-without-kernels", "ours-compiled", "llama-compiled")
+CONTENDERS = ("ours", "ours-without-kernels", "ours-compiled", "llama-compiled", "mamba2-compiled")
 LENGTHS = (2048, 8192, 32768)
 TOKENS = 32_768
 LLAMAS = {"tiny": (5, 128, 4), "small": (8, 320, 5), "base": (12, 768, 12)}  # layers, width, heads
@@ -35,13 +36,17 @@ def build(contender: str, preset: str, longest: int) -> Any:
         model = llama(size(dyad(preset)), layers, width, heads, longest)
         model.config._attn_implementation = "sdpa"
         return model
+    if contender.startswith("mamba2"):
+        width = LLAMAS[preset][1]
+        one, two = (size(mamba2(layers, width)) for layers in (1, 2))
+        return mamba2(1 + round((size(dyad(preset)) - one) / (two - one)), width)
     return dyad(preset, max_position_embeddings=longest)
 
 
 def compiled(contender: str, model: Any) -> None:
     """Compile the blocks one by one: they share what is compiled."""
     if contender.endswith("-compiled"):
-        for layer in model.model.layers:
+        for layer in model.base_model.layers:
             layer.compile()
 
 
