@@ -1,8 +1,9 @@
 """Score the trained cells of a comparison anew, where how they are scored has changed since.
 
-    python benchmarks/rescore.py benchmarks/results/arena-medium
+    python benchmarks/rescore.py benchmarks/results/arena-medium [--again]
 
-Weights are read from the folder and nothing is trained. Costs, curves and sweeps stay as they are.
+Weights are read from the folder and nothing is trained. Costs, curves and sweeps stay as they are. Cells that were
+scored anew before are left, unless with `--again`.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from dyadlm.zoo import FAMILIES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--again", action="store_true")
+    options = parser.parse_args()
+    folder = options.folder
     torch.set_num_threads(1)
     require_green()
     recipe = load_recipe(folder)
@@ -36,7 +39,7 @@ def main() -> None:
         for cell in kept_cells(folder, family):
             file = folder / "cells" / file_name(cell)
             found = json.loads(file.read_text())
-            if found.get("diverged") or found.get("scored_at") == commit:
+            if found.get("diverged") or ("scored_at" in found and not options.again):
                 continue
             before = {name: score["nats"] for name, score in found["scores"].items()}
             found |= {**scored(recipe, cell, load_model(folder, family, cell.seed), data), "scored_at": commit}
