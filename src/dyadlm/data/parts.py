@@ -82,9 +82,10 @@ def tokenise_on_ray(
                 f"A worker wrote {path}, which is not seen here; choose an --output on storage that all machines share."
             ) from error
 
+    identity = encoder.parts_identity
     for passages in work:
-        path = _path(folder, encoder.parts_identity, passages)
-        waiting.append((path, None if _is_whole(path) else task.remote(shared, encode, passages, path)))
+        path = _path(folder, identity, passages)
+        waiting.append((path, None if _is_whole(path) else task.remote([shared], identity, encode, passages, path)))
         if len(waiting) > most:
             yield first()
     while waiting:
@@ -96,10 +97,24 @@ def _is_own(path: Path) -> bool:
     return bool(_OWN.fullmatch(path.as_posix())) or path.name.startswith(OWN_PREFIX)
 
 
+# Of this worker, by identity: one that is unpacked for each task would begin with an empty cache of words each time.
+_encoders: dict[str, Any] = {}
+
+
 def _make_part(
-    encoder: Any, encode: Callable[[Any, list[Passage]], list[Piece]], passages: list[Passage], path: Path
+    shared: Sequence[Any],
+    identity: str,
+    encode: Callable[[Any, list[Passage]], list[Piece]],
+    passages: list[Passage],
+    path: Path,
 ) -> None:
-    write_part(path, encode(encoder, passages))
+    """shared: the reference to the encoder, in a list, so that Ray does not unpack it by itself."""
+    if identity not in _encoders:
+        import ray
+
+        _encoders.clear()
+        _encoders[identity] = ray.get(shared[0])
+    write_part(path, encode(_encoders[identity], passages))
 
 
 def _path(folder: Path, identity: str, passages: Sequence[Passage]) -> Path:
