@@ -21,12 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForC
 
 import dyadlm
 from dyadlm.accounting import parameters
-from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer
+from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data
 from dyadlm.evaluate import evaluate
 from dyadlm.files import write_atomically
 from dyadlm.train.muon import muon_over
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
 from dyadlm.train.settings import TrainOptions
+from dyadlm.train.validation import ValidationSample
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY_TESTS = (
@@ -130,6 +131,15 @@ def mamba2(layers: int = 9, width: int = 128, state: int = 64) -> Mamba2ForCausa
             pad_token_id=256,
         )
     )
+
+
+def medium_corpus(sequence_length: int, scored: int) -> tuple[list[tuple[TokenStream, float]], ValidationSample]:
+    """Shakespeare, the King James Bible and the State of the Union before 2000: streams to train on with their weights,
+    and windows of so many tokens in all to score."""
+    data = resolve_data(["shakespeare", "kjv", "sotu"])
+    prefix = byte_tokenizer().bos_token_id
+    sample = ValidationSample.draw(data.validation, sequence_length, scored, prefix)
+    return [(stream, float(len(stream))) for stream, _ in data.train], sample
 
 
 def size(model: PreTrainedModel) -> int:

@@ -122,7 +122,7 @@ def training(run: Run, seconds: float) -> None:
     cells = [(contender, preset, length) for contender, preset in TRAINED for length in LENGTHS]
     extra: list[Any] = []
     if run.options.rehearse:
-        cells = [("ours", "tiny", 256), ("llama-compiled", "tiny", 256)]
+        cells = [(contender, "tiny", 256) for contender in ("ours", "llama-compiled", "mamba2-compiled")]
         extra = ["--tokens", 512] + ([] if run.gpu else ["--device", "cpu"])
     waiting = {}
     for contender, preset, length in cells:

@@ -11,10 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from common import commit
 from dyadlm.files import write_atomically
 
@@ -41,7 +37,7 @@ def gathered(folder: Path) -> dict[str, Any]:
     return found | {stage: part for stage, part in parts.items() if part}
 
 
-def draw_training(axes: Axes, cells: dict[str, Any]) -> None:
+def draw_training(axes: Any, cells: dict[str, Any]) -> None:
     series: dict[str, dict[int, float]] = {}
     for name, cell in cells.items():
         contender, preset, _ = name.split()
@@ -54,7 +50,7 @@ def draw_training(axes: Axes, cells: dict[str, Any]) -> None:
     axes.set(yscale="log", xlabel="tokens of a text", ylabel="trained tokens a second")
 
 
-def draw_decoding(axes: Axes, cells: dict[str, Any]) -> None:
+def draw_decoding(axes: Any, cells: dict[str, Any]) -> None:
     series: dict[str, dict[int, float]] = {}
     for name, cell in cells.items():
         if "milliseconds" in cell:
@@ -67,7 +63,7 @@ def draw_decoding(axes: Axes, cells: dict[str, Any]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="rows at once", ylabel="milliseconds for a token of each row")
 
 
-def draw_text(axes: Axes, cells: dict[str, Any]) -> None:
+def draw_text(axes: Any, cells: dict[str, Any]) -> None:
     for name, cell in cells.items():
         _, seconds, nats = zip(*cell["history"], strict=True)
         axes.plot(seconds, nats, label=f"{name} ({cell['parameters'] / 1e6:.1f}M)")
@@ -81,6 +77,10 @@ def summarise(folder: Path) -> None:
     """Write the file and the pictures."""
     found = gathered(folder)
     write_atomically(folder / "gpu.json", json.dumps(found, indent=1) + "\n")
+    # A machine without matplotlib has the figures all the same.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     for stage, draw in PICTURES.items():
         if stage in found:
             figure = Figure(figsize=(8.0, 5.0), layout="constrained")

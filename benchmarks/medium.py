@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from common import Cells, arguments, dyad, mamba2, matched_llama, require_green, size, train
-from dyadlm.data import byte_tokenizer, resolve_data
-from dyadlm.train.validation import ValidationSample
+from common import Cells, arguments, dyad, mamba2, matched_llama, medium_corpus, require_green, size, train
 
 FAMILIES = {"dyad": dyad, "llama": matched_llama, "mamba2": mamba2}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -28,10 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
-    data = resolve_data(["shakespeare", "kjv", "sotu"])
-    training = [(stream, float(len(stream))) for stream, _ in data.train]
-    prefix = byte_tokenizer().bos_token_id
-    validation = ValidationSample.draw(data.validation, BATCH["sequence_length"], VALIDATION_TOKENS, prefix)
+    training, validation = medium_corpus(BATCH["sequence_length"], VALIDATION_TOKENS)
     cells = Cells(options.output)
 
     def measure(names: list[str]) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from common import Cells, arguments, dyad, require_green, size, step_times, train
-from dyadlm.data import TrainingWindows, byte_tokenizer, resolve_data
-from dyadlm.train.validation import ValidationSample
+from common import Cells, arguments, dyad, medium_corpus, require_green, size, step_times, train
+from dyadlm.data import TrainingWindows
 from optimizers import BATCH, CONTEXT, NGRAMS, SCORES, SEEDS, TOKENS, VALIDATION_TOKENS, after_context, score
 
 LEARNING_RATE = 8e-3
@@ -49,9 +48,7 @@ def main() -> None:
         options.output = options.output.with_suffix(".rehearsal.json")
     else:
         require_green()
-    data = resolve_data(["shakespeare", "kjv", "sotu"])
-    training = [(stream, float(len(stream))) for stream, _ in data.train]
-    fresh = ValidationSample.draw(data.validation, BATCH["sequence_length"], scored, byte_tokenizer().bos_token_id)
+    training, fresh = medium_corpus(BATCH["sequence_length"], scored)
     late = after_context(fresh, CONTEXT)
     cells = Cells(options.output)
     for name in cells.missing([f"{arm} / {seed}" for seed in seeds for arm in arms]):

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from common import Cells, arguments, dyad, require_green, size, train
-from dyadlm.data import byte_tokenizer, resolve_data
+from common import Cells, arguments, dyad, medium_corpus, require_green, size, train
 from dyadlm.train.validation import ValidationSample
 
 NGRAMS = {"ngram_sizes": [2, 3, 4, 6]}
@@ -56,10 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
-    data = resolve_data(["shakespeare", "kjv", "sotu"])
-    training = [(stream, float(len(stream))) for stream, _ in data.train]
-    prefix = byte_tokenizer().bos_token_id
-    fresh = ValidationSample.draw(data.validation, BATCH["sequence_length"], VALIDATION_TOKENS, prefix)
+    training, fresh = medium_corpus(BATCH["sequence_length"], VALIDATION_TOKENS)
     late = after_context(fresh, CONTEXT)
     cells = Cells(options.output)
     arms = [arm for arm in ARMS if arm == "adamw" or arm in (options.arm or ARMS)]

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from common import Cells, arguments, dyad, require_green, size, train
-from dyadlm.data import byte_tokenizer, resolve_data
+from common import Cells, arguments, dyad, medium_corpus, require_green, size, train
 from dyadlm.train.muon import matrix_parameters
-from dyadlm.train.validation import ValidationSample
 from optimizers import score
 
 BASE, BASE_RANK = 128, 22
@@ -66,10 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
-    data = resolve_data(["shakespeare", "kjv", "sotu"])
-    training = [(stream, float(len(stream))) for stream, _ in data.train]
-    prefix = byte_tokenizer().bos_token_id
-    fresh = ValidationSample.draw(data.validation, BATCH["sequence_length"], VALIDATION_TOKENS, prefix)
+    training, fresh = medium_corpus(BATCH["sequence_length"], VALIDATION_TOKENS)
     cells = Cells(options.output)
 
     def losses_of(optimizer: str, width: int, way: str) -> dict[float, float]:

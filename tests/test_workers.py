@@ -15,7 +15,7 @@ import pytest
 
 from dyadlm import cluster
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.workers import run_tasks
+from dyadlm.workers import _interrupts_delayed, run_tasks
 
 
 def square(task: int) -> int:
@@ -131,3 +131,18 @@ def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch):
         UserError, match=r"Ray cannot be started here \(The .* startup\.\); start one with `ray start --head`"
     ):
         run_all(square, [1], engine="ray")
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system cannot delay signals")
+def test_an_interrupt_while_a_process_starts_comes_later_and_is_not_lost():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - where in the block it comes is what is tested
+            with _interrupts_delayed():
+                os.kill(os.getpid(), signal.SIGINT)
+                reached = True
+            raise AssertionError("it was lost")
+        assert reached
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,10 +61,10 @@ def _here(
             for task in _free(wanted(), (task for task, _ in running.values()))[: jobs - len(running)]:
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(sender, work, task), daemon=True)
-                with _interrupts_ignored():
+                with _interrupts_delayed():
                     process.start()
+                    running[receiver] = task, process
                 sender.close()
-                running[receiver] = task, process
             if not running:
                 return
             for ready in wait(list(running)):
@@ -91,16 +90,17 @@ def _here(
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Programs that are started here inherit it: Ctrl-C, which reaches all, does not stop them while they load."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_delayed() -> Iterator[None]:
+    """Ctrl-C reaches this process after the block. It never reaches what is started in it, which inherits this: those
+    processes are ended from here, and would say much if they were stopped while they load."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _dead(task: Hashable) -> str:
