@@ -4,6 +4,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -134,15 +135,35 @@ def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system cannot delay signals")
-def test_an_interrupt_while_a_process_starts_comes_later_and_is_not_lost():
+@pytest.mark.parametrize("other_thread", [False, True])
+def test_an_interrupt_while_a_process_starts_comes_later_and_is_not_lost(other_thread):
+    """Whichever thread the system gives it to: torch's threads do not block it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    reached = False
     try:
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - where in the block it comes is what is tested
             with _interrupts_delayed():
-                os.kill(os.getpid(), signal.SIGINT)
+                to = thread if other_thread else threading.main_thread()
+                assert to.ident is not None
+                signal.pthread_kill(to.ident, signal.SIGINT)
+                time.sleep(0.05)
                 reached = True
             raise AssertionError("it was lost")
         assert reached
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+        ended.set()
+        thread.join()
+
+
+def test_outside_of_the_main_thread_processes_start_as_ever():
+    results: list[tuple[int, int]] = []
+    thread = threading.Thread(target=lambda: results.extend(run_all(square, [2], 1).items()))
+    thread.start()
+    thread.join()
+    assert results == [(2, 4)]

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -93,14 +94,21 @@ def _here(
 def _interrupts_delayed() -> Iterator[None]:
     """Ctrl-C reaches this process after the block. It never reaches what is started in it, which inherits this: those
     processes are ended from here, and would say much if they were stopped while they load."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield  # on Windows; and in other threads, which Ctrl-C never interrupts
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    # Blocked for what is started here. That alone would not delay it: the system gives it to another thread of this
+    # process, and Python then interrupts the main one.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # one that waits reaches `came` here
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _dead(task: Hashable) -> str:
