@@ -7,9 +7,11 @@ of 128 bytes of the medium corpus, one seed, rates in steps of two, and more whi
 rate for all weights. "scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon,
 whose updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is where a parabola
 through the best cell and its neighbours is lowest; beside it is what a width loses, in nats, at the best rate of 128.
+Where both ways exist, each is trained at its best rate from three seeds.
 """
 
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ RATES = {"muon": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "adamw": (5e-4, 1e-3, 2e-3, 4
 BATCH = {"batch_size": 4, "sequence_length": 128}
 TOKENS, VALIDATION_TOKENS = 204_800, 131_072
 POWERS = {"adamw": 1.0, "muon": 0.5}
+SEEDS = 3
 
 
-def model_of(width: int) -> Any:
-    torch.manual_seed(0)
+def model_of(width: int, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     return dyad(hidden_size=width, level_rank=BASE_RANK * width // BASE)
 
 
@@ -67,34 +70,55 @@ def main() -> None:
     training, fresh = medium_corpus(BATCH["sequence_length"], VALIDATION_TOKENS)
     cells = Cells(options.output)
 
+    def measured(name: str, optimizer: str, width: int, way: str, rate: float, seed: int) -> float:
+        """Nats of a cell, which is trained where it is missing."""
+        for _ in cells.missing([name]):
+            model = model_of(width, seed)
+            scale = (BASE / width) ** POWERS[optimizer] if way == "scaled" else 1.0
+            cost = train(
+                model, training, tokens=TOKENS, learning_rate=rate, seed=seed, optimizer=optimizer,
+                final_learning_rate=0.0, scales=dict.fromkeys(matrix_parameters(model), scale), **BATCH,
+            )  # fmt: skip
+            cells.store(name, {"parameters": size(model), "nats": score(model, fresh), **cost})
+        return float(cells.results[name]["nats"])
+
     def losses_of(optimizer: str, width: int, way: str) -> dict[float, float]:
         """By rate."""
         rates = list(RATES[optimizer])
         while True:
-            names = {f"{optimizer} / {width} / {way} / {rate:g}": rate for rate in rates}
-            for name in cells.missing(list(names)):
-                model = model_of(width)
-                scale = (BASE / width) ** POWERS[optimizer] if way == "scaled" else 1.0
-                cost = train(
-                    model, training, tokens=TOKENS, learning_rate=names[name], seed=0, optimizer=optimizer,
-                    final_learning_rate=0.0, scales=dict.fromkeys(matrix_parameters(model), scale), **BATCH,
-                )  # fmt: skip
-                cells.store(name, {"parameters": size(model), "nats": score(model, fresh), **cost})
-            losses = {rate: float(cells.results[name]["nats"]) for name, rate in names.items()}
+            losses = {
+                rate: measured(f"{optimizer} / {width} / {way} / {rate:g}", optimizer, width, way, rate, 0)
+                for rate in rates
+            }
             if best(losses)[1]:
                 return losses
             rates.append(min(rates) / 2 if min(losses, key=losses.__getitem__) == min(rates) else 2 * max(rates))
 
+    def paired(optimizer: str, width: int, rates: dict[str, float]) -> None:
+        """Both ways at their best rates, from three seeds."""
+        differences = []
+        for seed in range(SEEDS):
+            plain, scaled = (
+                measured(f"{optimizer} / {width} / {way} / best / {seed}", optimizer, width, way, rates[way], seed)
+                for way in ("plain", "scaled")
+            )
+            differences.append(plain - scaled)
+        spread = statistics.stdev(differences) / math.sqrt(SEEDS)
+        print(f"{optimizer} {width}: plain - scaled {statistics.mean(differences):+.4f} (standard error {spread:.4f})")
+
     for optimizer in options.optimizer or RATES:
         base = best(losses_of(optimizer, BASE, "plain"))[0]
         for width in options.width or WIDTHS:
+            rates = {}
             for way in ways_of(width):
                 losses = losses_of(optimizer, width, way)
-                lowest = min(losses.values())
+                lowest, rates[way] = min(losses.values()), best(losses)[0]
                 print(
-                    f"{optimizer} {width} {way}: best rate {best(losses)[0]:.2g}, {lowest:.4f} nats; at the rate of "
+                    f"{optimizer} {width} {way}: best rate {rates[way]:.2g}, {lowest:.4f} nats; at the rate of "
                     f"{BASE}: +{at_rate(losses, base) - lowest:.4f}"
                 )
+            if len(rates) == 2:
+                paired(optimizer, width, rates)
 
 
 if __name__ == "__main__":
