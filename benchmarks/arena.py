@@ -3,8 +3,9 @@
     python benchmarks/arena.py     # about 1M parameters, 1.5M tokens of Shakespeare, one seed
     python benchmarks/arena.py --tokens 5M --seeds 3 --families dyad llama --output benchmarks/results/arena-5M
 
-Costs are measured first. Then the families are trained, the fastest first, each with all of its cells, so that a study
-that is stopped has whole rows; the same command goes on. The page is written after each family.
+Costs are measured first. Then the families are trained, the fastest first, as many at once as there are jobs, each with
+all of its cells, so that a study that is stopped has whole rows; the same command goes on. The page is written after
+each group.
 """
 
 import argparse
@@ -50,8 +51,10 @@ def main() -> None:
     study = Study(recipe, tuple(asked.families), budget, asked.seeds, asked.sweep)
     command = shlex.join(["python", "benchmarks/arena.py", *_told(sys.argv[1:])])
     finals: dict[str, list[Cell]] = {}
-    for name in fastest_first(study, asked.output):
-        finals |= run_study(replace(study, families=(name,)), asked.output, asked.jobs, progress=show)
+    names = fastest_first(study, asked.output)
+    for first in range(0, len(names), asked.jobs):
+        group = replace(study, families=tuple(names[first : first + asked.jobs]))
+        finals |= run_study(group, asked.output, asked.jobs, progress=show)
         found = summary(replace(study, families=tuple(finals)), asked.output, finals)
         write_arena(found, asked.output, command)
 

@@ -25,7 +25,13 @@ from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_da
 from dyadlm.evaluate import evaluate
 from dyadlm.files import write_atomically
 from dyadlm.train.muon import muon_over
-from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
+from dyadlm.train.optimizer import (
+    decayed_parameters,
+    learning_rate_factor,
+    matrix_parameters,
+    matrix_rate,
+    scale_rates,
+)
 from dyadlm.train.settings import TrainOptions
 from dyadlm.train.validation import ValidationSample
 
@@ -157,20 +163,19 @@ def train(
     seed: int,
     optimizer: str = "adamw",
     final_learning_rate: float = 0.1,
-    scales: Mapping[str, float] | None = None,
+    base_width: int = 0,
 ) -> dict[str, float]:
-    """5 % warm-up, cosine, clipping at 1: as `dyadlm train` does, without its bookkeeping.
-
-    scales: of the learning rates of some parameters, by name.
-    """
+    """5 % warm-up, cosine, clipping at 1: as `dyadlm train` does, without its bookkeeping."""
     steps = tokens // (batch_size * sequence_length)
     streams = [(stream, 1.0)] if isinstance(stream, TokenStream) else stream
     windows = TrainingWindows(streams, sequence_length, steps * batch_size, seed=seed)
     moves = _optimizer(model, optimizer, {"lr": learning_rate, "betas": (0.9, 0.99)})
-    if scales:
-        _scale_rates(moves, {id(model.get_parameter(name)): scale for name, scale in scales.items()})
+    options = TrainOptions(optimizer=optimizer, base_width=base_width, final_learning_rate=final_learning_rate)
+    if base_width:
+        matrices = [model.get_parameter(name) for name in matrix_parameters(model)]
+        scale_rates(moves, matrices, matrix_rate(options, model.config.hidden_size))
     rates = [group["lr"] for group in moves.param_groups]
-    options, warmup = TrainOptions(final_learning_rate=final_learning_rate), max(1, math.ceil(0.05 * steps))
+    warmup = max(1, math.ceil(0.05 * steps))
     model.train()
     started, losses = time.perf_counter(), []
     for step, batch in enumerate(DataLoader(windows, batch_size)):
@@ -209,17 +214,6 @@ def _optimizer(model: PreTrainedModel, name: str, options: dict[str, Any]) -> to
         {"params": [p for n, p in model.named_parameters() if n not in names], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, **options)
-
-
-def _scale_rates(optimizer: torch.optim.Optimizer, scales: Mapping[int, float]) -> None:
-    """Split the groups of an optimizer, so that parameters have rates of their own. scales: by id of the parameter."""
-    groups = []
-    for group in optimizer.param_groups:
-        parts: dict[float, list[Any]] = {}
-        for parameter in group["params"]:
-            parts.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
-        groups += [{**group, "params": params, "lr": group["lr"] * scale} for scale, params in parts.items()]
-    optimizer.param_groups[:] = groups
 
 
 def validation_nats(model: PreTrainedModel, stream: TokenStream, window: int) -> dict[str, Any]:

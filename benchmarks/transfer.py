@@ -4,10 +4,9 @@
 
 Models of `tiny`'s depth at widths of 64 to 512 (ranks and feed-forward widths in proportion), 400 steps of four windows
 of 128 bytes of the medium corpus, one seed, rates in steps of two, and more while the best is at an end. "plain": one
-rate for all weights. "scaled": the rate of matrices falls as 128 / width with AdamW, and as its square root with Muon,
-whose updates have a spectral norm of their own (Yang et al. 2022, arXiv 2203.03466). The best rate is where a parabola
-through the best cell and its neighbours is lowest; beside it is what a width loses, in nats, at the best rate of 128.
-Where both ways exist, each is trained at its best rate from three seeds.
+rate for all weights. "scaled": `train.base_width` is 128. The best rate is where a parabola through the best cell and
+its neighbours is lowest; beside it is what a width loses, in nats, at the best rate of 128. Where both
+ways exist, each is trained at its best rate from three seeds.
 """
 
 import math
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from common import Cells, arguments, dyad, medium_corpus, require_green, size, train
-from dyadlm.train.muon import matrix_parameters
 from optimizers import score
 
 BASE, BASE_RANK = 128, 22
@@ -25,7 +23,6 @@ WIDTHS = (64, 128, 256, 512)
 RATES = {"muon": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 BATCH = {"batch_size": 4, "sequence_length": 128}
 TOKENS, VALIDATION_TOKENS = 204_800, 131_072
-POWERS = {"adamw": 1.0, "muon": 0.5}
 SEEDS = 3
 
 
@@ -74,10 +71,9 @@ def main() -> None:
         """Nats of a cell, which is trained where it is missing."""
         for _ in cells.missing([name]):
             model = model_of(width, seed)
-            scale = (BASE / width) ** POWERS[optimizer] if way == "scaled" else 1.0
             cost = train(
                 model, training, tokens=TOKENS, learning_rate=rate, seed=seed, optimizer=optimizer,
-                final_learning_rate=0.0, scales=dict.fromkeys(matrix_parameters(model), scale), **BATCH,
+                final_learning_rate=0.0, base_width=BASE if way == "scaled" else 0, **BATCH,
             )  # fmt: skip
             cells.store(name, {"parameters": size(model), "nats": score(model, fresh), **cost})
         return float(cells.results[name]["nats"])

@@ -10,7 +10,7 @@ from dyadlm.model.boundaries import TextState
 from dyadlm.model.text import read_text
 from dyadlm.ops import make_clock
 from dyadlm.peer_ngrams import add_ngrams
-from dyadlm.train.muon import matrix_parameters
+from dyadlm.train.optimizer import matrix_parameters
 
 SIZES = [2, 3, "word"]
 TEXT = b"the cat sat on the mat, and the cat sat on the hat. What cat? "

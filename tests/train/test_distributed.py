@@ -28,6 +28,7 @@ HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
 MECHANISMS = (
     "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4",
     "model.selector_balance=0.01", "model.slot_contexts=[1,2]", "model.slot_entries=64", "model.slot_gate=true",
+    "train.base_width=4",
 )  # fmt: skip
 PLANNER = (
     "model.planner=stack", "model.planner_futures=2", "model.consensus=0.9", "planner.teacher=0.3",
@@ -39,7 +40,7 @@ TWIN = (
     "fingerprint.cooldown=0",
 )  # fmt: skip
 
-MUON = ("train.optimizer=muon", "model.ngram_sizes=[2,word]", "model.ngram_entries=64")
+MUON = ("train.optimizer=muon", "train.base_width=8", "model.ngram_sizes=[2,word]", "model.ngram_entries=64")
 
 
 def metrics(run, name):

@@ -15,7 +15,8 @@ from dyadlm.diagnose.callback import ProbeCallback
 from dyadlm.diagnose.material import Material
 from dyadlm.train import dry_run, train
 from dyadlm.train.average import RAW_NAME, WeightAverage
-from dyadlm.train.muon import MuonWithAdamW, matrix_parameters, muon_optimizer
+from dyadlm.train.muon import MuonWithAdamW, muon_optimizer
+from dyadlm.train.optimizer import matrix_parameters, scale_rates
 from dyadlm.train.trainer import LanguageModelTrainer
 
 MUON = ("train.optimizer=muon", "weight_decay=0.1")
@@ -120,7 +121,7 @@ def test_adapters_alone_are_moved_where_they_alone_are_trained():
 
 def test_what_muon_cannot_do_is_refused(tmp_path, small, words, monkeypatch):
     for assignment, message in (
-        ("optim=adafactor", "takes AdamW for what is no matrix"),
+        ("optim=adafactor", "takes AdamW for what is no matrix; leave optim=adafactor out"),
         ("train.optimizer=moon", "'moon'; the nearest is muon"),
         ("train.ema=1", "train.ema must be 0 or more and below 1"),
     ):
@@ -183,6 +184,59 @@ def test_a_run_keeps_the_optimizer_that_it_began_with(tmp_path, small, words, co
     train(small(tmp_path / "run", "max_steps=2"), words(), console)
     with pytest.raises(UserError, match="another optimizer"):
         train(small(tmp_path / "run", *MUON, "max_steps=4", resume=True), words(), console)
+
+
+@pytest.mark.parametrize(("optimizer", "share"), [("adamw", 0.25), ("muon", 0.5)])
+def test_the_rate_of_matrices_falls_with_the_width(tmp_path, small, words, console, monkeypatch, optimizer, share):
+    """`small` has a width of 16. Its rate is told as it was asked for; those of the groups are looked at themselves."""
+    seen = {}
+    step = LanguageModelTrainer.training_step
+
+    def watched(self, model, *args, **kwargs):
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        for group in self.optimizer.param_groups:
+            seen.update((names[id(weight)], group["lr"]) for weight in group["params"])
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", watched)
+    options = (
+        f"train.optimizer={optimizer}", "train.base_width=4", "max_steps=1", "logging_steps=1", "learning_rate=0.01",
+        "train.schedule=constant", "warmup_steps=0",
+    )  # fmt: skip
+    run = train(small(tmp_path / "run", *options), words(), console)
+    model = DyadForCausalLM.from_pretrained(run.output)
+    assert model.config.hidden_size == 16
+    matrices = set(matrix_parameters(model))
+    assert matrices
+    assert seen == {name: 0.01 * (share if name in matrices else 1) for name, _ in model.named_parameters()}
+    assert [line["learning_rate"] for line in run.metrics if "learning_rate" in line] == [0.01]
+    assert f"matrices get {share}" in " ".join(console.file.getvalue().split())
+
+
+def test_a_scaled_group_keeps_all_else_that_it_had():
+    model, *_ = both()
+    chosen = model.get_parameter("model.layers.0.mlp.down.weight")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.5, 0.7), weight_decay=0.3)
+    scale_rates(optimizer, [chosen], 0.5)
+    first, second = optimizer.param_groups
+    assert second["params"] == [chosen]
+    assert len(first["params"]) == len(list(model.parameters())) - 1
+    assert (first["lr"], second["lr"]) == (1.0, 0.5)
+    assert all(first[name] == second[name] for name in first if name not in ("params", "lr"))
+
+
+def test_a_base_width_that_cannot_be_is_refused(tmp_path, small, words, console):
+    for options, message in (
+        (("train.base_width=-1",), "must be 0 or more"),
+        (("train.base_width=32",), "is the width of a narrower model, and this one has 16"),
+        (("train.base_width=8", "optim=adafactor"), "for AdamW and Muon; leave it out, or optim=adafactor"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(small(tmp_path / "run", *options), words(), console)
+    assert not (tmp_path / "run").exists()
+    train(small(tmp_path / "run", "max_steps=2"), words(), console)
+    with pytest.raises(UserError, match="another base width"):
+        train(small(tmp_path / "run", "train.base_width=8", "max_steps=4", resume=True), words(), console)
 
 
 def test_the_plan_counts_what_each_optimizer_keeps(tmp_path, small, words):

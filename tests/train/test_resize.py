@@ -24,7 +24,7 @@ SHARED = (
     "adam_epsilon=1e-4", "train.windows_per_step=4",
 )  # fmt: skip
 KINDS = {
-    "sharded": ("fsdp=true",),
+    "sharded": ("fsdp=true", "train.base_width=8"),
     "carried": ("train.carry_state=true", "gradient_accumulation_steps=2"),
 }
 

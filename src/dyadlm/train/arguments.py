@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from dyadlm.errors import UserError
 from dyadlm.train.compiler import require_compiler
@@ -107,6 +108,8 @@ def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, opti
         require_shards()
     if options.ema and arguments.fsdp:
         raise UserError("train.ema averages whole weights, which FSDP shards; leave fsdp or train.ema out.")
+    if options.base_width:
+        _require_width(options.base_width, getattr(model.config, "hidden_size", None))
     if options.optimizer == "muon":
         muon_optimizer(model, arguments)
         return
@@ -116,3 +119,15 @@ def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, opti
             kind(model.parameters(), **values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"There can be no such optimizer: {error}") from error
+    if options.base_width and kind is not torch.optim.AdamW:
+        asked = OptimizerNames(arguments.optim).value
+        raise UserError(f"train.base_width is for AdamW and Muon; leave it out, or optim={asked}.")
+
+
+def _require_width(base: int, width: int | None) -> None:
+    if width is None:
+        raise UserError("train.base_width needs a model whose config has a hidden_size; leave it out.")
+    if base > width:
+        raise UserError(
+            f"train.base_width={base} is the width of a narrower model, and this one has {width}; leave it out."
+        )

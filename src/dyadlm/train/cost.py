@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dyadlm.train.average import averaged_parameters
 from dyadlm.train.companions import published_parameters
-from dyadlm.train.muon import matrix_parameters
+from dyadlm.train.optimizer import matrix_parameters
 from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
 from dyadlm.train.settings import TrainOptions, TrainSettings
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.pytorch_utils import Conv1D
+from transformers.training_args import OptimizerNames
 
 from dyadlm.errors import UserError
-from dyadlm.model.extension import COMPANIONS
-from dyadlm.train.optimizer import decayed_parameters
+from dyadlm.train.optimizer import decayed_parameters, matrix_parameters
 
 ADJUSTMENT = "match_rms_adamw"
 
@@ -56,20 +55,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
-def matrix_parameters(model: nn.Module) -> list[str]:
-    """Names of the weights that Muon moves: of linear maps, but for those to the vocabulary and for embeddings."""
-    embeddings = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module.weight.ndim != 2 or id(module.weight) in embeddings:
-            continue
-        beside = name.startswith(COMPANIONS) and name.endswith(".head")  # of a companion, to the vocabulary
-        if module is not head and not beside:
-            found.append(f"{name}.weight")
-    return found
-
-
 def muon_over(model: nn.Module, *, weight_decay: float, adamw: Mapping[str, Any]) -> MuonWithAdamW:
     """The optimizer of the parameters of a model that are trained; its matrices decay, as with AdamW. adamw: options of
     AdamW, `lr` among them."""
@@ -96,9 +81,9 @@ def muon_optimizer(model: nn.Module, arguments: TrainingArguments) -> MuonWithAd
         raise UserError(f"torch {torch.__version__} has no Muon; install 2.9 or newer, or leave train.optimizer out.")
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
     if kind is not torch.optim.AdamW:
+        asked = OptimizerNames(arguments.optim).value
         raise UserError(
-            f"train.optimizer=muon takes AdamW for what is no matrix; leave optim={arguments.optim} out, or "
-            "train.optimizer."
+            f"train.optimizer=muon takes AdamW for what is no matrix; leave optim={asked} out, or train.optimizer."
         )
     sharding = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     if arguments.fsdp and int(sharding.get("version", 2)) < 2:

@@ -1,10 +1,19 @@
-"""Which parameters decay, and how the learning rate moves."""
+"""Which parameters decay, which are matrices, and what learning rate each has at a step."""
 
 import math
+from collections.abc import Collection
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from dyadlm.model.extension import COMPANIONS
 from dyadlm.train.settings import TrainOptions
+
+# How the learning rate of matrices falls with the width: of AdamW as in muP (Yang et al. 2022, arXiv 2203.03466). The
+# updates of Muon have a spectral norm of their own, so that less is to be undone.
+WIDTH_POWERS = {"adamw": 1.0, "muon": 0.5}
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
@@ -18,6 +27,40 @@ def decayed_parameters(model: nn.Module) -> list[str]:
         for name, value in model.named_parameters()
         if value.ndim >= 2 and id(value) not in embeddings and not getattr(value, "_no_weight_decay", False)
     ]
+
+
+def matrix_parameters(model: nn.Module) -> list[str]:
+    """Names of the weights of linear maps, but for those to the vocabulary and for embeddings."""
+    embeddings = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module.weight.ndim != 2 or id(module.weight) in embeddings:
+            continue
+        beside = name.startswith(COMPANIONS) and name.endswith(".head")  # of a companion, to the vocabulary
+        if module is not head and not beside:
+            found.append(f"{name}.weight")
+    return found
+
+
+def matrix_rate(options: TrainOptions, width: int) -> float:
+    """By what the learning rate of matrices is multiplied in a model with `width` numbers for a token."""
+    if not options.base_width:
+        return 1.0
+    return float((options.base_width / width) ** WIDTH_POWERS[options.optimizer])
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, weights: Collection[Tensor], scale: float) -> None:
+    """Multiply the learning rate of some weights, which get groups of their own behind the others of their group."""
+    scaled, groups = {id(weight) for weight in weights}, []
+    for group in optimizer.param_groups:
+        parts: dict[bool, list[Any]] = {False: [], True: []}
+        for weight in group["params"]:
+            parts[id(weight) in scaled].append(weight)
+        for chosen, params in parts.items():
+            if params:
+                groups.append({**group, "params": params, "lr": group["lr"] * (scale if chosen else 1.0)})
+    optimizer.param_groups[:] = groups
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, options: TrainOptions) -> float:

@@ -34,6 +34,7 @@ from dyadlm.train.companions import add_companions, set_of_companions
 from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
+from dyadlm.train.optimizer import matrix_rate
 from dyadlm.train.planner import TaughtWindows
 from dyadlm.train.settings import PRESET_DEFAULTS, TrainSettings, reading_options
 from dyadlm.train.trainer import LanguageModelTrainer
@@ -183,6 +184,12 @@ def prepare_run(
         choices.append(f"validation: scored with consensus {mass:g}; the loss in training is the engineer's alone")
     arguments.eval_strategy = transformers.IntervalStrategy("steps" if evaluated else "no")
     arguments.eval_on_start = evaluated and arguments.eval_on_start
+    if base := settings.train.base_width:
+        width = model.config.hidden_size
+        share = matrix_rate(settings.train, width)
+        choices.append(
+            f"learning rate: matrices get {share:.3g} of it, for a width of {width} where it was found with {base}"
+        )
     order = {
         "seed": arguments.seed,
         "sequence_length": options.sequence_length,
@@ -196,6 +203,7 @@ def prepare_run(
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration} | adapter
     # Checkpoints from before there was a choice name none.
     identity["optimizer"] = None if settings.train.optimizer == "adamw" else settings.train.optimizer
+    identity["base width"] = settings.train.base_width or None
     if isinstance(model, DyadForCausalLM):
         identity["set of companions"] = set_of_companions(model, settings)
     return PreparedRun(

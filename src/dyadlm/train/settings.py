@@ -61,6 +61,9 @@ class TrainOptions:
 
     optimizer: adamw, or muon for matrices and AdamW for all else (`dyadlm.train.muon`), with the same learning_rate and
         weight_decay.
+    base_width: the `hidden_size` of the narrower model that learning_rate was found with. The rate of matrices then
+        falls with the width: as base_width / hidden_size with AdamW (muP, Yang et al. 2022, arXiv 2203.03466), as its
+        square root with Muon. 0: one rate for all weights.
     ema: decay of an exponential average of the weights, which is evaluated and published in their place; 0: none.
     schedule: the learning rate after its linear warm-up; wsd is stable and then decays linearly.
     final_learning_rate: the fraction of `learning_rate` at which the schedule ends, one step after the last.
@@ -80,6 +83,7 @@ class TrainOptions:
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
+    base_width: int = 0
     ema: float = 0.0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     final_learning_rate: float = 0.1
@@ -94,6 +98,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _require(self.windows_per_step >= 0, "train.windows_per_step must be 0 or more")
+        _require(self.base_width >= 0, "train.base_width must be 0 or more")
         _require(0 <= self.ema < 1, "train.ema must be 0 or more and below 1")
         _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
         _require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")

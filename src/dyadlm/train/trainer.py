@@ -30,7 +30,13 @@ from dyadlm.train.checkpointing import CheckpointingTrainer, LogSpacedSaves
 from dyadlm.train.histories import CarriedState, HistoryWeightedLoss
 from dyadlm.train.mechanisms import MeanMetrics, Mechanisms
 from dyadlm.train.muon import muon_optimizer
-from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
+from dyadlm.train.optimizer import (
+    decayed_parameters,
+    learning_rate_factor,
+    matrix_parameters,
+    matrix_rate,
+    scale_rates,
+)
 from dyadlm.train.settings import TrainOptions
 from dyadlm.train.validation import ValidationSample
 
@@ -169,9 +175,16 @@ class LanguageModelTrainer(CheckpointingTrainer):
         return decayed_parameters(model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.options.optimizer == "muon":
-            self.optimizer = muon_optimizer(cast(torch.nn.Module, self.model if model is None else model), self.args)
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.optimizer is not None:
+            return self.optimizer
+        trained = cast(torch.nn.Module, self.model if model is None else model)
+        if self.options.optimizer == "muon":
+            self.optimizer = muon_optimizer(trained, self.args)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.options.base_width:
+            matrices = [trained.get_parameter(name) for name in matrix_parameters(trained)]
+            scale_rates(optimizer, matrices, matrix_rate(self.options, cast(Any, self.model).config.hidden_size))
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         warmup = self.args.get_warmup_steps(num_training_steps)
@@ -262,6 +275,8 @@ class LanguageModelTrainer(CheckpointingTrainer):
             logs["tokens"] = step * per_step
             logs["tokens_per_second"] = rate * per_step
             logs["steps_per_second"] = rate
+            if self.options.base_width:  # Trainer tells the rate of the first group, which may hold the matrices
+                logs["learning_rate"] = float(max(cast(LRScheduler, self.lr_scheduler).get_last_lr()))
             logs |= self._metrics.take(self.args.world_size)
             self._clock, self._clock_step, self._paused = now, step, 0.0
         super().log(logs, start_time)
