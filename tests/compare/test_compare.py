@@ -1,6 +1,7 @@
 """`dyadlm compare` from end to end: models, one trainer, three protocols, a page."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
 from dyadlm.compare import Budget, load_model
 from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, trained
-from dyadlm.compare.cost import grouped_products, training_cost
+from dyadlm.compare.cost import grouped_products, require_equal_gradients, training_cost
 from dyadlm.compare.study import Results, Study, run_cells
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
 from dyadlm.errors import UserError
@@ -164,6 +165,26 @@ def test_costs_are_those_of_the_dtype():
     model.model.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     training_cost(model, 1, 16, "adamw", "bfloat16")
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [0.0, 0.2, math.nan])
+def test_compiled_code_with_other_gradients_is_refused(dtype, wrong):
+    """Of one matrix, as where the compiler reads what nothing has written."""
+    model = build("llama", length=16, width=16, layers=1)
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    weight = model.model.layers[0].mlp.up_proj.weight
+
+    def compiled(**given):  # called last
+        weight.register_hook(lambda gradient: gradient * (1 + wrong))
+        return model(**given)
+
+    if not wrong:
+        return require_equal_gradients(model, compiled, ids, dtype)
+    with pytest.raises(
+        UserError, match=r"gradients here: those of .*up_proj.weight differ.* leave it out of --compile"
+    ):
+        require_equal_gradients(model, compiled, ids, dtype)
 
 
 def test_what_cannot_be_compiled_is_told(text, monkeypatch):

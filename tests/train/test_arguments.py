@@ -1,5 +1,6 @@
 """Device, dtype and compiler are chosen with a reason, and a resumed run keeps what it began with."""
 
+import importlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from dyadlm import UserError
 from dyadlm.train import arguments, compiler
 from dyadlm.train.arguments import choose_dtype, has_bfloat16, training_arguments
-from dyadlm.train.compiler import require_compiler
+from dyadlm.train.compiler import compiling, require_compiler
 
 
 @pytest.mark.parametrize("capable", [True, False])
@@ -39,6 +40,15 @@ def test_a_resumed_run_computes_as_it_began(before, tmp_path, small, monkeypatch
     assert "as the run began" in choices[1]
     found, _ = training_arguments(small(tmp_path / "new", dtype="auto"), tmp_path / "new")
     assert found.bf16 != before
+
+
+def test_ends_of_rows_are_compiled_without_masks():
+    """torch 2.13 computes wrong gradients with them, in one case that takes minutes to compile."""
+    config = importlib.import_module("torch._inductor.config")
+    before = config.cpp.enable_loop_tail_vec
+    with compiling():
+        assert not config.cpp.enable_loop_tail_vec
+    assert config.cpp.enable_loop_tail_vec == before
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path, small, monkeypatch):

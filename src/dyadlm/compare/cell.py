@@ -27,7 +27,7 @@ from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
-from dyadlm.train.compiler import compiler_errors, require_compiler
+from dyadlm.train.compiler import compiling, require_compiler
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
@@ -171,11 +171,11 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
 
 
 def _compiling(compiles: bool) -> contextlib.AbstractContextManager[None]:
-    """Around what may compile a model, for its errors."""
+    """Around what may compile a model."""
     if not compiles:
         return contextlib.nullcontext()
     require_compiler("--compile")
-    return compiler_errors("--compile", UserError)
+    return compiling("--compile", UserError)
 
 
 def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedData) -> dict[str, Any]:

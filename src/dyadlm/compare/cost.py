@@ -12,13 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import PreTrainedModel
 
 from dyadlm.causal_lm import FAULTS, first_state, state_bytes, state_of
-from dyadlm.errors import first_line
+from dyadlm.errors import UserError, first_line
 from dyadlm.train.muon import muon_over
 from dyadlm.version import __version__
 
 TIMED_STEPS = 6  # after two others
 CONTEXTS = (0, 1_000, 4_000)  # tokens read before decoding is timed
 NEW_TOKENS = 24
+GRADIENT_TOLERANCE = 0.05  # of the norm of a weight's gradient, beyond what rounding explains
+LEAST_GRADIENT = 1e-4  # of the norm of all
 
 
 def training_cost(
@@ -26,6 +28,9 @@ def training_cost(
 ) -> dict[str, float]:
     """Of a training step on random tokens (batch, length): seconds of thread time and operations, both for a token.
     The time to compile is left out.
+
+    Raises:
+        UserError: compiled, it has other gradients.
 
     Operations are those of products of matrices, convolutions and attention; element by element, in scans and in
     Fourier transforms none is counted.
@@ -38,16 +43,16 @@ def training_cost(
     )
 
     def step(model: Any) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         optimizing.zero_grad()
-        loss.backward()
+        backward(model, ids, dtype)
         optimizing.step()
 
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter:
         step(model)
     timed = torch.compile(model) if compiles else model
+    if compiles:
+        require_equal_gradients(model, timed, ids, dtype)
     step(timed)
     times = []
     for _ in range(TIMED_STEPS):
@@ -58,6 +63,39 @@ def training_cost(
         "seconds_per_token": statistics.median(times) / ids.numel(),
         "flops_per_token": counter.get_total_flops() / ids.numel(),
     }
+
+
+def backward(model: Any, ids: torch.Tensor, dtype: str) -> None:
+    """Add the gradients of the loss on ids (B, T). dtype: that products are computed in."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+
+
+def require_equal_gradients(model: PreTrainedModel, compiled: Any, ids: torch.Tensor, dtype: str) -> None:
+    """Raise `UserError` where compiled code computes another gradient of any weight than the model itself does.
+
+    compiled: the same weights. Both are compared with the model in float32: what bfloat16 costs the model, compiled
+    code may cost, too, and as much again.
+    """
+
+    def gradients(which: Any, computed_in: str) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        backward(which, ids, computed_in)
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    exact, plain, other = gradients(model, "float32"), gradients(model, dtype), gradients(compiled, dtype)
+    model.zero_grad()
+    # Gradients that are zero but for rounding are measured by the others.
+    least = LEAST_GRADIENT * torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+    for name, gradient in exact.items():
+        rounding = 2 * (plain[name] - gradient).norm() + GRADIENT_TOLERANCE * gradient.norm() + least
+        difference = (other[name] - gradient).norm()
+        if not difference <= rounding:  # also NaN
+            raise UserError(
+                f"Compiled, a {model.config.model_type} has other gradients here: those of {name} differ by "
+                f"{difference:.2g}, and {rounding:.2g} would be rounding; leave it out of --compile."
+            )
 
 
 def grouped_products(

@@ -20,13 +20,17 @@ def require_compiler(option: str = "train.compile") -> None:
 
 
 @contextlib.contextmanager
-def compiler_errors(
-    option: str = "train.compile", kind: type[UserError] | type[RunFailed] = RunFailed
-) -> Iterator[None]:
-    """A model that the compiler of this machine cannot take is reported in one sentence, as an error of that kind."""
+def compiling(option: str = "train.compile", kind: type[UserError] | type[RunFailed] = RunFailed) -> Iterator[None]:
+    """Around what compiles a model and runs it: with code that is right, and a model that the compiler of this machine
+    cannot take is reported in one sentence, as an error of that kind."""
     from torch._dynamo.exc import TorchDynamoException  # slow to import
+    from torch._inductor import config
 
+    # The last elements of a row may be computed in vectors with a mask. In torch 2.13 on a CPU, gradients of a Mamba-2
+    # with 360 channels in bfloat16 are then wrong, or NaN: two channels are read from memory that nothing has written.
+    scalar_ends = {"cpp.enable_loop_tail_vec": False} if hasattr(config.cpp, "enable_loop_tail_vec") else {}
     try:
-        yield
+        with config.patch(scalar_ends):
+            yield
     except TorchDynamoException as error:
         raise kind(f"torch.compile cannot take this model here ({first_line(error)}); leave {option} out.") from error

@@ -34,7 +34,7 @@ from dyadlm.train.checkpoint import (
     require_same,
 )
 from dyadlm.train.companions import published_parameters
-from dyadlm.train.compiler import compiler_errors
+from dyadlm.train.compiler import compiling
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
@@ -124,8 +124,8 @@ def train(
         if resumed is not None:
             console.print(f"Going on from {printable(str(resumed))}.")
         begin = time.perf_counter()
-        compiling = compiler_errors() if plan.arguments.torch_compile else contextlib.nullcontext()
-        with handler, compiling:
+        context = compiling() if plan.arguments.torch_compile else contextlib.nullcontext()
+        with handler, context:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.perf_counter() - begin
         if trainer.state.global_step < plan.arguments.max_steps:
