@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -37,6 +38,11 @@ def always(task: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
     raise AssertionError
+
+
+def stays(marks: str, task: str) -> None:
+    (Path(marks) / task).write_text(str(os.getpid()))
+    time.sleep(60)
 
 
 def sends(marks: str, task: str) -> bytes:
@@ -159,6 +165,31 @@ def test_an_interrupt_while_a_process_starts_comes_later_and_is_not_lost(other_t
         signal.signal(signal.SIGINT, before)
         ended.set()
         thread.join()
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path):
+    program = "import sys; from test_workers import *; run_all(partial(stays, sys.argv[1]), ['one'])"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    started = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
+    try:
+        until, mark = time.monotonic() + 60, tmp_path / "one"
+        while not (mark.exists() and mark.read_text()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        worker = int(mark.read_text())
+        os.kill(worker, 0)
+    finally:
+        started.kill()
+        started.wait()
+    while time.monotonic() < until:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("it works on")
 
 
 def test_outside_of_the_main_thread_processes_start_as_ever():

@@ -119,6 +119,7 @@ def _work(sender: Connection, work: Callable[[Task], Result], task: Task) -> Non
     """In the process of a task: send its result, or the error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that has started this one ends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that temporary folders are removed
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     result: Result | Exception
     try:
         result = work(task)
@@ -128,6 +129,14 @@ def _work(sender: Connection, work: Callable[[Task], Result], task: Task) -> Non
         result = error
     with suppress(BrokenPipeError):  # nobody waits any more
         sender.send(result)
+
+
+def _end_with_parent() -> None:
+    """A process that was killed ends nobody; what it has started would work on for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by another one"
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _free(wanted: Iterable[Task], running: Iterable[Task]) -> list[Task]:
