@@ -16,7 +16,6 @@ from common import circumstances, require_green
 from dyadlm.compare import load_model
 from dyadlm.compare.cell import scored
 from dyadlm.compare.kept import kept_cells, load_recipe
-from dyadlm.compare.study import file_name
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.files import write_atomically
 from dyadlm.zoo import FAMILIES
@@ -37,7 +36,7 @@ def main() -> None:
     commit = circumstances()["commit"]
     for family in FAMILIES:
         for cell in kept_cells(folder, family):
-            file = folder / "cells" / file_name(cell)
+            file = folder / "cells" / f"{cell.file_name}.json"
             found = json.loads(file.read_text())
             if found.get("diverged") or ("scored_at" in found and not options.again):
                 continue

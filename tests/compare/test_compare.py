@@ -23,10 +23,11 @@ from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, trained
 from dyadlm.compare.cost import grouped_products, require_equal_gradients, training_cost
 from dyadlm.compare.study import Results, Study, run_cells
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
-from dyadlm.errors import UserError
+from dyadlm.errors import RunFailed, UserError
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
 from dyadlm.train.optimizer import decayed_parameters
 from dyadlm.train.prepared_run import prepare_run
+from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.zoo import FAMILIES, Family, build, count_parameters
 from dyadlm.zoo.families import mixed
 from dyadlm.zoo.mixer import MIXERS, Mixer
@@ -156,6 +157,43 @@ def test_training_computes_as_asked(dtype, compiled, text, tmp_path, monkeypatch
     (arguments,) = raised.value.args
     assert arguments.bf16 == (dtype == "bfloat16")
     assert arguments.torch_compile == ("llama" in compiled)
+
+
+@pytest.mark.slow
+def test_a_cell_that_was_stopped_goes_on_from_its_last_checkpoint(text, tmp_path, monkeypatch):
+    recipe, cell = Recipe(data=(text,), parameters=50_000, length=8, batch=2), Cell("llama", 256, 1e-3, final=True)
+    data, place = resolve_data([text], byte_tokenizer()), tmp_path / cell.file_name
+    whole, curve = trained(recipe, cell, data, tmp_path / "whole")
+    step, steps = LanguageModelTrainer.training_step, []
+
+    def stopped(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if self.state.global_step == 9:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trained(recipe, cell, data, place, saves=True)
+        assert [path.name for path in (place / "run").iterdir()] == ["checkpoint-8"]
+    assert steps == [*range(10), 8, 9]
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", step)
+    found, same = trained(recipe, cell, data, place, saves=True)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in found.state_dict().items())
+    assert [{**point, "seconds": 0} for point in same] == [{**point, "seconds": 0} for point in curve]
+    assert [point["seconds"] for point in same] == sorted(point["seconds"] for point in same)
+    # What another version began is begun anew, and a full disk is no diverging loss.
+    manifest = place / "run" / "checkpoint-14" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"data"', '"older data"'))
+    monkeypatch.setattr(LanguageModelTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(RunFailed, match=r"cannot be saved \(No space left\); make room, and give the command again"):
+        run_cell(recipe, cell, tmp_path)
+    assert not manifest.exists()
+
+
+def full(*args):
+    raise OSError("No space left")
 
 
 def test_costs_are_those_of_the_dtype():

@@ -7,7 +7,7 @@ import pytest
 
 from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
 from dyadlm.compare.cell import Done
-from dyadlm.compare.study import Results, file_name, final_cells, next_cells, summary, swept, tokens_of
+from dyadlm.compare.study import Results, final_cells, next_cells, summary, swept, tokens_of
 from dyadlm.errors import UserError
 from dyadlm.evaluate.protocols import PROTOCOLS
 from dyadlm.report.arena import write_arena
@@ -253,7 +253,7 @@ def test_a_damaged_cell_and_another_study_are_refused(tmp_path, ran):
     run_study(study(), tmp_path, 1)
     with pytest.raises(UserError, match="another budget"):
         run_study(study(budget=Budget("tokens", 999_936.0)), tmp_path, 1)
-    place = tmp_path / "cells" / file_name(Cell("llama"))
+    place = tmp_path / "cells" / f"{Cell('llama').file_name}.json"
     kept = place.read_text()
     for content, message in (
         ("{", "is damaged"),
@@ -301,5 +301,5 @@ def test_results_say_what_is_next(tmp_path, ran):
     assert missing == next_cells(asked, results) == [Cell("dyad", 2_048, rate) for rate in (4e-3, 8e-3, 1.6e-2)]
     (final,) = final_cells(asked, results, "dyad", 8e-3)
     results.keep(Done(final, *made(RECIPE, final)))
-    assert (tmp_path / "cells" / file_name(final)).with_suffix(".safetensors").read_bytes() == b"weights"
-    assert json.loads((tmp_path / "cells" / file_name(final)).read_text())["cell"]["final"]
+    assert (tmp_path / "cells" / f"{final.file_name}.safetensors").read_bytes() == b"weights"
+    assert json.loads((tmp_path / "cells" / f"{final.file_name}.json").read_text())["cell"]["final"]

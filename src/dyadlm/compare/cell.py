@@ -4,9 +4,11 @@ import contextlib
 import io
 import math
 import resource
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
+from dyadlm.train.checkpoint import last_complete, read_manifest
 from dyadlm.train.compiler import compiling, require_compiler
 from dyadlm.train.prepared_run import TrainingData, prepare_run
 from dyadlm.zoo import build, count_parameters, find_family
@@ -101,6 +104,11 @@ class Cell:
         kind = "final" if self.final else "sweep"
         return f"{self.family} {kind} {self.tokens} {self.rate:g} {self.seed}" if self.tokens else f"{self.family} cost"
 
+    @property
+    def file_name(self) -> str:
+        """Of what is kept of it, without an ending: readable, and one for each cell."""
+        return f"{self.name.replace(' ', '_')}-{sha256(self.name.encode()).hexdigest()[:8]}"
+
 
 def new_model(recipe: Recipe, cell: Cell) -> PreTrainedModel:
     """The model before training, n-gram tables included."""
@@ -115,11 +123,15 @@ def new_model(recipe: Recipe, cell: Cell) -> PreTrainedModel:
     return model
 
 
-def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
+def run_cell(recipe: Recipe, cell: Cell, unfinished: Path | None = None) -> tuple[dict[str, Any], bytes]:
     """Train and score; what was found, as JSON can hold it, and the weights as safetensors (empty without training).
+
+    unfinished: a folder for the last checkpoint of each training of the whole budget, where a stopped one goes on; it
+    stays there. None: a stopped training begins again.
 
     Raises:
         UserError: data or a family that there is not, or another text or code than the study's.
+        RunFailed: a checkpoint cannot be written.
     """
     if load_plugins(recipe.plugins) != recipe.code:
         raise UserError(f"{', '.join(recipe.plugins)} is other code here than where the study began; copy it anew.")
@@ -149,11 +161,18 @@ def run_cell(recipe: Recipe, cell: Cell) -> tuple[dict[str, Any], bytes]:
         "circumstances": circumstances(recipe.dtype),
     }
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            model, curve = trained(recipe, cell, data, Path(folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            saves = unfinished is not None and cell.final
+            folder = unfinished / cell.file_name if unfinished is not None and saves else Path(scratch)
+            model, curve = trained(recipe, cell, data, folder, saves)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         scores = scored(recipe, cell, model, data)
-    except RunFailed as error:  # a result, too: a sweep is there to find it out
+    except RunFailed as error:
+        if error.__cause__ is not None:
+            raise RunFailed(
+                f"The training of {cell} cannot be saved ({error.__cause__}); make room, and give the command again."
+            ) from error
+        # A result, too: a sweep is there to find it out.
         return found | {"diverged": str(error)}, b""
     found |= {
         "parameters": count_parameters(model),
@@ -223,7 +242,9 @@ class Curve(TrainerCallback):
         prefix: int,
         points: set[int],
         tokens_per_step: int,
+        saves: bool,
     ):
+        self.saves = saves
         self.model, self.plain, self.parts, self.prefix = model, plain, parts, prefix
         self.points, self.tokens_per_step = points, tokens_per_step
         self.seconds, self._begun, self.found = 0.0, 0.0, list[dict[str, float]]()
@@ -232,6 +253,11 @@ class Curve(TrainerCallback):
         """The plain model with the weights of the trained one, in evaluation mode."""
         self.plain.load_state_dict(self.model.state_dict())
         return self.plain.eval()  # type: ignore[no-untyped-call, no-any-return]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        history: list[dict[str, Any]] = state.log_history
+        self.found = [entry["curve"] for entry in history if "curve" in entry]  # of a checkpoint
+        self.seconds = self.found[-1]["seconds"] if self.found else 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.thread_time()
@@ -242,12 +268,16 @@ class Curve(TrainerCallback):
             nats = measure(self.take_weights(), self.parts, self.prefix).nats
             tokens = state.global_step * self.tokens_per_step
             self.found.append({"tokens": tokens, "seconds": round(self.seconds, 3), "nats": round(nats, 5)})
+            history: list[dict[str, Any]] = state.log_history
+            history.append({"curve": self.found[-1]})  # which checkpoints hold
+            control.should_save = self.saves and state.global_step < state.max_steps
 
 
 def trained(
-    recipe: Recipe, cell: Cell, data: ResolvedData, folder: Path
+    recipe: Recipe, cell: Cell, data: ResolvedData, folder: Path, saves: bool = False
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """The model after training by the trainer of `dyadlm train`, and its learning curve."""
+    """The model after training by the trainer of `dyadlm train`, and its learning curve. saves: at each point of it,
+    into the folder; what is there already goes on."""
     steps = max(1, cell.tokens // (recipe.length * recipe.batch))
     compiles = cell.family in recipe.compiled
     settings = TrainSettings.create(
@@ -258,7 +288,8 @@ def trained(
         dtype=recipe.dtype,
         assignments=[
             f"max_steps={steps}", f"learning_rate={cell.rate}", f"seed={cell.seed}", f"save_steps={steps + 1}",
-            "eval_steps=0", f"per_device_train_batch_size={recipe.batch}", f"data.sequence_length={recipe.length}",
+            "save_total_limit=1", "eval_steps=0",
+            f"per_device_train_batch_size={recipe.batch}", f"data.sequence_length={recipe.length}",
             f"train.optimizer={recipe.optimizer}", f"train.compile={str(compiles).lower()}",
             f"train.final_learning_rate={recipe.final_learning_rate}",
         ],
@@ -269,7 +300,11 @@ def trained(
     points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
     prefix = prefix_token(data.tokenizer)
     parts = fresh(data.validation, recipe.length, int(16_384 * recipe.scale))
-    curve = Curve(model, new_model(recipe, cell), parts, prefix, points, recipe.length * recipe.batch)
+    curve = Curve(model, new_model(recipe, cell), parts, prefix, points, recipe.length * recipe.batch, saves)
+    begun = last_complete(folder / "run")
+    if begun is not None and (read_manifest(begun) or {}).get("identity") != plan.identity:  # of an earlier version
+        shutil.rmtree(folder / "run")
+        begun = None
     with contextlib.redirect_stdout(io.StringIO()), _compiling(compiles):  # Trainer prints there
-        plan.trainer(settings, curve).train()
+        plan.trainer(settings, curve).train(resume_from_checkpoint=None if begun is None else str(begun))
     return curve.take_weights(), curve.found

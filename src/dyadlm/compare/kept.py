@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dyadlm.compare.cell import Cell, Recipe, new_model
-from dyadlm.compare.study import EARLIER, RECIPE, file_name
+from dyadlm.compare.study import EARLIER, RECIPE
 from dyadlm.errors import UserError, first_line
 
 
@@ -48,7 +48,7 @@ def load_model(folder: Path, family: str, seed: int = 0) -> PreTrainedModel:
     if not cells:
         raise UserError(f"{folder} has no trained {family} with seed {seed}; train it with `dyadlm compare`.")
     cell = cells[-1]
-    file = (folder / "cells" / file_name(cell)).with_suffix(".safetensors")
+    file = folder / "cells" / f"{cell.file_name}.safetensors"
     model = new_model(recipe, cell)
     try:
         missing, unexpected = model.load_state_dict(load_file(file), strict=False)

@@ -1,14 +1,15 @@
 """A study: rates are swept alike for each family, then the best rate is trained on the whole budget with each seed.
 
 Each cell is a file of its own, written when the cell is done, so that a study that was stopped goes on where it was.
+Trainings on the whole budget go on from their last checkpoint; there is one at each eighth.
 """
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from dyadlm.zoo.family import Family
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
 RECIPE = "recipe.json"
+UNFINISHED = "unfinished"  # checkpoints of trainings that have begun
 EARLIER = {
     "dtype": "float32",
     "compiled": [],
@@ -101,7 +103,7 @@ class Results:
             try:
                 cell = Cell(**content["cell"])
                 ours = EARLIER | content["recipe"] == recipe
-                whole = ours and file.name == file_name(cell) and is_whole(cell, content)
+                whole = ours and file.name == f"{cell.file_name}.json" and is_whole(cell, content)
             except (KeyError, TypeError, ValueError):
                 whole = False
             if not whole:
@@ -120,10 +122,11 @@ class Results:
 
     def keep(self, done: Done) -> None:
         """Write what a cell found, and its weights before that."""
-        base = self.folder / "cells" / file_name(done.cell)
+        cells, name = self.folder / "cells", done.cell.file_name
         if done.weights:
-            write_atomically(base.with_suffix(".safetensors"), done.weights)
-        write_atomically(base, json.dumps(done.found, indent=1) + "\n")
+            write_atomically(cells / f"{name}.safetensors", done.weights)
+        write_atomically(cells / f"{name}.json", json.dumps(done.found, indent=1) + "\n")
+        shutil.rmtree(self.folder / UNFINISHED / name, ignore_errors=True)
         self.found[done.cell.name] = done.found
 
     def nats(self, cell: Cell) -> float:
@@ -146,12 +149,6 @@ def is_whole(cell: Cell, content: dict[str, Any]) -> bool:
     else:
         figures = [content["scores"][name]["nats"] for name in (PROTOCOLS if cell.final else ["fresh"])]
     return all(isinstance(figure, int | float) and 0 < figure < math.inf for figure in figures)
-
-
-def file_name(cell: Cell) -> str:
-    """Of a cell's file: readable, and one for each cell."""
-    digest = sha256(cell.name.encode()).hexdigest()[:8]
-    return f"{cell.name.replace(' ', '_')}-{digest}.json"
 
 
 def tokens_of(study: Study, results: Results, family: str, part: float = 1.0) -> int:
@@ -216,9 +213,12 @@ def run_cells(
     jobs: int,
     engine: Engine = "local",
     address: str | None = None,
+    unfinished: Path | None = None,
 ) -> Iterator[Done]:
-    """Run cells, `jobs` at once, until none is wanted, as `dyadlm.workers.run_tasks` does."""
-    for cell, result in run_tasks(partial(run_cell, recipe), wanted, jobs, engine, address):
+    """Run cells, `jobs` at once, until none is wanted, as `dyadlm.workers.run_tasks` does. unfinished: as `run_cell`
+    takes it."""
+    work = partial(run_cell, recipe, unfinished=unfinished)
+    for cell, result in run_tasks(work, wanted, jobs, engine, address):
         yield Done(cell, *result)
 
 
@@ -240,7 +240,9 @@ def run_study(
     make_folder(folder)
     with locked(folder):
         results = Results(folder, study)
-        for done in run_cells(study.recipe, partial(next_cells, study, results), jobs, engine, address):
+        # Workers of a cluster may not see the folder.
+        unfinished = (folder / UNFINISHED).absolute() if engine == "local" else None
+        for done in run_cells(study.recipe, partial(next_cells, study, results), jobs, engine, address, unfinished):
             results.keep(done)
             progress(done, len(next_cells(study, results)))
         return {family: final_cells(study, results, family, _best(study, results, family)) for family in study.families}
