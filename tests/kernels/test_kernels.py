@@ -13,7 +13,7 @@ import dyadlm.kernels.segment_gradients
 import dyadlm.kernels.segments
 import dyadlm.kernels.stretches
 import dyadlm.kernels.windows
-from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, kernels
+from dyadlm import DyadCache, DyadConfig, kernels
 from dyadlm.kernels.segment_gradients import segment_gradients
 from dyadlm.kernels.segments import segment_features
 from dyadlm.kernels.stretches import STRETCH, tile_of
@@ -26,12 +26,6 @@ from dyadlm.ops.segments import segment_ends, segment_plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RULE = kernels.usable
-
-
-@pytest.fixture(autouse=True)
-def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are chosen on this device, too."""
-    monkeypatch.setattr(kernels, "usable", lambda x: x.dtype in kernels.DTYPES)
 
 
 def make_tower(**fields) -> Tower:
@@ -202,31 +196,10 @@ def test_torch_takes_them_for_operators(family: Callable) -> None:
         torch.library.opcheck(segment_gradients, (x.detach(), weight.detach(), *places, *own))
 
 
-def make_model(**fields) -> DyadForCausalLM:
-    chosen = {"hidden_size": 16, "num_hidden_layers": 2, **fields}
-    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **chosen)).to(DEVICE)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model.train()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were called."""
-    called = []
-
-    def counted(module, name: str) -> None:
-        own = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given: called.append(name) or own(*given))
-
-    counted(dyadlm.kernels.windows, "window_features")
-    counted(dyadlm.kernels.segments, "segment_features")
-    return called
-
-
 @pytest.mark.slow
-def test_a_model_trains_as_with_the_forms_in_torch(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_trains_as_with_the_forms_in_torch(
+    make_model: Callable, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With documents that begin inside a row, and padding, whose own prediction of the first token counts."""
     model, ids, found = make_model(), torch.randint(32, 127, (2, 45), device=DEVICE), []
     mask, positions = torch.ones_like(ids), torch.arange(45, device=DEVICE).repeat(2, 1)
@@ -239,13 +212,14 @@ def test_a_model_trains_as_with_the_forms_in_torch(calls: list[str], monkeypatch
         loss.backward()
         slopes = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append({"loss": loss.detach()} | slopes)
-    assert calls == [*["window_features"] * 4, *["segment_features"] * 4] * 2
+    levels = [*["window_features"] * 4, *["segment_features"] * 4]
+    assert calls == ["ring_lookup", *levels, *levels, "slot_recall"]  # the last block has slots
     assert_alike(found[1], found[0])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # that torch itself reads while it compiles
-def test_compiled_blocks_call_them() -> None:
+def test_compiled_blocks_call_them(make_model: Callable) -> None:
     """Whole blocks are one graph."""
     model, ids = make_model(num_hidden_layers=1), torch.randint(32, 127, (2, 20), device=DEVICE)
     expected = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -260,13 +234,13 @@ def test_compiled_blocks_call_them() -> None:
     "fields",
     [{"level_feature": "difference"}, {"salience": False}, {"transport_space": "model"}, {"forgetting": True}],
 )
-def test_variants_keep_the_forms_in_torch(calls: list[str], fields: dict) -> None:
-    make_model(**fields)(input_ids=torch.randint(32, 127, (1, 5), device=DEVICE), use_cache=False)
+def test_variants_keep_the_forms_in_torch(make_model: Callable, calls: list[str], fields: dict) -> None:
+    make_model(slot_contexts=None, **fields)(input_ids=torch.randint(32, 127, (1, 5), device=DEVICE), use_cache=False)
     assert not calls
 
 
-def test_where_a_state_is_left_the_forms_in_torch_stay(calls: list[str]) -> None:
-    model, cache = make_model().eval(), DyadCache()
+def test_where_a_state_is_left_the_forms_in_torch_stay(make_model: Callable, calls: list[str]) -> None:
+    model, cache = make_model(slot_contexts=None).eval(), DyadCache()
     with torch.no_grad():
         for _ in range(2):
             model(input_ids=torch.randint(32, 127, (1, 5), device=DEVICE), past_key_values=cache, use_cache=True)
