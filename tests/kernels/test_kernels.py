@@ -13,6 +13,7 @@ import dyadlm.kernels.segment_gradients
 import dyadlm.kernels.segments
 import dyadlm.kernels.stretches
 import dyadlm.kernels.windows
+from bfloat16_gradients import assert_kernels_as_exact
 from dyadlm import DyadCache, DyadConfig, kernels
 from dyadlm.kernels.segment_gradients import segment_gradients
 from dyadlm.kernels.segments import segment_features
@@ -215,6 +216,15 @@ def test_a_model_trains_as_with_the_forms_in_torch(
     levels = [*["window_features"] * 4, *["segment_features"] * 4]
     assert calls == ["ring_lookup", *levels, *levels, "slot_recall"]  # the last block has slots
     assert_alike(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_gradients_in_bfloat16_are_as_exact_as_those_in_torch(
+    make_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all kernels, those of slots included."""
+    ids = torch.randint(97, 103, (2, 45), device=DEVICE)
+    assert_kernels_as_exact(make_model(num_hidden_layers=1), ids, monkeypatch)
 
 
 @pytest.mark.slow

@@ -116,6 +116,7 @@ def test_gradients_of_halves_are_summed_in_float32(dtype: torch.dtype) -> None:
     found = read_slots(values, plan, None)
     assert found.dtype == dtype
     assert torch.equal(found[..., :-1], slot_read(values, plan))
+    assert torch.equal(found[..., -1], plan.found.to(dtype))
     slope = torch.randn(found.shape, device=DEVICE).to(dtype)
     wide = values.detach().float().requires_grad_()
     exact = slopes_of(read_slots(wide, plan, None), wide, slope.float())
