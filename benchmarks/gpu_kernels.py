@@ -76,7 +76,8 @@ def cell(call: Callable[[], Any], moved: int, rate: float, gpu: bool) -> dict[st
 
 def measured(rank: int, batch: int, length: int, device: str, rate: float) -> dict[str, Any]:
     """Milliseconds of each family of four levels, forward and backward. rate: bytes a second of a copy."""
-    from dyadlm.kernels.segments import segment_features, segment_gradients
+    from dyadlm.kernels.segment_gradients import segment_gradients
+    from dyadlm.kernels.segments import segment_features
     from dyadlm.kernels.windows import window_features, window_gradients
 
     gpu = device == "cuda"

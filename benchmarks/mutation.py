@@ -113,9 +113,13 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "train/companions.py": ("tests/train/test_companions.py", "tests/train/test_fingerprint.py"),
         "train/verification.py": ("tests/train/test_verification.py",),
         "train/checkpointing.py": TRAINER,
+        "train/damage.py": ("tests/train/test_verification.py", *TRAINER),
         "train/optimizer.py": ("tests/train/test_parts.py",),
     },
-    "data/preparation.py": {"data/preparation.py": ("tests/data/test_prepare.py",)},
+    "data/preparation.py": {
+        "data/preparation.py": ("tests/data/test_prepare.py",),
+        "data/split_writer.py": ("tests/data/test_prepare.py",),
+    },
     "generate": {
         "generate/decoding.py": GENERATE,
         "generate/engine_reader.py": ("tests/test_start.py", *GENERATE),

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import sys
 from itertools import pairwise
 
 import datasets
@@ -38,10 +37,9 @@ def made_up(documents: int = 12, words: int = 700) -> Source:
 @pytest.fixture
 def small_shards(monkeypatch):
     """Many rows, writes, shards and pieces of work even in small data."""
-    module = sys.modules["dyadlm.data.preparation"]  # the name in the package is the function
-    monkeypatch.setattr(module, "ROWS_PER_WRITE", 2)
-    monkeypatch.setattr(module, "SHARD_TOKENS", 5 * ROW_TOKENS)
-    monkeypatch.setattr(module, "WORK_BYTES", 5_000)
+    monkeypatch.setattr("dyadlm.data.split_writer.ROWS_PER_WRITE", 2)
+    monkeypatch.setattr("dyadlm.data.split_writer.SHARD_TOKENS", 5 * ROW_TOKENS)
+    monkeypatch.setattr("dyadlm.data.preparation.WORK_BYTES", 5_000)
 
 
 @pytest.mark.parametrize("kind", ["byte", "text"])

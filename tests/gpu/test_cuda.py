@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dyadlm import DyadCache, DyadConfig, DyadForCausalLM
+from bfloat16_gradients import assert_kernels_as_exact
+from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, kernels
 from dyadlm.data import byte_tokenizer
 from dyadlm.generate.sampling import Sampling
 from dyadlm.generate.session import Session
@@ -69,6 +70,12 @@ def test_losses_and_gradients_equal_those_of_the_cpu(variant: str) -> None:
     for name, gradient in found.items():
         if expected[name].norm() > 1e-6:
             assert distance(gradient, expected[name]) < 2e-3, name
+
+
+@pytest.mark.skipif(not kernels.INSTALLED, reason="needs Triton")
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+def test_kernels_are_as_exact_in_bfloat16(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_kernels_as_exact(speaking(preset).train().cuda(), text(2, 300).cuda(), monkeypatch)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dyadlm.kernels import segments, slot_plan, slot_read, windows
+from dyadlm.kernels import segment_gradients, segments, slot_plan, slot_read, windows
+from dyadlm.kernels.stretches import tile_of
 from dyadlm.ops.slots import PHI
 
 POINTERS = {"index": "*i64", "weight": "*fp32", "scales": "*fp32", "weight_slope": "*fp32"}
@@ -35,13 +36,15 @@ for tokens, written in (("*bf16", "*fp32"), ("*fp16", "*fp16")):
         compiled(windows._features_kernel, POINTERS | own | shared, **tile)
         compiled(windows._features_kernel, POINTERS | own, share=None, share_before=None, **tile)
         compiled(windows._gradients_kernel, POINTERS | own, **tile)
-PLAN = {"last": "*i64", "complete": "*i64", "ends": "*i64", "counts": "*fp32"}
+PLAN = {"last": "*i64", "complete": "*i64", "ends": "*i64", "counts": "*fp32", "sums": "*fp32"}
 for tokens, written in (("*bf16", "*fp32"), ("*fp16", "*fp16")):
     for rank in (54, 100):
         own = PLAN | {"x": tokens, "features": written, "slope": written, "x_slope": tokens}
-        tile = {"rank": rank, **segments._tile(rank)}
+        tile = {"rank": rank, **tile_of(rank)}
+        compiled(segments._stretches_kernel, POINTERS | own, **tile)
         compiled(segments._features_kernel, POINTERS | own, least=segments.LEAST, **tile)
-        compiled(segments._gradients_kernel, POINTERS | own, **tile)
+        compiled(segment_gradients._stretches_kernel, POINTERS | own, **tile)
+        compiled(segment_gradients._gradients_kernel, POINTERS | own, **tile)
 for way_count, documents in ((8, True), (5, False)):
     own = {"words": "*i64", "index": "*i64", "length": "*i64", "left": "*i64", "keys": "*i32", "kinds": "*i32"}
     own |= {"order": "*i64", "found": "*i1", "column": "*i64", "slot": "*i64", "following": "*i32"}

@@ -1,5 +1,6 @@
 """The kernels of slots against the forms in torch: plans, values and gradients. On a CPU, in Triton's interpreter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("triton", minversion="3.7")
 
 import dyadlm.kernels.slot_plan
 import dyadlm.kernels.slot_read
-from dyadlm import DyadCache, DyadConfig, DyadForCausalLM, kernels
+from dyadlm import DyadCache, kernels
 from dyadlm.kernels.slot_plan import ROWS, ring_lookup, ring_plan
 from dyadlm.kernels.slot_read import slot_recall, slot_recall_gradients
 from dyadlm.model.slots import read_slots
@@ -22,12 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Few sets of few ways, so that entries are pushed out; tags of two parts.
 VOCABULARY, CONTEXTS = 2**20, [4, "word"]
 RULES = {"sets": 2, "ways": 3, "scope": "document"}
-
-
-@pytest.fixture(autouse=True)
-def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are chosen on this device, too."""
-    monkeypatch.setattr(kernels, "usable", lambda x: x.dtype in kernels.DTYPES)
+NO_LEVELS = {"num_levels": 1, "semantic_levels": None, "salience": False}  # that kernels compute
 
 
 def contexts_of(ids: Tensor, clock: Clock, state: Any = None) -> tuple[Contexts, Any]:
@@ -120,6 +116,7 @@ def test_gradients_of_halves_are_summed_in_float32(dtype: torch.dtype) -> None:
     found = read_slots(values, plan, None)
     assert found.dtype == dtype
     assert torch.equal(found[..., :-1], slot_read(values, plan))
+    assert torch.equal(found[..., -1], plan.found.to(dtype))
     slope = torch.randn(found.shape, device=DEVICE).to(dtype)
     wide = values.detach().float().requires_grad_()
     exact = slopes_of(read_slots(wide, plan, None), wide, slope.float())
@@ -183,30 +180,6 @@ def test_torch_takes_them_for_operators() -> None:
     torch.library.opcheck(slot_recall_gradients, (slope, *by, plan.following, 1))
 
 
-def make_model(**fields) -> DyadForCausalLM:
-    """A model that has slots and no levels that kernels compute."""
-    chosen = {"hidden_size": 16, "num_hidden_layers": 2, "num_levels": 1, "semantic_levels": None, "salience": False}
-    model = DyadForCausalLM(DyadConfig.from_preset("tiny", **{**chosen, **fields})).to(DEVICE)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model.train()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were called."""
-    called = []
-
-    def counted(module, name: str) -> None:
-        own = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, **more: called.append(name) or own(*given, **more))
-
-    counted(dyadlm.kernels.slot_plan, "ring_lookup")
-    counted(dyadlm.kernels.slot_read, "slot_recall")
-    return called
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "expected"),
@@ -218,10 +191,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_a_model_trains_as_with_the_forms_in_torch(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch, fields: dict, expected: list[str]
+    make_model: Callable, calls: list[str], monkeypatch: pytest.MonkeyPatch, fields: dict, expected: list[str]
 ) -> None:
     """With documents that begin inside a row, and padding."""
-    model, ids, found = make_model(**fields), torch.randint(97, 100, (2, 33), device=DEVICE), []
+    model, ids, found = make_model(**NO_LEVELS, **fields), torch.randint(97, 100, (2, 33), device=DEVICE), []
     mask, positions = torch.ones_like(ids), torch.arange(33, device=DEVICE).repeat(2, 1)
     mask[1, :7], positions[0, 13:] = 0, torch.arange(20, device=DEVICE)
     for usable in (lambda x: False, kernels.usable):
@@ -235,10 +208,12 @@ def test_a_model_trains_as_with_the_forms_in_torch(
 
 
 @pytest.mark.slow
-def test_a_model_reads_on_as_with_the_forms_in_torch(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_reads_on_as_with_the_forms_in_torch(
+    make_model: Callable, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt, more of it, and single tokens, whose plan the form in torch makes."""
     model, ids, found = (
-        make_model(slot_contexts=[2, "word"], slot_entries=32).eval(),
+        make_model(**NO_LEVELS, slot_contexts=[2, "word"], slot_entries=32).eval(),
         torch.randint(97, 100, (2, 40), device=DEVICE),
         [],
     )
@@ -255,9 +230,9 @@ def test_a_model_reads_on_as_with_the_forms_in_torch(calls: list[str], monkeypat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # that torch itself reads while it compiles
-def test_a_compiled_model_is_one_graph(calls: list[str]) -> None:
+def test_a_compiled_model_is_one_graph(make_model: Callable, calls: list[str]) -> None:
     """The plan, too, as it is made for all blocks."""
-    model, ids = make_model(slot_contexts=[2, "word"]), torch.randint(97, 100, (1, 20), device=DEVICE)
+    model, ids = make_model(**NO_LEVELS, slot_contexts=[2, "word"]), torch.randint(97, 100, (1, 20), device=DEVICE)
     expected = model(input_ids=ids, labels=ids, use_cache=False).loss
     assert calls == ["ring_lookup", "slot_recall"]
     model.compile(backend="aot_eager", fullgraph=True)

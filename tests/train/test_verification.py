@@ -14,7 +14,7 @@ from dyadlm.data import prepare
 from dyadlm.generate import generate_text, load_model
 from dyadlm.train import export, train
 from dyadlm.train.checkpoint import write_manifest
-from dyadlm.train.checkpointing import _reading
+from dyadlm.train.damage import reading
 from dyadlm.train.settings import read_record
 from dyadlm.train.verification import verify
 
@@ -179,6 +179,6 @@ def test_a_record_of_other_types_is_refused(run, name):
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("full"), OSError(5, "a disk that fails")])
 def test_nobody_is_told_to_remove_a_checkpoint_that_could_not_be_read(error):
-    with pytest.raises(type(error)) as raised, _reading("run/checkpoint-2"):
+    with pytest.raises(type(error)) as raised, reading("run/checkpoint-2"):
         raise error
     assert raised.value is error

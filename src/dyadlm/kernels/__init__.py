@@ -1,4 +1,4 @@
-"""Operators as single kernels of a GPU, written in Triton; each has a form in `dyadlm.ops` as reference and fallback.
+"""Operators as kernels of a GPU, written in Triton; each has a form in `dyadlm.ops` as reference and fallback.
 
 Nothing here is imported on a CPU: a caller asks `usable`, and imports the kernel it wants where the answer is yes.
 """

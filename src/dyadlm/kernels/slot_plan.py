@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dyadlm.ops.clock import Clock
 from dyadlm.ops.contexts import Contexts
-from dyadlm.ops.slots import PHI, SlotLookup, SlotState, ring_survivors
+from dyadlm.ops.slots import PHI, Rules, SlotLookup, SlotState, ring_survivors
 
 ROWS = 128  # items of a program, a thread each
 
@@ -211,5 +211,5 @@ def ring_lookup(
     found, column, slot, following, left = ring_plan(
         contexts.words, clock.index, clock.length, writes, pending, tags, sets, ways, scope == "document"
     )
-    survive = partial(ring_survivors, contexts, clock, sets=sets, ways=ways, scope=scope, writes=writes, state=state)
+    survive = partial(ring_survivors, contexts, clock, writes, state, Rules(sets, ways, "ring", scope))
     return SlotLookup(found, column, None if state is None else slot, left, survive, following)

@@ -40,7 +40,8 @@ def _read_kernel(
         value = tl.where(held[:, None], old.to(value.dtype), value)
     target = recalled + at * (width + 1)
     tl.store(target[:, None] + channel[None, :], value, mask=valid[:, None] & inside[None, :])
-    tl.store(target + width, hit.to(value.dtype), mask=valid)
+    # By float32, for Triton's interpreter makes bits, and no 1, of a boolean in bfloat16.
+    tl.store(target + width, tl.where(hit, 1.0, 0.0).to(value.dtype), mask=valid)
 
 
 @triton.jit

@@ -285,18 +285,11 @@ def _count_smaller(values: Tensor, bounds: Tensor, limit: int) -> Tensor:
 
 @torch.no_grad()
 def ring_survivors(
-    contexts: Contexts,
-    clock: Clock,
-    *,
-    sets: int,
-    ways: int,
-    scope: str,
-    writes: Tensor | None,
-    state: SlotState | None,
+    contexts: Contexts, clock: Clock, writes: Tensor | None, state: SlotState | None, rules: Rules
 ) -> Survivors:
-    """What rings hold after a chunk, without a plan of what is read. Arguments as of `slot_lookup`."""
-    items = _items(contexts, clock, sets, writes, state)
-    return _survivors(items, _ranking(items.sets), None, clock, state, Rules(sets, ways, "ring", scope))
+    """What rings hold after a chunk, without a plan of what is read."""
+    items = _items(contexts, clock, rules.sets, writes, state)
+    return _survivors(items, _ranking(items.sets), None, clock, state, rules)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dyadlm.data.streaming import StreamedWindows
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import RunFailed
 from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
 from dyadlm.model.adapters import is_adapted, load_adapter, require_kinds, save_adapter
 from dyadlm.model.extension import COMPANIONS
@@ -35,6 +35,7 @@ from dyadlm.train.checkpoint import (
     write_manifest,
 )
 from dyadlm.train.companions import load_companions, save_companions
+from dyadlm.train.damage import reading, require_fitting_moments, require_sound_state
 from dyadlm.train.export import CARD_NAME
 from dyadlm.train.histories import CarriedState
 from dyadlm.train.settings import TrainOptions
@@ -59,34 +60,6 @@ class LogSpacedSaves(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step in LOG_SPACED:
             control.should_save = True
-
-
-@contextmanager
-def _reading(checkpoint: str | Path | None) -> Iterator[None]:
-    """A manifest that agrees shows that nothing changed since, not that what was written is a checkpoint.
-
-    A disk that fails and memory that is full say nothing against it: nobody is told to remove it for these.
-    """
-    try:
-        yield
-    except (UserError, RunFailed, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch, safetensors and json each have their own
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{checkpoint} is damaged ({reason}); remove it to go on from an earlier checkpoint."
-        ) from error
-
-
-def _require_sound_state(folder: Path) -> None:
-    """Raise ValueError unless trainer_state.json is of the step that its folder is named for."""
-    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-    if state.global_step != int(folder.name.rpartition("-")[2]):
-        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.global_step}")
-    if not isinstance(state.best_model_checkpoint, str | None):
-        raise ValueError(f"best_model_checkpoint in {TRAINER_STATE_NAME} is no path")
 
 
 class CheckpointingTrainer(Trainer):
@@ -233,8 +206,8 @@ class CheckpointingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        with _reading(folder):
-            _require_sound_state(folder)
+        with reading(folder):
+            require_sound_state(folder)
             if is_adapted(cast(PreTrainedModel, self.model)):
                 load_adapter(cast(PreTrainedModel, self.model), folder)
             else:
@@ -246,7 +219,7 @@ class CheckpointingTrainer(Trainer):
 
     def _load_place(self, folder: Path) -> None:
         """The state that training carries, and where it is in streamed text, where there are these."""
-        with _reading(folder):
+        with reading(folder):
             if self.carried is not None:
                 self.carried.load(folder, self.args.device)
             if isinstance(self.train_dataset, StreamedWindows):
@@ -266,7 +239,7 @@ class CheckpointingTrainer(Trainer):
             super()._load_from_checkpoint(str(folder), model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -275,9 +248,9 @@ class CheckpointingTrainer(Trainer):
         told = [{name: group[name] for name in group if name != "params"} for group in groups]
         if checkpoint is None:
             return
-        with _reading(checkpoint):
+        with reading(checkpoint):
             self._load_moments(Path(checkpoint))
-            self._require_fitting_moments(checkpoint)
+            require_fitting_moments(cast(torch.optim.Optimizer, self.optimizer), checkpoint)
         # Loading replaced the optimizer's groups.
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
         scheduler = cast(LambdaLR, self.lr_scheduler)
@@ -302,27 +275,6 @@ class CheckpointingTrainer(Trainer):
             return
         schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
         cast(LambdaLR, self.lr_scheduler).load_state_dict(schedule)
-
-    def _require_fitting_moments(self, checkpoint: str) -> None:
-        """Compiled code of the optimizer does not look where a tensor ends, nor whether its numbers are all there."""
-        optimizer = cast(torch.optim.Optimizer, self.optimizer)
-        wrapped = getattr(optimizer, "optimizer", optimizer)  # by accelerate
-        needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(wrapped, torch.optim.Adam) else set()
-        if needed and not optimizer.state:
-            raise ValueError("it holds no state of the optimizer")
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            state = optimizer.state.get(weight, {})
-            if state and not needed <= state.keys():
-                raise ValueError(f"the optimizer's {min(needed - state.keys())} is missing")
-            for name, value in state.items():
-                moment = isinstance(value, torch.Tensor) and value.dim() > 0
-                if moment and (value.shape != weight.shape or not value.is_floating_point()):
-                    raise UserError(
-                        f"The optimizer's {name} in {checkpoint} is {tuple(value.shape)} where the weight is "
-                        f"{tuple(weight.shape)}; the checkpoint is damaged, remove it to go on from an earlier one."
-                    )
-                if moment and (value.layout != weight.layout or value.stride() != weight.stride()):
-                    raise ValueError(f"the optimizer's {name} is laid out in another way than the weight")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once and so are missing; anything else means another model."""
