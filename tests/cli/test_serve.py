@@ -1,5 +1,6 @@
 """`dyadlm serve` as a process: how it starts and ends, and that sessions are whole after it was killed."""
 
+import errno
 import os
 import random
 import re
@@ -214,6 +215,17 @@ def test_a_folder_that_another_server_uses_is_said_before_a_model_is_loaded(tmp_
         result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", "0", "--sessions", str(tmp_path)])
     assert "Another server keeps its sessions in" in str(result.exception)
     assert "--sessions" in str(result.exception)
+
+
+@pytest.mark.parametrize("more", [(), ("--shared",)])
+def test_a_folder_that_cannot_be_written_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, more):
+    def read_only(**options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.delenv("DYADLM_API_KEY", raising=False)
+    monkeypatch.setattr("dyadlm.files.tempfile.TemporaryFile", read_only)
+    asked = ["serve", "no-such-model", "--port", "0", "--sessions", str(tmp_path), *more]
+    assert "Read-only file system" in str(CliRunner().invoke(app, asked).exception)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):

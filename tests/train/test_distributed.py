@@ -75,6 +75,7 @@ def test_two_processes_train_like_one(tmp_path, small, words, console):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
     done = subprocess.run([*launcher, *command.split()], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    assert "view tensor" not in done.stderr
 
     train(small(tmp_path / "one", *SHARED, "max_steps=4"), words(), console)
     for name, count in (("loss", 4), ("eval_loss", 2)):

@@ -18,7 +18,7 @@ GIGA, DAY = 10**9, 86_400
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="A new model: tiny, small, base, large or xl.")],
+    preset: Annotated[str, typer.Option(help="A new model: tiny, paper, small, base, large or xl.")],
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of the run in a YAML or JSON file.")
     ] = None,
@@ -27,7 +27,11 @@ def plan(
         typer.Option("--set", metavar="key=value ...", help="Settings of the run, as `dyadlm train` takes them."),
     ] = None,
     cards: Annotated[
-        list[int] | None, typer.Option(metavar="N ...", help="Numbers of GPUs; 1, 8 and 64 if none are given.")
+        list[int] | None,
+        typer.Option(
+            metavar="N ...",
+            help="Numbers of GPUs; those of 1, 8 and 64 that can share a step evenly if none are given.",
+        ),
     ] = None,
     memory: Annotated[float, typer.Option(metavar="GB", min=1, help="Memory of a card, in GB; an H100 has 80.")] = 80,
     price: Annotated[
@@ -48,7 +52,7 @@ def plan(
     settings = TrainSettings.create(
         Path("run"), preset=preset, config=config, data=["any"], assignments=assignments or ()
     )
-    told = plan_run(settings, tuple(cards or (1, 8, 64)), efficiency, price)
+    told = plan_run(settings, cards, efficiency, price)
     if json:
         typer.echo(json_format.dumps(told, indent=2))
     else:
@@ -70,6 +74,10 @@ def _print(told: dict[str, Any], memory: float) -> None:
         counts = [str(entry[name]) for name in ("cards", "rows", "gradient_accumulation_steps")]
         rows.append([*counts, _gigabytes(whole), _gigabytes(sharded), fits])
     print_table(titles, rows, right=titles[:5])
+    typer.echo(
+        f"The same model on any of them: --set train.windows_per_step={told['windows_per_step']} "
+        "gradient_accumulation_steps=ACCUMULATION, with the number in the table."
+    )
     if any(row[-1] == "no" for row in rows):
         typer.echo("What does not fit: fewer per_device_train_batch_size, or gradient_checkpointing=true.")
     typer.echo("")
@@ -77,8 +85,8 @@ def _print(told: dict[str, Any], memory: float) -> None:
     rows = []
     for entry in told["cards"]:
         for kind, seconds in entry["seconds"].items():
-            cost = f"{entry['cost'][kind]:,.0f}" if entry["cost"] else ""
-            rows.append([str(entry["cards"]), kind, _time(seconds), f"{entry['card_hours'][kind]:,.0f}", cost])
+            cost = _amount(entry["cost"][kind]) if entry["cost"] else ""
+            rows.append([str(entry["cards"]), kind, _time(seconds), _amount(entry["card_hours"][kind]), cost])
     shown = 5 if told["cards"][0]["cost"] else 4
     print_table(titles[:shown], [row[:shown] for row in rows], right={"cards", "time", "card-hours", "cost"})
     typer.echo("\nRates, measured on one card each, in bfloat16:")
@@ -95,8 +103,12 @@ def _print(told: dict[str, Any], memory: float) -> None:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size / GIGA:,.1f} GB"
+    return f"{size / GIGA:,.1f} GB" if size >= GIGA else f"{size / GIGA:.2g} GB"
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / DAY:,.1f} days" if seconds >= 2 * DAY else duration(seconds)
+    return f"{seconds / DAY:,.1f} days" if seconds >= 2 * DAY else duration(seconds) if seconds >= 1 else "under 1 s"

@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from dyadlm.errors import UserError
-from dyadlm.files import locked
+from dyadlm.files import locked, require_writable
 from dyadlm.serve.app import create_app
 from dyadlm.serve.security import LOOPBACK
 from dyadlm.serve.served import ServedModel
@@ -79,8 +79,10 @@ def own_folder(folder: Path | str, shared: bool) -> AbstractContextManager[None]
 
 
 def require_folder(folder: Path | str, shared: bool = False) -> None:
-    """Raise `UserError` if the folder of sessions is another server's, or sessions cannot be shared there, before
-    models are loaded."""
+    """Raise `UserError` if the folder of sessions is another server's, nothing can be written to it, or sessions cannot
+    be shared there, before models are loaded."""
+    if not is_redis(folder):
+        require_writable(Path(folder) / "session", "a session")
     if shared or is_redis(folder):
         shared_storage(folder).close()
     with own_folder(folder, shared):

@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dyadlm.data.streaming import StreamedWindows
-from dyadlm.errors import RunFailed
+from dyadlm.errors import RunFailed, first_line
 from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
 from dyadlm.model.adapters import is_adapted, load_adapter, require_kinds, save_adapter
 from dyadlm.model.extension import COMPANIONS
@@ -52,6 +52,10 @@ from dyadlm.train.shards import (
 FORMER_SHARDS = f"{FSDP_MODEL_NAME}.bin"
 # Steps of the log-spaced checkpoints.
 LOG_SPACED = frozenset(2**power for power in range(10))
+
+
+# What torch says when less was written than it gave.
+FULL_DISK = ("inline_container.cc", "iostream error")
 
 
 class LogSpacedSaves(TrainerCallback):
@@ -114,8 +118,9 @@ class CheckpointingTrainer(Trainer):
                 if self.is_world_process_zero():
                     write_manifest(staging, step, self.identity)
         except Exception as error:  # torch, safetensors and the system each have their own
+            reason = "the disk is full" if any(words in str(error) for words in FULL_DISK) else first_line(error)
             raise RunFailed(
-                f"The checkpoint of step {step} could not be written ({error}); {self._last_good()}. "
+                f"The checkpoint of step {step} could not be written ({reason}); {self._last_good()}. "
                 "Make room and go on with --resume."
             ) from error
         if self.is_world_process_zero():

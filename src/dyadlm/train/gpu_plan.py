@@ -42,6 +42,10 @@ class Rate(NamedTuple):
     activation_bytes: int | None = None
 
 
+CARDS = (1, 8, 64)
+MOST_WINDOWS = 2**31  # of a step
+
+
 @cache
 def measured_rates() -> list[Rate]:
     """All that was measured on GPUs."""
@@ -50,12 +54,14 @@ def measured_rates() -> list[Rate]:
 
 
 def plan(
-    settings: TrainSettings, cards: Sequence[int] = (1, 8, 64), efficiency: float = 1.0, price: float | None = None
+    settings: TrainSettings, cards: Sequence[int] | None = None, efficiency: float = 1.0, price: float | None = None
 ) -> dict[str, Any]:
     """What the run of these settings would take on so many cards together; nothing is run, and no text is read.
 
-    The cards share the windows of a step, so that the model that comes out does not depend on their number. What trains
-    beside a model is not counted. efficiency: of several cards, beside as many cards that do not wait for each other.
+    The cards share the windows of a step, so that the model that comes out does not depend on their number: such a run
+    has train.windows_per_step and the gradient_accumulation_steps of its number of cards. What trains beside a model is
+    not counted. cards: by default those of 1, 8 and 64 that can share a step evenly. efficiency: of several cards,
+    beside as many cards that do not wait for each other.
     price: of one card for one hour, in any currency.
 
     Returns parameters, steps, windows_per_step, sequence_length, tokens, flops (of all steps), static_memory_bytes
@@ -64,11 +70,11 @@ def plan(
     many cards), memory_bytes of each card, sharded_memory_bytes (with FSDP), and by kind of rate seconds, card_hours
     and cost (without a price: {}).
 
-    Raises `UserError` for settings that do not fit, and where a step has fewer windows than there are cards.
+    Raises `UserError` for settings that do not fit, and where cards cannot share the windows of a step evenly.
     """
     if settings.preset is None:
         raise UserError("A plan is for a new model; give --preset, and --set for fields of your own.")
-    if min(cards, default=0) < 1:
+    if cards is not None and min(cards, default=0) < 1:
         raise UserError("There is at least one card; give the numbers of cards as --cards 1 8 64.")
     if not 0 < efficiency <= 1:
         raise UserError("The efficiency of several cards lies above 0 and at most at 1; 1 loses nothing.")
@@ -80,22 +86,23 @@ def plan(
         raise UserError("How long an epoch is depends on the text, which a plan does not read; set max_steps.")
     recomputed = any(bool(arguments.get(f"{name}_checkpointing")) for name in ("gradient", "activation"))
     rows, windows = windows_of(settings)
-    if max(cards) > windows:
+    if windows >= MOST_WINDOWS:
+        raise UserError(
+            f"A step of {windows} windows is beyond what can be counted; give a smaller per_device_train_batch_size, "
+            "gradient_accumulation_steps or train.windows_per_step."
+        )
+    cards = cards or [count for count in CARDS if windows % count == 0]
+    if uneven := next((count for count in cards if windows % count), 0):
         more = "train.windows_per_step" if settings.train.windows_per_step else "gradient_accumulation_steps"
         raise UserError(
-            f"A step has {windows} windows, too few for {max(cards)} cards; raise {more}, or give fewer --cards."
-        )
-    total, batches = settings.train.windows_per_step, arguments.get("gradient_accumulation_steps", 1)
-    if uneven := next((count for count in cards if total % (count * batches)), 0):
-        raise UserError(
-            f"train.windows_per_step={total} cannot be shared out evenly among {uneven * batches} batches (cards × "
-            "gradient_accumulation_steps); choose a multiple of them, or give other --cards."
+            f"{uneven} cards cannot share the {windows} windows of a step evenly; change {more}, or give other --cards."
         )
     tokens = arguments["max_steps"] * windows * length
     # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
     # gradients of one block, and the weights of the next.
     buckets = 4 * parameters(config)
-    rows_of = {count: min(rows, math.ceil(windows / count)) for count in cards}
+    passes_of = {count: passes_over(windows // count, rows) for count in cards}
+    rows_of = {count: windows // count // passes for count, passes in passes_of.items()}
     try:
         per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
         with torch.device("meta"):
@@ -111,7 +118,7 @@ def plan(
     rates = {kind: rate for kind in ("eager", "graph", "llama") if (rate := nearest_rate(kind, config, length))}
     told: list[dict[str, Any]] = []
     for count in cards:
-        own, share = rows_of[count], math.ceil(windows / count)
+        own, share = rows_of[count], windows // count
         kept = round(overhead(rates["eager"]) * memory[own])
         operations = flops / windows * share / (efficiency if count > 1 else 1)
         seconds = {kind: operations / rate.flops_per_second for kind, rate in rates.items()}
@@ -120,7 +127,7 @@ def plan(
             {
                 "cards": count,
                 "rows": own,
-                "gradient_accumulation_steps": math.ceil(share / own),
+                "gradient_accumulation_steps": passes_of[count],
                 "memory_bytes": static + kept + (buckets if count > 1 else 0),
                 "sharded_memory_bytes": math.ceil(static / count) + kept + (gathered if count > 1 else 0),
                 "seconds": seconds,
@@ -147,6 +154,12 @@ def windows_of(settings: TrainSettings) -> tuple[int, int]:
     rows = settings.arguments["per_device_train_batch_size"]
     passes, total = settings.arguments.get("gradient_accumulation_steps", 1), settings.train.windows_per_step
     return (math.ceil(total / passes), total) if total else (rows, rows * passes)
+
+
+def passes_over(windows: int, rows: int) -> int:
+    """In how many equal passes a card computes its windows of a step, at most `rows` of them at once."""
+    small = [number for number in range(1, math.isqrt(windows) + 1) if windows % number == 0]
+    return min(passes for number in small for passes in (number, windows // number) if windows // passes <= rows)
 
 
 def nearest_rate(kind: str, config: DyadConfig, length: int) -> Rate | None:

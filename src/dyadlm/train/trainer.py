@@ -7,6 +7,7 @@ run.
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -208,7 +209,10 @@ class LanguageModelTrainer(CheckpointingTrainer):
         checkpoint = kwargs.get("resume_from_checkpoint")
         if checkpoint:
             self._load_place(Path(checkpoint))
-        return super().train(*args, **kwargs)
+        with warnings.catch_warnings():
+            # Blocks hand on states, which are views. In training nothing writes into them.
+            warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         if self.carried is not None:
