@@ -9,6 +9,14 @@ class RunFailed(RuntimeError):
     """The request was right and ran, but failed (exit code 1): divergence, a failed check."""
 
 
+class Diverged(RunFailed):
+    """Training or reading came upon what is no number, or a loss that rose far. reason: without a remedy."""
+
+    def __init__(self, reason: str, message: str | None = None):
+        super().__init__(message or reason)
+        self.reason = reason
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its class where it says nothing."""
     lines = str(error).strip().splitlines()

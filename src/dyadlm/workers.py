@@ -94,19 +94,18 @@ def _here(
 def _interrupts_delayed() -> Iterator[None]:
     """Ctrl-C reaches this process after the block. It never reaches what is started in it, which inherits this: those
     processes are ended from here, and would say much if they were stopped while they load."""
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
-        yield  # on Windows; and in other threads, which Ctrl-C never interrupts
-        return
     came: list[int] = []
     # Blocked for what is started here. That alone would not delay it: the system gives it to another thread of this
     # process, and Python then interrupts the main one.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    in_main = threading.current_thread() is threading.main_thread()  # which alone sets handlers
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if in_main else None
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # one that waits reaches `came` here
-        signal.signal(signal.SIGINT, handler)
+        if in_main:
+            signal.signal(signal.SIGINT, handler or signal.default_int_handler)  # None: one that Python did not set
         if came:
             signal.raise_signal(signal.SIGINT)
 
@@ -132,7 +131,7 @@ def _work(sender: Connection, work: Callable[[Task], Result], task: Task) -> Non
 
 
 def _end_with_parent() -> None:
-    """A process that was killed ends nobody; what it has started would work on for nobody."""
+    """A killed process cannot end its workers, so each worker ends itself when its parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process was started by another one"
     wait([parent.sentinel])

@@ -90,7 +90,9 @@ def test_disk_that_takes_no_more_loses_no_earlier_checkpoint(tmp_path, small, wo
     assert process.exitcode == 1
     shown = (tmp_path / "shown").read_text()
     assert (
-        "could not be written (the disk is full); the last good checkpoint is " + str(output / "checkpoint-2") in shown
+        "could not be written (less was written than asked; the disk may be full); the last good checkpoint is "
+        + str(output / "checkpoint-2")
+        in shown
     )
     assert last_complete(output) == output / "checkpoint-2"
     assert not staging(output)

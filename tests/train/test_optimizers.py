@@ -225,10 +225,25 @@ def test_a_scaled_group_keeps_all_else_that_it_had():
     assert all(first[name] == second[name] for name in first if name not in ("params", "lr"))
 
 
+def test_a_group_without_weights_keeps_its_place():
+    """Muon's is the first one, also where there is no matrix."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = MuonWithAdamW([], [{"params": [weight], "weight_decay": 0.0}], weight_decay=0.0, adamw={"lr": 1.0})
+    scale_rates(optimizer, [], 0.5)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert not weight.equal(torch.ones(3))
+
+
 def test_a_base_width_that_cannot_be_is_refused(tmp_path, small, words, console):
     for options, message in (
         (("train.base_width=-1",), "must be 0 or more"),
         (("train.base_width=32",), "is the width of a narrower model, and this one has 16"),
+        (
+            ("train.base_width=8", "fsdp=true", 'fsdp_config={"version": 1}'),
+            "FSDP 1 flattens matrices, which train.base_w",
+        ),
+        (("train.base_width=8", "lora.rank=2"), "not for adapters; leave it out, or lora.rank"),
         (("train.base_width=8", "optim=adafactor"), "for AdamW and Muon; leave it out, or optim=adafactor"),
     ):
         with pytest.raises(UserError, match=message):

@@ -30,7 +30,7 @@ def plan(
         list[int] | None,
         typer.Option(
             metavar="N ...",
-            help="Numbers of GPUs; those of 1, 8 and 64 that can share a step evenly if none are given.",
+            help="Numbers of GPUs. Default: those of 1, 8 and 64 that divide the windows of a step.",
         ),
     ] = None,
     memory: Annotated[float, typer.Option(metavar="GB", min=1, help="Memory of a card, in GB; an H100 has 80.")] = 80,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import resource
 import shutil
@@ -23,7 +24,7 @@ from dyadlm.compare.cost import circumstances, decoding_cost, training_cost
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import Diverged, UserError
 from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
 from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
@@ -106,7 +107,7 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        """Of what is kept of it, without an ending: readable, and one for each cell."""
+        """The stem of the cell's files: readable and unique."""
         return f"{self.name.replace(' ', '_')}-{sha256(self.name.encode()).hexdigest()[:8]}"
 
 
@@ -131,7 +132,7 @@ def run_cell(recipe: Recipe, cell: Cell, unfinished: Path | None = None) -> tupl
 
     Raises:
         UserError: data or a family that there is not, or another text or code than the study's.
-        RunFailed: a checkpoint cannot be written.
+        RunFailed: a checkpoint cannot be written or read.
     """
     if load_plugins(recipe.plugins) != recipe.code:
         raise UserError(f"{', '.join(recipe.plugins)} is other code here than where the study began; copy it anew.")
@@ -167,13 +168,8 @@ def run_cell(recipe: Recipe, cell: Cell, unfinished: Path | None = None) -> tupl
             model, curve = trained(recipe, cell, data, folder, saves)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         scores = scored(recipe, cell, model, data)
-    except RunFailed as error:
-        if error.__cause__ is not None:
-            raise RunFailed(
-                f"The training of {cell} cannot be saved ({error.__cause__}); make room, and give the command again."
-            ) from error
-        # A result, too: a sweep is there to find it out.
-        return found | {"diverged": str(error)}, b""
+    except Diverged as error:  # a result, too: a sweep is there to find it out
+        return found | {"diverged": error.reason}, b""
     found |= {
         "parameters": count_parameters(model),
         "curve": curve,
@@ -297,12 +293,14 @@ def trained(
     given = TrainingData(data.tokenizer, data.train, data.validation, "compare")
     model = new_model(recipe, cell)
     plan = prepare_run(settings, given, folder / "run", model)
+    # Another version, or another study in this folder, begins anew.
+    plan.identity.update(json.loads(json.dumps({"recipe": asdict(recipe), **circumstances(recipe.dtype)})))
     points = {max(1, round(steps * point / POINTS)) for point in range(1, POINTS + 1)} if cell.final else set()
     prefix = prefix_token(data.tokenizer)
     parts = fresh(data.validation, recipe.length, int(16_384 * recipe.scale))
     curve = Curve(model, new_model(recipe, cell), parts, prefix, points, recipe.length * recipe.batch, saves)
     begun = last_complete(folder / "run")
-    if begun is not None and (read_manifest(begun) or {}).get("identity") != plan.identity:  # of an earlier version
+    if begun is not None and (read_manifest(begun) or {}).get("identity") != plan.identity:
         shutil.rmtree(folder / "run")
         begun = None
     with contextlib.redirect_stdout(io.StringIO()), _compiling(compiles):  # Trainer prints there

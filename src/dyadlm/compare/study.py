@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -242,9 +243,13 @@ def run_study(
         results = Results(folder, study)
         # Workers of a cluster may not see the folder.
         unfinished = (folder / UNFINISHED).absolute() if engine == "local" else None
+        for content in results.found.values():  # where a stop came before it was removed
+            shutil.rmtree(folder / UNFINISHED / Cell(**content["cell"]).file_name, ignore_errors=True)
         for done in run_cells(study.recipe, partial(next_cells, study, results), jobs, engine, address, unfinished):
             results.keep(done)
             progress(done, len(next_cells(study, results)))
+        with suppress(OSError):  # others may be left, of families that are not asked for
+            (folder / UNFINISHED).rmdir()
         return {family: final_cells(study, results, family, _best(study, results, family)) for family in study.families}
 
 

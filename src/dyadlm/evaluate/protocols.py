@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import Diverged, UserError
 from dyadlm.evaluate.scoring import remembered, score
 from dyadlm.evaluate.streams import Stream, target_bytes
 from dyadlm.evaluate.windows import Window, disjoint_windows, one_window
@@ -138,7 +138,7 @@ def carried_scores(
 
 
 def _sum(parts: Iterable[tuple[Stream, Iterable[tuple[int, np.ndarray]]]]) -> Score:
-    """Of what `score` yields for each stream. Raises `UserError` without text, `RunFailed` for what is no number."""
+    """Of what `score` yields for each stream. Raises `UserError` without text, `Diverged` for what is no number."""
     nats = tokens = size = 0.0
     for stream, pieces in parts:
         for position, found in pieces:
@@ -148,5 +148,5 @@ def _sum(parts: Iterable[tuple[Stream, Iterable[tuple[int, np.ndarray]]]]) -> Sc
     if not tokens or not size:
         raise UserError("There is no text to score; give data with at least one character.")
     if not math.isfinite(nats):
-        raise RunFailed("The model's likelihoods are not numbers; its weights are damaged or diverged.")
+        raise Diverged("The model's likelihoods are not numbers; its weights are damaged or diverged.")
     return Score(nats / tokens, nats / size / math.log(2), int(tokens))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from dyadlm.errors import UserError
+from dyadlm.model.adapters import is_adapted
 from dyadlm.train.compiler import require_compiler
 from dyadlm.train.muon import muon_optimizer
 from dyadlm.train.settings import RECORD_NAME, TrainOptions, TrainSettings, read_record
@@ -109,7 +110,11 @@ def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, opti
     if options.ema and arguments.fsdp:
         raise UserError("train.ema averages whole weights, which FSDP shards; leave fsdp or train.ema out.")
     if options.base_width:
-        _require_width(options.base_width, getattr(model.config, "hidden_size", None))
+        _require_width(options.base_width, model)
+    sharding = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
+    if arguments.fsdp and int(sharding.get("version", 2)) < 2 and (options.optimizer == "muon" or options.base_width):
+        asked = "Muon" if options.optimizer == "muon" else "train.base_width"
+        raise UserError(f"FSDP 1 flattens matrices, which {asked} needs whole; leave fsdp_config.version out.")
     if options.optimizer == "muon":
         muon_optimizer(model, arguments)
         return
@@ -124,7 +129,10 @@ def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, opti
         raise UserError(f"train.base_width is for AdamW and Muon; leave it out, or optim={asked}.")
 
 
-def _require_width(base: int, width: int | None) -> None:
+def _require_width(base: int, model: PreTrainedModel) -> None:
+    width = getattr(model.config, "hidden_size", None)
+    if is_adapted(model):
+        raise UserError("train.base_width is for whole matrices, not for adapters; leave it out, or lora.rank.")
     if width is None:
         raise UserError("train.base_width needs a model whose config has a hidden_size; leave it out.")
     if base > width:

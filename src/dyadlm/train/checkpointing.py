@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dyadlm.data.streaming import StreamedWindows
-from dyadlm.errors import RunFailed, first_line
+from dyadlm.errors import Diverged, RunFailed, first_line
 from dyadlm.files import STAGING_PREFIX, follow_umask, in_use, staged_folder, sync
 from dyadlm.model.adapters import is_adapted, load_adapter, require_kinds, save_adapter
 from dyadlm.model.extension import COMPANIONS
@@ -55,7 +55,7 @@ LOG_SPACED = frozenset(2**power for power in range(10))
 
 
 # What torch says when less was written than it gave.
-FULL_DISK = ("inline_container.cc", "iostream error")
+WRITTEN_IN_PART = ("inline_container.cc", "iostream error")
 
 
 class LogSpacedSaves(TrainerCallback):
@@ -118,7 +118,8 @@ class CheckpointingTrainer(Trainer):
                 if self.is_world_process_zero():
                     write_manifest(staging, step, self.identity)
         except Exception as error:  # torch, safetensors and the system each have their own
-            reason = "the disk is full" if any(words in str(error) for words in FULL_DISK) else first_line(error)
+            in_part = any(words in str(error) for words in WRITTEN_IN_PART)
+            reason = "less was written than asked; the disk may be full" if in_part else first_line(error)
             raise RunFailed(
                 f"The checkpoint of step {step} could not be written ({reason}); {self._last_good()}. "
                 "Make room and go on with --resume."
@@ -306,9 +307,9 @@ class CheckpointingTrainer(Trainer):
             self._fail(f"{which} are no longer finite after step {self.state.global_step}")
 
     def _fail(self, what: str) -> None:
-        raise RunFailed(
-            f"Training stopped because {what}; {self._last_good()}. "
-            "Go on from there with --resume and a lower learning_rate."
+        reason = f"Training stopped because {what}"
+        raise Diverged(
+            reason, f"{reason}; {self._last_good()}. Go on from there with --resume and a lower learning_rate."
         )
 
     def _last_good(self) -> str:

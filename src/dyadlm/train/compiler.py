@@ -21,8 +21,8 @@ def require_compiler(option: str = "train.compile") -> None:
 
 @contextlib.contextmanager
 def compiling(option: str = "train.compile", kind: type[UserError] | type[RunFailed] = RunFailed) -> Iterator[None]:
-    """Around what compiles a model and runs it: with code that is right, and a model that the compiler of this machine
-    cannot take is reported in one sentence, as an error of that kind."""
+    """Around what compiles a model and runs it: without masked ends of rows, and with errors of the compiler as one
+    sentence, an error of that kind."""
     from torch._dynamo.exc import TorchDynamoException  # slow to import
     from torch._inductor import config
 

@@ -75,7 +75,7 @@ def muon_optimizer(model: nn.Module, arguments: TrainingArguments) -> MuonWithAd
     """The optimizer of `train.optimizer=muon`, for the parameters of a model that are trained.
 
     Raises:
-        UserError: this torch has no Muon, `optim` asks for another optimizer than AdamW, or FSDP flattens matrices.
+        UserError: this torch has no Muon, or `optim` asks for another optimizer than AdamW.
     """
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"torch {torch.__version__} has no Muon; install 2.9 or newer, or leave train.optimizer out.")
@@ -85,7 +85,4 @@ def muon_optimizer(model: nn.Module, arguments: TrainingArguments) -> MuonWithAd
         raise UserError(
             f"train.optimizer=muon takes AdamW for what is no matrix; leave optim={asked} out, or train.optimizer."
         )
-    sharding = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
-    if arguments.fsdp and int(sharding.get("version", 2)) < 2:
-        raise UserError("FSDP 1 flattens matrices, which Muon needs whole; leave fsdp_config.version out.")
     return muon_over(model, weight_decay=arguments.weight_decay, adamw=options)

@@ -44,7 +44,7 @@ def matrix_parameters(model: nn.Module) -> list[str]:
 
 
 def matrix_rate(options: TrainOptions, width: int) -> float:
-    """By what the learning rate of matrices is multiplied in a model with `width` numbers for a token."""
+    """By what the learning rate of matrices is multiplied in a model of hidden size `width`."""
     if not options.base_width:
         return 1.0
     return float((options.base_width / width) ** WIDTH_POWERS[options.optimizer])
@@ -58,7 +58,7 @@ def scale_rates(optimizer: torch.optim.Optimizer, weights: Collection[Tensor], s
         for weight in group["params"]:
             parts[id(weight) in scaled].append(weight)
         for chosen, params in parts.items():
-            if params:
+            if params or not (chosen or group["params"]):  # an empty group keeps its place
                 groups.append({**group, "params": params, "lr": group["lr"] * (scale if chosen else 1.0)})
     optimizer.param_groups[:] = groups
 

@@ -61,9 +61,9 @@ class TrainOptions:
 
     optimizer: adamw, or muon for matrices and AdamW for all else (`dyadlm.train.muon`), with the same learning_rate and
         weight_decay.
-    base_width: the `hidden_size` of the narrower model that learning_rate was found with. The rate of matrices then
-        falls with the width: as base_width / hidden_size with AdamW (muP, Yang et al. 2022, arXiv 2203.03466), as its
-        square root with Muon. 0: one rate for all weights.
+    base_width: the `hidden_size` of the narrower model that learning_rate was found with. The rate of the linear
+        maps inside the model then falls with the width: as base_width / hidden_size with AdamW (as in muP, Yang et al.
+        2022, arXiv 2203.03466), as the square root of this ratio with Muon. 0: one rate for all weights.
     ema: decay of an exponential average of the weights, which is evaluated and published in their place; 0: none.
     schedule: the learning rate after its linear warm-up; wsd is stable and then decays linearly.
     final_learning_rate: the fraction of `learning_rate` at which the schedule ends, one step after the last.
