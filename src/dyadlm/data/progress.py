@@ -63,6 +63,8 @@ def preparation_progress(console: Console) -> Iterator[Progress]:
     def show(what: str, read: int, total: int | None, tokens: int) -> None:
         nonlocal told
         if console.is_terminal:
+            if bar.tasks[0].description != what:
+                bar.reset(task)  # the time left is that of this pass over the text
             bar.update(task, description=what, completed=read, total=total, tokens=tokens)
             bar.start()  # once there is something to show: what is prepared already takes no time
         elif time.monotonic() - told >= SECONDS_A_LINE:
