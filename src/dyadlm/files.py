@@ -1,8 +1,10 @@
 """Writing files so that neither a crash nor a full disk costs what was there before."""
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,6 +20,8 @@ OWN_PREFIX = STAGING_PREFIX + "dyadlm-"
 # Workers of a process that was killed hold its lock until they notice, some seconds later.
 LOCK_PATIENCE_SECONDS = 10.0
 LEFTOVER_SECONDS = 60.0
+# Errors of the system that say that no more can be written to a disk.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:
@@ -37,7 +41,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     descriptor, name = tempfile.mkstemp(prefix=OWN_PREFIX, dir=path.parent)
     staged = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with full_disk_named(path), os.fdopen(descriptor, "wb") as file:
             _lock(descriptor)  # until it is closed, so that nobody takes it for a leftover
             file.write(data)
             file.flush()
@@ -65,7 +69,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"Nothing can be written to {path.parent} ({error}); choose another place.") from error
     try:
         staging.chmod(0o777 & ~_umask())
-        with in_use(staging):
+        with full_disk_named(path), in_use(staging):
             yield staging
             follow_umask(staging)
             for file in staging.rglob("*"):
@@ -76,6 +80,27 @@ def staged_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Where the disk is full, the `OSError` of the block names the path that is written to. Libraries leave it out,
+    name a staging folder, or have errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        number, place = _full(error)
+        if number and (not place or OWN_PREFIX in place):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _full(error: Exception) -> tuple[int, str]:
+    """The number of the system's error where it is one of a full disk, else 0, and the place that it names."""
+    if isinstance(error, OSError):
+        return (error.errno if error.errno in FULL else 0), str(error.filename2 or error.filename or "")
+    told = re.search(r"\(os error (\d+)\)", str(error))  # of libraries in Rust: tokenizers, safetensors
+    return (int(told[1]) if told and int(told[1]) in FULL else 0), ""
 
 
 @contextmanager

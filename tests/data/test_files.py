@@ -1,14 +1,16 @@
 """Writing: all or nothing, never over what is there, one process at a time."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from dyadlm import files
 from dyadlm.errors import UserError
-from dyadlm.files import locked, printable, require_new, staged_folder, write_atomically
+from dyadlm.files import full_disk_named, locked, printable, require_new, staged_folder, write_atomically
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -137,3 +139,29 @@ def test_what_others_call_alike_is_never_removed(tmp_path):
     os.utime(tmp_path / ".staging-area", (0, 0))
     write_atomically(tmp_path / "file", "content")
     assert (tmp_path / ".staging-area" / "work").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("raised", "named"),
+    [
+        (OSError(errno.ENOSPC, "full"), "out"),
+        (OSError(errno.EDQUOT, "full", "folder/.staging-dyadlm-1/file"), "out"),
+        (OSError(errno.ENOSPC, "full", "model", None, "folder/.staging-dyadlm-1/model"), "out"),
+        (OSError(errno.ENOSPC, "full", "spool"), "spool"),
+        (OSError(errno.EACCES, "no", "file"), "file"),
+    ],
+)
+def test_a_full_disk_is_named_by_where_the_result_was_to_be(tmp_path, raised, named):
+    with pytest.raises(OSError, match=named) as error, staged_folder(tmp_path / "out"):
+        raise raised
+    assert error.value.errno == raised.errno
+    assert error.value.filename == {"out": str(tmp_path / "out")}.get(named, named)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+def test_a_full_disk_is_seen_in_errors_of_libraries_in_rust(tmp_path):
+    """These say it in their text alone."""
+    with pytest.raises(OSError, match="out") as error, full_disk_named(tmp_path / "out"):
+        Tokenizer(models.BPE()).save("/dev/full")
+    assert error.value.errno == errno.ENOSPC

@@ -30,7 +30,7 @@ from dyadlm.cli import (
     zoo,
 )
 from dyadlm.errors import RunFailed, UserError
-from dyadlm.files import printable
+from dyadlm.files import FULL, printable
 from dyadlm.version import __version__
 
 app = typer.Typer(
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, 2)
     except RunFailed as error:
         _fail(error, getattr(error, "exit_code", 1))
-    except OSError as error:  # a full disk, a folder that may not be read: the system's own sentence says it best
-        _fail(error, 1)
+    except OSError as error:  # a folder that may not be read, say: the system's own sentence says it best
+        _fail(_full_disk(error) if error.errno in FULL else error, 1)
 
 
 def spread_lists(arguments: Sequence[str]) -> list[str]:
@@ -128,6 +128,12 @@ def _show_warnings() -> None:
         compilation.addHandler(shown)
         compilation.setLevel(logging.INFO)
         compilation.propagate = False
+
+
+def _full_disk(error: OSError) -> RunFailed:
+    place = error.filename2 or error.filename
+    where = f": {place}" if place else ""
+    return RunFailed(f"{error.strerror}{where}; make room there, or choose another place, and give the command again.")
 
 
 def _fail(error: Exception, code: int) -> None:

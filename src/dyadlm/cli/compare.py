@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dyadlm.cli.shared import Address, WorkEngine, errors, require_ray
+from dyadlm.cli.stopping import saying_when_stopped
 
 if TYPE_CHECKING:
     from dyadlm.compare import Cell, Recipe, Study
@@ -114,12 +114,10 @@ def compare(
         return
     study = replace(study, recipe=replace(recipe, text=_prepare(recipe)))
     progress = _Progress()
-    try:
+    with saying_when_stopped(
+        lambda: f"Stopped; {progress.done} cells are kept in {output}. The same command goes on from there."
+    ):
         finals = run_study(study, output, at_once, engine, address, progress)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end
-        errors.print(f"Stopped; {progress.done} cells are kept in {output}. The same command goes on from there.")
-        raise typer.Exit(130) from None
     page = write_arena(summary(study, output, finals), output, _command())
     errors.print(f"{page}")
 
@@ -147,9 +145,11 @@ def _prepare(recipe: "Recipe") -> str:
     """Prepare the text once, before the processes that all read it; its identity. Raises `UserError` where there is too
     little of it."""
     from dyadlm.data import byte_tokenizer, resolve_data
+    from dyadlm.data.progress import preparation_progress
     from dyadlm.errors import UserError
 
-    resolved = resolve_data(list(recipe.data), byte_tokenizer())
+    with preparation_progress(errors) as progress:
+        resolved = resolve_data(list(recipe.data), byte_tokenizer(), progress=progress)
     if not any(len(stream) for stream in resolved.validation):
         raise UserError("The text leaves nothing to validate on; give more text.")
     return resolved.identity

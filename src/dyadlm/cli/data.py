@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from dyadlm.errors import UserError
+from dyadlm.cli.shared import errors, require_ray
+from dyadlm.cli.stopping import saying_when_stopped
 
 app = typer.Typer(help="List, fetch and prepare training text.", no_args_is_help=True)
 
@@ -59,21 +60,25 @@ def prepare(
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
 ) -> None:
     """Tokenise text once, into a folder that training and evaluation read."""
-    from dyadlm.data import prepare
+    require_ray(engine, address)
+    stopped = "Stopped; the same command goes on where it was." if engine == "ray" else "Stopped; nothing was written."
+    with saying_when_stopped(lambda: stopped):
+        from dyadlm.data import prepare
+        from dyadlm.data.progress import preparation_progress
 
-    if address is not None and engine != "ray":
-        raise UserError("--address is that of a Ray cluster; give --engine ray with it.")
-    manifest = prepare(
-        sources,
-        output,
-        tokenizer,
-        validation,
-        text_field,
-        processes,
-        most_decompressed,
-        engine=engine,
-        address=address,
-    )
+        with preparation_progress(errors) as progress:
+            manifest = prepare(
+                sources,
+                output,
+                tokenizer,
+                validation,
+                text_field,
+                processes,
+                most_decompressed,
+                engine=engine,
+                address=address,
+                progress=progress,
+            )
     for name, split in manifest.splits.items():
         typer.echo(
             f"{name}: {split.tokens:,} tokens ({split.bytes_per_token:.2f} bytes each), documents: {split.documents:,}"

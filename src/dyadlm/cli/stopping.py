@@ -138,3 +138,32 @@ def ending_well(
         errors.print(f"{cause}; the state so far is in {printable(str(place))}.")
     if cause:
         raise typer.Exit(code)
+
+
+@contextmanager
+def saying_when_stopped(told: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP end what is done in the block, wherever it is; then what `told` returns is said.
+
+    The exit code is 128 and the number of the signal.
+    """
+    received, previous = signal.SIGINT, {}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt  # the one error that gets out of a call of Ray
+
+    if threading.current_thread() is threading.main_thread():
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
+        previous = {number: signal.signal(number, stop) for number in heeded}
+    try:
+        yield
+    except KeyboardInterrupt:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)  # all that is left is to end
+        previous = {}
+        errors.print(told())
+        raise typer.Exit(128 + received) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -21,6 +21,7 @@ from dyadlm.data.dataset import Manifest, Split
 from dyadlm.data.encoding import TextEncoder
 from dyadlm.data.formats import MOST_DECOMPRESSED, Passage
 from dyadlm.data.parts import Piece, Tokenise, kept_parts, tokenise_on_ray
+from dyadlm.data.progress import TOKENISING, Progress, Reading
 from dyadlm.data.sources import (
     MANIFEST_NAME,
     TEST,
@@ -50,6 +51,7 @@ def prepare(
     whole: bool = False,
     engine: Engine = "local",
     address: str | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Tokenise sources (corpora, files, folders, `-`, hub datasets) into the new folder `output`.
 
@@ -60,7 +62,7 @@ def prepare(
 
     engine: where they tokenise: local, in threads; ray, as tasks of the Ray cluster at `address` (None: one that is
     started here), with the same result. What they have done stands in a folder beside `output` (`dyadlm.data.parts`),
-    so that a preparation that was stopped goes on from there.
+    so that a preparation that was stopped goes on from there. progress: told how far it is.
 
     Raises `UserError`, for text that the tokenizer cannot read with the place of the first bad byte.
     """
@@ -80,9 +82,11 @@ def prepare(
     with _tokenising(encoder, output, num_proc, engine, address) as tokenise, staged_folder(output) as staging:
         splits: dict[str, Split] = {}
         index = 0
-        splits_of = _one_split(opened) if whole else _splits(opened, held_out)
+        splits_of, total = (_one_split(opened), None) if whole else _splits(opened, held_out, progress)
+        reading = Reading(progress, TOKENISING, total)
         for split, passages in splits_of.items():
-            written = _write_split(staging, split, tokenise(_work(passages)), encoder, index)
+            pieces = reading.made(tokenise(_work(reading.of(passages))))
+            written = _write_split(staging, split, pieces, encoder, index)
             if written.tokens:
                 splits[split] = written
                 index += written.tokens
@@ -123,9 +127,12 @@ def find_source(
     return open_source(source, text_field, most_decompressed, known=CORPORA)
 
 
-def _splits(sources: Sequence[Source], held_out: Source | None) -> dict[str, Iterator[Passage]]:
+def _splits(
+    sources: Sequence[Source], held_out: Source | None, progress: Progress | None
+) -> tuple[dict[str, Iterator[Passage]], int | None]:
+    """The passages of each split, and the bytes of all of them where they were counted."""
     if held_out is None:
-        sources = [with_validation(source) for source in sources]
+        sources = [with_validation(source, progress) for source in sources]
         validation = [source.splits[VALIDATION] for source in sources]
     else:
         validation = [held_out.splits.get(VALIDATION, held_out.splits[TRAIN])]
@@ -134,7 +141,9 @@ def _splits(sources: Sequence[Source], held_out: Source | None) -> dict[str, Ite
         VALIDATION: validation,
         TEST: [source.splits[TEST] for source in sources if TEST in source.splits],
     }
-    return {split: (passage for read in all_ for passage in read()) for split, all_ in readers.items()}
+    counted = [source.bytes for source in sources if source.bytes is not None]
+    total = sum(counted) if held_out is None and len(counted) == len(sources) else None
+    return {split: (passage for read in all_ for passage in read()) for split, all_ in readers.items()}, total
 
 
 def _one_split(sources: Sequence[Source]) -> dict[str, Iterator[Passage]]:

@@ -16,6 +16,7 @@ from dyadlm.data.dataset import FORMAT, PreparedDataset, open_dataset
 from dyadlm.data.encoding import tokenizer_identity
 from dyadlm.data.formats import MOST_DECOMPRESSED
 from dyadlm.data.preparation import find_source, prepare
+from dyadlm.data.progress import Progress
 from dyadlm.data.sources import MANIFEST_NAME, TEST, TRAIN, VALIDATION, Source
 from dyadlm.data.streams import TokenStream
 from dyadlm.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -57,12 +58,14 @@ def resolve_data(
     text_field: str = "text",
     num_proc: int = 1,
     most_decompressed: float = MOST_DECOMPRESSED,
+    progress: Progress | None = None,
 ) -> ResolvedData:
     """Open prepared folders; fetch, and prepare into the cache, what is not prepared.
 
     An argument is a prepared folder, or a source that `prepare` takes, with an optional `:weight` behind it.
     The tokenizer is the one given (a model's own, or a name); else that of the first prepared folder; else the
-    byte tokenizer. Raises `UserError`, also if a prepared folder has another tokenizer.
+    byte tokenizer. progress: told how far what is prepared here is. Raises `UserError`, also if a prepared folder has
+    another tokenizer.
     """
     if not arguments:
         raise UserError("There is no data; name a corpus, a file or a folder.")
@@ -74,7 +77,9 @@ def resolve_data(
     elif isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     prepared = [
-        data if isinstance(data, PreparedDataset) else _prepare_once(data, tokenizer, text_field, num_proc)
+        data
+        if isinstance(data, PreparedDataset)
+        else _prepare_once(data, tokenizer, text_field, num_proc, progress=progress)
         for data in opened
     ]
     identity = tokenizer_identity(tokenizer)
@@ -152,7 +157,12 @@ def parse_weight(argument: str) -> tuple[str, float]:
 
 
 def _prepare_once(
-    source: Source, tokenizer: PreTrainedTokenizerBase, text_field: str, num_proc: int, whole: bool = False
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str,
+    num_proc: int,
+    whole: bool = False,
+    progress: Progress | None = None,
 ) -> PreparedDataset:
     """The source, prepared in the cache under a name that changes with its content and the tokenizer."""
     parts = [str(FORMAT), source.name, source.key, text_field, tokenizer_identity(tokenizer), *["whole"] * whole]
@@ -162,7 +172,9 @@ def _prepare_once(
     folder = cache_folder() / "prepared" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{digest[:16]}"
     if not (folder / MANIFEST_NAME).exists():
         try:
-            prepare([source], folder, tokenizer, text_field=text_field, num_proc=num_proc, whole=whole)
+            prepare(
+                [source], folder, tokenizer, text_field=text_field, num_proc=num_proc, whole=whole, progress=progress
+            )
         except (OSError, UserError):
             if not (folder / MANIFEST_NAME).exists():  # else another process was first
                 raise

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -29,9 +30,10 @@ from dyadlm.data.formats import (
     require_text_name,
     split_text,
 )
+from dyadlm.data.progress import MEASURING, Progress, Reading
 from dyadlm.data.remote import is_remote, remote_files, remote_key
 from dyadlm.errors import UserError, first_line
-from dyadlm.files import printable, sha256_of
+from dyadlm.files import full_disk_named, printable, sha256_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 MANIFEST_NAME = "manifest.json"  # of a prepared folder
@@ -47,7 +49,7 @@ class Source:
 
     Each split may be read again and again. key: a digest of the content, which names it in the cache. files: what
     "train" is made of, one file after the other, where it is made of files. key_now: the key, of the content as it is
-    now, where it may change.
+    now, where it may change. bytes: of text in all splits, where they were counted.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Source:
     splits: Mapping[str, Callable[[], Iterator[Passage]]]
     files: Sequence[Callable[[], Iterator[Passage]]] = ()
     key_now: Callable[[], str] | None = None
+    bytes: int | None = None
 
     @property
     def parts(self) -> Sequence[Callable[[], Iterator[Passage]]]:
@@ -115,17 +118,19 @@ def open_source(
     )
 
 
-def with_validation(source: Source) -> Source:
+def with_validation(source: Source, progress: Progress | None = None) -> Source:
     """The source itself if it has a validation split; else its last tenth of bytes becomes one.
 
     The cut is moved forward to the next character of UTF-8 (at most 3 bytes), or back to the beginning of a
-    conversation. Raises `UserError` if there is
-    too little text to divide.
+    conversation. progress: told of the text that is measured for it. Raises `UserError` if there is too little text to
+    divide.
     """
     if VALIDATION in source.splits:
         return source
     passages = source.splits[TRAIN]
-    size = sum(len(passage.content) for passage in passages())
+    measured = Reading(progress, MEASURING)
+    deque(measured.of(passages()), maxlen=0)
+    size = measured.bytes
     if size < 2:
         raise UserError(f"{source.name} holds {size} bytes of text; give a source with text in it.")
     cut = size * 9 // 10
@@ -133,6 +138,7 @@ def with_validation(source: Source) -> Source:
         source,
         splits=dict(source.splits)
         | {TRAIN: partial(_before, passages, cut), VALIDATION: partial(_after, passages, cut)},
+        bytes=size if TEST not in source.splits else None,
     )
 
 
@@ -280,7 +286,8 @@ def _content_digest(file: Path, *version: int) -> str:
 def _standard_input() -> Source:
     """Standard input, kept in a temporary file, because a source is read more than once."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the source is gone
-    shutil.copyfileobj(sys.stdin.buffer, spool)
+    with full_disk_named(Path(tempfile.gettempdir())):
+        shutil.copyfileobj(sys.stdin.buffer, spool)
 
     def passages() -> Iterator[Passage]:
         spool.seek(0)

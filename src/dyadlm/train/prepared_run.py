@@ -18,6 +18,7 @@ from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_da
 from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.preparation import find_source
+from dyadlm.data.progress import Progress
 from dyadlm.data.resolve import parse_weight
 from dyadlm.data.sources import MANIFEST_NAME
 from dyadlm.data.streaming import StreamedText, StreamedWindows, stream_text
@@ -103,10 +104,15 @@ class PreparedRun:
 
 
 def prepare_run(
-    settings: TrainSettings, data: TrainingData | None, output: Path, model: PreTrainedModel | None = None
+    settings: TrainSettings,
+    data: TrainingData | None,
+    output: Path,
+    model: PreTrainedModel | None = None,
+    progress: Progress | None = None,
 ) -> PreparedRun:
     """data: instead of resolving `settings.sources`. output: for Trainer; nothing is written to it yet. model: instead
-    of that of the settings, as it is: whether it is causal is not asked.
+    of that of the settings, as it is: whether it is causal is not asked. progress: told how far the text is that is
+    prepared here.
 
     Raises `UserError` for whatever is wrong with the request, the model first: preparing text takes longest.
     """
@@ -124,7 +130,7 @@ def prepare_run(
     if settings.data.stream:
         _require_streamable(settings, arguments)
     with arguments.main_process_first(local=False, desc="preparing the data"):
-        data = data or _resolve(settings, arguments.seed)
+        data = data or _resolve(settings, arguments.seed, progress)
     options = settings.data
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if "max_steps" not in settings.arguments:
@@ -257,7 +263,7 @@ def _streamed(settings: TrainSettings, tokenizer: str | None, seed: int) -> Trai
     )
 
 
-def _resolve(settings: TrainSettings, seed: int) -> TrainingData:
+def _resolve(settings: TrainSettings, seed: int, progress: Progress | None) -> TrainingData:
     """The sources under the model's own tokenizer, or for a new model under the one asked for."""
     tokenizer = settings.data.tokenizer
     if settings.model is not None:
@@ -266,7 +272,7 @@ def _resolve(settings: TrainSettings, seed: int) -> TrainingData:
         tokenizer = settings.model
     if settings.data.stream:
         return _streamed(settings, tokenizer, seed)
-    resolved = resolve_data(settings.sources, tokenizer, **reading_options(settings.to_dict()))
+    resolved = resolve_data(settings.sources, tokenizer, progress=progress, **reading_options(settings.to_dict()))
     return TrainingData(
         tokenizer=resolved.tokenizer,
         train=resolved.train,

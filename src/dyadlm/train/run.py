@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
+from dyadlm.data.progress import preparation_progress
 from dyadlm.data.resolve import parse_weight
 from dyadlm.errors import RunFailed, UserError
 from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
@@ -89,7 +90,8 @@ def train(
     if (finished := _finished(settings)) is not None:
         console.print(f"{printable(str(output))} is already finished.")
         return finished
-    plan = prepare_run(settings, data, output)
+    with preparation_progress(console) as progress:
+        plan = prepare_run(settings, data, output, progress=progress)
 
     with contextlib.ExitStack() as closing:
         if first:
