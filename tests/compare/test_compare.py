@@ -52,9 +52,9 @@ def text(tmp_path, monkeypatch):
     return str(tmp_path / "my.txt")
 
 
-def one_after_another(recipe, wanted, jobs, engine, address):
+def one_after_another(recipe, wanted, jobs, engine, address, unfinished):
     while cells := wanted():
-        yield Done(cells[0], *run_cell(recipe, cells[0]))
+        yield Done(cells[0], *run_cell(recipe, cells[0], unfinished))
 
 
 def tables(name: str) -> int:
@@ -74,6 +74,7 @@ def test_a_page_comes_of_one_command(text, tmp_path, capsys, monkeypatch):
         "--jobs", "2", "--scale", "0.01",
     ]  # fmt: skip
     assert call(*asked) == 0
+    assert not (tmp_path / "out" / "unfinished").exists()
     page = (tmp_path / "out" / "index.html").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     for name, family in found["families"].items():
@@ -191,6 +192,21 @@ def test_a_cell_that_was_stopped_goes_on_from_its_last_checkpoint(text, tmp_path
     with pytest.raises(RunFailed, match=r"could not be written \(No space left\).*Make room"):
         run_cell(recipe, cell, tmp_path)
     assert not manifest.exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_rises_is_a_result_without_a_remedy(text, tmp_path, monkeypatch):
+    """A path of this machine, and of a folder that is removed, has no place among the results."""
+    recipe, cell = Recipe(data=(text,), parameters=50_000, length=8, batch=2), Cell("llama", 128, 1e-3, final=True)
+    step = LanguageModelTrainer.training_step
+    monkeypatch.setattr(
+        LanguageModelTrainer,
+        "training_step",
+        lambda self, *a: step(self, *a) * (math.nan if self.state.global_step > 3 else 1),
+    )
+    found, weights = run_cell(recipe, cell, tmp_path)
+    assert not weights
+    assert re.fullmatch(r"Training stopped because [^;]*", found["diverged"])
 
 
 def full(*args):

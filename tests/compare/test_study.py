@@ -55,7 +55,7 @@ def ran(monkeypatch):
     """The cells that were run, in order."""
     cells: list[Cell] = []
 
-    def run(recipe, wanted, jobs, engine, address):
+    def run(recipe, wanted, jobs, engine, address, unfinished):
         while waiting := wanted():
             cells.append(waiting[0])
             yield Done(waiting[0], *made(recipe, waiting[0]))
@@ -136,7 +136,7 @@ def test_a_family_that_sees_the_future_is_refused_unless_forced(tmp_path, ran, m
 
 
 def test_a_rate_that_diverged_is_worse_than_all(tmp_path, ran, monkeypatch):
-    def run(recipe, wanted, jobs, engine, address):
+    def run(recipe, wanted, jobs, engine, address, unfinished):
         while cells := wanted():
             cell = cells[0]
             wild = cell.rate >= 8e-3 and not cell.final
@@ -151,8 +151,30 @@ def test_a_rate_that_diverged_is_worse_than_all(tmp_path, ran, monkeypatch):
     assert not found["rate_at_the_edge"]
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_checkpoints_are_removed_with_their_cells(tmp_path, monkeypatch, engine):
+    """Workers of a cluster get no folder. What an earlier run left behind goes, too; what belongs to no cell stays."""
+    seen = set()
+
+    def run(recipe, wanted, jobs, engine, address, unfinished):
+        while cells := wanted():
+            seen.add(unfinished)
+            (tmp_path / "unfinished" / cells[0].file_name).mkdir(parents=True)
+            yield Done(cells[0], *made(recipe, cells[0]))
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    asked = study(families=("llama",))
+    finals = run_study(asked, tmp_path, 1, engine)["llama"]
+    assert seen == {tmp_path / "unfinished" if engine == "local" else None}
+    assert not (tmp_path / "unfinished").exists()
+    for name in (finals[0].file_name, "other"):
+        (tmp_path / "unfinished" / name).mkdir(parents=True)
+    run_study(asked, tmp_path, 1, engine)
+    assert [path.name for path in (tmp_path / "unfinished").iterdir()] == ["other"]
+
+
 def test_a_seed_that_diverged_is_left_out_and_told(tmp_path, ran, monkeypatch):
-    def run(recipe, wanted, jobs, engine, address):
+    def run(recipe, wanted, jobs, engine, address, unfinished):
         while cells := wanted():
             wild = cells[0].final and (cells[0].seed == 1 or cells[0].family == "dyad")
             yield Done(cells[0], lost(recipe, cells[0]), b"") if wild else Done(cells[0], *made(recipe, cells[0]))
@@ -233,7 +255,7 @@ def test_rates_of_an_earlier_sweep_are_not_those_of_this_one(tmp_path, ran):
 
 
 def test_a_model_that_only_counts_has_no_operations(tmp_path, ran, monkeypatch):
-    def run(recipe, wanted, jobs, engine, address):
+    def run(recipe, wanted, jobs, engine, address, unfinished):
         while cells := wanted():
             found, weights = made(recipe, cells[0])
             yield Done(cells[0], found | {"flops_per_token": 0.0}, weights)

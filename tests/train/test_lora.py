@@ -199,11 +199,13 @@ def test_odd_weights_are_refused(adapter, base, tmp_path):
         load_weights(odd)
 
 
-def test_where_no_adapter_can_be_trained(adapter, adapt, small, words, tmp_path):
+def test_where_no_adapter_can_be_trained(base, adapter, adapt, small, words, tmp_path):
     with pytest.raises(UserError, match=r"give --model DIR with --lora"):
         train(small(tmp_path / "new", "lora.rank=2"), words(), Console(quiet=True))
     with pytest.raises(UserError, match="an adapter itself; merge it first"):
         adapt(adapter, tmp_path / "second")
+    with pytest.raises(UserError, match=r"not for adapters; leave it out, or lora.rank"):
+        adapt(base, tmp_path / "third", "train.base_width=8")
     with pytest.raises(UserError, match=r"do nothing without lora.rank"):
         small(tmp_path / "new", "lora.alpha=2")
 

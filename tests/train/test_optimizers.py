@@ -243,7 +243,6 @@ def test_a_base_width_that_cannot_be_is_refused(tmp_path, small, words, console)
             ("train.base_width=8", "fsdp=true", 'fsdp_config={"version": 1}'),
             "FSDP 1 flattens matrices, which train.base_w",
         ),
-        (("train.base_width=8", "lora.rank=2"), "not for adapters; leave it out, or lora.rank"),
         (("train.base_width=8", "optim=adafactor"), "for AdamW and Muon; leave it out, or optim=adafactor"),
     ):
         with pytest.raises(UserError, match=message):
