@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
@@ -198,11 +198,9 @@ def test_a_cell_that_was_stopped_goes_on_from_its_last_checkpoint(text, tmp_path
 def test_a_loss_that_rises_is_a_result_without_a_remedy(text, tmp_path, monkeypatch):
     """A path of this machine, and of a folder that is removed, has no place among the results."""
     recipe, cell = Recipe(data=(text,), parameters=50_000, length=8, batch=2), Cell("llama", 128, 1e-3, final=True)
-    step = LanguageModelTrainer.training_step
+    step = Trainer.training_step
     monkeypatch.setattr(
-        LanguageModelTrainer,
-        "training_step",
-        lambda self, *a: step(self, *a) * (math.nan if self.state.global_step > 3 else 1),
+        Trainer, "training_step", lambda self, *a: step(self, *a) * (math.nan if self.state.global_step > 3 else 1)
     )
     found, weights = run_cell(recipe, cell, tmp_path)
     assert not weights
