@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import Cells, arguments, dyad, interval, matched_llama, require_green, size
 from dyadlm import DyadCache, DyadForCausalLM
+from dyadlm.train.compiler import compiling
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.planner import PlannerLessons
 from dyadlm.train.settings import PlannerOptions, TwinOptions
@@ -112,8 +113,9 @@ def compare_compiled(rounds: int) -> None:
     compiled_model = dyad()
     compiled_model.model.stack = torch.compile(compiled_model.model.stack)
     compiled = stepper(compiled_model, 256)
-    first = compiled()
-    ratios = [eager() / compiled() for _ in range(rounds)]
+    with compiling():
+        first = compiled()
+        ratios = [eager() / compiled() for _ in range(rounds)]
     print(json.dumps({"first_step_seconds": round(first, 1), "eager_over_compiled": interval(ratios)}))
 
 

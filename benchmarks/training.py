@@ -38,6 +38,9 @@ with torch.no_grad():
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 + (1.0 if "norm" in name else 0.0))
+from dyadlm.train.compiler import compiling
+around = compiling()
+around.__enter__()  # for as long as this process lives
 if "compiled" in form:
     model.compile()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)

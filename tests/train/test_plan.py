@@ -128,7 +128,9 @@ def test_a_card_takes_its_windows_in_equal_passes(windows, rows, passes):
 
 
 def test_cards_that_cannot_share_a_step_are_left_out_or_refused():
-    assert [entry["cards"] for entry in plan(settings())["cards"]] == [1, 8]
+    told = plan(settings())
+    assert ([entry["cards"] for entry in told["cards"]], told["left_out"]) == ([1, 8], [64])
+    assert plan(settings(), (1,))["left_out"] == []
     assert [entry["cards"] for entry in plan(settings("gradient_accumulation_steps=1"))["cards"]] == [1]
     with pytest.raises(UserError, match=r"3 cards cannot share the 16 windows of a step evenly; change gradient_"):
         plan(settings(), (1, 3))

@@ -11,7 +11,7 @@ from dyadlm.console import print_table
 
 KINDS = {
     "eager": "ours, as torch runs it",
-    "graph": "ours, compiled, a CUDA graph for each step",
+    "graph": "ours, compiled, a CUDA graph for each step, as in benchmarks (`dyadlm train` records none)",
     "llama": "a compiled Llama with flash attention, which ours has not reached",
 }
 GIGA, DAY = 10**9, 86_400
@@ -78,6 +78,12 @@ def _print(told: dict[str, Any], memory: float) -> None:
         f"The same model on any of them: --set train.windows_per_step={told['windows_per_step']} "
         "gradient_accumulation_steps=ACCUMULATION, with the number in the table."
     )
+    if told["left_out"]:
+        counts = " and ".join(map(str, told["left_out"]))
+        typer.echo(
+            f"{counts} cards cannot share {told['windows_per_step']} windows evenly and are left out; raise "
+            "gradient_accumulation_steps for them."
+        )
     if any(row[-1] == "no" for row in rows):
         typer.echo("What does not fit: fewer per_device_train_batch_size, or gradient_checkpointing=true.")
     typer.echo("")
@@ -111,4 +117,6 @@ def _amount(number: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / DAY:,.1f} days" if seconds >= 2 * DAY else duration(seconds) if seconds >= 1 else "under 1 s"
+    if seconds < 1:
+        return "under 1 s"
+    return f"{seconds / DAY:,.1f} days" if seconds >= 2 * DAY else duration(seconds)

@@ -1,8 +1,8 @@
-"""What the kernels of semantic levels share: a stretch, which is the part of a text that one program computes.
+"""What the kernels of semantic levels share: a stretch, the block of tokens that one program computes.
 
-What stands outside of its stretch in the segments that it cuts, a program sums anew, so that no program waits for
-another. Stretches that one segment covers have been summed before, by a kernel of their own; so of a segment of any
-length a program reads tokens at the edges alone, and in between one sum for each stretch.
+A segment may begin before its stretch, or end after it. The program then sums the part outside again, so that no
+program waits for another. A kernel of its own has summed the stretches that lie inside of one segment; so the program
+reads one sum for each of these, and tokens at the edges of the segment alone.
 
 Dimension letters: T time, R rank.
 """

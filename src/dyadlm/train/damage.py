@@ -1,4 +1,4 @@
-"""What is read from a checkpoint is refused where it is damaged."""
+"""Checks of what is read from a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

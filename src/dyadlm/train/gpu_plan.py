@@ -68,7 +68,7 @@ def plan(
     (weights, gradients and what the optimizer keeps), rates (by kind: what was measured, as in `Rate`), and cards: for
     each number of cards rows (windows that one card computes at once), gradient_accumulation_steps (for the run on so
     many cards), memory_bytes of each card, sharded_memory_bytes (with FSDP), and by kind of rate seconds, card_hours
-    and cost (without a price: {}).
+    and cost (without a price: {}). left_out: numbers of cards that are usual and cannot share the windows of a step.
 
     Raises `UserError` for settings that do not fit, and where cards cannot share the windows of a step evenly.
     """
@@ -91,7 +91,8 @@ def plan(
             f"A step of {windows} windows is beyond what can be counted; give a smaller per_device_train_batch_size, "
             "gradient_accumulation_steps or train.windows_per_step."
         )
-    cards = cards or [count for count in CARDS if windows % count == 0]
+    left_out = [] if cards else [count for count in CARDS if windows % count]
+    cards = cards or [count for count in CARDS if count not in left_out]
     if uneven := next((count for count in cards if windows % count), 0):
         more = "train.windows_per_step" if settings.train.windows_per_step else "gradient_accumulation_steps"
         raise UserError(
@@ -145,6 +146,7 @@ def plan(
         "static_memory_bytes": static,
         "rates": {kind: rate._asdict() for kind, rate in rates.items()},
         "efficiency": efficiency,
+        "left_out": left_out,
         "cards": told,
     }
 
