@@ -79,9 +79,9 @@ def _print(told: dict[str, Any], memory: float) -> None:
         "gradient_accumulation_steps=ACCUMULATION, with the number in the table."
     )
     if told["left_out"]:
-        counts = " and ".join(map(str, told["left_out"]))
+        uneven = " and ".join(map(str, told["left_out"]))
         typer.echo(
-            f"{counts} cards cannot share {told['windows_per_step']} windows evenly and are left out; raise "
+            f"{uneven} cards cannot share {told['windows_per_step']} windows evenly and are left out; raise "
             "gradient_accumulation_steps for them."
         )
     if any(row[-1] == "no" for row in rows):
