@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -77,3 +78,12 @@ def redis_url(tmp_path_factory):
     yield url
     server.terminate()
     server.wait()
+
+
+@pytest.fixture
+def signals_as_before():
+    """A command that is stopped leaves signals ignored: all that is left to it is to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -20,15 +20,6 @@ def call(*arguments) -> int:
 
 
 @pytest.fixture
-def signals_as_before():
-    """A command that is stopped leaves signals ignored: all that is left to it is to end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 20)

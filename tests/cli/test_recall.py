@@ -1,6 +1,7 @@
 """`dyadlm recall` from end to end, on a model that trains in a moment."""
 
 import json
+import signal
 
 import pytest
 
@@ -33,6 +34,22 @@ def test_a_sweep_is_kept_and_not_run_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dyadlm.recall.study.measure", None)
     assert call("recall", *QUICK, *TINY, *sweep, "--json") == 0
     assert json.loads(capsys.readouterr().out) == cells
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "options", "end"),
+    [
+        (signal.SIGINT, 130, ("--output", "study.json"), "study.json. The same command goes on from there."),
+        (signal.SIGTERM, 143, (), "Stopped; nothing is kept without --output."),
+    ],
+)
+def test_a_sweep_that_is_stopped_says_what_is_kept(
+    tmp_path, capsys, monkeypatch, signals_as_before, number, code, options, end
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dyadlm.recall.study.measure", lambda *given, **more: signal.raise_signal(number))
+    assert call("recall", *QUICK, *TINY, "--learning-rates", "1e-3", *options) == code
+    assert " ".join(capsys.readouterr().err.split()).endswith(end)
 
 
 def test_other_architectures_and_other_questions(capsys):

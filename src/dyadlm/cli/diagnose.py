@@ -34,6 +34,7 @@ from dyadlm.cli.shared import (
     require_ray,
     silence_transformers,
 )
+from dyadlm.cli.stopping import saying_when_stopped, where_it_goes_on
 from dyadlm.console import print_table
 
 if TYPE_CHECKING:
@@ -141,11 +142,12 @@ def diagnose(
             over_time=over_time,
         )
         bar = partial(_bar, probes=probes)
-        if engine == "ray" or at_once(engine, jobs) > 1:
-            found = diagnose_all(request, at_once(engine, jobs), engine, address)
-        else:
-            found = [diagnose_one(request, name, bar) for name in request.models]
-        others = diagnose_references(request, bar) if references else []
+        with saying_when_stopped(lambda: where_it_goes_on(output)):
+            if engine == "ray" or at_once(engine, jobs) > 1:
+                found = diagnose_all(request, at_once(engine, jobs), engine, address)
+            else:
+                found = [diagnose_one(request, name, bar) for name in request.models]
+            others = diagnose_references(request, bar) if references else []
         shown = pool(found) if pool_seeds else found
         if pool_seeds and shown == found:
             errors.print("No two models are seeds of one: those named NAME-seed0, NAME-seed1 and so on are.")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column
 
 from dyadlm.cli.shared import Address, Device, Jobs, WorkEngine, at_once, errors, require_ray, silence_transformers
+from dyadlm.cli.stopping import saying_when_stopped, where_it_goes_on
 from dyadlm.console import print_table
 
 if TYPE_CHECKING:
@@ -101,10 +102,11 @@ def recall(
     plan = [f"{len(cells)} trainings of up to {minutes:g} minutes: up to {len(cells) * minutes:g} minutes in all"]
     if steps is not None or len(cells) == 1:
         plan = []
-    if engine == "ray" or at_once(engine, jobs) > 1:
-        _all_at_once(study, cells, study.run_all(cells, at_once(engine, jobs), engine, address, place))
-    else:
-        _one_by_one(study, cells, place, plan)
+    with saying_when_stopped(lambda: where_it_goes_on(output)):
+        if engine == "ray" or at_once(engine, jobs) > 1:
+            _all_at_once(study, cells, study.run_all(cells, at_once(engine, jobs), engine, address, place))
+        else:
+            _one_by_one(study, cells, place, plan)
     results = {cell.name: study.results[cell.name] for cell in cells}
     if json:
         typer.echo(json_format.dumps(results, indent=2))

@@ -167,3 +167,10 @@ def saying_when_stopped(told: Callable[[], str]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def where_it_goes_on(output: Path | None) -> str:
+    """What is said of work whose results are kept in `output` one by one, when it was stopped."""
+    if output is None:
+        return "Stopped; nothing is kept without --output."
+    return f"Stopped; what was measured is in {printable(str(output))}. The same command goes on from there."
