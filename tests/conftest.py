@@ -82,8 +82,10 @@ def redis_url(tmp_path_factory):
 
 @pytest.fixture
 def signals_as_before():
-    """A command that is stopped leaves signals ignored: all that is left to it is to end."""
+    """Signals that are heeded. A command that is stopped leaves them ignored: all that is left to it is to end."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:  # tests that run in the background may be told to ignore them
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

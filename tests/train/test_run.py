@@ -363,10 +363,10 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, small, words, console, monkeypa
 def test_a_run_that_began_meanwhile_is_left_alone(tmp_path, small, words, console, monkeypatch):
     output = tmp_path / "run"
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         monkeypatch.undo()
         train(small(output, "max_steps=2"), words(), console)
-        return prepare_run(*arguments)
+        return prepare_run(*arguments, **options)
 
     monkeypatch.setattr("dyadlm.train.run.prepare_run", slow)
     with pytest.raises(UserError, match="already holds a run"):
