@@ -39,7 +39,8 @@ def test_a_sweep_is_kept_and_not_run_again(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "code", "options", "end"),
     [
-        (signal.SIGINT, 130, ("--output", "study.json"), "study.json. The same command goes on from there."),
+        (signal.SIGINT, 130, ("--output", "kept.json"), "is in kept.json. The same command goes on from there."),
+        (signal.SIGINT, 130, ("--output", "study.json"), "Stopped; nothing was measured yet."),
         (signal.SIGTERM, 143, (), "Stopped; nothing is kept without --output."),
     ],
 )
@@ -47,7 +48,13 @@ def test_a_sweep_that_is_stopped_says_what_is_kept(
     tmp_path, capsys, monkeypatch, signals_as_before, number, code, options, end
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dyadlm.recall.study.measure", lambda *given, **more: signal.raise_signal(number))
+
+    def measured(*given, **more):
+        if "kept.json" in options:
+            (tmp_path / "kept.json").touch()
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("dyadlm.recall.study.measure", measured)
     assert call("recall", *QUICK, *TINY, "--learning-rates", "1e-3", *options) == code
     assert " ".join(capsys.readouterr().err.split()).endswith(end)
 

@@ -173,4 +173,6 @@ def where_it_goes_on(output: Path | None) -> str:
     """What is said of work whose results are kept in `output` one by one, when it was stopped."""
     if output is None:
         return "Stopped; nothing is kept without --output."
+    if not output.exists():
+        return "Stopped; nothing was measured yet."
     return f"Stopped; what was measured is in {printable(str(output))}. The same command goes on from there."

@@ -75,8 +75,9 @@ def backward(model: Any, ids: torch.Tensor, dtype: str) -> None:
 def require_equal_gradients(model: PreTrainedModel, compiled: Any, ids: torch.Tensor, dtype: str) -> None:
     """Raise `UserError` where compiled code computes another gradient of any row of a weight than the model does.
 
-    compiled: the same weights. Both are compared with the model in float32, and without dropout. In bfloat16 compiled
-    code may differ from that by twice what the model itself does; rounding in float32 has a small allowance.
+    compiled: the same weights. Both are compared with the model in float32, and without dropout. A row may differ from
+    that by twice what the row of the model itself does, and by a part of its norm and of that of a typical row
+    (`GRADIENT_TOLERANCE`): a row that is lost or read from elsewhere is found, and rounding is not.
     """
 
     def gradients(which: Any, computed_in: str) -> dict[str, torch.Tensor]:
