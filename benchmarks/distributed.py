@@ -4,8 +4,9 @@
     python benchmarks/distributed.py --namespaces    # as root: two nodes, each in a network namespace of its own
 
 Every run trains the same small model on the same text over gloo; a cell tells how far its losses are from those of one
-process, and how long it took. `killed` loses a worker to SIGKILL under `torchrun --max-restarts`; `resized` begins in
-one process and goes on in two, in four and in one; `killed-and-resized` loses all of four and goes on in two.
+process, and how long it took. torchrun starts the processes, or accelerate. `killed` loses a worker to SIGKILL under
+`torchrun --max-restarts`; `resized` begins in one process and goes on in two, in four and in one; `killed-and-resized`
+loses all of four and goes on in two.
 """
 
 import json
@@ -30,6 +31,12 @@ SETTINGS = (
     "train.windows_per_step=8", "train.schedule=constant", "warmup_steps=0", "learning_rate=1e-2", "adam_epsilon=1e-4",
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.dropout=0", "data.sequence_length=64",
 )  # fmt: skip
+# What starts the processes: a module of Python and its options.
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node={processes}")
+ACCELERATE = (
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes={processes}", "--num_machines=1",
+    "--mixed_precision=no", "--dynamo_backend=no",
+)  # fmt: skip
 SHARDED, CARRIED = ("fsdp=true",), ("train.carry_state=true",)
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "watch"]
 # The two ends of a link between two nodes.
@@ -44,14 +51,14 @@ class Place:
         self.text = folder / "text.txt"
         self.text.write_text(" ".join(random.Random(0).choices(WORDS, k=20_000)))
 
-    def command(self, run: str, processes: int, *options: str, launcher: tuple[str, ...] = ()) -> list[str]:
-        """Processes: 0 is one without torchrun. The run begins, or goes on with what is there."""
-        torchrun = ["-m", "torch.distributed.run", *(launcher or ("--standalone",)), f"--nproc-per-node={processes}"]
+    def command(self, run: str, processes: int, *options: str, launcher: tuple[str, ...] = TORCHRUN) -> list[str]:
+        """Processes: 0 is one without a launcher. The run begins, or goes on with what is there."""
+        started = [word.format(processes=processes) for word in ("-m", *launcher)] if processes else []
         train = ["-m", "dyadlm", "train", "--preset", "tiny", "--data", str(self.text), "--device", "cpu"]
         train += ["--dtype", "float32", "--output", str(self.folder / run), "--resume", "--set", *SETTINGS, *options]
-        return [sys.executable, *(torchrun if processes else []), *train]
+        return [sys.executable, *started, *train]
 
-    def run(self, run: str, processes: int, *options: str, launcher: tuple[str, ...] = ()) -> None:
+    def run(self, run: str, processes: int, *options: str, launcher: tuple[str, ...] = TORCHRUN) -> None:
         require_success(subprocess.Popen(self.command(run, processes, *options, launcher=launcher), **quiet()))
 
     def until(self, run: str, step: int, process: subprocess.Popen[str]) -> None:
@@ -91,7 +98,7 @@ def workers(launcher: int) -> list[int]:
 
 def killed(place: Place, run: str, *options: str) -> dict[str, Any]:
     """A worker dies after the first checkpoint; torchrun starts all of them again."""
-    command = place.command(run, 2, *options, launcher=("--standalone", "--max-restarts=3"))
+    command = place.command(run, 2, *options, launcher=(*TORCHRUN, "--max-restarts=3"))
     process = subprocess.Popen(command, **quiet())
     place.until(run, EVERY, process)
     begun = place.losses(run)
@@ -146,6 +153,8 @@ def on_two_nodes(place: Place, run: str, *options: str) -> None:
         started = []
         for rank, (name, device) in enumerate(zip(NODES, ("to-b", "to-a"), strict=True)):
             launcher = (
+                "torch.distributed.run",
+                "--nproc-per-node={processes}",
                 "--nnodes=2",
                 f"--node-rank={rank}",
                 f"--master-addr={NODES['dyadlm-a']}",
@@ -165,6 +174,8 @@ def studies(place: Place) -> dict[str, tuple[str, Callable[[str], Any]]]:
         "one": ("one", lambda run: place.run(run, 0)),
         "one-carried": ("one-carried", lambda run: place.run(run, 0, *CARRIED)),
         "two": ("one", lambda run: place.run(run, 2)),
+        "two-accelerate": ("one", lambda run: place.run(run, 2, launcher=ACCELERATE)),
+        "two-accelerate-sharded": ("one", lambda run: place.run(run, 2, *SHARDED, launcher=ACCELERATE)),
         "four": ("one", lambda run: place.run(run, 4)),
         "two-sharded": ("one", lambda run: place.run(run, 2, *SHARDED)),
         "four-sharded": ("one", lambda run: place.run(run, 4, *SHARDED)),
