@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", nargs="*", default=[], help="families to compile")
     parser.add_argument("--tokens", default="1.5M")
+    parser.add_argument("--budget", help="flops=N or seconds=N, in place of --tokens")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sweep", type=float, default=0.1, help="the part of the tokens that each rate gets")
     parser.add_argument("--families", nargs="+", default=ALL)
@@ -47,7 +48,7 @@ def main() -> None:
         dtype=asked.dtype,
         compiled=tuple(asked.compile),
     )
-    budget = Budget.parse(f"tokens={asked.tokens}")
+    budget = Budget.parse(asked.budget or f"tokens={asked.tokens}")
     study = Study(recipe, tuple(asked.families), budget, asked.seeds, asked.sweep)
     command = shlex.join(["python", "benchmarks/arena.py", *_told(sys.argv[1:])])
     finals: dict[str, list[Cell]] = {}
