@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **COMPOSITION,
     },
     # The system that the paper describes, in about the parameters of `tiny` (docs/paper.md). What exists while training
-    # alone, the twin, the fingerprints and the teacher, is in `dyadlm.train.settings.PRESET_DEFAULTS`.
+    # alone, the twin, the fingerprints and the teacher, is in `dyadlm.train.defaults.PRESET_DEFAULTS`.
     "paper": {
         "hidden_size": 128,
         "num_hidden_layers": 4,

@@ -27,8 +27,8 @@ from dyadlm.model import DyadForCausalLM
 from dyadlm.recall.models import Reader, build_model
 from dyadlm.recall.tasks import TESTED, TRAINED, Split, Task, parse_task
 from dyadlm.train.optimizer import decayed_parameters, learning_rate_factor
+from dyadlm.train.options import PlannerOptions, TrainOptions
 from dyadlm.train.planner import PlannerLessons
-from dyadlm.train.settings import PlannerOptions, TrainOptions
 from dyadlm.version import __version__
 from dyadlm.workers import run_tasks
 

@@ -4,9 +4,10 @@ from dyadlm.train.cost import dry_run
 from dyadlm.train.export import export
 from dyadlm.train.gpu_plan import plan
 from dyadlm.train.interrupt import RunInterrupted
+from dyadlm.train.options import NAMESPACES, DataOptions, TrainOptions
 from dyadlm.train.prepared_run import TrainingData
 from dyadlm.train.run import TrainResult, train
-from dyadlm.train.settings import NAMESPACES, DataOptions, TrainOptions, TrainSettings
+from dyadlm.train.settings import TrainSettings
 
 __all__ = [
     "NAMESPACES",

@@ -12,7 +12,8 @@ from dyadlm.errors import UserError
 from dyadlm.model.adapters import is_adapted
 from dyadlm.train.compiler import require_compiler
 from dyadlm.train.muon import muon_optimizer
-from dyadlm.train.settings import RECORD_NAME, TrainOptions, TrainSettings, read_record
+from dyadlm.train.options import TrainOptions
+from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 from dyadlm.train.shards import require_shards
 
 

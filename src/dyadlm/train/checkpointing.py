@@ -38,7 +38,7 @@ from dyadlm.train.companions import load_companions, save_companions
 from dyadlm.train.damage import reading, require_fitting_moments, require_sound_state
 from dyadlm.train.export import CARD_NAME
 from dyadlm.train.histories import CarriedState
-from dyadlm.train.settings import TrainOptions
+from dyadlm.train.options import TrainOptions
 from dyadlm.train.shards import (
     holds_shards,
     load_sharded_optimizer,

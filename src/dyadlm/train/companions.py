@@ -12,8 +12,9 @@ from dyadlm.errors import UserError
 from dyadlm.model import DyadForCausalLM
 from dyadlm.model.extension import COMPANIONS, AuxiliaryModule
 from dyadlm.train.fingerprint import Fingerprint
+from dyadlm.train.options import NAMESPACES
 from dyadlm.train.planner import PlannerLessons
-from dyadlm.train.settings import NAMESPACES, TrainSettings
+from dyadlm.train.settings import TrainSettings
 from dyadlm.train.twin import Twin
 
 COMPANIONS_NAME = "companions.safetensors"

@@ -19,8 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dyadlm.train.average import averaged_parameters
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.optimizer import matrix_parameters
+from dyadlm.train.options import TrainOptions
 from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
-from dyadlm.train.settings import TrainOptions, TrainSettings
+from dyadlm.train.settings import TrainSettings
 
 # So many steps are timed after a first one, which also warms caches and compilers.
 TIMED_STEPS = 3

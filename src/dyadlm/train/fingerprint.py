@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from dyadlm.data.batches import ChangedWindows
 from dyadlm.model import DyadConfig
 from dyadlm.model.extension import AuxiliaryModule, TrainingPass
-from dyadlm.train.settings import FingerprintOptions
+from dyadlm.train.options import FingerprintOptions
 
 # Bits of the digits of a number, the lowest first; 64 in all, so that all numbers of 64 bits have digits of their own.
 # The low digits of an index are wide, for they tell neighbours apart; only a large corpus uses the high ones.

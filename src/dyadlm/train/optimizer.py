@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dyadlm.model.extension import COMPANIONS
-from dyadlm.train.settings import TrainOptions
+from dyadlm.train.options import TrainOptions
 
 # How the learning rate of matrices falls with the width: of AdamW as in muP (Yang et al. 2022, arXiv 2203.03466). The
 # updates of Muon have a spectral norm of their own, so that less is to be undone.

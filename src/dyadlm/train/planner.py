@@ -22,7 +22,7 @@ from dyadlm.model.extension import AuxiliaryModule, TrainingPass
 from dyadlm.model.extras.planner import Forecasts, forecast_errors
 from dyadlm.model.packing import chunk_clock, left_packing
 from dyadlm.ops.pyramid import Clock, take
-from dyadlm.train.settings import PlannerOptions
+from dyadlm.train.options import PlannerOptions
 
 TAUGHT = "taught"  # the draw of `TaughtWindows`, beside the tokens
 # Told apart by it from whatever else draws from (seed, number).

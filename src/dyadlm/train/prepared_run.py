@@ -32,12 +32,13 @@ from dyadlm.model.loading import load_weights, require_model_folder
 from dyadlm.shipped import place_of_model
 from dyadlm.train.arguments import require_optimizer, training_arguments
 from dyadlm.train.companions import add_companions, set_of_companions
+from dyadlm.train.defaults import PRESET_DEFAULTS
 from dyadlm.train.fingerprint import FingerprintedWindows
 from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
 from dyadlm.train.optimizer import matrix_rate
 from dyadlm.train.planner import TaughtWindows
-from dyadlm.train.settings import PRESET_DEFAULTS, TrainSettings, reading_options
+from dyadlm.train.settings import TrainSettings, reading_options
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.validation import ValidationSample
 

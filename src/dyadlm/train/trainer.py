@@ -38,7 +38,7 @@ from dyadlm.train.optimizer import (
     matrix_rate,
     scale_rates,
 )
-from dyadlm.train.settings import TrainOptions
+from dyadlm.train.options import TrainOptions
 from dyadlm.train.validation import ValidationSample
 
 # So many validation windows are looked at for what the mechanisms of a model do.

@@ -21,7 +21,7 @@ from dyadlm.model.extension import AuxiliaryModule, TrainingPass
 from dyadlm.model.packing import chunk_clock, left_packing
 from dyadlm.ops.pyramid import Clock
 from dyadlm.ops.segments import SegmentPlan, segment_plan
-from dyadlm.train.settings import TwinOptions
+from dyadlm.train.options import TwinOptions
 
 
 class Twin(AuxiliaryModule):
