@@ -32,7 +32,8 @@ from dyadlm.peer_ngrams import add_ngrams
 from dyadlm.train import TrainSettings
 from dyadlm.train.checkpoint import last_complete, read_manifest
 from dyadlm.train.compiler import compiling, require_compiler
-from dyadlm.train.prepared_run import TrainingData, prepare_run
+from dyadlm.train.prepared_run import prepare_run
+from dyadlm.train.training_data import TrainingData
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
 from dyadlm.zoo.floors import FLOORS

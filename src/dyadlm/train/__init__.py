@@ -5,9 +5,9 @@ from dyadlm.train.export import export
 from dyadlm.train.gpu_plan import plan
 from dyadlm.train.interrupt import RunInterrupted
 from dyadlm.train.options import NAMESPACES, DataOptions, TrainOptions
-from dyadlm.train.prepared_run import TrainingData
 from dyadlm.train.run import TrainResult, train
 from dyadlm.train.settings import TrainSettings
+from dyadlm.train.training_data import TrainingData
 
 __all__ = [
     "NAMESPACES",

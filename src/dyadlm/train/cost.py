@@ -20,8 +20,9 @@ from dyadlm.train.average import averaged_parameters
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.optimizer import matrix_parameters
 from dyadlm.train.options import TrainOptions
-from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
+from dyadlm.train.prepared_run import PreparedRun, prepare_run
 from dyadlm.train.settings import TrainSettings
+from dyadlm.train.training_data import TrainingData
 
 # So many steps are timed after a first one, which also warms caches and compilers.
 TIMED_STEPS = 3

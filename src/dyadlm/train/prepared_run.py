@@ -14,18 +14,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from dyadlm.causal_lm import Continuation, context_of, require_causal
-from dyadlm.data import TokenStream, TrainingWindows, byte_tokenizer, resolve_data, tokenizer_identity
+from dyadlm.data import TrainingWindows, byte_tokenizer, tokenizer_identity
 from dyadlm.data.canaries import CanaryPlan, PlantedWindows, plan_canaries
 from dyadlm.data.encoding import prefix_token
-from dyadlm.data.preparation import find_source
 from dyadlm.data.progress import Progress
-from dyadlm.data.resolve import parse_weight
-from dyadlm.data.sources import MANIFEST_NAME
-from dyadlm.data.streaming import StreamedText, StreamedWindows, stream_text
-from dyadlm.data.tokenizer import load_tokenizer
+from dyadlm.data.streaming import StreamedWindows
 from dyadlm.errors import UserError
 from dyadlm.evaluate.evaluation import require_vocabulary
-from dyadlm.evaluate.streams import target_bytes, targets_of
 from dyadlm.model import DyadConfig, DyadForCausalLM
 from dyadlm.model.adapters import add_adapter, base_identity, base_of_adapter, require_peft
 from dyadlm.model.loading import load_weights, require_model_folder
@@ -38,8 +33,15 @@ from dyadlm.train.goldfish import GoldfishWindows
 from dyadlm.train.histories import require_carriable
 from dyadlm.train.optimizer import matrix_rate
 from dyadlm.train.planner import TaughtWindows
-from dyadlm.train.settings import TrainSettings, reading_options
+from dyadlm.train.settings import TrainSettings
 from dyadlm.train.trainer import LanguageModelTrainer
+from dyadlm.train.training_data import (
+    TrainingData,
+    bytes_per_token,
+    first_words,
+    require_streamable,
+    resolve_training_data,
+)
 from dyadlm.train.validation import ValidationSample
 
 log = logging.getLogger("dyadlm")
@@ -48,26 +50,8 @@ log = logging.getLogger("dyadlm")
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 # A text that is read so often is remarked upon.
 MANY_EPOCHS = 10
-# Bytes per token is taken from the beginning of each stream.
-SAMPLED_TOKENS = 2**20
 # Fields of a configuration that say nothing of what is computed.
 INCIDENTAL_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run reads. id: changes when the text or its tokens do.
-
-    train: streams with their weights in the mixture. licences: of the texts, for the model card. streamed: what is
-    trained on in place of them; they are then samples of it.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Sequence[tuple[TokenStream, float]]
-    validation: Sequence[TokenStream]
-    id: str
-    licences: Sequence[str] = ()
-    streamed: StreamedText | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +113,9 @@ def prepare_run(
     if settings.lora.rank:
         _require_adaptable(settings, arguments)
     if settings.data.stream:
-        _require_streamable(settings, arguments)
+        require_streamable(settings, arguments)
     with arguments.main_process_first(local=False, desc="preparing the data"):
-        data = data or _resolve(settings, arguments.seed, progress)
+        data = data or resolve_training_data(settings, arguments.seed, progress)
     options = settings.data
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if "max_steps" not in settings.arguments:
@@ -219,67 +203,12 @@ def prepare_run(
         tokenizer=data.tokenizer,
         windows=windows,
         validation=validation,
-        bytes_per_token=_bytes_per_token(data.train),
+        bytes_per_token=bytes_per_token(data.train),
         canaries=canaries,
         licences=data.licences,
         identity=json.loads(json.dumps(identity)),  # as it will be read back
         choices=choices,
-        prompt=_first_words(data),
-    )
-
-
-def _require_streamable(settings: TrainSettings, arguments: TrainingArguments) -> None:
-    """Raise `UserError` for what needs prepared text."""
-    asked = {
-        "data.document_reset": settings.data.document_reset,
-        "data.canaries": settings.data.canaries,
-        "train.carry_state": settings.train.carry_state,
-        "train.goldfish": settings.train.goldfish,
-        "fingerprint.shown": settings.fingerprint.shown,
-        "planner.teacher": settings.planner.teacher,
-        "dataloader_num_workers": arguments.dataloader_num_workers,
-    }
-    if names := [name for name, value in asked.items() if value]:
-        raise UserError(f"{' and '.join(names)} cannot be used with data.stream; leave it out, or data.stream.")
-    if "max_steps" not in settings.arguments:
-        raise UserError("How much text there is is not known with data.stream; set max_steps.")
-
-
-def _streamed(settings: TrainSettings, tokenizer: str | None, seed: int) -> TrainingData:
-    """The sources as they come, under the tokenizer of that name; the byte tokenizer for None."""
-    loaded = load_tokenizer(tokenizer or "byte")
-    parsed = [parse_weight(source) for source in settings.sources]
-    if any(name == "-" or (Path(name) / MANIFEST_NAME).exists() for name, _ in parsed):
-        raise UserError("Standard input and prepared data cannot be streamed; leave data.stream out.")
-    sources = [(find_source(name, **reading_options(settings.to_dict())), weight) for name, weight in parsed]
-    held_out = math.ceil(settings.data.validation_tokens / len(sources))
-    streamed = stream_text(sources, loaded, held_out, seed)
-    return TrainingData(
-        tokenizer=loaded,
-        train=[(sample, weight) for sample, (_, weight) in zip(streamed.samples, sources, strict=True)],
-        validation=streamed.samples,
-        id=streamed.id,
-        licences=sorted({source.licence for source, _ in sources}),
-        streamed=streamed,
-    )
-
-
-def _resolve(settings: TrainSettings, seed: int, progress: Progress | None) -> TrainingData:
-    """The sources under the model's own tokenizer, or for a new model under the one asked for."""
-    tokenizer = settings.data.tokenizer
-    if settings.model is not None:
-        if tokenizer is not None:
-            raise UserError("A model to continue from has its own tokenizer; leave data.tokenizer out.")
-        tokenizer = settings.model
-    if settings.data.stream:
-        return _streamed(settings, tokenizer, seed)
-    resolved = resolve_data(settings.sources, tokenizer, progress=progress, **reading_options(settings.to_dict()))
-    return TrainingData(
-        tokenizer=resolved.tokenizer,
-        train=resolved.train,
-        validation=resolved.validation,
-        id=resolved.identity,
-        licences=sorted({source["licence"] for data in resolved.datasets for source in data.manifest.sources}),
+        prompt=first_words(data),
     )
 
 
@@ -335,16 +264,6 @@ def _adapt(model: PreTrainedModel, settings: TrainSettings, choices: list[str]) 
     return {"adapter": {"rank": options.rank, "alpha": alpha, "base": base_identity(model)}}
 
 
-def _first_words(data: TrainingData) -> str:
-    """The first few words of the text; of another text than words some characters, or "Once"."""
-    stream = data.train[0][0]
-    text = data.tokenizer.decode(stream.tokens(0, min(64, len(stream))).tolist(), skip_special_tokens=True)
-    words = "".join(letter if letter.isprintable() else " " for letter in text).split()
-    while len(words) > 1 and len(" ".join(words)) > 24:
-        words.pop()
-    return " ".join(words)[:24].replace('"', "").replace("\\", "") or "Once"
-
-
 def _remarks(settings: TrainSettings, data: TrainingData, tokens: int) -> list[str]:
     """What a reader of the plan may not expect. tokens: that the run will read."""
     remarks = []
@@ -379,18 +298,3 @@ def configuration_of(settings: TrainSettings, **fields: Any) -> DyadConfig:
     """Of a new model; what was asked for wins over `fields`."""
     fields = {"max_position_embeddings": settings.data.sequence_length} | fields | settings.model_fields
     return DyadConfig.from_preset(settings.preset or "", **fields)
-
-
-def _bytes_per_token(streams: Sequence[tuple[TokenStream, float]]) -> float:
-    """Of the mixture, from the beginning of each stream."""
-    total = sum(weight for _, weight in streams)
-    sizes = [min(len(stream), SAMPLED_TOKENS) for stream, _ in streams]
-    return sum(
-        weight / total * _bytes_of_target(stream, size) for (stream, weight), size in zip(streams, sizes, strict=True)
-    )
-
-
-def _bytes_of_target(stream: TokenStream, size: int) -> float:
-    """Bytes of text for each target among the first `size` tokens."""
-    targets = targets_of(stream, 0, size)
-    return target_bytes(stream, 0, size) / max(1, size if targets is None else int(targets.sum()))

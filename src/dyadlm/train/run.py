@@ -38,10 +38,11 @@ from dyadlm.train.companions import published_parameters
 from dyadlm.train.compiler import compiling
 from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
-from dyadlm.train.prepared_run import PreparedRun, TrainingData, prepare_run
+from dyadlm.train.prepared_run import PreparedRun, prepare_run
 from dyadlm.train.progress import METRICS_NAME, MetricsWriter, ProgressDisplay, losses_of_sources, read_metrics
 from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 from dyadlm.train.trainer import LanguageModelTrainer
+from dyadlm.train.training_data import TrainingData
 from dyadlm.version import __version__
 
 
