@@ -174,7 +174,7 @@ def test_a_momentum_of_another_shape_is_refused(tmp_path, small, words, console)
     with pytest.MonkeyPatch.context() as patch:  # as if it had been written so
         patch.setattr("dyadlm.train.checkpoint.sha256_of", lambda path: "")
         patch.setattr("dyadlm.train.checkpoint.read_manifest", lambda folder: {"identity": {}})
-        patch.setattr("dyadlm.train.run.read_manifest", lambda folder: None)
+        patch.setattr("dyadlm.train.resuming.read_manifest", lambda folder: None)
         with pytest.raises(UserError, match=r"momentum_buffer .* is \(3,\)"):
             train(small(run, *MUON, "max_steps=4", resume=True), words(), console)
 

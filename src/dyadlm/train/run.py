@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import platform
 import time
@@ -15,24 +14,20 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.progress import preparation_progress
 from dyadlm.data.resolve import parse_weight
-from dyadlm.errors import RunFailed, UserError
-from dyadlm.files import STAGING_PREFIX, locked, printable, require_new, require_writable, write_atomically
+from dyadlm.errors import RunFailed
+from dyadlm.files import locked, printable, require_writable, write_atomically
 from dyadlm.model.adapters import adapter_parameters
-from dyadlm.model.configuration import CHOOSING, DyadConfig
 from dyadlm.model.loading import is_model_folder
 from dyadlm.train.checkpoint import (
     checkpoint_path,
-    checkpoints,
     last_complete,
-    read_manifest,
     remove_leftovers,
-    require_same,
 )
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.compiler import compiling
@@ -40,6 +35,14 @@ from dyadlm.train.export import model_card
 from dyadlm.train.interrupt import InterruptHandler, RunInterrupted
 from dyadlm.train.prepared_run import PreparedRun, prepare_run
 from dyadlm.train.progress import METRICS_NAME, MetricsWriter, ProgressDisplay, losses_of_sources, read_metrics
+from dyadlm.train.resuming import (
+    annealed_anew,
+    checkpoint_to_resume,
+    damaged_after,
+    evaluation_missed,
+    read_step,
+    require_own_output,
+)
 from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 from dyadlm.train.trainer import LanguageModelTrainer
 from dyadlm.train.training_data import TrainingData
@@ -86,7 +89,7 @@ def train(
     console = console or standard_error()
     console.quiet = console.quiet or not first
     if first:
-        _require_own_output(settings)
+        require_own_output(settings)
         require_writable(output / RECORD_NAME, "the run")
     if (finished := _finished(settings)) is not None:
         console.print(f"{printable(str(output))} is already finished.")
@@ -97,13 +100,13 @@ def train(
     with contextlib.ExitStack() as closing:
         if first:
             closing.enter_context(locked(output))
-            _require_own_output(settings)  # once more: another run may have begun since
-        resumed = _checkpoint_to_resume(settings, plan)
+            require_own_output(settings)  # once more: another run may have begun since
+        resumed = checkpoint_to_resume(settings, plan)
         step = read_step(resumed)
-        plan.choices.extend(_annealed_anew(settings, plan, step))
+        plan.choices.extend(annealed_anew(settings, plan, step))
         for choice in plan.choices:
             console.print(choice)
-        missed = _evaluation_missed(output, step, plan.arguments)
+        missed = evaluation_missed(output, step, plan.arguments)
         plan.arguments.eval_on_start = plan.arguments.eval_on_start or missed
         handler = InterruptHandler()
         trainer = plan.trainer(settings, handler)
@@ -122,7 +125,7 @@ def train(
                 trainer.add_callback(callback)
         for make in callbacks:
             trainer.add_callback(make(trainer))
-        for damaged in _damaged_after(settings, resumed):
+        for damaged in damaged_after(settings, resumed):
             console.print(f"{printable(str(damaged))} is damaged and left out; `dyadlm verify` says how.")
         if resumed is not None:
             console.print(f"Going on from {printable(str(resumed))}.")
@@ -141,21 +144,8 @@ def train(
         return _finish(settings, plan, trainer, seconds)
 
 
-# ---- What is there already ----
-
-
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _require_own_output(settings: TrainSettings) -> None:
-    """Refuse an output that holds something else than a run to resume; a cut-off beginning counts as empty."""
-    output = settings.output
-    if (output / RECORD_NAME).is_file():
-        if not settings.resume:
-            raise UserError(f"{output} already holds a run; add --resume to go on, or choose another --output.")
-    elif not output.is_dir() or not all(path.name.startswith(STAGING_PREFIX) for path in output.iterdir()):
-        require_new(output, "the run")
 
 
 def _finished(settings: TrainSettings) -> TrainResult | None:
@@ -172,73 +162,6 @@ def _finished(settings: TrainSettings) -> TrainResult | None:
         checkpoint=last_complete(output),
         metrics=read_metrics(output / METRICS_NAME),
     )
-
-
-def _checkpoint_to_resume(settings: TrainSettings, plan: PreparedRun) -> Path | None:
-    """The newest complete checkpoint; None: begin at step 0. Raises `UserError` if it is of another run."""
-    if not settings.resume:
-        return None
-    path, identity = last_complete(settings.output), plan.identity
-    if path is not None and (manifest := read_manifest(path)) is not None:
-        found = manifest["identity"]
-        if identity["model"].get("model_type") == DyadConfig.model_type:
-            # Fields that a checkpoint does not name are younger than it.
-            defaults = DyadConfig().to_dict()
-            younger = {name: defaults[name] for name in identity["model"] if name in defaults}
-            found = found | {"model": younger | found["model"]}
-        if isinstance(found["order of text"].get("rows_carried"), dict):
-            # Earlier versions did not write which rows a process had; it goes on with those of its own number.
-            rows = {"processes": plan.arguments.world_size, "rows": plan.arguments.train_batch_size}
-            identity = identity | {"order of text": identity["order of text"] | {"rows_carried": rows}}
-        require_same(found, identity, path)
-    return path
-
-
-def _damaged_after(settings: TrainSettings, resumed: Path | None) -> list[Path]:
-    """Newer checkpoints than the one to resume from, which were passed over."""
-    step = read_step(resumed)
-    return [path for number, path in checkpoints(settings.output).items() if number > step] if settings.resume else []
-
-
-def read_step(checkpoint: Path | None) -> int:
-    """The step a checkpoint was made at; 0 for none."""
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-
-
-def _annealed_anew(settings: TrainSettings, plan: PreparedRun, step: int) -> list[str]:
-    """What goes by the part of all steps that are done, if it goes on over another number of them than it began with.
-
-    Where a run is made longer, fingerprints and a teacher that had left come back.
-    """
-    if not step or not (settings.output / RECORD_NAME).is_file():
-        return []
-    steps = plan.arguments.max_steps
-    before = read_record(settings.output).get("training_arguments", {}).get("max_steps", steps)
-    if before == steps:
-        return []
-    annealed = []
-    if (kind := plan.identity["model"].get("selector")) in CHOOSING:
-        annealed.append((f"selector {kind}: annealed", ""))
-    if settings.fingerprint.shown and settings.fingerprint.cooldown:
-        annealed.append(("fingerprints: shown", f"the first {1 - settings.fingerprint.cooldown:.0%} of "))
-    if settings.planner.teacher:
-        annealed.append(("teacher: sees the true future", f"the first {settings.planner.teacher_until:.0%} of "))
-    return [
-        f"{what} over {part}{before} steps until step {step}, over {part}{steps} from there on"
-        for what, part in annealed
-    ]
-
-
-def _evaluation_missed(output: Path, step: int, arguments: TrainingArguments) -> bool:
-    """Whether the run was cut off between saving at `step` and the evaluation that was to follow."""
-    every = arguments.eval_steps or 0
-    every = every if every >= 1 else math.ceil(every * arguments.max_steps)
-    due = step == arguments.max_steps or (every and step % every == 0)
-    if not step or not due or arguments.eval_strategy == "no" or step < arguments.eval_delay:
-        return False
-    path = output / METRICS_NAME
-    lines = read_metrics(path) if path.exists() else []
-    return not any(line["step"] == step and "eval_loss" in line for line in lines)
 
 
 # ---- What a run leaves ----
