@@ -4,6 +4,7 @@ It is what tests kill (`run`, in a process of its own) or distribute (as a progr
 `python program.py OUTPUT [--resume] key=value … [-- OUTPUT …]`).
 """
 
+import os
 import random
 import resource
 import sys
@@ -55,7 +56,7 @@ def small(output: Path, *assignments: str, **options: Any) -> TrainSettings:
 
 def main(console: Console, target: str, *rest: str) -> None:
     assignments = [text for text in rest if text != "--resume"]
-    settings = small(Path(target), *assignments, resume="--resume" in rest)
+    settings = small(Path(os.path.expandvars(target)), *assignments, resume="--resume" in rest)
     try:
         train(settings, words(), console)
     except RunFailed as error:

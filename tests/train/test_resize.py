@@ -47,8 +47,8 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint(tmp_path, monkeypatch, reaso
         load_sharded_weights(torch.nn.Linear(2, 2), tmp_path, ())
 
 
-def launch_two(forkserver, file, runs: str) -> None:
-    """As `torchrun --nproc-per-node=2` starts them; it would import torch three times more."""
+def launch_two(forkserver, file, runs: str) -> list[int]:
+    """The exit codes of two processes, started as by `torchrun --nproc-per-node=2`, which imports torch three times."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -60,7 +60,9 @@ def launch_two(forkserver, file, runs: str) -> None:
         processes[-1].start()
     for process in processes:
         process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0], file.read_text()
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, console, forkserver):
@@ -73,7 +75,7 @@ def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, consol
     runs = [
         f"{tmp_path / name} {' '.join((*SHARED, *options))} max_steps=4 --resume" for name, options in KINDS.items()
     ]
-    launch_two(forkserver, tmp_path / "shown", " -- ".join(runs))
+    assert launch_two(forkserver, tmp_path / "shown", " -- ".join(runs)) == [0, 0], (tmp_path / "shown").read_text()
     checkpoint = tmp_path / "sharded" / "checkpoint-4"
     for folder in (WEIGHTS_FOLDER, OPTIMIZER_FOLDER):
         assert len(list((checkpoint / folder).glob("*.safetensors"))) == 2
@@ -97,3 +99,23 @@ def test_runs_go_from_one_process_to_two_and_back(tmp_path, small, words, consol
         found, wanted = (load_file(folder / "model.safetensors") for folder in (run, expected[name]))
         for weight, value in wanted.items():
             torch.testing.assert_close(found[weight], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_a_run_that_one_process_does_not_see_is_refused(tmp_path, small, words, console, forkserver, resume):
+    """As where each machine has a disk of its own; a run would begin anew there."""
+    if resume:
+        train(small(tmp_path / "run-0", *SHARED, "max_steps=1"), words(), console)
+        (tmp_path / "run-1").mkdir()
+    shown = tmp_path / "shown"
+    assert launch_two(forkserver, shown, f"{tmp_path}/run-$RANK {' '.join(SHARED)} max_steps=2 {resume}") == [1, 1]
+    missing = tmp_path / ("run-1/checkpoint-1" if resume else "run-1")
+    assert f"Process 1 does not see {missing}" in shown.read_text()
+
+
+def test_what_the_first_process_refuses_is_refused_in_all(tmp_path, small, words, console, forkserver):
+    """A process of its own mind would wait for the others."""
+    train(small(tmp_path / "run", *SHARED, "max_steps=1"), words(), console)
+    runs = f"{tmp_path}/run {' '.join(SHARED)} seed=7 max_steps=2 --resume"
+    assert launch_two(forkserver, tmp_path / "shown", runs) == [1, 1]
+    assert (tmp_path / "shown").read_text().count("seed: 42 there, 7 here") == 2

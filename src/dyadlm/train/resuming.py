@@ -1,8 +1,11 @@
 """What is there of a run already: where it goes on, and what is told of the steps before."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from dyadlm.errors import UserError
@@ -12,6 +15,34 @@ from dyadlm.train.checkpoint import checkpoints, last_complete, read_manifest, r
 from dyadlm.train.prepared_run import PreparedRun
 from dyadlm.train.progress import METRICS_NAME, read_metrics
 from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
+
+Found = TypeVar("Found")
+
+
+def found_by_first(look: Callable[[], Found], arguments: TrainingArguments) -> Found:
+    """What the first process finds in the folder of the run, or the `UserError` that it raises, in every process.
+
+    Each for itself might see the folder at another moment, and would read all of a checkpoint for its checksums.
+    """
+    found: list[Found | UserError | None] = [None]
+    if arguments.process_index == 0:
+        try:
+            found = [look()]
+        except UserError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return cast(Found, found[0])
+
+
+def require_seen(folder: Path, arguments: TrainingArguments) -> None:
+    """Raise `UserError` where this process does not see a folder of the run that the first process has."""
+    if not folder.is_dir():
+        raise UserError(
+            f"Process {arguments.process_index} does not see {folder}, which the first process has; choose an --output "
+            "on storage that all machines share."
+        )
 
 
 def require_own_output(settings: TrainSettings) -> None:
@@ -25,7 +56,10 @@ def require_own_output(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, plan: PreparedRun) -> Path | None:
-    """The newest complete checkpoint; None: begin at step 0. Raises `UserError` if it is of another run."""
+    """The newest complete checkpoint, all of which is read for its checksums; None: begin at step 0.
+
+    Raises `UserError` if it is of another run.
+    """
     if not settings.resume:
         return None
     path, identity = last_complete(settings.output), plan.identity

@@ -40,8 +40,10 @@ from dyadlm.train.resuming import (
     checkpoint_to_resume,
     damaged_after,
     evaluation_missed,
+    found_by_first,
     read_step,
     require_own_output,
+    require_seen,
 )
 from dyadlm.train.settings import RECORD_NAME, TrainSettings, read_record
 from dyadlm.train.trainer import LanguageModelTrainer
@@ -101,12 +103,13 @@ def train(
         if first:
             closing.enter_context(locked(output))
             require_own_output(settings)  # once more: another run may have begun since
-        resumed = checkpoint_to_resume(settings, plan)
+        resumed = found_by_first(lambda: checkpoint_to_resume(settings, plan), plan.arguments)
+        require_seen(output if resumed is None else output / resumed.name, plan.arguments)
         step = read_step(resumed)
         plan.choices.extend(annealed_anew(settings, plan, step))
         for choice in plan.choices:
             console.print(choice)
-        missed = evaluation_missed(output, step, plan.arguments)
+        missed = found_by_first(lambda: evaluation_missed(output, step, plan.arguments), plan.arguments)
         plan.arguments.eval_on_start = plan.arguments.eval_on_start or missed
         handler = InterruptHandler()
         trainer = plan.trainer(settings, handler)
@@ -232,7 +235,7 @@ def _finish(settings: TrainSettings, plan: PreparedRun, trainer: LanguageModelTr
     return TrainResult(
         **result,  # type: ignore[arg-type]
         output=output,
-        checkpoint=last_complete(output),
+        checkpoint=found_by_first(lambda: last_complete(output), plan.arguments),
         metrics=metrics,
     )
 
