@@ -180,6 +180,21 @@ def test_halves_are_summed_in_float32(family: Callable, dtype: torch.dtype, roun
             assert (part - whole).float().norm() < rounding * whole.norm()
 
 
+@pytest.mark.parametrize("family", [windows_by, segments_by])
+def test_what_a_compiler_lays_out_in_another_way_is_read_as_it_lies(family: Callable) -> None:
+    def moved(part: Tensor) -> Tensor:
+        """The same values, with the rows of the batch beside each other in memory."""
+        return part.transpose(0, 1).contiguous().transpose(0, 1)
+
+    x, weight = torch.randn(2, 20, 5, device=DEVICE), torch.rand(2, 20, device=DEVICE) + 0.5
+    _, features_of, gradients_of = family(x, weight)
+    features, sums = features_of(x, weight, torch.float32)
+    assert torch.equal(features_of(moved(x), moved(weight), torch.float32)[0], features)
+    given = (x, weight, features, torch.randn_like(features), sums)
+    for found, expected in zip(gradients_of(*map(moved, given)), gradients_of(*given), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [windows_by, segments_by])
 def test_torch_takes_them_for_operators(family: Callable) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", minversion="3.7")
+# As in test_kernels.py.
+pytest.importorskip("triton", minversion="3.3" if torch.cuda.is_available() else "3.7")
 
 import dyadlm.kernels.slot_plan
 import dyadlm.kernels.slot_read
@@ -122,6 +123,16 @@ def test_gradients_of_halves_are_summed_in_float32(dtype: torch.dtype) -> None:
     exact = slopes_of(read_slots(wide, plan, None), wide, slope.float())
     rounding = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(slopes_of(found, values, slope).float(), exact, rtol=rounding, atol=1e-7)
+
+
+def test_what_a_compiler_lays_out_in_another_way_is_read_as_it_lies() -> None:
+    def moved(part: Tensor) -> Tensor:
+        """The same values, with the rows of the batch beside each other in memory."""
+        return part.transpose(0, 1).contiguous().transpose(0, 1)
+
+    _, plan = both(text(2, 30, letters=2), make_clock(2, 30, device=DEVICE))
+    given = (torch.randn(2, 30, len(CONTEXTS), 4, device=DEVICE), plan.found, plan.column, plan.following)
+    assert torch.equal(slot_recall_gradients(*map(moved, given), 1), slot_recall_gradients(*given, 1))
 
 
 @pytest.mark.slow

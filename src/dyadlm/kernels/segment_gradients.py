@@ -206,7 +206,8 @@ def segment_gradients(
     Means are read from the features: where these are bfloat16, the factors of the product are, too.
     """
     batch, time, rank = x.shape
-    x, slope = x if x.stride(2) == 1 else x.contiguous(), slope.contiguous()
+    x = x if x.stride(2) == 1 else x.contiguous()
+    features, slope, counts = features.contiguous(), slope.contiguous(), counts.contiguous()
     x_slope, weight_slope = x.new_empty(batch, time, rank), x.new_empty(batch, time, dtype=torch.float32)
     tile = tile_of(rank)
     stretches = triton.cdiv(time, tile["rows"] * tile["tiles"])

@@ -121,7 +121,7 @@ def _shapes(values, found, column, slot, stored, following):
 def slot_recall_gradients(slope: Tensor, found: Tensor, column: Tensor, following: Tensor, own: int) -> Tensor:
     """The gradient of values (B, T, own, M), from that of what is recalled, `slope` (B, T, N, M + 1)."""
     batch, time, tables, width = *slope.shape[:3], slope.shape[3] - 1
-    slope, found, column = slope.contiguous(), found.contiguous(), column.contiguous()
+    slope, found, column, following = (part.contiguous() for part in (slope, found, column, following))
     value_slope = slope.new_empty(batch, time, own, width)
     tile = _tile(width)
     tiles = triton.cdiv(time, tile["rows"])

@@ -200,7 +200,8 @@ def window_gradients(
     Centroids are read from the features: where these are bfloat16, the factors of the product are, too.
     """
     batch, time, rank = x.shape
-    x, slope = x if x.stride(2) == 1 else x.contiguous(), slope.contiguous()
+    x = x if x.stride(2) == 1 else x.contiguous()
+    features, slope, scales = features.contiguous(), slope.contiguous(), scales.contiguous()
     x_slope, weight_slope = x.new_empty(batch, time, rank), x.new_empty(batch, time, dtype=torch.float32)
     tile = _tile(rank)
     tiles = triton.cdiv(time, tile["rows"])
