@@ -59,19 +59,20 @@ def resolve_data(
     num_proc: int = 1,
     most_decompressed: float = MOST_DECOMPRESSED,
     progress: Progress | None = None,
+    verify: bool = True,
 ) -> ResolvedData:
     """Open prepared folders; fetch, and prepare into the cache, what is not prepared.
 
     An argument is a prepared folder, or a source that `prepare` takes, with an optional `:weight` behind it.
     The tokenizer is the one given (a model's own, or a name); else that of the first prepared folder; else the
-    byte tokenizer. progress: told how far what is prepared here is. Raises `UserError`, also if a prepared folder has
-    another tokenizer.
+    byte tokenizer. progress: told how far what is prepared here is. verify: read prepared folders whole, for their
+    checksums; without it, another process has. Raises `UserError`, also if a prepared folder has another tokenizer.
     """
     if not arguments:
         raise UserError("There is no data; name a corpus, a file or a folder.")
     parsed = [parse_weight(argument) for argument in arguments]
     find = partial(find_source, text_field=text_field, most_decompressed=most_decompressed)
-    opened = [open_dataset(name) if (Path(name) / MANIFEST_NAME).exists() else find(name) for name, _ in parsed]
+    opened = [open_dataset(name, verify) if (Path(name) / MANIFEST_NAME).exists() else find(name) for name, _ in parsed]
     if tokenizer is None:
         tokenizer = next((data.tokenizer for data in opened if isinstance(data, PreparedDataset)), byte_tokenizer())
     elif isinstance(tokenizer, str):
@@ -79,7 +80,7 @@ def resolve_data(
     prepared = [
         data
         if isinstance(data, PreparedDataset)
-        else _prepare_once(data, tokenizer, text_field, num_proc, progress=progress)
+        else _prepare_once(data, tokenizer, text_field, num_proc, progress=progress, verify=verify)
         for data in opened
     ]
     identity = tokenizer_identity(tokenizer)
@@ -163,6 +164,7 @@ def _prepare_once(
     num_proc: int,
     whole: bool = False,
     progress: Progress | None = None,
+    verify: bool = True,
 ) -> PreparedDataset:
     """The source, prepared in the cache under a name that changes with its content and the tokenizer."""
     parts = [str(FORMAT), source.name, source.key, text_field, tokenizer_identity(tokenizer), *["whole"] * whole]
@@ -178,4 +180,4 @@ def _prepare_once(
         except (OSError, UserError):
             if not (folder / MANIFEST_NAME).exists():  # else another process was first
                 raise
-    return open_dataset(folder)
+    return open_dataset(folder, verify)

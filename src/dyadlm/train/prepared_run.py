@@ -115,7 +115,8 @@ def prepare_run(
     if settings.data.stream:
         require_streamable(settings, arguments)
     with arguments.main_process_first(local=False, desc="preparing the data"):
-        data = data or resolve_training_data(settings, arguments.seed, progress)
+        # One process of each machine reads prepared text for its checksums: all would read all of it.
+        data = data or resolve_training_data(settings, arguments.seed, progress, arguments.local_process_index == 0)
     options = settings.data
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if "max_steps" not in settings.arguments:

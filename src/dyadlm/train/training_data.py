@@ -38,10 +38,11 @@ class TrainingData:
     streamed: StreamedText | None = None
 
 
-def resolve_training_data(settings: TrainSettings, seed: int, progress: Progress | None) -> TrainingData:
+def resolve_training_data(settings: TrainSettings, seed: int, progress: Progress | None, verify: bool) -> TrainingData:
     """The sources under the model's own tokenizer, or for a new model under the one asked for.
 
-    progress: told how far the text is that is prepared here. Raises `UserError` for sources that cannot be read.
+    progress: told how far the text is that is prepared here. verify: whether to read prepared text whole, for its
+    checksums. Raises `UserError` for sources that cannot be read.
     """
     tokenizer = settings.data.tokenizer
     if settings.model is not None:
@@ -50,7 +51,8 @@ def resolve_training_data(settings: TrainSettings, seed: int, progress: Progress
         tokenizer = settings.model
     if settings.data.stream:
         return _streamed(settings, tokenizer, seed)
-    resolved = resolve_data(settings.sources, tokenizer, progress=progress, **reading_options(settings.to_dict()))
+    options = reading_options(settings.to_dict())
+    resolved = resolve_data(settings.sources, tokenizer, progress=progress, verify=verify, **options)
     return TrainingData(
         tokenizer=resolved.tokenizer,
         train=resolved.train,
