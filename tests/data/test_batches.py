@@ -1,9 +1,11 @@
 """Laws of training windows: pure, disjoint, covering, in proportion; and of streams in memory."""
 
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -243,3 +245,14 @@ def test_tags_say_document_section_and_kind_alike_in_every_stream():
     assert len({tag_code(name) for name in names}) == len(names)
     assert all(-(2**63) <= tag_code(name) < 2**63 for name in names)
     assert tag_code("Lear") == -2436340275145767243  # of every run
+
+
+def test_names_of_many_documents_stay_outside_of_python():
+    names, alike = pa.array([f"texts.jsonl:{number}" for number in range(20_000)]), pa.array(["text"] * 20_000)
+    starts = np.arange(20_000)
+    tracemalloc.start()
+    table = SegmentTable.from_arrow(starts, names, alike, alike)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert table[7] == Segment(7, "texts.jsonl:7", "text", "text")
+    assert most < 200_000  # a string of Python takes some 60 bytes

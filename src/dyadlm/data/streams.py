@@ -34,23 +34,24 @@ class Segment(NamedTuple):
 class SegmentTable:
     """All segments of a stream in order. Neighbouring documents have different names.
 
-    starts: int64 (S,), the first is 0; documents, sections, kinds: int32 (S,), positions in the tables of names.
+    starts: int64 (S,), the first is 0; documents, sections, kinds: int32 (S,), positions in the tables of names. Names
+    are strings of Arrow: as objects of Python, those of millions of documents take gigabytes.
     """
 
     starts: np.ndarray
     documents: np.ndarray
     sections: np.ndarray
     kinds: np.ndarray
-    document_names: Sequence[str]
-    section_names: Sequence[str]
-    kind_names: Sequence[str]
+    document_names: pa.Array
+    section_names: pa.Array
+    kind_names: pa.Array
 
     @classmethod
     def from_arrow(cls, starts: np.ndarray, document: pa.Array, section: pa.Array, kind: pa.Array) -> "SegmentTable":
         """From columns of strings, each (S,)."""
         columns = [column.dictionary_encode() for column in (document, section, kind)]
         codes = [column.indices.to_numpy(zero_copy_only=False) for column in columns]
-        return cls(starts, *codes, *[column.dictionary.to_pylist() for column in columns])
+        return cls(starts, *codes, *[column.dictionary for column in columns])
 
     @classmethod
     def from_segments(cls, segments: Sequence[Segment]) -> "SegmentTable":
@@ -63,9 +64,9 @@ class SegmentTable:
     def __getitem__(self, number: int) -> Segment:
         return Segment(
             int(self.starts[number]),
-            self.document_names[self.documents[number]],
-            self.section_names[self.sections[number]],
-            self.kind_names[self.kinds[number]],
+            self.document_names[int(self.documents[number])].as_py(),
+            self.section_names[int(self.sections[number])].as_py(),
+            self.kind_names[int(self.kinds[number])].as_py(),
         )
 
 
@@ -166,7 +167,7 @@ class TokenStream:
     @cached_property
     def _learned(self) -> np.ndarray | None:
         """By segment, bool (S,); None where every one is."""
-        learned = np.array([is_target(kind) for kind in self.segments.kind_names])
+        learned = np.array([is_target(kind) for kind in self.segments.kind_names.to_pylist()])
         return None if learned.all() else learned[self.segments.kinds]
 
     @cached_property
@@ -191,7 +192,7 @@ class TokenStream:
         starts = self.document_starts.tolist()
         codes = self.segments.documents[np.searchsorted(self.segments.starts, starts)]
         return [
-            Document(start, stop, self.segments.document_names[code])
+            Document(start, stop, self.segments.document_names[int(code)].as_py())
             for start, stop, code in zip(starts, [*starts[1:], len(self)], codes, strict=True)
         ]
 
