@@ -129,3 +129,11 @@ def test_text_that_cannot_be_streamed_is_said():
     chat = Passage("talk", b"[]", kind="chat:conversation")
     with pytest.raises(UserError, match="talk is a conversation"):
         windows((Source("a", "CC0", "a", {"train": lambda: iter([chat])}), 1.0))
+
+
+def test_a_place_that_is_no_longer_remembered_is_not_saved_as_another(tmp_path):
+    made = windows((documents("a"), 1.0))
+    read(made, range(60))
+    with pytest.raises(AssertionError, match="no longer remembered"):
+        made.save(tmp_path, 4)
+    assert not list(tmp_path.iterdir())

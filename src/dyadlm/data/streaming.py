@@ -194,7 +194,10 @@ class StreamedWindows(Dataset[dict[str, torch.Tensor]]):
         """Write where window `number` begins, one of those that are remembered."""
         while self._next < number:  # others read these windows
             self._read()
-        state, left = self._places.get(number) or (self._passages.state_dict(), self._left)
+        if number not in self._places:
+            assert self._next == number, "a place that is no longer remembered cannot be saved"
+            self._places[number] = self._passages.state_dict(), self._left
+        state, left = self._places[number]
         told = {"window": str(number), "passages": json.dumps(state)}
         save_file({"left": np.ascontiguousarray(left)}, folder / FILE, metadata=told)
 
