@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("tests", "kernels", "training", "study", "text")
 # Of the whole time.
 SHARES = {"tests": 0.1, "kernels": 0.1, "training": 0.25, "study": 0.33, "text": 0.22}
 LENGTHS = (2048, 8192, 32768)
@@ -195,7 +194,7 @@ def text(run: Run, seconds: float) -> None:
     """tiny-en with two fifths of the time, then `small` and the Llama with equal parts."""
     prepare_texts(run)
     if not run.texts:
-        print("no shard was given", flush=True)
+        print("no shard was given" if run.options.shard is None else "all texts are there", flush=True)
         return
     until = time.time() + seconds
     while time.time() < until - 0.5 * seconds and not all(
@@ -210,6 +209,9 @@ def text(run: Run, seconds: float) -> None:
         part.write_text(f"{each * shares[name]:.1f}")
         part.rename(run.folder / f"{name}.go")
         run.finish(process, f"text {name}.log", until + 10 - time.time())
+
+
+STAGES = {"tests": tests, "kernels": kernels, "training": training, "study": study, "text": text}
 
 
 def main() -> None:
@@ -241,7 +243,7 @@ def main() -> None:
         seconds = left * SHARES[stage] / sum(SHARES[later] for later in options.stages[number:])
         begun = time.time()
         print(f"==== {stage}: at most {seconds:.0f} s of {left:.0f}", flush=True)
-        globals()[stage](run, seconds)
+        STAGES[stage](run, seconds)
         print(f"==== {stage}: {time.time() - begun:.0f} s", flush=True)
     shutil.rmtree(run.folder / "shard", ignore_errors=True)
     shutil.rmtree(run.folder / "inductor", ignore_errors=True)
