@@ -14,7 +14,7 @@ from dyadlm.generate import Sampling, Session
 from dyadlm.serve import Limits, ServedModel
 from dyadlm.serve.errors import ApiError
 from dyadlm.serve.session_record import fits
-from dyadlm.serve.session_storage import FolderStorage, shared_storage
+from dyadlm.serve.session_storage import FileClaim, FolderStorage, shared_storage
 from dyadlm.serve.sessions import SessionStore
 from dyadlm.serve.shared_sessions import SharedSessions
 
@@ -198,6 +198,39 @@ def test_a_state_is_read_once_while_nobody_changes_it(place, weights, monkeypatc
         assert len(loads) == 1
         await sessions.delete(session)
         assert sessions.memory_bytes == 0
+        await sessions.close()
+
+    asyncio.run(use())
+    model.scheduler.close(0)
+
+
+def test_a_claim_that_nobody_waits_for_any_more_is_let_go(tmp_path, weights, monkeypatch):
+    """Apart from the thread that answers all requests, for storage may take its time."""
+    sessions, model = stored(tmp_path, weights)
+    storage, asked, threads = sessions._storage, threading.Event(), []
+    claim, release = storage.claim, FileClaim.release
+
+    def slow(key):
+        asked.wait(20)
+        return claim(key)
+
+    def released(own):
+        release(own)
+        threads.append(threading.current_thread())
+
+    async def use():
+        session = await sessions.add(model, model.rows.start(), None, None, "")
+        monkeypatch.setattr(FileClaim, "release", released)
+        monkeypatch.setattr(storage, "claim", slow)
+        request = asyncio.create_task(sessions.delete(session))
+        await asyncio.sleep(0.05)
+        request.cancel()
+        asked.set()
+        while not threads:
+            await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        assert threads != [threading.current_thread()]
+        await sessions.delete(session)
         await sessions.close()
 
     asyncio.run(use())

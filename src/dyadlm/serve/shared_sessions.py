@@ -302,4 +302,4 @@ async def _renewed(claim: Claim, every: float) -> None:
 def _let_go(claiming: "asyncio.Future[Claim | None]") -> None:
     """Of a claim that nobody waits for any more."""
     if not claiming.cancelled() and claiming.exception() is None and (claim := claiming.result()) is not None:
-        claim.release()
+        claiming.get_loop().run_in_executor(None, claim.release)  # which may wait for another machine
