@@ -75,6 +75,13 @@ def test_memory_follows_the_windows_of_a_card_and_fsdp():
     two = plan(settings("per_device_train_batch_size=1", "gradient_accumulation_steps=16"), (1, 2))
     assert two["cards"][1]["memory_bytes"] - two["cards"][0]["memory_bytes"] == 4 * two["parameters"]
     assert sixteen["memory_bytes"] > sixteen["sharded_memory_bytes"]
+    # A table that every card gathers whole, and its gradient, are in no block.
+    wider, narrow = (plan(settings(f"model.vocab_size={size}"), (16,)) for size in (1259, 259))
+    (more,), (less,) = wider["cards"], narrow["cards"]
+    table = 1000 * 32
+    assert wider["static_memory_bytes"] - narrow["static_memory_bytes"] == 16 * table
+    kept = (more["memory_bytes"] - less["memory_bytes"]) - (16 + 4) * table  # with gradients in buckets
+    assert more["sharded_memory_bytes"] - less["sharded_memory_bytes"] == table + 8 * table + kept
     (less,) = plan(settings("gradient_checkpointing=true"), (1,))["cards"]
     assert less["memory_bytes"] < one["memory_bytes"]
     assert less["seconds"]["eager"] > 1.2 * one["seconds"]["eager"]

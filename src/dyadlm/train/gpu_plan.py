@@ -100,7 +100,7 @@ def plan(
         )
     tokens = arguments["max_steps"] * windows * length
     # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
-    # gradients of one block, and the weights of the next.
+    # gradients of one block and of all that is in no block, and the weights of the next block.
     buckets = 4 * parameters(config)
     passes_of = {count: passes_over(windows // count, rows) for count in cards}
     rows_of = {count: windows // count // passes for count, passes in passes_of.items()}
@@ -109,7 +109,8 @@ def plan(
         with torch.device("meta"):
             model = DyadForCausalLM(config)
         static = static_bytes(model, settings.train)
-        gathered = 12 * max(sum(weight.numel() for weight in block.parameters()) for block in model.model.layers)
+        blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.model.layers]
+        gathered = 12 * max(blocks) + 8 * (sum(weight.numel() for weight in model.parameters()) - sum(blocks))
         memory = {own: activation_bytes(config, own, length, recomputed=recomputed) for own in set(rows_of.values())}
         flops = float(tokens) * per_token
     except (RuntimeError, OverflowError) as error:  # torch, too, counts in 64 bits
