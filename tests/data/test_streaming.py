@@ -137,3 +137,24 @@ def test_a_place_that_is_no_longer_remembered_is_not_saved_as_another(tmp_path):
     with pytest.raises(AssertionError, match="no longer remembered"):
         made.save(tmp_path, 4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("texts", [0, 9])
+def test_text_that_changes_between_two_passes_is_refused(tmp_path, scheme, texts):
+    """Else the run would go on with another text, or end without any."""
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"text": "a text of some words for this test"}\n' * 9)
+    made = windows((open_source(f"{scheme}{file}"), 1.0))
+    assert made[0]["input_ids"].shape == (16,)
+    file.write_text('{"text": "another text"}\n' * texts)
+    with pytest.raises(UserError, match=r"lines\.jsonl has changed while it was read"):
+        read(made, range(60))
+
+
+def test_text_that_is_gone_is_said():
+    """A `StopIteration` would end the run as if it had read everything."""
+    left = iter([5, 5])  # for the sample, and for one pass
+    source = Source("a", "CC0", "a", {"train": lambda: documents("a", next(left, 0)).splits["train"]()})
+    with pytest.raises(UserError, match="no more text"):
+        read(windows((source, 1.0)), range(60))

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ def mixed(sources: Sequence[tuple[Source, float]], held_out: Sequence[int], seed
     """The passages of all sources without end, each source again and again, drawn by their weights.
 
     Records are documents, or about a megabyte of longer ones: `content`, bytes, and `starts`, whether a document begins
-    there. held_out: records at the beginning of each source that are left out.
+    there. held_out: records at the beginning of each source that are left out. Reading raises `UserError` at the end of
+    a source that has changed since it was opened.
     """
     total = sum(weight for _, weight in sources)
     read = [
-        datasets.IterableDataset.from_generator(_records, gen_kwargs={"parts": list(source.parts)})
+        datasets.IterableDataset.from_generator(
+            _records, gen_kwargs={"parts": [*source.parts, partial(_last_part, source)]}
+        )
         .skip(left_out)
         .repeat(None)
         for (source, _), left_out in zip(sources, held_out, strict=True)
@@ -53,6 +57,13 @@ def _records(parts: Sequence[Callable[[], Iterator[Passage]]]) -> Iterator[dict[
         for passages in _documents(part()):
             first, content = passages[0], b"".join(passage.content for passage in passages)
             yield {"content": content, "starts": first.starts, "name": _plain(first), "offset": first.offset}
+
+
+def _last_part(source: Source) -> Iterator[Passage]:
+    """Nothing, after all that a source has. Raises `UserError` if it has changed: what was read is not what the run
+    says it read, and perhaps nothing is left."""
+    source.require_unchanged()
+    yield from ()
 
 
 def _documents(passages: Iterator[Passage]) -> Iterator[list[Passage]]:
@@ -178,7 +189,10 @@ class StreamedWindows(Dataset[dict[str, torch.Tensor]]):
                 del self._places[old]
         parts, size = [self._left], len(self._left)
         while size < self._size:
-            tokens = self._tokens(next(self._reader))
+            record = next(self._reader, None)
+            if record is None:  # sources are read again and again, unless nothing is left of one
+                raise UserError("The sources of the run have no more text; put back what was there, and use --resume.")
+            tokens = self._tokens(record)
             parts.append(tokens)
             size += len(tokens)
         read = np.concatenate(parts)
