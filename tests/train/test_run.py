@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from dyadlm import DyadConfig, DyadForCausalLM, RunFailed, UserError, files
 from dyadlm.accounting import training_flops_per_token
@@ -470,6 +470,16 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monk
     assert last_complete(output) == output / "checkpoint-3"
     train(small(output, resume=True), words(), console)
     assert_same_weights(undisturbed, output)
+
+
+def test_a_run_that_a_callback_ends_is_finished(tmp_path, small, words, console):
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    result = train(small(tmp_path / "run"), words(), console, callbacks=[lambda trainer: Enough()])
+    assert (result.steps, result.tokens) == (3, 3 * 4 * 32)
+    assert weights(tmp_path / "run")
 
 
 def test_log_spaced_checkpoints_stay(tmp_path, small, words, console):

@@ -137,7 +137,7 @@ def train(
         with handler, context:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.perf_counter() - begin
-        if trainer.state.global_step < plan.arguments.max_steps:
+        if handler.received and trainer.state.global_step < plan.arguments.max_steps:
             raise RunInterrupted(
                 f"Stopped at step {trainer.state.global_step} of {plan.arguments.max_steps} and saved; go on with: "
                 f"dyadlm train --output {output} --resume (or use it as it is: "
