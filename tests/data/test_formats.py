@@ -88,6 +88,7 @@ def test_other_json_is_text(tmp_path, content):
         ('[{"text": "a"}', "record 2 is not JSON"),
         ('[{"text": "a"} {"text": "b"}x', "record 2 is not JSON"),
         ('[{"text": "a"},', "record 2 is not JSON"),
+        pytest.param('[{"text": "a"}]' + 99 * " " + '\n[{"text": "b"}]', r"a.json goes on after its array \('\[{", id="two"),
     ],
 )
 def test_arrays_that_are_wrong(tmp_path, content, message):
@@ -98,7 +99,7 @@ def test_arrays_that_are_wrong(tmp_path, content, message):
 
 @given(texts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=6), block=st.integers(1, 50))
 def test_an_array_read_in_small_pieces(texts, block):
-    array = json.dumps([{"text": text} for text in texts], ensure_ascii=False)
+    array = json.dumps([{"text": text} for text in texts], ensure_ascii=False) + " \n"
     patched = pytest.MonkeyPatch()
     with patched.context() as context:
         context.setattr(formats, "BLOCK_BYTES", block)

@@ -331,6 +331,7 @@ def _members(text: io.TextIOWrapper, name: str) -> Iterator[Any]:
         rest = rest.lstrip()
         if rest and rest[0] in expected:
             if rest[0] == "]":
+                _require_end(rest[1:], text, name)
                 return
             expected, rest = "", rest[1:]
             continue
@@ -348,6 +349,14 @@ def _members(text: io.TextIOWrapper, name: str) -> Iterator[Any]:
         if not more:
             raise UserError(f"{name}, record {number + 1} is not JSON: {error}.")
         rest, size = rest + more, 2 * size
+
+
+def _require_end(rest: str, text: io.TextIOWrapper, name: str) -> None:
+    """Raise `UserError` if more than white space follows an array, such as a second one."""
+    while not rest.strip():
+        if not (rest := text.read(BLOCK_BYTES)):
+            return
+    raise UserError(f"{name} goes on after its array ({rest.strip()[:20]!r}); give one array, or JSON lines.")
 
 
 def _parquet(raw: BinaryIO, name: str, text_field: str) -> Iterator[Passage]:
@@ -368,7 +377,7 @@ def read_record(record: Mapping[str, Any], document: str, text_field: str) -> It
     """A record is a document; its fields `section` and `kind`, if they are strings, tag it. One without the text's
     field, but with messages, is a conversation."""
     if has_messages(record) and not isinstance(record.get(text_field), str | bytes):
-        section = record["section"] if isinstance(record.get("section"), str) else ""
+        section = _tags(record).get("section", "")
         content = as_json(messages_of(record, document))
         if len(content) > LONGEST_RECORD:
             raise UserError(f"{document} holds more than {LONGEST_RECORD >> 20} MiB of text; divide it.")
@@ -383,7 +392,13 @@ def read_record(record: Mapping[str, Any], document: str, text_field: str) -> It
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(content) > LONGEST_RECORD:
         raise UserError(f"{document} holds more than {LONGEST_RECORD >> 20} MiB of text; divide it.")
-    tags = {tag: record[tag] for tag in ("section", "kind") if isinstance(record.get(tag), str)}
+    tags = _tags(record)
     if tags.get("kind", "").startswith(RESERVED):
         raise UserError(f"{document} is of the kind {tags['kind']!r}, but {RESERVED}… is kept for conversations.")
     yield from split_text(io.BytesIO(content), Passage(document, b"", **tags))
+
+
+def _tags(record: Mapping[str, Any]) -> dict[str, str]:
+    """Section and kind of a record. Halves of surrogate pairs, which JSON can spell and no file can hold, are escaped."""
+    tags = {tag: record[tag] for tag in ("section", "kind") if isinstance(record.get(tag), str)}
+    return {tag: name.encode(errors="backslashreplace").decode() for tag, name in tags.items()}
