@@ -6,6 +6,9 @@ Dimension letters: T time, V vocabulary, D width.
 """
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -72,7 +75,7 @@ def activation_bytes(
 def _saved_bytes(config: DyadConfig, windows: int, sequence_length: int, bfloat16: bool, outside: bool) -> int:
     """What autograd saves, each piece of memory once. outside: of what stands outside the blocks alone."""
     saved: dict[int, torch.UntypedStorage] = {}
-    with FakeTensorMode():
+    with FakeTensorMode(), _untold():
         model = DyadForCausalLM(config).train()
         if outside:  # inside of a checkpoint, its own hooks stand in front of these
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -96,6 +99,17 @@ def _saved_bytes(config: DyadConfig, windows: int, sequence_length: int, bfloat1
                 message = "What this model computes depends on its numbers (selector), so memory cannot be counted."
                 raise UserError(f"{message} Use --dry-run on the device.") from error
         return sum(storage.nbytes() for storage in saved.values())
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Sizes that cannot be counted raise an error, which torch logs with a traceback, too."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _cost(config: DyadConfig, time: int, planning: bool) -> Cost:

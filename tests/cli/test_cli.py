@@ -582,6 +582,28 @@ def test_an_error_of_the_system_is_one_sentence_and_exit_code_1(place, capsys, m
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (MemoryError(), ""),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+            " for another 4 bytes",
+        ),
+    ],
+)
+def test_memory_that_is_full_is_one_sentence_and_exit_code_1(monkeypatch, capsys, error, wanted):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("dyadlm.train.plan", full)
+    assert call("plan", "--preset", "tiny") == 1
+    assert capsys.readouterr().err == (
+        f"dyadlm: There is not enough memory{wanted}; use a smaller model, shorter texts or smaller batches, or "
+        "another machine.\n"
+    )
+
+
 def test_an_export_with_its_map_loads_where_nobody_imports_dyadlm(place, tmp_path):
     assert call("export", "run", "--output", tmp_path / "mapped", "--auto-map") == 0
     program = (

@@ -143,10 +143,31 @@ def test_cards_that_cannot_share_a_step_are_left_out_or_refused():
         plan(settings(), (1, 3))
 
 
-@pytest.mark.parametrize("number", ["per_device_train_batch_size=1" + 17 * "0", "max_steps=1" + 320 * "0"])
-def test_what_cannot_be_counted_is_refused(number):
+@pytest.mark.parametrize(
+    "number",
+    [
+        "per_device_train_batch_size=1" + 17 * "0",
+        "max_steps=1" + 320 * "0",
+        "data.sequence_length=1" + 26 * "0",
+        "data.sequence_length=1" + 10 * "0",
+        "model.hidden_size=1" + 11 * "0",
+    ],
+)
+def test_what_cannot_be_counted_is_refused(number, caplog):
     with pytest.raises(UserError, match="beyond what can be counted"):
         plan(settings(number), (1,))
+    assert not caplog.records  # torch logs its errors with tracebacks
+
+
+def test_a_time_that_json_has_no_number_for_is_refused(monkeypatch):
+    monkeypatch.setattr("dyadlm.train.gpu_plan.activation_bytes", lambda *given, **options: 1)  # which takes longest
+    with pytest.raises(UserError, match="larger efficiency"):
+        plan(settings(), (8,), efficiency=1e-320)
+
+
+def test_a_base_width_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match=r"train\.base_width=64 is the width of a narrower model"):
+        plan(settings("train.base_width=64"), (1,))
 
 
 @pytest.mark.slow

@@ -448,6 +448,25 @@ def test_full_disk_loses_no_earlier_checkpoint(tmp_path, small, words, console, 
     assert_same_weights(undisturbed, output)
 
 
+def test_memory_that_is_full_is_said_with_the_last_good_checkpoint(tmp_path, small, words, console, monkeypatch):
+    step = LanguageModelTrainer.training_step
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ...")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", full)
+    with pytest.raises(RunFailed, match=r"not enough memory for another 2\.50 GiB; .* is .*checkpoint-2\. Go on"):
+        train(small(tmp_path / "run"), words(), console)
+
+
+@pytest.mark.parametrize("setting", ["max_steps=1" + 20 * "0", "per_device_train_batch_size=1" + 10 * "0"])
+def test_a_run_that_cannot_be_counted_is_refused(tmp_path, small, words, setting):
+    with pytest.raises(UserError, match="beyond what can be counted"):
+        train(small(tmp_path / "run", setting), words())
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monkeypatch, undisturbed, number, code):
     output = tmp_path / "run"

@@ -29,7 +29,7 @@ from dyadlm.cli import (
     verify,
     zoo,
 )
-from dyadlm.errors import RunFailed, UserError
+from dyadlm.errors import RunFailed, UserError, memory_missing
 from dyadlm.files import FULL, printable
 from dyadlm.version import __version__
 
@@ -97,6 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, getattr(error, "exit_code", 1))
     except OSError as error:  # a folder that may not be read, say: the system's own sentence says it best
         _fail(_full_disk(error) if error.errno in FULL else error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if (missing := memory_missing(error)) is None:
+            raise
+        _fail(RunFailed(f"{missing}; use a smaller model, shorter texts or smaller batches, or another machine."), 1)
 
 
 def spread_lists(arguments: Sequence[str]) -> list[str]:

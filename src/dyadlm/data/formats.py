@@ -398,7 +398,7 @@ def read_record(record: Mapping[str, Any], document: str, text_field: str) -> It
     yield from split_text(io.BytesIO(content), Passage(document, b"", **tags))
 
 
-def _tags(record: Mapping[str, Any]) -> dict[str, str]:
-    """Section and kind of a record. Halves of surrogate pairs, which JSON can spell and no file can hold, are escaped."""
+def _tags(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Section and kind of a record. Halves of surrogate pairs, which JSON can spell and files cannot, are escaped."""
     tags = {tag: record[tag] for tag in ("section", "kind") if isinstance(record.get(tag), str)}
     return {tag: name.encode(errors="backslashreplace").decode() for tag, name in tags.items()}

@@ -111,7 +111,7 @@ def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, opti
     if options.ema and arguments.fsdp:
         raise UserError("train.ema averages whole weights, which FSDP shards; leave fsdp or train.ema out.")
     if options.base_width:
-        _require_width(options.base_width, model)
+        require_width(options.base_width, model)
     sharding = arguments.fsdp_config if isinstance(arguments.fsdp_config, dict) else {}
     if arguments.fsdp and int(sharding.get("version", 2)) < 2 and (options.optimizer == "muon" or options.base_width):
         asked = "Muon" if options.optimizer == "muon" else "train.base_width"
@@ -130,7 +130,8 @@ def require_optimizer(arguments: TrainingArguments, model: PreTrainedModel, opti
         raise UserError(f"train.base_width is for AdamW and Muon; leave it out, or optim={asked}.")
 
 
-def _require_width(base: int, model: PreTrainedModel) -> None:
+def require_width(base: int, model: PreTrainedModel) -> None:
+    """Raise `UserError` for a train.base_width that cannot be of this model."""
     width = getattr(model.config, "hidden_size", None)
     if is_adapted(model):
         raise UserError("train.base_width is for whole matrices, not for adapters; leave it out, or lora.rank.")

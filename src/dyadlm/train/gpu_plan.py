@@ -19,8 +19,9 @@ import torch
 from dyadlm.accounting import activation_bytes, forward_flops, parameters, training_flops_per_token
 from dyadlm.errors import UserError, first_line
 from dyadlm.model import DyadConfig, DyadForCausalLM
+from dyadlm.train.arguments import require_width
 from dyadlm.train.cost import static_bytes
-from dyadlm.train.prepared_run import configuration_of
+from dyadlm.train.prepared_run import configuration_of, require_countable
 from dyadlm.train.settings import TrainSettings
 
 
@@ -43,7 +44,6 @@ class Rate(NamedTuple):
 
 
 CARDS = (1, 8, 64)
-MOST_WINDOWS = 2**31  # of a step
 
 
 @cache
@@ -86,11 +86,7 @@ def plan(
         raise UserError("How long an epoch is depends on the text, which a plan does not read; set max_steps.")
     recomputed = any(bool(arguments.get(f"{name}_checkpointing")) for name in ("gradient", "activation"))
     rows, windows = windows_of(settings)
-    if windows >= MOST_WINDOWS:
-        raise UserError(
-            f"A step of {windows} windows is beyond what can be counted; give a smaller per_device_train_batch_size, "
-            "gradient_accumulation_steps or train.windows_per_step."
-        )
+    require_countable(arguments["max_steps"], windows, length)
     left_out = [] if cards else [count for count in CARDS if windows % count]
     cards = cards or [count for count in CARDS if count not in left_out]
     if uneven := next((count for count in cards if windows % count), 0):
@@ -99,15 +95,17 @@ def plan(
             f"{uneven} cards cannot share the {windows} windows of a step evenly; change {more}, or give other --cards."
         )
     tokens = arguments["max_steps"] * windows * length
-    # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
-    # gradients of one block and of all that is in no block, and the weights of the next block.
-    buckets = 4 * parameters(config)
     passes_of = {count: passes_over(windows // count, rows) for count in cards}
     rows_of = {count: windows // count // passes for count, passes in passes_of.items()}
     try:
+        # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
+        # gradients of one block and of all that is in no block, and the weights of the next block.
+        buckets = 4 * parameters(config)
         per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
         with torch.device("meta"):
             model = DyadForCausalLM(config)
+        if settings.train.base_width:
+            require_width(settings.train.base_width, model)
         static = static_bytes(model, settings.train)
         blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.model.layers]
         gathered = 12 * max(blocks) + 8 * (sum(weight.numel() for weight in model.parameters()) - sum(blocks))
@@ -137,6 +135,9 @@ def plan(
                 "cost": {} if price is None else {kind: price * taken for kind, taken in hours.items()},
             }
         )
+    amounts = [entry[name].values() for entry in told for name in ("seconds", "card_hours", "cost")]
+    if not all(math.isfinite(amount) for kinds in amounts for amount in kinds):
+        raise UserError("Such a time or cost is beyond what can be counted; give a larger efficiency, a smaller price.")
     return {
         "parameters": parameters(config),
         "steps": arguments["max_steps"],

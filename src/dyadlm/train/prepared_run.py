@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ log = logging.getLogger("dyadlm")
 
 # How `generate` of transformers is to draw from a trained model: as `dyadlm generate` does.
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+MOST_WINDOWS = 2**31  # of a step
 # A text that is read so often is remarked upon.
 MANY_EPOCHS = 10
 # Fields of a configuration that say nothing of what is computed.
@@ -122,6 +124,7 @@ def prepare_run(
     if "max_steps" not in settings.arguments:
         tokens = sum(len(stream) for stream, _ in data.train) * arguments.num_train_epochs
         arguments.max_steps = max(1, math.ceil(tokens / (batch * options.sequence_length)))
+    require_countable(arguments.max_steps, batch, options.sequence_length)
 
     choices += _remarks(settings, data, arguments.max_steps * batch * options.sequence_length)
     set_seed(arguments.seed)
@@ -211,6 +214,15 @@ def prepare_run(
         choices=choices,
         prompt=first_words(data),
     )
+
+
+def require_countable(steps: int, windows: int, length: int) -> None:
+    """Raise `UserError` for a run of more windows in a step, or more tokens in all, than can be counted."""
+    if windows >= MOST_WINDOWS or steps * windows * length > sys.maxsize:
+        raise UserError(
+            f"A run of {steps} steps of {windows} windows of {length} tokens is beyond what can be counted; give a "
+            "smaller max_steps, per_device_train_batch_size, train.windows_per_step or data.sequence_length."
+        )
 
 
 def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

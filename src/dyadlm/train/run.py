@@ -20,7 +20,7 @@ from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.progress import preparation_progress
 from dyadlm.data.resolve import parse_weight
-from dyadlm.errors import RunFailed
+from dyadlm.errors import RunFailed, memory_missing
 from dyadlm.files import locked, printable, require_writable, write_atomically
 from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.loading import is_model_folder
@@ -113,7 +113,7 @@ def train(
         plan.arguments.eval_on_start = plan.arguments.eval_on_start or missed
         handler = InterruptHandler()
         trainer = plan.trainer(settings, handler)
-        closing.enter_context(_disk_errors(output))
+        closing.enter_context(_errors_of_the_machine(output))
         if first:
             remove_leftovers(output)
             _write_record(settings, plan, step)
@@ -268,8 +268,8 @@ def _card(settings: TrainSettings, plan: PreparedRun, result: Mapping[str, Any])
 
 
 @contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    """A full or failing disk is a failed run, whatever was being written."""
+def _errors_of_the_machine(output: Path) -> Iterator[None]:
+    """A full or failing disk is a failed run, whatever was being written; so is memory that is full."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -277,4 +277,11 @@ def _disk_errors(output: Path) -> Iterator[None]:
         raise RunFailed(
             f"A file could not be read or written ({error}); the last good checkpoint is {last or 'none'}. "
             "Remove the cause and go on with --resume."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if (missing := memory_missing(error)) is None:
+            raise
+        raise RunFailed(
+            f"{missing}; the last good checkpoint is {last_complete(output) or 'none'}. Go on with --resume, a smaller "
+            "per_device_train_batch_size and more gradient_accumulation_steps; their product has to stay."
         ) from error
