@@ -191,6 +191,8 @@ def main() -> None:
     parser = arguments(__doc__ or "", "distributed.json")
     parser.add_argument("--namespaces", action="store_true", help="two nodes in network namespaces; needs root")
     options = parser.parse_args()
+    if options.namespaces and (os.geteuid() or not shutil.which("ip")):
+        parser.error("--namespaces needs root, and the program ip (of Debian: iproute2)")
     cells = Cells(options.output)
     folder = Path(tempfile.mkdtemp(prefix="dyadlm-distributed-"))
     place = Place(folder)

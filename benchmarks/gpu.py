@@ -16,6 +16,7 @@ is no GPU.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+TEXTS = ("tiny-en", "small", "llama-small")
 # Of the whole time.
 SHARES = {"tests": 0.1, "kernels": 0.1, "training": 0.25, "study": 0.33, "text": 0.22}
 LENGTHS = (2048, 8192, 32768)
@@ -214,6 +216,21 @@ def text(run: Run, seconds: float) -> None:
 STAGES = {"tests": tests, "kernels": kernels, "training": training, "study": study, "text": text}
 
 
+def refused(options: argparse.Namespace) -> str | None:
+    """What is wrong with the request, before minutes of a GPU are spent."""
+    if not (options.minutes > 0 and math.isfinite(options.minutes)):
+        return f"--minutes is {options.minutes}; give a number above 0"
+    if options.tail < 1:
+        return f"--tail is {options.tail}; give at least 1"
+    if options.output.exists() and not options.output.is_dir():
+        return f"{options.output} is no folder; give another --output"
+    if options.wheels is not None and not options.wheels.is_dir():
+        return f"there is no folder {options.wheels}; --wheels is one of wheels"
+    if options.shard is not None and not (options.shard.is_file() and tarfile.is_tarfile(options.shard)):
+        return f"{options.shard} is no archive; --shard is the file that shard.py wrote"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -221,12 +238,14 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="install these first")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--texts", nargs="+", default=["tiny-en", "small", "llama-small"])
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--rehearse", action="store_true", help="small sizes")
     parser.add_argument("--compile-study", action="store_true")
     parser.add_argument("--first", action="store_true", help="stop the tests at the first failure")
     parser.add_argument("--tail", type=int, default=12, help="lines shown of each log")
     options = parser.parse_args()
+    if wrong := refused(options):
+        parser.error(wrong)
     run = Run(options)
     import torch
 
