@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dyadlm.errors import UserError
@@ -188,8 +188,9 @@ def locked(folder: Path, taken: str = "", patience: float | None = None) -> Iter
                 break
         yield
     finally:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        with suppress(FileNotFoundError):  # somebody has removed it, which is for the block to say
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
         os.close(descriptor)
 
 

@@ -94,6 +94,15 @@ def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path, monkeypatch):
         assert [file.name for file in folder.iterdir()] == ["file"]
 
 
+def test_what_ends_a_block_whose_folder_was_removed_is_told(tmp_path):
+    def work(folder):
+        folder.rmdir()
+        raise RuntimeError("of the block")
+
+    with pytest.raises(RuntimeError, match="of the block"), locked(tmp_path / "folder"):
+        work(tmp_path / "folder")
+
+
 def test_leftovers_of_dead_commands_are_removed_and_those_of_living_ones_kept(tmp_path):
     """A process that is killed leaves its staging folder; the lock on it ends with the process."""
     program = (

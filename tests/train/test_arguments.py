@@ -10,6 +10,7 @@ from dyadlm import UserError
 from dyadlm.train import arguments, compiler
 from dyadlm.train.arguments import choose_dtype, has_bfloat16, training_arguments
 from dyadlm.train.compiler import compiling, require_compiler
+from dyadlm.train.run import is_first_process
 
 
 @pytest.mark.parametrize("capable", [True, False])
@@ -59,3 +60,24 @@ def test_compiling_without_a_compiler_is_refused(tmp_path, small, monkeypatch):
     require_compiler()
     assert training_arguments(small(tmp_path, "train.compile=true"), tmp_path)[0].torch_compile
     assert not training_arguments(small(tmp_path), tmp_path)[0].torch_compile
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "first"),
+    [(None, None, True), ("1", None, True), ("3", "1", True), ("", "", True), ("0", "2", True), ("1", "2", False)],
+)
+def test_the_first_process_is_one_of_several_or_alone(monkeypatch, rank, processes, first):
+    """A RANK that something else left in the environment made a run keep silent, without its lock and record."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", processes)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert is_first_process() == first
+
+
+@pytest.mark.parametrize(("rank", "processes"), [("one", "2"), ("2", "2"), ("0", "-2"), ("0", "two")])
+def test_a_process_that_is_none_among_others_is_refused(monkeypatch, rank, processes):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(UserError, match=f"RANK={rank} and WORLD_SIZE={processes}"):
+        is_first_process()

@@ -1,6 +1,5 @@
 """`dyadlm train`: a model from a preset, or on from the weights of another."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +68,7 @@ def train(
     from dyadlm.train import TrainSettings
     from dyadlm.train import dry_run as measure
     from dyadlm.train import train as run
+    from dyadlm.train.run import is_first_process
 
     settings = TrainSettings.create(
         output,
@@ -86,7 +86,7 @@ def train(
         _print_cost(measure(settings, progress=lambda text: errors.print(f"Dry run: {text} ...")))
         return
     result = run(settings, console=errors, callbacks=[_probes(settings, probe)] if probe else ())
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one prints
+    if is_first_process():  # of several, one prints
         _print_result(result)
 
 

@@ -20,7 +20,7 @@ from dyadlm.console import standard_error
 from dyadlm.data.canaries import CANARIES_NAME
 from dyadlm.data.progress import preparation_progress
 from dyadlm.data.resolve import parse_weight
-from dyadlm.errors import RunFailed, memory_missing
+from dyadlm.errors import RunFailed, UserError, memory_missing
 from dyadlm.files import locked, printable, require_writable, write_atomically
 from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.loading import is_model_folder
@@ -87,7 +87,7 @@ def train(
         RunFailed: the loss is not finite or rose far, or the disk is full; names the last good checkpoint.
         RunInterrupted: SIGTERM or Ctrl-C, after saving; carries the exit code.
     """
-    output, first = settings.output, _rank() == 0
+    output, first = settings.output, is_first_process()
     console = console or standard_error()
     console.quiet = console.quiet or not first
     if first:
@@ -147,8 +147,18 @@ def train(
         return _finish(settings, plan, trainer, seconds)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def is_first_process() -> bool:
+    """Of those that torchrun started; so is one that nobody started with others, whatever RANK it finds.
+
+    Raises `UserError` where RANK and WORLD_SIZE are not those of a process among others.
+    """
+    rank, processes = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdecimal() and processes.isdecimal() and (processes == "1" or int(rank) < int(processes))):
+        raise UserError(
+            f"The environment has RANK={rank} and WORLD_SIZE={processes}, which is no process among others; start them "
+            "with torchrun, or unset both."
+        )
+    return processes == "1" or rank == "0"
 
 
 def _finished(settings: TrainSettings) -> TrainResult | None:
