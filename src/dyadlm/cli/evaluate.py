@@ -1,6 +1,7 @@
 """`dyadlm evaluate`: nats per token and bits per byte on real text."""
 
 import json as json_format
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -104,7 +105,7 @@ def evaluate(
     mode: Literal["disjoint", "rolling", "stream"] = "stream" if stream else "disjoint" if window is None else "rolling"
     with token_progress("scoring") as progress:
         result = evaluate(loaded, streams, tokenizer, window, mode, batch_size, progress=progress, memory=remembers)
-    say_what_was_trained_on(model, [source for source, part in parts.items() if part == "whole"])
+    say_what_was_trained_on(model, parts)
     if json:
         typer.echo(json_format.dumps({"model": model, "data": data, "parts": parts} | result.to_dict(), indent=2))
         return
@@ -160,8 +161,8 @@ def _by_protocol(
     typer.echo(f"Windows of {length} tokens. " + ("The state was carried." if carry else NOT_CARRIED))
 
 
-def say_what_was_trained_on(model: str, sources: list[str]) -> None:
-    """A loss on the text of the training says little of other text."""
+def say_what_was_trained_on(model: str, parts: Mapping[str, str]) -> None:
+    """A loss on the text of the training says little of other text. parts: what was scored of each source."""
     from dyadlm.data.resolve import parse_weight
     from dyadlm.errors import UserError
     from dyadlm.train.settings import RECORD_NAME, read_record
@@ -169,13 +170,19 @@ def say_what_was_trained_on(model: str, sources: list[str]) -> None:
     if not Path(model, RECORD_NAME).is_file():
         return
     try:
-        trained = read_record(Path(model))["settings"].get("data", ())
+        settings = read_record(Path(model))["settings"]
     except UserError:  # a damaged record is no reason to lose a figure
         return
+    trained = settings.get("data", ())
     trained = [trained] if isinstance(trained, str) else trained
+    streamed = settings.get("data.stream")
     known = {Path(parse_weight(source)[0]).resolve() for source in trained}
-    for source in sources:
-        if Path(parse_weight(source)[0]).resolve() in known:
+    for source, part in parts.items():
+        if Path(parse_weight(source)[0]).resolve() not in known:
+            continue
+        if streamed:
+            typer.echo(f"{model} was trained on {source}, but for its beginning (data.stream).", err=True)
+        elif part == "whole":
             typer.echo(
                 f"{model} was trained on {source}; --split validation scores the part that was held out.", err=True
             )

@@ -98,15 +98,20 @@ def _probes(settings: "TrainSettings", names: list[str]) -> "Callable[[LanguageM
     from dyadlm.diagnose.callback import ProbeCallback
     from dyadlm.evaluate.memorisation import canaries_of_run
     from dyadlm.train.settings import reading_options
+    from dyadlm.train.training_data import held_out_of
 
     probes = chosen(list(dict.fromkeys(names)))
 
     def make(trainer: "LanguageModelTrainer") -> "TrainerCallback":
-        resolved = resolve_data(settings.sources, trainer.tokenizer, **reading_options(settings.to_dict()))
+        flat, train = settings.to_dict(), None
+        validation = held_out_of(flat, trainer.tokenizer)
+        if validation is None:
+            resolved = resolve_data(settings.sources, trainer.tokenizer, **reading_options(flat))
+            validation, train = resolved.split("validation"), [stream for stream, _ in resolved.train]
         planted = (settings.output / CANARIES_NAME).is_file()
         material = Material(
-            resolved.split("validation"),
-            [stream for stream, _ in resolved.train],
+            validation,
+            train,
             " ".join(settings.sources),
             canaries_of_run(settings.output) if planted else None,
         )

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +20,7 @@ from dyadlm.data.formats import MOST_DECOMPRESSED
 from dyadlm.data.preparation import find_source, prepare
 from dyadlm.data.progress import Progress
 from dyadlm.data.sources import MANIFEST_NAME, TEST, TRAIN, VALIDATION, Source
+from dyadlm.data.streaming import StreamedText, stream_text
 from dyadlm.data.streams import TokenStream
 from dyadlm.data.tokenizer import byte_tokenizer, load_tokenizer
 from dyadlm.errors import UserError
@@ -101,6 +104,20 @@ def resolve_data(
             resolved.test.append(streams[TEST])
         offset += sum(split.tokens for split in data.manifest.splits.values())
     return resolved
+
+
+def resolve_streamed(
+    arguments: Sequence[str], tokenizer: PreTrainedTokenizerBase, validation_tokens: int, seed: int, **reading: Any
+) -> tuple[StreamedText, list[tuple[Source, float]]]:
+    """The sources as a run with data.stream reads them, with their weights; what it holds out are the samples.
+
+    reading: as `find_source` takes it. Raises `UserError`.
+    """
+    parsed = [parse_weight(argument) for argument in arguments]
+    if any(name == "-" or (Path(name) / MANIFEST_NAME).exists() for name, _ in parsed):
+        raise UserError("Standard input and prepared data cannot be streamed; leave data.stream out.")
+    sources = [(find_source(name, **reading), weight) for name, weight in parsed]
+    return stream_text(sources, tokenizer, math.ceil(validation_tokens / len(sources)), seed), sources
 
 
 def _share_template(tokenizer: PreTrainedTokenizerBase, data: PreparedDataset) -> None:

@@ -28,6 +28,7 @@ from dyadlm.train.checkpoint import checkpoints
 from dyadlm.train.companions import COMPANIONS_NAME
 from dyadlm.train.fingerprint import Fingerprint
 from dyadlm.train.settings import RECORD_NAME, read_record, reading_options
+from dyadlm.train.training_data import held_out_of
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,11 @@ def load_material(model: str, subject: Subject, data: Sequence[str], split: str 
     sources = settings["data"]
     sources = [sources] if isinstance(sources, str) else list(sources)
     try:
+        held_out = held_out_of(settings, subject.tokenizer)
+        if held_out is not None:
+            if split != "validation":
+                raise UserError(f"a run with data.stream has no split {split!r}")
+            return Material(held_out, None, " ".join(sources), canaries, split)
         resolved = resolve_data(sources, subject.tokenizer, **reading_options(settings))
     except UserError as error:
         raise UserError(f"The text of {model} cannot be read again ({error}); give some with --data.") from error

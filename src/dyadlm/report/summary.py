@@ -19,10 +19,12 @@ from dyadlm.report.tower import draw_tower
 from dyadlm.train.export import as_markdown
 from dyadlm.train.progress import METRICS_NAME, read_metrics
 from dyadlm.train.settings import read_record, reading_options
+from dyadlm.train.training_data import held_out_of
 
 SUMMARY_NAME = "README.md"
 LOSSES_NAME, TOWER_NAME, EVALUATION_NAME = "loss.png", "tower.png", "evaluation.json"
 SAMPLE_TOKENS = 400
+STREAMED = "Read as it came (`data.stream`). What is scored is the beginning of each source, which was held out."
 # Of the sample, tokens shown in the picture of the tower.
 PICTURED = 72
 
@@ -47,8 +49,11 @@ def write_report(
         raise UserError("The prompt of the sample is empty; give at least one character.")
     record = require_finished(run)
     settings = record["settings"]
-    data = resolve_data(settings["data"], tokenizer, **reading_options(settings))
-    figures = evaluate(model, data.split("validation"), tokenizer, progress=progress)
+    validation, datasets = held_out_of(settings, tokenizer), []
+    if validation is None:
+        data = resolve_data(settings["data"], tokenizer, **reading_options(settings))
+        validation, datasets = data.split("validation"), data.datasets
+    figures = evaluate(model, validation, tokenizer, progress=progress)
     sample = "".join(
         generate_text(
             model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(0.8, top_p=0.95, seed=seed)
@@ -61,7 +66,7 @@ def write_report(
             reading = read_tower(model, tokenizer, (prompt + sample)[:PICTURED])
             draw_tower(reading, folder / TOWER_NAME)
         write_atomically(folder / EVALUATION_NAME, json.dumps(figures.to_dict(), indent=2) + "\n")
-        page = _page(run, record, model, data.datasets, figures, prompt, sample, seed, reading)
+        page = _page(run, record, model, datasets, figures, prompt, sample, seed, reading)
         write_atomically(folder / SUMMARY_NAME, page)
     return output / SUMMARY_NAME
 
@@ -126,7 +131,7 @@ def _page(
                 "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
             }
         ),
-        "## Data\n\n" + "\n\n".join(_data_table(data.manifest) for data in datasets),
+        "## Data\n\n" + ("\n\n".join(_data_table(data.manifest) for data in datasets) or STREAMED),
     ]
     if reading is not None:
         sections.append(

@@ -1,18 +1,15 @@
 """The text of a run: the sources that its settings name, under one tokenizer, prepared or streamed."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dyadlm.data import TokenStream, resolve_data
-from dyadlm.data.preparation import find_source
 from dyadlm.data.progress import Progress
-from dyadlm.data.resolve import parse_weight
-from dyadlm.data.sources import MANIFEST_NAME
-from dyadlm.data.streaming import StreamedText, stream_text
+from dyadlm.data.resolve import resolve_streamed
+from dyadlm.data.streaming import StreamedText
 from dyadlm.data.tokenizer import load_tokenizer
 from dyadlm.errors import UserError
 from dyadlm.evaluate.streams import target_bytes, targets_of
@@ -82,12 +79,8 @@ def require_streamable(settings: TrainSettings, arguments: TrainingArguments) ->
 def _streamed(settings: TrainSettings, tokenizer: str | None, seed: int) -> TrainingData:
     """The sources as they come, under the tokenizer of that name; the byte tokenizer for None."""
     loaded = load_tokenizer(tokenizer or "byte")
-    parsed = [parse_weight(source) for source in settings.sources]
-    if any(name == "-" or (Path(name) / MANIFEST_NAME).exists() for name, _ in parsed):
-        raise UserError("Standard input and prepared data cannot be streamed; leave data.stream out.")
-    sources = [(find_source(name, **reading_options(settings.to_dict())), weight) for name, weight in parsed]
-    held_out = math.ceil(settings.data.validation_tokens / len(sources))
-    streamed = stream_text(sources, loaded, held_out, seed)
+    reading = reading_options(settings.to_dict())
+    streamed, sources = resolve_streamed(settings.sources, loaded, settings.data.validation_tokens, seed, **reading)
     return TrainingData(
         tokenizer=loaded,
         train=[(sample, weight) for sample, (_, weight) in zip(streamed.samples, sources, strict=True)],
@@ -96,6 +89,16 @@ def _streamed(settings: TrainSettings, tokenizer: str | None, seed: int) -> Trai
         licences=sorted({source.licence for source, _ in sources}),
         streamed=streamed,
     )
+
+
+def held_out_of(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[TokenStream] | None:
+    """What a run with data.stream, of these flat keys, did not train on: the beginning of each source. Its last tenth,
+    the validation split of prepared text, it was trained on. None for other runs."""
+    if not settings.get("data.stream"):
+        return None
+    tokens, reading = settings["data.validation_tokens"], reading_options(settings)
+    streamed, _ = resolve_streamed(settings["data"], tokenizer, tokens, settings["seed"], **reading)
+    return streamed.samples
 
 
 def first_words(data: TrainingData) -> str:
