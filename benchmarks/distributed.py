@@ -1,7 +1,9 @@
 """Runs on several processes against one process: parity, another number of processes, killed workers, two nodes.
 
     python benchmarks/distributed.py
-    python benchmarks/distributed.py --namespaces    # as root: two nodes, each in a network namespace of its own
+    python benchmarks/distributed.py --namespaces    # as root: only the runs on two nodes, network namespaces
+
+What stands in `--output` is not measured again.
 
 Every run trains the same small model on the same text over gloo; a cell tells how far its losses are from those of one
 process, and how long it took. torchrun starts the processes, or accelerate. `killed` loses a worker to SIGKILL under
@@ -197,13 +199,15 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="dyadlm-distributed-"))
     place = Place(folder)
     made = studies(place)
+    names = list(made)
     if options.namespaces:
         made |= {
             "two-nodes": ("one", lambda run: on_two_nodes(place, run)),
             "two-nodes-sharded": ("one", lambda run: on_two_nodes(place, run, *SHARDED)),
         }
+        names = [name for name in made if name not in names]
     try:
-        for name in cells.missing(list(made)):
+        for name in cells.missing(names):
             like, make = made[name]
             if like != name and not (folder / like).is_dir():
                 made[like][1](like)
