@@ -21,6 +21,7 @@ from dyadlm.cli.app import spread_lists
 from dyadlm.cli.shared import as_shown
 from dyadlm.cli.train import _print_cost, duration
 from dyadlm.files import printable
+from dyadlm.train import RunInterrupted
 from dyadlm.train.settings import NAMESPACES
 from dyadlm.version import __version__
 
@@ -568,6 +569,26 @@ def test_prepared_data_trains_and_evaluates(place, capsys):
     assert "train: " in capsys.readouterr().out
     assert call("train", "--preset", "tiny", "--data", "data", "--output", "prepared-run", *SMALL) == 0
     assert call("evaluate", "prepared-run", "--data", "data") == 0
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_shards_are_not_asked_of_accelerate(place, capsys, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    assert call("train", "--preset", "tiny", "--data", "text.txt", "--output", "elsewhere") == 2
+    assert "--set fsdp=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_that_were_stopped_the_first_says_so(place, capsys, monkeypatch, rank):
+    def stopped(*arguments, **options):
+        raise RunInterrupted("Stopped at step 3 of 9 and saved.", signal.SIGTERM)
+
+    monkeypatch.setattr("dyadlm.train.train", stopped)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--preset", "tiny", "--data", "text.txt", "--output", "stopped"])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == ("dyadlm: Stopped at step 3 of 9 and saved.\n" if rank == "0" else "")
 
 
 def test_an_error_of_the_system_is_one_sentence_and_exit_code_1(place, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from dyadlm import UserError
 from dyadlm.train import arguments, compiler
@@ -41,6 +42,26 @@ def test_a_resumed_run_computes_as_it_began(before, tmp_path, small, monkeypatch
     assert "as the run began" in choices[1]
     found, _ = training_arguments(small(tmp_path / "new", dtype="auto"), tmp_path / "new")
     assert found.bf16 != before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accelerate_does_not_decide_the_precision(dtype, tmp_path, small, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    found, choices = training_arguments(small(tmp_path, dtype=dtype), tmp_path)
+    assert found.mixed_precision == ("bf16" if dtype == "bfloat16" else "no")
+    assert choices[1] == f"dtype {dtype}: as asked"
+
+
+def test_several_processes_are_told_once(tmp_path, small, monkeypatch):
+    """How many they are, and nothing of transformers from those that are not the first."""
+    settings = small(tmp_path, "train.windows_per_step=8", "gradient_accumulation_steps=2")
+    assert not any("processes" in choice for choice in training_arguments(settings, tmp_path)[1])
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    found, choices = training_arguments(settings, tmp_path)
+    assert choices[-1] == "processes 2: each takes 4 of the 8 windows of a step"
+    assert found.log_level_replica == "passive"
+    asked = small(tmp_path, "log_level_replica=info")
+    assert training_arguments(asked, tmp_path)[0].log_level_replica == "info"
 
 
 def test_ends_of_rows_are_compiled_without_masks():

@@ -215,6 +215,11 @@ def test_what_differs_from_the_run_of_a_checkpoint_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))} .*{message}"):
             require_same(here | found, here, tmp_path)
+    order = {"order of text": {"seed": 1, "windows_per_step": 8}}
+    with pytest.raises(UserError, match=r"resume with --set train\.windows_per_step=4, or choose"):
+        require_same({"order of text": {"seed": 1, "windows_per_step": 4}}, order, tmp_path)
+    with pytest.raises(UserError, match="resume with the settings"):
+        require_same({"order of text": {"seed": 2, "windows_per_step": 4}}, order, tmp_path)
     with pytest.raises(UserError, match=r"another companions \(none there, twin here\)"):
         require_same(here, here | {"companions": ["twin"]}, tmp_path)
     with pytest.raises(UserError, match="another data; resume"):

@@ -56,6 +56,8 @@ def test_record_of_a_run_is_a_configuration(tmp_path):
     assert resumed.to_dict() == first.to_dict()
     with pytest.raises(UserError, match="was started with preset tiny"):
         TrainSettings.create(tmp_path, resume=True, preset="small")
+    with pytest.raises(UserError, match="holds no run to go on with"):
+        TrainSettings.create(tmp_path / "other", resume=True)
 
 
 @pytest.mark.parametrize(

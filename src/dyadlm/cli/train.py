@@ -65,11 +65,12 @@ def train(
 
     The keys of --set are listed in docs/settings.md.
     """
-    from dyadlm.train import TrainSettings
+    from dyadlm.train import RunInterrupted, TrainSettings
     from dyadlm.train import dry_run as measure
     from dyadlm.train import train as run
     from dyadlm.train.run import is_first_process
 
+    _require_no_shards_of_accelerate()
     settings = TrainSettings.create(
         output,
         preset=preset,
@@ -85,9 +86,27 @@ def train(
     if dry_run:
         _print_cost(measure(settings, progress=lambda text: errors.print(f"Dry run: {text} ...")))
         return
-    result = run(settings, console=errors, callbacks=[_probes(settings, probe)] if probe else ())
-    if is_first_process():  # of several, one prints
+    speaks = is_first_process()  # of several, one
+    try:
+        result = run(settings, console=errors, callbacks=[_probes(settings, probe)] if probe else ())
+    except RunInterrupted as error:
+        if speaks:
+            raise
+        raise typer.Exit(error.exit_code) from None
+    if speaks:
         _print_result(result)
+
+
+def _require_no_shards_of_accelerate() -> None:
+    """Raise `UserError` where accelerate was told to shard: on CPUs it passes over that, and elsewhere it does not know
+    what our runs in shards need."""
+    from dyadlm.errors import UserError
+
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED")):
+        raise UserError(
+            "accelerate was told to shard, by --use_fsdp, --use_deepspeed or its configuration file; leave that out "
+            "and give --set fsdp=true."
+        )
 
 
 def _probes(settings: "TrainSettings", names: list[str]) -> "Callable[[LanguageModelTrainer], TrainerCallback]":

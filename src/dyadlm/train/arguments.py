@@ -27,7 +27,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingA
         name = former.replace("gradient", "activation")
         if former in values and name in known:
             values[name] = values.pop(former)
-    compiles = settings.train.compile or bool(values.get("torch_compile"))
+    compiles = settings.train.compile or bool(values.pop("torch_compile", False))
     if compiles and device == "cpu":
         require_compiler()
     before = None
@@ -44,10 +44,14 @@ def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingA
             remove_unused_columns=False,
             # A loss that is not finite ends the run instead of vanishing from the average.
             logging_nan_inf_filter=False,
-            **{"max_steps": 1, "ddp_find_unused_parameters": False, **values, "torch_compile": compiles},
+            # Other processes say no more than the first: what they have to warn of is the same.
+            **{"max_steps": 1, "ddp_find_unused_parameters": False, "log_level_replica": "passive", **values},
+            torch_compile=compiles,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"These settings do not fit together: {error}") from error
+    # Else the environment decides where there is no bf16: `accelerate launch --mixed_precision`.
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     if arguments.n_gpu > 1:
         # One process uses one GPU; several are for torchrun, not for DataParallel.
         arguments._n_gpu = 1
@@ -59,7 +63,11 @@ def training_arguments(settings: TrainSettings, output: Path) -> tuple[TrainingA
                 "gradient_accumulation_steps); choose a multiple of them."
             )
         arguments.per_device_train_batch_size = total // batches
-    return arguments, [f"device {device}: {why_device}", f"dtype {dtype}: {why_dtype}"]
+    choices = [f"device {device}: {why_device}", f"dtype {dtype}: {why_dtype}"]
+    if (processes := arguments.world_size) > 1:
+        share = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        choices.append(f"processes {processes}: each takes {share} of the {processes * share} windows of a step")
+    return arguments, choices
 
 
 def choose_device(asked: str) -> tuple[str, str]:

@@ -67,18 +67,17 @@ def require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint
         present = found.get(part)
         if present == expected:
             continue
-        difference = ""
+        difference, remedy = "", "the settings it was started with"
         if isinstance(present, dict) and isinstance(expected, dict):
-            difference = "; ".join(
-                f"{name}: {present.get(name)} there, {expected.get(name)} here"
-                for name in {**present, **expected}
-                if present.get(name) != expected.get(name)
-            )
+            names = [name for name in {**present, **expected} if present.get(name) != expected.get(name)]
+            difference = "; ".join(f"{name}: {present.get(name)} there, {expected.get(name)} here" for name in names)
+            if names == ["windows_per_step"] and present.get("windows_per_step"):  # another number of processes
+                remedy = f"--set train.windows_per_step={present['windows_per_step']}"
         elif isinstance(present, list) or isinstance(expected, list):
             difference = f"{_listed(present)} there, {_listed(expected)} here"
         raise UserError(
             f"{checkpoint} was made with another {part}{f' ({difference})' if difference else ''}; "
-            "resume with the settings it was started with, or choose another --output."
+            f"resume with {remedy}, or choose another --output."
         )
 
 

@@ -138,9 +138,10 @@ def train(
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.perf_counter() - begin
         if handler.received and trainer.state.global_step < plan.arguments.max_steps:
+            launched = ", started by torchrun or accelerate as before," if plan.arguments.world_size > 1 else ""
             raise RunInterrupted(
-                f"Stopped at step {trainer.state.global_step} of {plan.arguments.max_steps} and saved; go on with: "
-                f"dyadlm train --output {output} --resume (or use it as it is: "
+                f"Stopped at step {trainer.state.global_step} of {plan.arguments.max_steps} and saved; go on{launched} "
+                f"with: dyadlm train --output {output} --resume (or use it as it is: "
                 f"{checkpoint_path(output, trainer.state.global_step)} is a model)",
                 handler.received,
             )

@@ -137,6 +137,8 @@ class TrainSettings:
     def from_dict(cls, given: Mapping[str, Any], *, output: str | Path, resume: bool = False) -> "TrainSettings":
         """Build from flat keys (what `to_dict` returns), checking every key and value."""
         preset, model = given.get("preset"), given.get("model")
+        if resume and preset is None and model is None:
+            raise UserError(f"{output} holds no run to go on with; begin one with --preset or --model, and --data.")
         if (preset is None) == (model is None):
             raise UserError("Choose either --preset NAME (a new model) or --model DIR (continue from weights).")
         if not given.get("data"):
