@@ -127,9 +127,9 @@ def stream_text(
                 break
         if next(records, None) is None:
             raise UserError(
-                f"{source.name} has {found} tokens in {len(texts)} passages (documents, or megabytes of longer ones), "
-                f"and nothing is left where {held_out} tokens are held out in whole ones; give more documents or a "
-                "smaller data.validation_tokens, or leave data.stream out."
+                f"{source.name} has {found:,} tokens in {len(texts):,} passages (documents, or a megabyte of longer "
+                f"ones); validation takes whole ones until it has {held_out:,} tokens, and nothing is left to train "
+                "on; give more documents or a smaller data.validation_tokens, or leave data.stream out."
             )
         samples.append(TokenStream.from_text(texts, tokenizer, source.name))
         numbers.append(len(texts))
