@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from dyadlm.cli.shared import errors
 from dyadlm.cli.train import duration
 from dyadlm.console import print_table
 
 KINDS = {
-    "eager": "ours, as torch runs it",
-    "graph": "ours, compiled, a CUDA graph for each step, as in benchmarks (`dyadlm train` records none)",
-    "llama": "a compiled Llama with flash attention, which ours has not reached",
+    "eager": "our model as `dyadlm train` runs it",
+    "graph": "our model compiled, each step as one CUDA graph; only benchmarks do this, `dyadlm train` does not",
+    "llama": "a compiled Llama with flash attention, for comparison; our model has not reached this rate",
 }
 GIGA, DAY = 10**9, 86_400
 
@@ -38,13 +39,13 @@ def plan(
         float | None, typer.Option(metavar="X", help="What a card costs for an hour, in any currency.")
     ] = None,
     efficiency: Annotated[
-        float, typer.Option(metavar="X", help="What several cards keep of their speed; 1: nothing is lost.")
+        float, typer.Option(metavar="X", help="Share of their speed that several cards keep; 1: nothing is lost.")
     ] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell memory, time and cost of a training on 1, 8 and 64 GPUs, from rates that were measured on one.
+    """Estimate memory, time and cost of a training run on 1, 8 and 64 GPUs, from rates that were measured on one.
 
-    Nothing is trained and no text is read. `dyadlm train --dry-run` measures on the device that is here.
+    No GPU is needed, nothing is trained and no text is read. `dyadlm train --dry-run` measures on this machine.
     """
     from dyadlm.train import TrainSettings
     from dyadlm.train import plan as plan_run
@@ -52,6 +53,8 @@ def plan(
     settings = TrainSettings.create(
         Path("run"), preset=preset, config=config, data=["any"], assignments=assignments or ()
     )
+    if not json:
+        errors.print("Counting operations and memory ...")
     told = plan_run(settings, cards, efficiency, price)
     if json:
         typer.echo(json_format.dumps(told, indent=2))
@@ -66,7 +69,14 @@ def _print(told: dict[str, Any], memory: float) -> None:
         f"{told['sequence_length']:,} tokens; {told['flops']:.2e} floating-point operations"
     )
     typer.echo(f"memory: {_gigabytes(told['static_memory_bytes'])} for weights, gradients and optimizer\n")
-    titles = ["cards", "windows at once", "accumulation", "memory of a card", "with FSDP", f"in {_gigabytes(memory)}"]
+    titles = [
+        "cards",
+        "windows at once",
+        "accumulation",
+        "memory of a card",
+        "with FSDP",
+        f"fits in {_gigabytes(memory)}",
+    ]
     rows = []
     for entry in told["cards"]:
         whole, sharded = entry["memory_bytes"], entry["sharded_memory_bytes"]
