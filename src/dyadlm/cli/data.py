@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dyadlm.cli.shared import errors, require_ray
+from dyadlm.cli.shared import Address, errors, require_ray
 from dyadlm.cli.stopping import saying_when_stopped
 
 app = typer.Typer(help="List, fetch and prepare training text.", no_args_is_help=True)
@@ -36,7 +36,9 @@ def fetch(name: Annotated[str, typer.Argument(help="A name that `dyadlm data lis
 def prepare(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Corpora, files, folders, `-`, or Hugging Face data sets."),
+        typer.Argument(
+            metavar="SOURCE...", help="Corpora, files, folders, URLs (s3://...), `-`, or Hugging Face data sets."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The new folder.")],
     tokenizer: Annotated[
@@ -52,12 +54,14 @@ def prepare(
     most_decompressed: Annotated[
         float, typer.Option(metavar="N", help="Refuse a compressed file that grows to more than N times its size.")
     ] = 250,
-    processes: Annotated[int, typer.Option(min=1, help="Number of processes that tokenise.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Number of processes that tokenise; a cluster at --address decides by itself.")
+    ] = 1,
     engine: Annotated[
         Literal["local", "ray"],
-        typer.Option(help="Where they tokenise: here, or on a Ray cluster, where a stopped preparation goes on."),
+        typer.Option(help="local: processes of this machine. ray: a Ray cluster; a stopped preparation goes on."),
     ] = "local",
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
+    address: Address = None,
 ) -> None:
     """Tokenise text once, into a folder that training and evaluation read."""
     require_ray(engine, address)

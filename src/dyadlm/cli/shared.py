@@ -48,7 +48,13 @@ Fields = Annotated[
 WorkEngine = Annotated[
     Literal["local", "ray"], typer.Option("--engine", help="Where the work is done: processes here, or a Ray cluster.")
 ]
-Address = Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: the cluster, as HOST:PORT, or auto for the one that runs here. Default: a new one is "
+        "started on this machine, and ended afterwards."
+    ),
+]
 Jobs = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="How many at once. Default: one. A Ray cluster decides by itself."),

@@ -111,8 +111,8 @@ class DyadConfig(PreTrainedConfig):
         planner_width: numbers that the recurrence of each level keeps.
         planner_futures: m, tokens after next that are considered.
         artist_sees: `forecast`: the future as foreseen alone; `both`: the hidden state beside it.
-        pool: how far the artist is believed in the consensus: `product`, as far as the engineer; `learned`, by a
-            weight for each token that the hidden state gives, 0 at first.
+        pool: the weight of the artist in the consensus. `product`: that of the engineer; `learned`: one for each
+            token, computed from the hidden state, 0 at first.
         consensus: the mass of the engineer's nucleus inside which the artist chooses; 0: logits are the engineer's.
             In evaluation mode alone; weights do not depend on it: it may be changed after loading.
         early: what counts before a document starts: zero | partial | mask (`dyadlm.ops.pyramid`).
