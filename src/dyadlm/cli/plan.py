@@ -11,7 +11,7 @@ from dyadlm.cli.train import duration
 from dyadlm.console import print_table
 
 KINDS = {
-    "eager": "our model as `dyadlm train` runs it",
+    "eager": "our model as `dyadlm train` ran it before it had Triton kernels, not compiled",
     "graph": "our model compiled, each step as one CUDA graph; only benchmarks do this, `dyadlm train` does not",
     "llama": "a compiled Llama with flash attention, for comparison; our model has not reached this rate",
 }
