@@ -1,5 +1,6 @@
 """`dyadlm train`: a model from a preset, or on from the weights of another."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
