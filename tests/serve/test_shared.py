@@ -254,7 +254,7 @@ def test_a_claim_that_ran_out_writes_nothing(redis_url, weights):
         await sessions.close()
         await others.close()
 
-    others, second = stored(redis_url, weights)
+    others, second = stored(f"{redis_url}?decode_responses=true", weights)  # which bytes of a state are not for
     asyncio.run(use())
     for one in (model, second):
         one.scheduler.close(0)
