@@ -467,6 +467,7 @@ def test_a_run_that_cannot_be_counted_is_refused(tmp_path, small, words, setting
         train(small(tmp_path / "run", setting), words())
 
 
+@pytest.mark.usefixtures("signals_as_before")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_say_how_to_go_on(tmp_path, small, words, console, monkeypatch, undisturbed, number, code):
     output = tmp_path / "run"
