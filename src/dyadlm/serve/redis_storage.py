@@ -74,9 +74,7 @@ class RedisStorage:
         except ImportError as error:
             raise UserError("Sessions in Redis need the package redis: pip install 'dyadlm[redis]'.") from error
         self._error = redis.RedisError
-        self._client: (
-            Any  # the types of redis say that answers are bytes or str; without decode_responses they are bytes
-        )
+        self._client: Any  # in the types of redis, answers are bytes or str
         try:
             self._client = redis.Redis.from_url(url, password=password, socket_timeout=10, socket_connect_timeout=5)
             self._client.connection_pool.connection_kwargs["decode_responses"] = False  # whatever the URL asks for
