@@ -166,8 +166,8 @@ def study(run: Run, seconds: float) -> None:
     if run.options.compile_study:
         arguments += ["--compile"]
     if run.options.rehearse:
-        arguments += ["--steps", 60 if run.gpu else 3, "--sweep-steps", 40 if run.gpu else 1]
-        arguments += ["--validation-tokens", 4096, "--study", "families"]
+        arguments += ["--steps", 60 if run.gpu else 1, "--sweep-steps", 40 if run.gpu else 1]
+        arguments += ["--validation-tokens", 4096 if run.gpu else 1024, "--study", "families"]
     run.finish(run.start(run.command("gpu_study.py", *arguments), "study.log"), "study.log", seconds)
 
 
