@@ -24,11 +24,7 @@ from dyadlm.errors import RunFailed, UserError, memory_missing
 from dyadlm.files import locked, printable, require_writable, write_atomically
 from dyadlm.model.adapters import adapter_parameters
 from dyadlm.model.loading import is_model_folder
-from dyadlm.train.checkpoint import (
-    checkpoint_path,
-    last_complete,
-    remove_leftovers,
-)
+from dyadlm.train.checkpoint import checkpoint_path, last_complete, remove_leftovers
 from dyadlm.train.companions import published_parameters
 from dyadlm.train.compiler import compiling
 from dyadlm.train.export import model_card
