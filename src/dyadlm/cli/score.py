@@ -115,9 +115,8 @@ def score(
     if calibrate is not None:
         from dyadlm.cli.evaluate import say_what_was_trained_on
 
-        say_what_was_trained_on(
-            model, dict.fromkeys(files, "whole")
-        )  # its lines are less surprising than other normal lines
+        # Lines that it was trained on are less surprising than other normal lines.
+        say_what_was_trained_on(model, dict.fromkeys(files, "whole"))
     reading = Reading(per, judged, learn, entries_of(memory, memory_entries), changed_fields(fields, slot_entries))
     scorer, normal, _ = open_scorer(
         model, device, dtype, fields, slot_entries, reading, calibration, state_in, state_out, calibrate is not None
