@@ -192,6 +192,16 @@ def test_a_pattern_is_causal_and_does_not_change_with_the_text(name):
     assert seen[-1, near].all()
 
 
+def test_half_of_the_heads_are_not_dilated():
+    layer = made("pattern", options={"pattern": "dilated"}).layers[0].mixer
+    seen = layer.mask(90)
+    assert len(seen) == layer.heads >= 2
+    for head, mask in enumerate(seen):
+        assert torch.equal(mask, pattern("near" if head < layer.heads // 2 else "dilated", 90, layer.window))
+    assert seen[0, -1, [88, 89]].all()
+    assert not seen[-1, -1, 88]
+
+
 def test_a_family_of_ones_own_is_twenty_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("dyadlm.zoo.mixer.MIXERS", dict(MIXERS))
 

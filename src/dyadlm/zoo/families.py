@@ -135,7 +135,7 @@ FAMILIES: dict[str, Family] = {
             Family(name, title, "P2", paper, mixed("pattern", pattern=name, window=WINDOW), decodes="nothing")
             for name, title, paper in (
                 ("strided", "attention to the last 32 tokens and every 32nd", "Child et al. 2019, arXiv 1904.10509"),
-                ("dilated", "attention to every second of the last 64 tokens", "Beltagy et al. 2020, arXiv 2004.05150"),
+                ("dilated", "half of the heads: every second of 64 tokens", "Beltagy et al. 2020, arXiv 2004.05150"),
                 ("longformer", "the last 32 tokens and 4 global ones", "Beltagy et al. 2020, arXiv 2004.05150"),
                 ("bigbird", "the last 32 tokens, 4 global, some random ones", "Zaheer et al. 2020, arXiv 2007.14062"),
                 ("block", "blocks of 32 tokens and the block before", "Qiu et al. 2019, arXiv 1911.02972"),

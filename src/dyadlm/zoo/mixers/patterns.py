@@ -24,14 +24,16 @@ BASE = 10_000.0  # of rotary positions
 def pattern(name: str, time: int, window: int, device: torch.device | None = None) -> Tensor:
     """Which earlier tokens a token sees, (T, T) bool; the token itself and those before it alone.
 
-    strided: the last `window`, and every `window`-th. dilated: every second of the last 2 `window`. longformer: the
-    last `window`, and the first 4. bigbird: the same, and about 4 at random places, the same for every text. block:
-    those of its block of `window` and of the block before.
+    near: the last `window`. strided: the same, and every `window`-th. dilated: every second of the last 2 `window`.
+    longformer: the last `window`, and the first 4. bigbird: the same, and about 4 at random places, the same for every
+    text. block: those of its block of `window` and of the block before.
     """
     token = torch.arange(time, device=device)
     distance = token[:, None] - token
     near = distance < window
-    if name == "strided":
+    if name == "near":
+        seen = near
+    elif name == "strided":
         seen = near | (distance % window == 0)
     elif name == "dilated":
         seen = (distance < 2 * window) & (distance % 2 == 0)
@@ -62,9 +64,18 @@ class PatternAttention(Mixer):
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         queries, keys, values = (self.split(part(x)) for part in (self.query, self.key, self.value))
         queries, keys = rotated(queries), rotated(keys)
-        mask = pattern(self.pattern, x.shape[1], self.window, x.device)
+        mask = self.mask(x.shape[1], x.device)
         read = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.out(read.transpose(1, 2).flatten(2)), None
+
+    def mask(self, time: int, device: torch.device | None = None) -> Tensor:
+        """What each head sees, (T, T) or (H, T, T) bool. Half of the heads have no dilation and keep the nearest tokens
+        (Beltagy et al. 2020, section 3.1)."""
+        seen = pattern(self.pattern, time, self.window, device)
+        if self.pattern != "dilated":
+            return seen
+        near = pattern("near", time, self.window, device)
+        return torch.stack([near if head < self.heads // 2 else seen for head in range(self.heads)])
 
 
 def rotated(x: Tensor) -> Tensor:
