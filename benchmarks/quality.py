@@ -3,9 +3,13 @@
     python benchmarks/quality.py --text tinyshakespeare.txt
 
 Windows of 256 bytes, at most 1.54M training tokens, whole validation split, three seeds at each family's best rate.
+AdamW, and Muon with hashed n-grams of 2, 3, 4 and 6 bytes, the same tables for both.
 """
 
+from collections.abc import Callable
+
 import torch
+from transformers import PreTrainedModel
 
 from common import (
     Cells,
@@ -19,8 +23,25 @@ from common import (
     train,
     validation_nats,
 )
+from dyadlm.peer_ngrams import add_ngrams
 
-FAMILIES = {"dyad": dyad, "llama": matched_llama}
+NGRAMS = (2, 3, 4, 6)
+
+
+def llama_with_ngrams() -> PreTrainedModel:
+    model = matched_llama()
+    add_ngrams(model, NGRAMS)
+    return model
+
+
+# Models, and the optimizer of each.
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "dyad": (dyad, "adamw"),
+    "llama": (matched_llama, "adamw"),
+    "dyad-muon": (dyad, "muon"),
+    "dyad-muon-ngrams": (lambda: dyad(ngram_sizes=list(NGRAMS)), "muon"),
+    "llama-muon-ngrams": (llama_with_ngrams, "muon"),
+}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 BUDGET = {"tokens": 1_536_000, "batch_size": 4, "sequence_length": 256}
@@ -28,7 +49,7 @@ BUDGET = {"tokens": 1_536_000, "batch_size": 4, "sequence_length": 256}
 
 def main() -> None:
     parser = arguments(__doc__ or "", "quality.json", text=True)
-    parser.add_argument("--family", choices=FAMILIES, help="measure this family only")
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="measure this family only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     require_green()
@@ -39,11 +60,12 @@ def main() -> None:
         for name in cells.missing(names):
             family, rate, seed = name.split()
             torch.manual_seed(int(seed))
-            model = FAMILIES[family]()
-            cost = train(model, training, learning_rate=float(rate), seed=int(seed), **BUDGET)
+            make, optimizer = FAMILIES[family]
+            model = make()
+            cost = train(model, training, learning_rate=float(rate), seed=int(seed), optimizer=optimizer, **BUDGET)
             cells.store(name, {"parameters": size(model), **validation_nats(model, validation, 256), **cost})
 
-    for family in [options.family] if options.family else FAMILIES:
+    for family in options.family or FAMILIES:
         measure([f"{family} {rate:g} 0" for rate in LEARNING_RATES])
         best = min(LEARNING_RATES, key=lambda rate: cells.results[f"{family} {rate:g} 0"]["nats"])
         measure([f"{family} {best:g} {seed}" for seed in SEEDS])
