@@ -21,16 +21,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "level_rank": 22,
         **COMPOSITION,
     },
-    # As many parameters in twice as many blocks of half the rank: better at equal tokens, and slower (docs/experiments.md).
-    "deep": {
-        "hidden_size": 128,
-        "num_hidden_layers": 8,
-        "intermediate_size": 144,
-        "max_position_embeddings": 256,
-        "num_levels": 4,
-        "level_rank": 11,
-        **COMPOSITION,
-    },
     # The system that the paper describes, in about the parameters of `tiny` (docs/paper.md). What exists while training
     # alone, the twin, the fingerprints and the teacher, is in `dyadlm.train.defaults.PRESET_DEFAULTS`.
     "paper": {

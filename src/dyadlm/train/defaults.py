@@ -16,7 +16,6 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 PRESET_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "tiny": {"max_steps": 1500, "learning_rate": 2e-3, "per_device_train_batch_size": 4},
-    "deep": {"max_steps": 1500, "learning_rate": 2e-3, "per_device_train_batch_size": 4},
     # With what the paper's system has in training alone.
     "paper": {
         "max_steps": 1500,

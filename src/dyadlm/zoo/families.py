@@ -85,13 +85,10 @@ def own(preset: str) -> Callable[[Sizes], PreTrainedModel]:
 
         if sizes.vocabulary != BYTE_VOCABULARY:
             raise UserError("The family dyad is compared on bytes; leave the vocabulary out.")
-        usual = DyadConfig.from_preset(preset)
-        wide = DyadConfig(hidden_size=usual.hidden_size).intermediate_size
-        share = (usual.intermediate_size or 0) / (wide or 1)  # of the width that a SwiGLU has by default
         fields = {
             "hidden_size": sizes.width,
             "num_hidden_layers": sizes.layers,
-            "intermediate_size": round(share * sizes.inner),
+            "intermediate_size": sizes.inner,
             "max_position_embeddings": sizes.length,
         }
         return DyadForCausalLM(DyadConfig.from_preset(preset, **fields))
@@ -121,10 +118,6 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("dyad", "dyadlm, preset tiny", "–", "this project", own("tiny"), layers=4, decodes="state"),
-        Family(
-            "dyad-deep", "dyadlm, preset deep", "–", "this project", own("deep"),
-            layers=8, decodes="state",
-        ),
         Family("llama", "full attention", "P1", "Touvron et al. 2023, arXiv 2302.13971", standard("llama")),
         Family(
             "grouped-query", "attention whose heads share two keys", "P1", "Ainslie et al. 2023, arXiv 2305.13245",

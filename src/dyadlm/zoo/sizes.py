@@ -88,7 +88,6 @@ def _with_inner(family: Family, sizes: Sizes, parameters: int) -> Sizes:
     def wider(inner: int) -> Sizes:
         return Sizes(sizes.width, sizes.layers, inner, sizes.vocabulary, sizes.length)
 
-    far = 33 * INNER_STEP  # some families round it
-    slope = (count(family, wider(far)) - count(family, wider(INNER_STEP))) / (far - INNER_STEP)
+    slope = (count(family, wider(2 * INNER_STEP)) - count(family, wider(INNER_STEP))) / INNER_STEP
     inner = (parameters - count(family, wider(INNER_STEP))) / slope + INNER_STEP
     return wider(max(INNER_STEP, round(inner / INNER_STEP) * INNER_STEP))
