@@ -19,7 +19,7 @@ GIGA, DAY = 10**9, 86_400
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="A new model: tiny, deep, paper, small, base, large or xl.")],
+    preset: Annotated[str, typer.Option(help="A new model: tiny, paper, small, base, large or xl.")],
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of the run in a YAML or JSON file.")
     ] = None,

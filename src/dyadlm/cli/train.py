@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def train(
     output: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run. It becomes the model.")],
     preset: Annotated[
-        str | None, typer.Option(help="Train a new model: tiny, deep, small, base, large, xl or paper.")
+        str | None, typer.Option(help="Train a new model: tiny, small, base, large, xl or paper.")
     ] = None,
     model: Annotated[
         str | None,
