@@ -68,6 +68,8 @@ def test_in_pieces_of_any_length_as_whole(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_every_weight_and_no_earlier_token(name):
     layer = mixer_of(name).train()
+    if name == "aft":
+        layer.gain.data.fill_(0.1)  # 0 at first, which keeps the weights of distances from moving in the first step
     x = torch.randn(1, 13, 32, requires_grad=True)
     out, _ = layer(x)
     (gradient,) = torch.autograd.grad(out[:, 5].square().sum(), x, retain_graph=True)
@@ -76,15 +78,25 @@ def test_gradients_reach_every_weight_and_no_earlier_token(name):
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in layer.parameters())
 
 
+def turned(x, position):
+    """(..., E), number i and number i + E / 2 as a complex number that turns with the position."""
+    half = x.shape[-1] // 2
+    turn = torch.polar(torch.ones(half), position * 10_000.0 ** (-torch.arange(half) / half))
+    moved = torch.complex(x[..., :half], x[..., half : 2 * half]) * turn
+    return torch.cat([moved.real, moved.imag, x[..., 2 * half :]], -1)
+
+
 def test_linear_attention_is_its_definition():
     q, k = (torch.rand(1, 2, 7, 5) for _ in range(2))
     v = torch.randn(1, 2, 7, 3)
     read, sums = linear_attention(q, k, v, None)
     for time in range(7):
-        weights = torch.stack([(q[:, :, time] * k[:, :, earlier]).sum(-1) for earlier in range(time + 1)], -1)
-        mean = (weights[..., None] * v[:, :, : time + 1]).sum(2) / weights.sum(-1, keepdim=True)
-        torch.testing.assert_close(read[:, :, time], mean)
-    torch.testing.assert_close(sums[0], torch.einsum("bhtf,bhte->bhfe", k, v))
+        near = [(turned(q[:, :, time], time) * turned(k[:, :, one], one)).sum(-1) for one in range(time + 1)]
+        plain = [(q[:, :, time] * k[:, :, one]).sum(-1) for one in range(time + 1)]
+        weighted = (torch.stack(near, -1)[..., None] * v[:, :, : time + 1]).sum(2)
+        torch.testing.assert_close(read[:, :, time], weighted / torch.stack(plain).sum(0)[..., None])
+    keys = torch.stack([turned(k[:, :, time], time) for time in range(7)], 2)
+    torch.testing.assert_close(sums[0], torch.einsum("bhtf,bhte->bhfe", keys, v))
 
 
 def test_random_features_are_near_the_softmax_kernel():
@@ -97,11 +109,19 @@ def test_random_features_are_near_the_softmax_kernel():
 
 
 def test_attention_free_is_its_definition():
-    layer, x = mixer_of("aft"), torch.randn(1, 9, 32)
+    layer, x = made("aft", options={"window": 4}).layers[0].mixer, torch.randn(1, 9, 32)
+    with torch.no_grad():
+        layer.gain.fill_(0.7)
+        layer.bias.fill_(-0.2)
     found, _ = layer(x)
-    weights, values = layer.key(x).exp(), layer.value(x)
+    near = layer.near
+    added = 0.7 * (near - near.mean(1, keepdim=True)) / near.std(1, keepdim=True) - 0.2
     for time in range(9):
-        mean = (weights[:, : time + 1] * values[:, : time + 1]).sum(1) / weights[:, : time + 1].sum(1)
+        weights = layer.key(x[:, : time + 1])
+        for distance in range(min(4, time + 1)):
+            weights[:, time - distance] += added[:, 3 - distance].repeat_interleave(16)
+        weights, values = weights.exp(), layer.value(x[:, : time + 1])
+        mean = (weights * values).sum(1) / weights.sum(1)
         torch.testing.assert_close(found[:, time], layer.out(torch.sigmoid(layer.query(x[:, time])) * mean))
 
 
@@ -171,6 +191,7 @@ def test_a_band_is_attention_to_the_last_tokens():
     layer = made("fmm", options={"band": 3}).layers[0].mixer
     x = torch.randn(1, 9, 32)
     query, key, value = (layer.split(part(x)) for part in (layer.query, layer.key, layer.value))
+    query, key = (torch.stack([turned(one[:, :, t], t) for t in range(9)], 2) for one in (query, key))
     far, _ = layer.far(x)
     for time in range(9):
         near = slice(max(0, time - 2), time + 1)

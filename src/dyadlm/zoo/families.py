@@ -150,7 +150,7 @@ FAMILIES: dict[str, Family] = {
             excluded="landmarks are means over the whole text, later tokens included.",
         ),
         Family(
-            "aft", "attention-free transformer", "P3", "Zhai et al. 2021, arXiv 2105.14103", mixed("aft"),
+            "aft", "attention-free transformer, AFT-conv", "P3", "Zhai et al. 2021, arXiv 2105.14103", mixed("aft"),
             decodes="state",
         ),
         Family(

@@ -1,6 +1,8 @@
 """Near tokens by attention in a band, far ones by linear attention: the decomposition of the fast multipole method.
 
-Nguyen et al. 2021 (FMMformer), arXiv 2108.02347. Dimension letters: B batch, T tokens, D width, H heads, E = D / H.
+Nguyen et al. 2021 (FMMformer), arXiv 2108.02347, with rotary positions in both parts.
+
+Dimension letters: B batch, T tokens, D width, H heads, E = D / H.
 """
 
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dyadlm.zoo.mixer import Mixer, MixerConfig
 from dyadlm.zoo.mixers.linear_attention import LinearAttention
 from dyadlm.zoo.mixers.linear_attention import State as Sums
+from dyadlm.zoo.mixers.rotary import rotated
 
 State = tuple[Sums, tuple[Tensor, Tensor]]  # of the far part; keys and values of the last tokens of the band
 
@@ -36,8 +39,10 @@ class FastMultipole(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         sums, cached = (None, None) if state is None else state
+        begin = None if sums is None else sums[2]
         far, sums = self.far(x, sums)
         queries, keys, values = (self.split(part(x)) for part in (self.query, self.key, self.value))
+        queries, keys = rotated(queries, begin), rotated(keys, begin)
         if cached is not None:
             keys, values = torch.cat([cached[0], keys], 2), torch.cat([cached[1], values], 2)
         time, seen = queries.shape[2], keys.shape[2]

@@ -1,6 +1,9 @@
 """Attention without softmax: queries read a sum of keys times values, whose size does not grow.
 
 Linear transformers: Katharopoulos et al. 2020, arXiv 2006.16236. Performer: Choromanski et al. 2021, arXiv 2009.14794.
+Both were published with positions added to the embeddings, which end where training ends. Here features are turned by
+rotary positions, as Su et al. 2021 (arXiv 2104.09864, equation 19 and section 4.4) do with both: sums of turned keys do
+not grow, and the weights that the mean is divided by stay positive, since they are not turned.
 
 Dimension letters: B batch, T tokens, D width, H heads, E = D / H, F features of a key.
 """
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import elu
 
 from dyadlm.zoo.mixer import Mixer, MixerConfig
+from dyadlm.zoo.mixers.rotary import rotated
 
-State = tuple[Tensor, Tensor]  # sums of keys times values (B, H, F, E) and of keys (B, H, F)
+State = tuple[Tensor, Tensor, Tensor]  # sums of turned keys times values (B, H, F, E), of keys (B, H, F); tokens (B,)
 
 
 class LinearAttention(Mixer):
@@ -69,16 +73,18 @@ class PerformerAttention(LinearAttention):
 
 
 def linear_attention(queries: Tensor, keys: Tensor, values: Tensor, state: State | None) -> tuple[Tensor, State]:
-    """Each query reads the mean of the values up to its token, weighted by its product with their keys.
+    """Each query reads the values up to its token, weighted by the product of turned query and key; the sum is divided
+    by that of the products without turning.
 
     queries, keys: (B, H, T, F), positive; values: (B, H, T, E). Returns (B, H, T, E) and the sums after the last token.
     """
-    scores = (queries @ keys.transpose(-1, -2)).tril()
-    read, weight = scores @ values, scores.sum(-1)
+    begin = queries.new_zeros(len(queries), dtype=torch.int64) if state is None else state[2]
+    turned, turned_keys = rotated(queries, begin), rotated(keys, begin)
+    read = (turned @ turned_keys.transpose(-1, -2)).tril() @ values
+    weight = (queries @ keys.transpose(-1, -2)).tril().sum(-1)
+    sums = turned_keys.transpose(-1, -2) @ values, keys.sum(-2)
     if state is not None:
-        read = read + queries @ state[0]
+        read = read + turned @ state[0]
         weight = weight + (queries @ state[1][..., None]).squeeze(-1)
-    sums = keys.transpose(-1, -2) @ values, keys.sum(-2)
-    if state is not None:
         sums = sums[0] + state[0], sums[1] + state[1]
-    return read / weight.clamp(min=1e-6)[..., None], sums
+    return read / weight.clamp(min=1e-6)[..., None], (*sums, begin + queries.shape[2])

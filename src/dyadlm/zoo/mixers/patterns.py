@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dyadlm.errors import UserError
 from dyadlm.zoo.mixer import Mixer, MixerConfig
+from dyadlm.zoo.mixers.rotary import rotated
 
 PATTERNS = ("strided", "dilated", "longformer", "bigbird", "block")
-BASE = 10_000.0  # of rotary positions
 
 
 def pattern(name: str, time: int, window: int, device: torch.device | None = None) -> Tensor:
@@ -76,13 +76,3 @@ class PatternAttention(Mixer):
             return seen
         near = pattern("near", time, self.window, device)
         return torch.stack([near if head < self.heads // 2 else seen for head in range(self.heads)])
-
-
-def rotated(x: Tensor) -> Tensor:
-    """(B, H, T, E) turned by rotary positions from 0 (Su et al. 2021, arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
-    speed = BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * speed
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half : 2 * half]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], -1)
