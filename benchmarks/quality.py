@@ -34,6 +34,15 @@ def llama_with_ngrams() -> PreTrainedModel:
     return model
 
 
+def sweep(loss: Callable[[float], float]) -> float:
+    """The best rate: halved or doubled from the first two, until the loss rises on both sides."""
+    found = {rate: loss(rate) for rate in FIRST_RATES}
+    while (best := min(found, key=lambda rate: found[rate])) in (min(found), max(found)):
+        near = best / 2 if best == min(found) else 2 * best
+        found[near] = loss(near)
+    return best
+
+
 # Models, and the optimizer of each.
 FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "dyad": (dyad, "adamw"),
@@ -42,7 +51,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "dyad-muon-ngrams": (lambda: dyad(ngram_sizes=list(NGRAMS)), "muon"),
     "llama-muon-ngrams": (llama_with_ngrams, "muon"),
 }
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+FIRST_RATES = (1e-3, 2e-3)
 SEEDS = (0, 1, 2)
 BUDGET = {"tokens": 1_536_000, "batch_size": 4, "sequence_length": 256}
 
@@ -65,9 +74,13 @@ def main() -> None:
             cost = train(model, training, learning_rate=float(rate), seed=int(seed), optimizer=optimizer, **BUDGET)
             cells.store(name, {"parameters": size(model), **validation_nats(model, validation, 256), **cost})
 
+    def measured(name: str) -> float:
+        measure([name])
+        nats: float = cells.results[name]["nats"]
+        return nats
+
     for family in options.family or FAMILIES:
-        measure([f"{family} {rate:g} 0" for rate in LEARNING_RATES])
-        best = min(LEARNING_RATES, key=lambda rate: cells.results[f"{family} {rate:g} 0"]["nats"])
+        best = sweep(lambda rate, family=family: measured(f"{family} {rate:g} 0"))
         measure([f"{family} {best:g} {seed}" for seed in SEEDS])
         nats = [cells.results[f"{family} {best:g} {seed}"]["nats"] for seed in SEEDS]
         print(f"{family}: {median_and_spread(nats)} nats at {best:g}")
