@@ -26,14 +26,14 @@ def rates() -> list[dict[str, Any]]:
     found = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("gpu*.json")):
         stored = json.loads(file.read_text())
-        card = {"card": stored["card"]["device"], "torch": stored["card"]["torch"], "commit": stored["commit"]}
+        gpu = {"gpu": stored["card"]["device"], "torch": stored["card"]["torch"], "commit": stored["commit"]}
         for name, cell in stored.get("training", {}).items():
             contender, preset, length = name.split()
             if contender in KINDS:
-                found.append(card | _rate(KINDS[contender], preset, int(length), cell["parameters"], cell[length]))
+                found.append(gpu | _rate(KINDS[contender], preset, int(length), cell["parameters"], cell[length]))
         if "small" in stored.get("text", {}):
             cell = stored["text"]["small"]
-            found.append(card | _rate("graph", "small", SHAPES["small"][1], cell["parameters"], cell))
+            found.append(gpu | _rate("graph", "small", SHAPES["small"][1], cell["parameters"], cell))
     return found
 
 

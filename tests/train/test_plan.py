@@ -55,34 +55,34 @@ def test_time_is_operations_by_the_measured_rate():
     rate = nearest_rate("eager", config, 256)
     assert (rate.preset, rate.sequence_length) == ("small", 2048)
     assert told["tokens"] == 100 * 16 * 256
-    one, four = told["cards"]
+    one, four = told["gpus"]
     assert one["seconds"]["eager"] == pytest.approx(
         told["tokens"] * training_flops_per_token(config, 256) / rate.flops_per_second
     )
     assert four["seconds"]["eager"] == pytest.approx(one["seconds"]["eager"] / 4 / 0.5)
-    assert four["card_hours"]["llama"] == pytest.approx(2 * one["card_hours"]["llama"])
-    assert one["cost"]["graph"] == pytest.approx(3 * one["card_hours"]["graph"])
+    assert four["gpu_hours"]["llama"] == pytest.approx(2 * one["gpu_hours"]["llama"])
+    assert one["cost"]["graph"] == pytest.approx(3 * one["gpu_hours"]["graph"])
     assert one["seconds"]["llama"] < one["seconds"]["graph"] < one["seconds"]["eager"]
 
 
 @pytest.mark.slow
 def test_memory_follows_the_windows_of_a_card_and_fsdp():
-    one, sixteen = plan(settings(), (1, 16))["cards"]
+    one, sixteen = plan(settings(), (1, 16))["gpus"]
     assert (one["rows"], sixteen["rows"]) == (4, 1)
     assert (one["gradient_accumulation_steps"], sixteen["gradient_accumulation_steps"]) == (4, 1)
     assert one["sharded_memory_bytes"] == one["memory_bytes"] > sixteen["memory_bytes"]
-    # Several cards sum gradients in buckets beside them.
+    # Several GPUs sum gradients in buckets beside them.
     two = plan(settings("per_device_train_batch_size=1", "gradient_accumulation_steps=16"), (1, 2))
-    assert two["cards"][1]["memory_bytes"] - two["cards"][0]["memory_bytes"] == 4 * two["parameters"]
+    assert two["gpus"][1]["memory_bytes"] - two["gpus"][0]["memory_bytes"] == 4 * two["parameters"]
     assert sixteen["memory_bytes"] > sixteen["sharded_memory_bytes"]
-    # A table that every card gathers whole, and its gradient, are in no block.
+    # A table that every GPU gathers whole, and its gradient, are in no block.
     wider, narrow = (plan(settings(f"model.vocab_size={size}"), (16,)) for size in (1259, 259))
-    (more,), (less,) = wider["cards"], narrow["cards"]
+    (more,), (less,) = wider["gpus"], narrow["gpus"]
     table = 1000 * 32
     assert wider["static_memory_bytes"] - narrow["static_memory_bytes"] == 16 * table
     kept = (more["memory_bytes"] - less["memory_bytes"]) - (16 + 4) * table  # with gradients in buckets
     assert more["sharded_memory_bytes"] - less["sharded_memory_bytes"] == table + 8 * table + kept
-    (less,) = plan(settings("gradient_checkpointing=true"), (1,))["cards"]
+    (less,) = plan(settings("gradient_checkpointing=true"), (1,))["gpus"]
     assert less["memory_bytes"] < one["memory_bytes"]
     assert less["seconds"]["eager"] > 1.2 * one["seconds"]["eager"]
 
@@ -90,7 +90,7 @@ def test_memory_follows_the_windows_of_a_card_and_fsdp():
 def test_windows_of_a_step_of_all_processes_are_those_of_the_plan():
     assert windows_of(settings()) == (4, 16)
     assert windows_of(settings("train.windows_per_step=64")) == (16, 64)
-    with pytest.raises(UserError, match=r"8 cards cannot share the 6 windows.*train\.windows_per_step"):
+    with pytest.raises(UserError, match=r"8 GPUs cannot share the 6 windows.*train\.windows_per_step"):
         plan(settings("train.windows_per_step=6"), (8,))
 
 
@@ -104,9 +104,9 @@ def test_nearest_rates_are_of_the_nearest_length():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"cards": (64,)}, "gradient_accumulation_steps"),
-        ({"cards": ()}, "--cards"),
-        ({"cards": (0,)}, "--cards"),
+        ({"gpus": (64,)}, "gradient_accumulation_steps"),
+        ({"gpus": ()}, "--gpus"),
+        ({"gpus": (0,)}, "--gpus"),
         ({"efficiency": 0.0}, "efficiency"),
         ({"efficiency": float("nan")}, "efficiency"),
         ({"price": -1.0}, "price"),
@@ -136,10 +136,10 @@ def test_a_card_takes_its_windows_in_equal_passes(windows, rows, passes):
 
 def test_cards_that_cannot_share_a_step_are_left_out_or_refused():
     told = plan(settings())
-    assert ([entry["cards"] for entry in told["cards"]], told["left_out"]) == ([1, 8], [64])
+    assert ([entry["gpus"] for entry in told["gpus"]], told["left_out"]) == ([1, 8], [64])
     assert plan(settings(), (1,))["left_out"] == []
-    assert [entry["cards"] for entry in plan(settings("gradient_accumulation_steps=1"))["cards"]] == [1]
-    with pytest.raises(UserError, match=r"3 cards cannot share the 16 windows of a step evenly; change gradient_"):
+    assert [entry["gpus"] for entry in plan(settings("gradient_accumulation_steps=1"))["gpus"]] == [1]
+    with pytest.raises(UserError, match=r"3 GPUs cannot share the 16 windows of a step evenly; change gradient_"):
         plan(settings(), (1, 3))
 
 
@@ -173,11 +173,11 @@ def test_a_base_width_that_cannot_be_is_refused():
 @pytest.mark.slow
 def test_the_command_says_what_was_measured_and_what_was_not(capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["plan", "--preset", "tiny", "--cards", "1", "8", "--price", "2", "--set", *SMALL])
+        main(["plan", "--preset", "tiny", "--gpus", "1", "8", "--price", "2", "--set", *SMALL])
     assert not ended.value.code
     shown = capsys.readouterr().out
     for words in ("NVIDIA H200", "Assumed, not measured", "cost", "--set train.windows_per_step=16 gradient_acc"):
         assert words in shown
     with pytest.raises(SystemExit):
-        main(["plan", "--preset", "tiny", "--cards", "1", "--json", "--set", *SMALL])
-    assert json.loads(capsys.readouterr().out)["cards"][0]["cost"] == {}
+        main(["plan", "--preset", "tiny", "--gpus", "1", "--json", "--set", *SMALL])
+    assert json.loads(capsys.readouterr().out)["gpus"][0]["cost"] == {}

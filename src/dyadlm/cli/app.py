@@ -61,7 +61,7 @@ app.command()(report.report)
 app.command()(verify.verify)
 
 # Options that take all the values that follow: `--data a b` means `--data a --data b`.
-LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates", "--probe", "--cards")
+LIST_OPTIONS = ("--data", "--set", "--part", "--test", "--learning-rates", "--probe", "--gpus")
 
 
 def _print_version(asked: bool) -> None:

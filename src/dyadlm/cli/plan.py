@@ -27,19 +27,19 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="key=value ...", help="Settings of the run, as `dyadlm train` takes them."),
     ] = None,
-    cards: Annotated[
+    gpus: Annotated[
         list[int] | None,
         typer.Option(
             metavar="N ...",
             help="Numbers of GPUs. Default: those of 1, 8 and 64 that divide the windows of a step.",
         ),
     ] = None,
-    memory: Annotated[float, typer.Option(metavar="GB", min=1, help="Memory of a card, in GB; an H100 has 80.")] = 80,
+    memory: Annotated[float, typer.Option(metavar="GB", min=1, help="Memory of a GPU, in GB; an H100 has 80.")] = 80,
     price: Annotated[
-        float | None, typer.Option(metavar="X", help="What a card costs for an hour, in any currency.")
+        float | None, typer.Option(metavar="X", help="What a GPU costs for an hour, in any currency.")
     ] = None,
     efficiency: Annotated[
-        float, typer.Option(metavar="X", help="Share of their speed that several cards keep; 1: nothing is lost.")
+        float, typer.Option(metavar="X", help="Share of their speed that several GPUs keep; 1: nothing is lost.")
     ] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -55,7 +55,7 @@ def plan(
     )
     if not json:
         errors.print("Counting operations and memory ...")
-    told = plan_run(settings, cards, efficiency, price)
+    told = plan_run(settings, gpus, efficiency, price)
     if json:
         typer.echo(json_format.dumps(told, indent=2))
     else:
@@ -70,18 +70,18 @@ def _print(told: dict[str, Any], memory: float) -> None:
     )
     typer.echo(f"memory: {_gigabytes(told['static_memory_bytes'])} for weights, gradients and optimizer\n")
     titles = [
-        "cards",
+        "GPUs",
         "windows at once",
         "accumulation",
-        "memory of a card",
+        "memory of a GPU",
         "with FSDP",
         f"fits in {_gigabytes(memory)}",
     ]
     rows = []
-    for entry in told["cards"]:
+    for entry in told["gpus"]:
         whole, sharded = entry["memory_bytes"], entry["sharded_memory_bytes"]
         fits = "yes" if whole <= memory else "with FSDP" if sharded <= memory else "no"
-        counts = [str(entry[name]) for name in ("cards", "rows", "gradient_accumulation_steps")]
+        counts = [str(entry[name]) for name in ("gpus", "rows", "gradient_accumulation_steps")]
         rows.append([*counts, _gigabytes(whole), _gigabytes(sharded), fits])
     print_table(titles, rows, right=titles[:5])
     typer.echo(
@@ -91,30 +91,30 @@ def _print(told: dict[str, Any], memory: float) -> None:
     if told["left_out"]:
         uneven = " and ".join(map(str, told["left_out"]))
         typer.echo(
-            f"{uneven} cards cannot share {told['windows_per_step']} windows evenly and are left out; raise "
+            f"{uneven} GPUs cannot share {told['windows_per_step']} windows evenly and are left out; raise "
             "gradient_accumulation_steps for them."
         )
     if any(row[-1] == "no" for row in rows):
         typer.echo("What does not fit: fewer per_device_train_batch_size, or gradient_checkpointing=true.")
     typer.echo("")
-    titles = ["cards", "rate", "time", "card-hours", "cost"]
+    titles = ["GPUs", "rate", "time", "GPU hours", "cost"]
     rows = []
-    for entry in told["cards"]:
+    for entry in told["gpus"]:
         for kind, seconds in entry["seconds"].items():
             cost = _amount(entry["cost"][kind]) if entry["cost"] else ""
-            rows.append([str(entry["cards"]), kind, _time(seconds), _amount(entry["card_hours"][kind]), cost])
-    shown = 5 if told["cards"][0]["cost"] else 4
-    print_table(titles[:shown], [row[:shown] for row in rows], right={"cards", "time", "card-hours", "cost"})
-    typer.echo("\nRates, measured on one card each, in bfloat16:")
+            rows.append([str(entry["gpus"]), kind, _time(seconds), _amount(entry["gpu_hours"][kind]), cost])
+    shown = 5 if told["gpus"][0]["cost"] else 4
+    print_table(titles[:shown], [row[:shown] for row in rows], right={"GPUs", "time", "GPU hours", "cost"})
+    typer.echo("\nRates, measured on one GPU each, in bfloat16:")
     for kind, rate in told["rates"].items():
-        where = f"{rate['card']}, torch {rate['torch']}, commit {rate['commit']}"
+        where = f"{rate['gpu']}, torch {rate['torch']}, commit {rate['commit']}"
         what = f"{rate['parameters'] / 1e6:,.1f}M parameters, windows of {rate['sequence_length']:,} tokens"
         fast = f"{rate['tokens_per_second']:,} tokens/s, {rate['flops_per_second'] / 1e12:,.1f} TFLOP/s"
         typer.echo(f"  {kind}: {KINDS[kind]}; {what}; {where}: {fast}")
     lost = f"{1 - told['efficiency']:.0%}" if told["efficiency"] < 1 else "nothing"
     typer.echo(
-        "Assumed, not measured: this model computes as many TFLOP/s as the measured one; your cards are as fast as the "
-        f"measured one; several cards lose {lost} to each other. Evaluations and checkpoints come on top."
+        "Assumed, not measured: this model computes as many TFLOP/s as the measured one; your GPUs are as fast as the "
+        f"measured one; several GPUs lose {lost} to each other. Evaluations and checkpoints come on top."
     )
 
 

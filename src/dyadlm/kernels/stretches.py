@@ -47,7 +47,7 @@ def tile_of(rank: int) -> dict[str, int]:
     padded = max(16, triton.next_power_of_2(rank))
     rows = min(64, max(16, ELEMENTS // padded))
     warps = max(4, rows * padded // OF_A_WARP)
-    # Two stages of loads: three take more shared memory than small cards have.
+    # Two stages of loads: three take more shared memory than small GPUs have.
     return {"rows": rows, "tiles": STRETCH // rows, "padded": padded, "num_warps": warps, "num_stages": 2}
 
 

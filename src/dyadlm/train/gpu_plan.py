@@ -1,8 +1,8 @@
-"""What a run would take on GPUs that are not here: memory counted, time from rates measured on one card.
+"""What a run would take on GPUs that are not here: memory counted, time from rates measured on one GPU.
 
 Three things are assumed, and said with every plan: a larger model moves as many floating-point operations in a second
-as the measured one; several cards share the windows of a step and lose `1 - efficiency` of their time to each other;
-and the card is as fast as the one that was measured.
+as the measured one; several GPUs share the windows of a step and lose `1 - efficiency` of their time to each other;
+and the GPU is as fast as the one that was measured.
 
 rates.json is written by benchmarks/rates.py from benchmarks/results/gpu*.json.
 """
@@ -30,7 +30,7 @@ class Rate(NamedTuple):
     CUDA graph; `llama`, a compiled Llama with flash attention. peak_bytes: of memory in a step of ours, of which
     activation_bytes are what `dyadlm.accounting.activation_bytes` counts; None where it was not measured."""
 
-    card: str
+    gpu: str
     torch: str
     commit: str
     kind: str
@@ -43,7 +43,7 @@ class Rate(NamedTuple):
     activation_bytes: int | None = None
 
 
-CARDS = (1, 8, 64)
+GPUS = (1, 8, 64)
 
 
 @cache
@@ -54,32 +54,32 @@ def measured_rates() -> list[Rate]:
 
 
 def plan(
-    settings: TrainSettings, cards: Sequence[int] | None = None, efficiency: float = 1.0, price: float | None = None
+    settings: TrainSettings, gpus: Sequence[int] | None = None, efficiency: float = 1.0, price: float | None = None
 ) -> dict[str, Any]:
-    """What the run of these settings would take on so many cards together; nothing is run, and no text is read.
+    """What the run of these settings would take on so many GPUs together; nothing is run, and no text is read.
 
-    The cards share the windows of a step, so that the model that comes out does not depend on their number: such a run
-    has train.windows_per_step and the gradient_accumulation_steps of its number of cards. What trains beside a model is
-    not counted. cards: by default those of 1, 8 and 64 that can share a step evenly. efficiency: of several cards,
-    beside as many cards that do not wait for each other.
-    price: of one card for one hour, in any currency.
+    The GPUs share the windows of a step, so that the model that comes out does not depend on their number: such a run
+    has train.windows_per_step and the gradient_accumulation_steps of its number of GPUs. What trains beside a model is
+    not counted. gpus: by default those of 1, 8 and 64 that can share a step evenly. efficiency: of several GPUs,
+    beside as many GPUs that do not wait for each other.
+    price: of one GPU for one hour, in any currency.
 
     Returns parameters, steps, windows_per_step, sequence_length, tokens, flops (of all steps), static_memory_bytes
-    (weights, gradients and what the optimizer keeps), rates (by kind: what was measured, as in `Rate`), and cards: for
-    each number of cards rows (windows that one card computes at once), gradient_accumulation_steps (for the run on so
-    many cards), memory_bytes of each card, sharded_memory_bytes (with FSDP), and by kind of rate seconds, card_hours
-    and cost (without a price: {}). left_out: numbers of cards that are usual and cannot share the windows of a step.
+    (weights, gradients and what the optimizer keeps), rates (by kind: what was measured, as in `Rate`), and gpus: for
+    each number of GPUs rows (windows that one GPU computes at once), gradient_accumulation_steps (for the run on so
+    many GPUs), memory_bytes of each GPU, sharded_memory_bytes (with FSDP), and by kind of rate seconds, gpu_hours
+    and cost (without a price: {}). left_out: numbers of GPUs that are usual and cannot share the windows of a step.
 
-    Raises `UserError` for settings that do not fit, and where cards cannot share the windows of a step evenly.
+    Raises `UserError` for settings that do not fit, and where GPUs cannot share the windows of a step evenly.
     """
     if settings.preset is None:
         raise UserError("A plan is for a new model; give --preset, and --set for fields of your own.")
-    if cards is not None and min(cards, default=0) < 1:
-        raise UserError("There is at least one card; give the numbers of cards as --cards 1 8 64.")
+    if gpus is not None and min(gpus, default=0) < 1:
+        raise UserError("There is at least one GPU; give the numbers of GPUs as --gpus 1 8 64.")
     if not 0 < efficiency <= 1:
-        raise UserError("The efficiency of several cards lies above 0 and at most at 1; 1 loses nothing.")
+        raise UserError("The efficiency of several GPUs lies above 0 and at most at 1; 1 loses nothing.")
     if price is not None and not (price > 0 and math.isfinite(price)):
-        raise UserError("The price of a card for an hour is a number above 0.")
+        raise UserError("The price of a GPU for an hour is a number above 0.")
     config = configuration_of(settings)
     length, arguments = settings.data.sequence_length, settings.arguments
     if "max_steps" not in arguments:
@@ -87,18 +87,18 @@ def plan(
     recomputed = any(bool(arguments.get(f"{name}_checkpointing")) for name in ("gradient", "activation"))
     rows, windows = windows_of(settings)
     require_countable(arguments["max_steps"], windows, length)
-    left_out = [] if cards else [count for count in CARDS if windows % count]
-    cards = cards or [count for count in CARDS if count not in left_out]
-    if uneven := next((count for count in cards if windows % count), 0):
+    left_out = [] if gpus else [count for count in GPUS if windows % count]
+    gpus = gpus or [count for count in GPUS if count not in left_out]
+    if uneven := next((count for count in gpus if windows % count), 0):
         more = "train.windows_per_step" if settings.train.windows_per_step else "gradient_accumulation_steps"
         raise UserError(
-            f"{uneven} cards cannot share the {windows} windows of a step evenly; change {more}, or give other --cards."
+            f"{uneven} GPUs cannot share the {windows} windows of a step evenly; change {more}, or give other --gpus."
         )
     tokens = arguments["max_steps"] * windows * length
-    passes_of = {count: passes_over(windows // count, rows) for count in cards}
+    passes_of = {count: passes_over(windows // count, rows) for count in gpus}
     rows_of = {count: windows // count // passes for count, passes in passes_of.items()}
     try:
-        # Several cards copy gradients into buckets that they sum (DDP); with FSDP a card has the whole weights and
+        # Several GPUs copy gradients into buckets that they sum (DDP); with FSDP a GPU has the whole weights and
         # gradients of one block and of all that is in no block, and the weights of the next block.
         buckets = 4 * parameters(config)
         per_token = training_flops_per_token(config, length) + recomputed * forward_flops(config, length) / length
@@ -117,7 +117,7 @@ def plan(
         ) from error
     rates = {kind: rate for kind in ("eager", "graph", "llama") if (rate := nearest_rate(kind, config, length))}
     told: list[dict[str, Any]] = []
-    for count in cards:
+    for count in gpus:
         own, share = rows_of[count], windows // count
         kept = round(overhead(rates["eager"]) * memory[own])
         operations = flops / windows * share / (efficiency if count > 1 else 1)
@@ -125,17 +125,17 @@ def plan(
         hours = {kind: count * taken / 3600 for kind, taken in seconds.items()}
         told.append(
             {
-                "cards": count,
+                "gpus": count,
                 "rows": own,
                 "gradient_accumulation_steps": passes_of[count],
                 "memory_bytes": static + kept + (buckets if count > 1 else 0),
                 "sharded_memory_bytes": math.ceil(static / count) + kept + (gathered if count > 1 else 0),
                 "seconds": seconds,
-                "card_hours": hours,
+                "gpu_hours": hours,
                 "cost": {} if price is None else {kind: price * taken for kind, taken in hours.items()},
             }
         )
-    amounts = [entry[name].values() for entry in told for name in ("seconds", "card_hours", "cost")]
+    amounts = [entry[name].values() for entry in told for name in ("seconds", "gpu_hours", "cost")]
     if not all(math.isfinite(amount) for kinds in amounts for amount in kinds):
         raise UserError("Such a time or cost is beyond what can be counted; give a larger efficiency, a smaller price.")
     return {
@@ -149,19 +149,19 @@ def plan(
         "rates": {kind: rate._asdict() for kind, rate in rates.items()},
         "efficiency": efficiency,
         "left_out": left_out,
-        "cards": told,
+        "gpus": told,
     }
 
 
 def windows_of(settings: TrainSettings) -> tuple[int, int]:
-    """How many windows one card alone computes at once, and how many a step has."""
+    """How many windows one GPU alone computes at once, and how many a step has."""
     rows = settings.arguments["per_device_train_batch_size"]
     passes, total = settings.arguments.get("gradient_accumulation_steps", 1), settings.train.windows_per_step
     return (math.ceil(total / passes), total) if total else (rows, rows * passes)
 
 
 def passes_over(windows: int, rows: int) -> int:
-    """In how many equal passes a card computes its windows of a step, at most `rows` of them at once."""
+    """In how many equal passes a GPU computes its windows of a step, at most `rows` of them at once."""
     small = [number for number in range(1, math.isqrt(windows) + 1) if windows % number == 0]
     return min(passes for number in small for passes in (number, windows // number) if windows // passes <= rows)
 
