@@ -43,26 +43,30 @@ def awake(tmp_path, words):
     return tmp_path / "awake"
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_windows_are_those_of_one_pass_over_the_text_cut_for_gradients(tmp_path, small, words, console, awake, reset):
+@pytest.mark.parametrize(("reset", "groups"), [(False, 1), (True, 1), (False, 2), (True, 2)])
+def test_windows_are_those_of_one_pass_over_the_text_cut_for_gradients(
+    tmp_path, small, words, console, awake, reset, groups
+):
     """Each step has the loss and the gradient of its windows, read after all that their lanes have read before."""
     draw, data = random.Random(0), words()
-    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(10, 60))) for _ in range(14)]
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(10, 60))) for _ in range(14 * groups)]
     data = replace(data, train=[(TokenStream.from_text(texts, data.tokenizer), 1.0)])
-    windows = TrainingWindows(data.train, 32, 20, seed=42, document_reset=reset, lanes=4)
-    assert windows.run_windows == 3  # lanes enter anew at steps 0 and 3
-    options = ("train.carry_state=true", "max_steps=5", f"data.document_reset={str(reset).lower()}")
-    result = train(small(tmp_path / "run", *STANDING, *options, model=awake), data, console)
+    steps = 5 * groups
+    windows = TrainingWindows(data.train, 32, 4 * steps, seed=42, document_reset=reset, lanes=4 * groups)
+    assert windows.run_windows == 3  # lanes enter anew at their first turn and at their fourth
+    options = ("train.carry_state=true", f"train.carry_lanes={groups}", f"data.document_reset={str(reset).lower()}")
+    result = train(small(tmp_path / "run", *STANDING, *options, f"max_steps={steps}", model=awake), data, console)
 
     model = AutoModelForCausalLM.from_pretrained(awake).train()
-    items = [[windows[4 * step + lane] for lane in range(4)] for step in range(5)]
-    for step in range(5):
+    items = [[windows[4 * step + lane] for lane in range(4)] for step in range(steps)]
+    for step in range(steps):
+        turns = range(step % groups, step + 1, groups)
         ids, labels, positions = (
-            torch.stack([torch.cat([items[s][lane][name] for s in range(step + 1)]) for lane in range(4)])
+            torch.stack([torch.cat([items[s][lane][name] for s in turns]) for lane in range(4)])
             for name in ("input_ids", "labels", "position_ids")
         )
-        cut, cache = 32 * step, DyadCache()
-        if step:
+        cut, cache = 32 * (len(turns) - 1), DyadCache()
+        if cut:
             with torch.no_grad():
                 model(ids[:, :cut], position_ids=positions[:, :cut], past_key_values=cache)
         logits = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache).logits
@@ -75,7 +79,7 @@ def test_windows_are_those_of_one_pass_over_the_text_cut_for_gradients(tmp_path,
 
         alone = model(ids[:, cut:], position_ids=positions[:, cut:]).logits
         fresh = cross_entropy(alone[:, :-1].transpose(1, 2), labels[:, cut + 1 :]).item()
-        assert (fresh == pytest.approx(loss.item(), rel=1e-5)) == (step in (0, 3))
+        assert (fresh == pytest.approx(loss.item(), rel=1e-5)) == (step // groups in (0, 3))
 
 
 def test_checkpointed_gradients_are_the_same_with_a_carried_state(tmp_path, small, words, console, awake):
@@ -89,24 +93,28 @@ def test_checkpointed_gradients_are_the_same_with_a_carried_state(tmp_path, smal
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-4)
 
 
-def test_resume_goes_on_with_the_same_rows_however_they_are_dealt(tmp_path, small, words, console):
-    options = ("train.carry_state=true", "model.dropout=0", "logging_steps=1")
-    whole = train(small(tmp_path / "whole", *options, "max_steps=4", "train.schedule=constant"), words(), console)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_resume_goes_on_with_the_same_rows_however_they_are_dealt(tmp_path, small, words, console, groups):
+    """With three groups, one of which has not had its turn when the run stops."""
+    options = ("train.carry_state=true", f"train.carry_lanes={groups}", "model.dropout=0", "logging_steps=1")
+    whole = train(small(tmp_path / "whole", *options, "max_steps=5", "train.schedule=constant"), words(), console)
     options = (*options, "train.schedule=constant")
     begun = train(small(tmp_path / "run", *options, "max_steps=2"), words(), console)
-    halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=4")
+    halves = ("per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=5")
     run = train(small(tmp_path / "run", *options, *halves, resume=True), words(), console)
     assert logged(run, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
 
     with pytest.raises(UserError, match="another order of text"):
-        train(small(tmp_path / "run", "train.carry_state=false", resume=True), words(), console)
+        train(small(tmp_path / "run", "train.carry_state=false", "train.carry_lanes=1", resume=True), words(), console)
+    with pytest.raises(UserError, match="another order of text"):
+        train(small(tmp_path / "run", *options, "train.carry_lanes=2", resume=True), words(), console)
     # Earlier versions did not write which rows a file has.
-    manifest = begun.output / "checkpoint-4" / "checkpoint.json"
+    manifest = begun.output / "checkpoint-5" / "checkpoint.json"
     content = json.loads(manifest.read_text())
     content["identity"]["order of text"]["rows_carried"] = {"processes": 1, "rows": 4}
     manifest.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"rows_carried: .*'rows': 4\} there, .*'rows': 2\} here"):
-        train(small(tmp_path / "run", *options, *halves, "max_steps=5", resume=True), words(), console)
+        train(small(tmp_path / "run", *options, *halves, "max_steps=6", resume=True), words(), console)
 
 
 def test_files_of_earlier_versions_and_of_others_are_told_apart(tmp_path):
@@ -125,13 +133,13 @@ def test_files_of_earlier_versions_and_of_others_are_told_apart(tmp_path):
     for rank in range(2):
         carried(rank, 2, 2, 1).save(tmp_path)
     merged = CarriedState(config, 0, 1, 1, 4)
-    merged.load(tmp_path, torch.device("cpu"))
+    merged.load(tmp_path, 1, torch.device("cpu"))
     expected = carried(0, 1, 1, 4)
     for name, tensor in expected.current.tensors().items():
         torch.testing.assert_close(merged.current.tensors()[name], tensor)
     (tmp_path / "carried_state_1.safetensors").unlink()
     with pytest.raises(UserError, match="does not hold the state of every row"):
-        merged.load(tmp_path, torch.device("cpu"))
+        merged.load(tmp_path, 1, torch.device("cpu"))
 
 
 # ---- Weights

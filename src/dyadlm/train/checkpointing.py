@@ -225,11 +225,11 @@ class CheckpointingTrainer(Trainer):
 
     def _load_place(self, folder: Path) -> None:
         """The state that training carries, and where it is in streamed text, where there are these."""
+        step = int(folder.name.rpartition("-")[2])
         with reading(folder):
             if self.carried is not None:
-                self.carried.load(folder, self.args.device)
+                self.carried.load(folder, step, self.args.device)
             if isinstance(self.train_dataset, StreamedWindows):
-                step = int(folder.name.rpartition("-")[2])
                 self.train_dataset.load(folder, step * self.get_total_train_batch_size(self.args))
 
     def _load_weights(self, folder: Path, model: PreTrainedModel) -> None:

@@ -36,14 +36,20 @@ def require_carriable(model: PreTrainedModel) -> None:
 class CarriedState:
     """The state of this process's rows between steps, for each of the batches whose gradients a step accumulates.
 
+    Several groups of rows may take turns, one group a step:
+
+        steps    0        1        2        3
+        rows     group 0  group 1  group 0  group 1       step 2 goes on where step 0 stood
+
     No gradient flows from one window into those before it.
     """
 
-    def __init__(self, config: DyadConfig, rank: int, processes: int, batches: int, rows: int):
-        """batches: of a step in each process; rows: of a batch. lanes: which of the step's windows are read here."""
-        self._config, self._rank = config, rank
-        self.lanes = lanes_of(rank, processes, batches, rows)
-        self._caches = [DyadCache() for _ in range(batches)]
+    def __init__(self, config: DyadConfig, rank: int, processes: int, batches: int, rows: int, groups: int = 1):
+        """batches: of a step in each process; rows: of a batch. lanes: which windows are read here, of those that all
+        processes read before the first group has its turn again."""
+        self._config, self._rank, self._batches = config, rank, batches
+        self.lanes = lanes_of(rank, processes, batches * groups, rows)
+        self._caches = [DyadCache() for _ in range(batches * groups)]
         self._turn = 0
 
     @property
@@ -58,18 +64,22 @@ class CarriedState:
 
     def save(self, folder: Path) -> None:
         """Write the rows of this process, and which lanes they are. Only between steps."""
-        assert self._turn == 0, "a checkpoint is made between steps"
+        assert self._turn % self._batches == 0, "a checkpoint is made between steps"
         size = self._caches[0].batch_size
-        places = [np.arange(number * size, (number + 1) * size) for number in range(len(self._caches))]
-        whole = _filled(len(self.lanes), zip(self._caches, places, [slice(None)] * len(places), strict=True))
+        # A group whose turn has not come enters the text then, and what stands in its rows is not read.
+        caches = [cache if cache.batch_size else self._caches[0] for cache in self._caches]
+        places = [np.arange(number * size, (number + 1) * size) for number in range(len(caches))]
+        whole = _filled(len(self.lanes), zip(caches, places, [slice(None)] * len(places), strict=True))
         whole.save(folder / f"{FILES}{self._rank}.safetensors", self._config, beside={"lanes": self.lanes})
 
-    def load(self, folder: Path, device: torch.device) -> None:
-        """Read the lanes of this process from what `save` wrote in all of them, as many as there were.
+    def load(self, folder: Path, step: int, device: torch.device) -> None:
+        """Read the lanes of this process from what `save` wrote in all of them, as many as there were. step: the number
+        of steps that were done.
 
         Raises:
             UserError: a lane is missing, or a file is damaged.
         """
+        self._turn = step * self._batches % len(self._caches)
         files = sorted(folder.glob(f"{FILES}*.safetensors"))
         parts: list[tuple[DyadCache, Any, Any]] = []
         for file in files:

@@ -61,6 +61,8 @@ class TrainOptions:
     divergence_rise: nats by which the mean loss between two logs may exceed the lowest one; 0: no check.
     carry_state: rows of a batch are lanes through the text: each window goes on where its row stood in the step before,
         with the state the model had there, through which no gradient flows. For dyadlm models alone.
+    carry_lanes: of carry_state: lanes for each row, which take turns, so that a lane goes on after so many steps. With
+        one lane the steps after each other read the same places of the text, and the model learns these.
     history_weight: p: a token after h tokens that the model has seen (of its document or lane, carried ones included)
         counts (h / data.sequence_length)^p, at most 1, in the loss that is minimised, over the mean of these weights;
         0: all count alike. The `loss` that is logged stays the mean over all tokens alike.
@@ -80,6 +82,7 @@ class TrainOptions:
     log_spaced_checkpoints: bool = False
     divergence_rise: float = 2.0
     carry_state: bool = False
+    carry_lanes: int = 1
     history_weight: float = 0.0
     goldfish: int = 0
     compile: bool = False
@@ -92,6 +95,10 @@ class TrainOptions:
         require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate must lie between 0 and 1")
         require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")
         require(self.divergence_rise >= 0, "train.divergence_rise must be 0 or more")
+        require(self.carry_lanes >= 1, "train.carry_lanes must be 1 or more")
+        require(
+            self.carry_state or self.carry_lanes == 1, "train.carry_lanes needs train.carry_state=true; leave it out"
+        )
         require(self.history_weight >= 0, "train.history_weight must be 0 or more")
         require(self.goldfish == 0 or self.goldfish >= 2, "train.goldfish must be 0 or at least 2")
 

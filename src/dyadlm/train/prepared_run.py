@@ -151,7 +151,7 @@ def prepare_run(
             document_reset=options.document_reset,
             with_index=settings.fingerprint.shown,
             with_tags=settings.fingerprint.shown and settings.fingerprint.tags,
-            lanes=batch if settings.train.carry_state else 0,
+            lanes=batch * settings.train.carry_lanes if settings.train.carry_state else 0,
         )
     canaries = None
     if options.canaries:
@@ -194,6 +194,8 @@ def prepare_run(
     }
     if settings.train.carry_state:
         order["rows_carried"] = True
+        if settings.train.carry_lanes > 1:
+            order["lanes_of_a_row"] = settings.train.carry_lanes
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration} | adapter
     # Checkpoints from before there was a choice name none.

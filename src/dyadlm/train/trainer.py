@@ -130,6 +130,7 @@ class LanguageModelTrainer(CheckpointingTrainer):
                 arguments.world_size,
                 arguments.gradient_accumulation_steps,
                 arguments.train_batch_size,
+                options.carry_lanes,
             )
         self.weighted = HistoryWeightedLoss(options.history_weight) if options.history_weight else None
         if self.weighted is not None:
