@@ -49,6 +49,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "llama": (matched_llama, "adamw"),
     "dyad-muon": (dyad, "muon"),
     "dyad-muon-ngrams": (lambda: dyad(ngram_sizes=list(NGRAMS)), "muon"),
+    "dyad-muon-ngrams-dropout": (lambda: dyad(ngram_sizes=list(NGRAMS), dropout=0.1), "muon"),
     "llama-muon-ngrams": (llama_with_ngrams, "muon"),
 }
 FIRST_RATES = (1e-3, 2e-3)
