@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -80,6 +81,41 @@ def test_windows_are_those_of_one_pass_over_the_text_cut_for_gradients(
         alone = model(ids[:, cut:], position_ids=positions[:, cut:]).logits
         fresh = cross_entropy(alone[:, :-1].transpose(1, 2), labels[:, cut + 1 :]).item()
         assert (fresh == pytest.approx(loss.item(), rel=1e-5)) == (step // groups in (0, 3))
+
+
+def test_states_are_carried_from_a_step_on(tmp_path, small, words, console, awake):
+    """Two steps in windows that begin anew, then three in lanes."""
+    data = words()
+    options = ("train.carry_state=true", "train.carry_from=0.4", "max_steps=5")
+    losses = logged(train(small(tmp_path / "run", *STANDING, *options, model=awake), data, console), "loss")
+    length = small(tmp_path / "same").data.sequence_length
+    anew = TrainingWindows(data.train, length, 8, seed=42)
+    lanes = TrainingWindows(data.train, length, 12, seed=42, lanes=4)
+    model, cache = AutoModelForCausalLM.from_pretrained(awake).train(), DyadCache()
+    for step, loss in enumerate(losses):
+        windows = [anew[4 * step + row] if step < 2 else lanes[4 * (step - 2) + row] for row in range(4)]
+        ids = torch.stack([window["input_ids"] for window in windows])
+        with torch.no_grad():
+            if step < 2:
+                found = model(ids, labels=ids, use_cache=False).loss
+            else:
+                positions = torch.stack([window["position_ids"] for window in windows])
+                found = model(ids, labels=ids, position_ids=positions, past_key_values=cache).loss
+        assert loss == pytest.approx(found.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_run_that_is_to_carry_states_goes_on_before_and_after(tmp_path, small, words, console, stop):
+    options = ("train.carry_state=true", "train.carry_from=0.4", "train.carry_lanes=2", "max_steps=5")
+    options = (*options, "logging_steps=1", "save_steps=1", "save_total_limit=null")
+    whole = train(small(tmp_path / "whole", *options), words(), console)
+    shutil.copytree(whole.output, tmp_path / "run")
+    for step in range(stop + 1, 6):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    run = train(small(tmp_path / "run", *options, resume=True), words(), console)
+    assert logged(run, "loss")[-1] == logged(whole, "loss")[-1]
+    weights = [load_file(result.output / "model.safetensors") for result in (whole, run)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_checkpointed_gradients_are_the_same_with_a_carried_state(tmp_path, small, words, console, awake):

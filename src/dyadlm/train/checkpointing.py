@@ -70,7 +70,7 @@ class CheckpointingTrainer(Trainer):
     """What writes and reads the folders of a run.
 
     output: the folder of the run. identity: what a checkpoint must share to be resumed from. carried: the state that
-    training carries; average: of the weights; both None where there is none.
+    training carries, from step carried_from on; average: of the weights; both None where there is none.
     """
 
     output: Path
@@ -78,6 +78,7 @@ class CheckpointingTrainer(Trainer):
     tokenizer: PreTrainedTokenizerBase
     identity: Mapping[str, Any]
     carried: CarriedState | None
+    carried_from: int
     average: WeightAverage | None
     _published_use_cache: bool | None
 
@@ -106,7 +107,7 @@ class CheckpointingTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
-                if self.carried is not None:
+                if self.carried is not None and step > self.carried_from:
                     self.carried.save(staging)
                 if self.args.should_save:
                     save_companions(cast(PreTrainedModel, self.model), staging)
@@ -227,8 +228,8 @@ class CheckpointingTrainer(Trainer):
         """The state that training carries, and where it is in streamed text, where there are these."""
         step = int(folder.name.rpartition("-")[2])
         with reading(folder):
-            if self.carried is not None:
-                self.carried.load(folder, step, self.args.device)
+            if self.carried is not None and step > self.carried_from:
+                self.carried.load(folder, step - self.carried_from, self.args.device)
             if isinstance(self.train_dataset, StreamedWindows):
                 self.train_dataset.load(folder, step * self.get_total_train_batch_size(self.args))
 

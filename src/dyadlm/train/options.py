@@ -1,5 +1,6 @@
 """The records of settings that are ours: one for each namespace of keys (`data.FIELD`, `train.FIELD`, …)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,7 @@ class TrainOptions:
         with the state the model had there, through which no gradient flows. For dyadlm models alone.
     carry_lanes: of carry_state: lanes for each row, which take turns, so that a lane goes on after so many steps. With
         one lane the steps after each other read the same places of the text, and the model learns these.
+    carry_from: of carry_state: the share of the steps that come before, in windows that begin anew.
     history_weight: p: a token after h tokens that the model has seen (of its document or lane, carried ones included)
         counts (h / data.sequence_length)^p, at most 1, in the loss that is minimised, over the mean of these weights;
         0: all count alike. The `loss` that is logged stays the mean over all tokens alike.
@@ -83,6 +85,7 @@ class TrainOptions:
     divergence_rise: float = 2.0
     carry_state: bool = False
     carry_lanes: int = 1
+    carry_from: float = 0.0
     history_weight: float = 0.0
     goldfish: int = 0
     compile: bool = False
@@ -96,11 +99,15 @@ class TrainOptions:
         require(0 < self.decay_fraction <= 1, "train.decay_fraction must lie above 0 and at most at 1")
         require(self.divergence_rise >= 0, "train.divergence_rise must be 0 or more")
         require(self.carry_lanes >= 1, "train.carry_lanes must be 1 or more")
-        require(
-            self.carry_state or self.carry_lanes == 1, "train.carry_lanes needs train.carry_state=true; leave it out"
-        )
+        require(0 <= self.carry_from < 1, "train.carry_from must be 0 or more and below 1")
+        for name, given in (("carry_lanes", self.carry_lanes != 1), ("carry_from", self.carry_from != 0)):
+            require(self.carry_state or not given, f"train.{name} needs train.carry_state=true; leave it out")
         require(self.history_weight >= 0, "train.history_weight must be 0 or more")
         require(self.goldfish == 0 or self.goldfish >= 2, "train.goldfish must be 0 or at least 2")
+
+    def steps_before_carrying(self, max_steps: int) -> int:
+        """How many of the steps read windows that begin anew, before states are carried."""
+        return math.floor(self.carry_from * max_steps)
 
 
 @dataclass(frozen=True)

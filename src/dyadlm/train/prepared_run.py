@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from dyadlm.causal_lm import Continuation, context_of, require_causal
@@ -137,22 +137,8 @@ def prepare_run(
     if arguments.fsdp and arguments.world_size == 1:
         arguments.fsdp = arguments.fsdp_plugin_args = None
         choices.append("fsdp: one process holds everything, so that nothing is sharded")
-    number = arguments.max_steps * batch
-    windows: Dataset[dict[str, torch.Tensor]]
-    if data.streamed is not None:
-        text = data.streamed
-        windows = StreamedWindows(text.passages, text.encoder, options.sequence_length, number, batch)
-    else:
-        windows = TrainingWindows(
-            data.train,
-            options.sequence_length,
-            length=number,
-            seed=arguments.seed,
-            document_reset=options.document_reset,
-            with_index=settings.fingerprint.shown,
-            with_tags=settings.fingerprint.shown and settings.fingerprint.tags,
-            lanes=batch * settings.train.carry_lanes if settings.train.carry_state else 0,
-        )
+    number, steps_anew = arguments.max_steps * batch, settings.train.steps_before_carrying(arguments.max_steps)
+    windows = _windows(settings, data, arguments.seed, number, batch, batch * steps_anew)
     canaries = None
     if options.canaries:
         canaries = plan_canaries(options.canaries, arguments.seed, data.tokenizer, number, options.sequence_length)
@@ -196,6 +182,8 @@ def prepare_run(
         order["rows_carried"] = True
         if settings.train.carry_lanes > 1:
             order["lanes_of_a_row"] = settings.train.carry_lanes
+        if steps_anew:
+            order["carried_from_step"] = steps_anew
     configuration = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL_FIELDS}
     identity: dict[str, Any] = {"order of text": order, "data": data.id, "model": configuration} | adapter
     # Checkpoints from before there was a choice name none.
@@ -225,6 +213,32 @@ def require_countable(steps: int, windows: int, length: int) -> None:
             f"A run of {steps} steps of {windows} windows of {length} tokens is beyond what can be counted; give a "
             "smaller max_steps, per_device_train_batch_size, train.windows_per_step or data.sequence_length."
         )
+
+
+def _windows(
+    settings: TrainSettings, data: TrainingData, seed: int, number: int, batch: int, anew: int
+) -> Dataset[dict[str, torch.Tensor]]:
+    """All windows of a run in their order, `batch` a step. anew: of them, those before states are carried."""
+    options = settings.data
+    if data.streamed is not None:
+        return StreamedWindows(data.streamed.passages, data.streamed.encoder, options.sequence_length, number, batch)
+    if not settings.train.carry_state:
+        anew = number
+    parts = [
+        TrainingWindows(
+            data.train,
+            options.sequence_length,
+            length=length,
+            seed=seed,
+            document_reset=options.document_reset,
+            with_index=settings.fingerprint.shown,
+            with_tags=settings.fingerprint.shown and settings.fingerprint.tags,
+            lanes=lanes,
+        )
+        for length, lanes in ((anew, 0), (number - anew, batch * settings.train.carry_lanes))
+        if length
+    ]
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
 def _model(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

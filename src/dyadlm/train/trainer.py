@@ -122,7 +122,7 @@ class LanguageModelTrainer(CheckpointingTrainer):
         self._lowest_loss: float | None = None
         self._clock_step: int | None = None
         self._paused = 0.0
-        self.carried = None
+        self.carried, self.carried_from = None, options.steps_before_carrying(arguments.max_steps)
         if options.carry_state:
             self.carried = CarriedState(
                 cast(DyadConfig, model.config),
@@ -216,11 +216,12 @@ class LanguageModelTrainer(CheckpointingTrainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        if self.carried is not None:
-            inputs = {**inputs, "past_key_values": self.carried.current, "use_cache": True}
+        carried = self.carried if self.state.global_step >= self.carried_from else None
+        if carried is not None:
+            inputs = {**inputs, "past_key_values": carried.current, "use_cache": True}
         loss = super().training_step(model, inputs, *args)
-        if self.carried is not None:
-            self.carried.advance()
+        if carried is not None:
+            carried.advance()
         if not torch.isfinite(loss):
             self._fail(f"the loss of the step after {self.state.global_step} is {loss.item()}")
         return loss
