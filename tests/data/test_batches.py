@@ -195,7 +195,7 @@ def test_requests_that_are_wrong():
         TrainingWindows([], 8, 1)
     with pytest.raises(UserError, match="at least 2"):
         TrainingWindows([(numbers(9), 1.0)], 1, 1)
-    with pytest.raises(UserError, match=r"few has 63 tokens, less than two windows of 8 for each of the 4 rows"):
+    with pytest.raises(UserError, match=r"few has 63 tokens, less than two windows of 8 for each of the 4 lanes"):
         TrainingWindows([(numbers(63, "few"), 1.0)], 8, 1, lanes=4)
 
 

@@ -36,8 +36,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     same items. A stream is a ring that an epoch enters at a random place and cuts into disjoint windows, seen in
     random order; only the remainder that fills no window is left out, another one in each epoch.
 
-    With `lanes`, to carry a state from window to window: of each batch of `lanes` windows, row b goes on where row b of
-    the batch before it stood, for `run_windows` windows on end, and then enters the text elsewhere. All the above holds
+    With `lanes`, to carry a state from window to window: of each `lanes` windows, number b goes on where number b of
+    those before it stood, for `run_windows` windows on end, and then enters the text elsewhere. All the above holds
     of these runs instead of single windows: a stream's share is kept to within one run (plus two windows), the runs of
     an epoch are disjoint and seen in random order, and the remainder that fills no run is left out. One stream feeds
     every lane an equal part of it in each epoch; several streams take turns, of at most `MIXED_RUN` windows.
@@ -69,8 +69,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
     ):
         """Raises `UserError` if there is no stream, a weight is not positive, or a stream is below one window.
 
-        lanes: windows of a batch, or 0 for windows in random order; a stream then holds two windows for each lane
-        that it feeds.
+        lanes: places of the text that are read in turn, or 0 for windows in random order; with lanes a stream holds two
+        windows for each lane that it feeds.
         """
         if not streams:
             raise UserError("There is nothing to train on; give at least one source of text.")
@@ -159,7 +159,8 @@ class TrainingWindows(Dataset[dict[str, torch.Tensor]]):
             if longest[-1] < 2:
                 raise UserError(
                     f"{stream.name} has {len(stream)} tokens, less than two windows of {self.sequence_length} for each "
-                    f"of the {fed} rows that read it; give more text, smaller batches or train.carry_state=false."
+                    f"of the {fed} lanes that read it; give more text, smaller batches, fewer train.carry_lanes or "
+                    "train.carry_state=false."
                 )
         return min(longest) if len(longest) == 1 else min(*longest, MIXED_RUN)
 
