@@ -153,14 +153,16 @@ def test_resume_goes_on_with_the_same_rows_however_they_are_dealt(tmp_path, smal
         train(small(tmp_path / "run", *options, *halves, "max_steps=6", resume=True), words(), console)
 
 
-def test_files_of_earlier_versions_and_of_others_are_told_apart(tmp_path):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_files_of_earlier_versions_and_of_others_are_told_apart(tmp_path, groups):
+    """What two processes with two batches each have read, one process reads as one batch, for each group of lanes."""
     config = DyadConfig.from_preset("tiny", hidden_size=16, num_hidden_layers=1, slot_layers=[])
     model = DyadForCausalLM(config).eval()
 
     def carried(rank, processes, batches, rows):
-        state = CarriedState(config, rank, processes, batches, rows)
-        for batch in range(batches):
-            ids = torch.from_numpy(state.lanes.reshape(batches, rows)[batch])[:, None] + 1
+        state = CarriedState(config, rank, processes, batches, rows, groups)
+        for batch in range(batches * groups):
+            ids = torch.from_numpy(state.lanes.reshape(batches * groups, rows)[batch])[:, None] + 1
             with torch.no_grad():
                 model(ids, past_key_values=state.current)
             state.advance()
@@ -168,14 +170,16 @@ def test_files_of_earlier_versions_and_of_others_are_told_apart(tmp_path):
 
     for rank in range(2):
         carried(rank, 2, 2, 1).save(tmp_path)
-    merged = CarriedState(config, 0, 1, 1, 4)
-    merged.load(tmp_path, 1, torch.device("cpu"))
-    expected = carried(0, 1, 1, 4)
-    for name, tensor in expected.current.tensors().items():
-        torch.testing.assert_close(merged.current.tensors()[name], tensor)
+    merged, expected = CarriedState(config, 0, 1, 1, 4, groups), carried(0, 1, 1, 4)
+    merged.load(tmp_path, groups, torch.device("cpu"))
+    for _ in range(groups):
+        for name, tensor in expected.current.tensors().items():
+            torch.testing.assert_close(merged.current.tensors()[name], tensor)
+        merged.advance()
+        expected.advance()
     (tmp_path / "carried_state_1.safetensors").unlink()
     with pytest.raises(UserError, match="does not hold the state of every row"):
-        merged.load(tmp_path, 1, torch.device("cpu"))
+        merged.load(tmp_path, groups, torch.device("cpu"))
 
 
 # ---- Weights
