@@ -23,7 +23,7 @@ SHARED = (
     "model.dropout=0", "train.schedule=constant", "logging_steps=1", "save_steps=1", "save_total_limit=null",
     "adam_epsilon=1e-4",
 )  # fmt: skip
-HISTORIES = ("train.carry_state=true", "train.history_weight=0.5")
+HISTORIES = ("train.carry_state=true", "train.carry_lanes=2", "train.history_weight=0.5")
 
 MECHANISMS = (
     "model.num_levels=4", "model.semantic_levels=[word]", "model.selector=topk", "model.selector_heads=4",
