@@ -158,6 +158,12 @@ def test_a_page_that_is_made_from_the_code_is_that_of_the_code(page, made):
     assert path.read_text() == made(), "run the tests once with DYADLM_WRITE_SETTINGS=1"
 
 
+def test_no_meaning_of_a_setting_is_cut_off():
+    """A field's name and a colon within the meaning of another would end it there."""
+    rows = [line for line in settings_page().splitlines() if line.startswith("| `")]
+    assert [row for row in rows if len(row.split(" | ")[2].rstrip(" |").split()) < 2] == []
+
+
 def test_the_page_of_the_command_line_has_every_command_and_option():
     text = (ROOT / "docs" / "cli.md").read_text()
     for verb in ("train", "evaluate", "generate", "stream", "score", "diagnose", "audit", "data prepare"):

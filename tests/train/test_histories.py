@@ -101,7 +101,9 @@ def test_states_are_carried_from_a_step_on(tmp_path, small, words, console, awak
             else:
                 positions = torch.stack([window["position_ids"] for window in windows])
                 found = model(ids, labels=ids, position_ids=positions, past_key_values=cache).loss
+            alone = model(ids, labels=ids, use_cache=False).loss.item()
         assert loss == pytest.approx(found.item(), rel=1e-5)
+        assert (loss == pytest.approx(alone, rel=1e-5)) == (step <= 2)  # step 2 enters the lanes
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])

@@ -125,6 +125,24 @@ def test_attention_free_is_its_definition():
         torch.testing.assert_close(found[:, time], layer.out(torch.sigmoid(layer.query(x[:, time])) * mean))
 
 
+def test_attention_free_forgets_the_nearest_tokens_without_losing_the_others():
+    """Keys that outweigh all others by far, and distances that weigh nothing: what is left is exact."""
+    layer, x = made("aft", options={"window": 4}).layers[0].mixer, torch.randn(1, 9, 32)
+    with torch.no_grad():
+        layer.bias.fill_(-60.0)
+        layer.key.weight.zero_()
+        values = layer.value(x)
+        found, _ = layer(x)
+    expected = layer.out(torch.sigmoid(layer.query(x[:, 8])) * values[:, :5].mean(1))
+    torch.testing.assert_close(found[:, 8], expected)
+    with torch.no_grad():
+        layer.key.weight.fill_(1.0)
+        x[:, 5:] += 20.0  # the largest keys, all within the window
+        weights = layer.key(x[:, :5]).clamp(-15, 15).exp()
+        mean = (weights * layer.value(x[:, :5])).sum(1) / weights.sum(1)
+        torch.testing.assert_close(layer(x)[0][:, 8], layer.out(torch.sigmoid(layer.query(x[:, 8])) * mean))
+
+
 def test_min_gru_is_its_recurrence():
     layer, x = mixer_of("mingru"), torch.randn(2, 11, 32)
     found, state = layer(x)

@@ -62,9 +62,11 @@ class TrainOptions:
     divergence_rise: nats by which the mean loss between two logs may exceed the lowest one; 0: no check.
     carry_state: rows of a batch are lanes through the text: each window goes on where its row stood in the step before,
         with the state the model had there, through which no gradient flows. For dyadlm models alone.
-    carry_lanes: of carry_state: lanes for each row, which take turns, so that a lane goes on after so many steps. With
-        one lane the steps after each other read the same places of the text, and the model learns these.
-    carry_from: of carry_state: the share of the steps that come before, in windows that begin anew.
+    carry_lanes: with carry_state, lanes for each row, which take turns, so that a lane goes on after so many steps.
+        With one lane the steps after each other read the same places of the text, and the model learns these. The
+        states of all lanes are kept in memory.
+    carry_from: with carry_state, the share of the steps that come before, in windows that begin anew. It counts from
+        max_steps, so that a run goes on with the max_steps it was started with.
     history_weight: p: a token after h tokens that the model has seen (of its document or lane, carried ones included)
         counts (h / data.sequence_length)^p, at most 1, in the loss that is minimised, over the mean of these weights;
         0: all count alike. The `loss` that is logged stays the mean over all tokens alike.

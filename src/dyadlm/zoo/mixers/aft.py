@@ -14,7 +14,7 @@ from torch.nn.functional import conv1d
 
 from dyadlm.zoo.mixer import Mixer, MixerConfig
 
-# Sums of weighted values and of weights up to a token, (B, 2 D), and both of the last W - 1 tokens, (B, W - 1, 2 D).
+# Sums of weighted values and of weights, (B, 2 D), of all tokens but the last W - 1, and these, (B, W - 1, 2 D).
 State = tuple[Tensor, Tensor]
 LARGEST = 15.0  # of a key, so that sums of exp stay in range without a look at later keys
 
@@ -49,14 +49,14 @@ class AttentionFree(Mixer):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         weights = torch.exp(self.key(x).clamp(-LARGEST, LARGEST))
         both = torch.cat([weights * self.value(x), weights], -1)
-        raised = self.distance_weights().expm1().repeat_interleave(self.width // self.heads, 0).repeat(2, 1)
-        window = raised.shape[-1]
-        total = both.cumsum(1)
-        before = both.new_zeros(len(both), window - 1, both.shape[-1])
-        if state is not None:
-            total, before = total + state[0][:, None], state[1]
-        last = torch.cat([before, both], 1)
+        raised = self.distance_weights().exp().repeat_interleave(self.width // self.heads, 0).repeat(2, 1)
+        time, window = both.shape[1], raised.shape[-1]
+        if state is None:
+            state = both.new_zeros(len(both), both.shape[-1]), both.new_zeros(len(both), window - 1, both.shape[-1])
+        last = torch.cat([state[1], both], 1)
         near = conv1d(last.transpose(1, 2), raised[:, None], groups=len(raised)).transpose(1, 2)
-        weighted, weight = (total + near).chunk(2, -1)
+        # What has left the window is summed as it leaves, so that nothing is subtracted and weights stay above 0.
+        left = torch.cat([state[0][:, None], last[:, :time]], 1).cumsum(1)
+        weighted, weight = (left[:, :-1] + near).chunk(2, -1)
         read = torch.sigmoid(self.query(x)) * (weighted / weight)
-        return self.out(read), (total[:, -1], last[:, last.shape[1] - window + 1 :])
+        return self.out(read), (left[:, -1], last[:, time:])
