@@ -348,6 +348,11 @@ def test_the_size_of_a_state_counts_what_is_shared_once():
         (["--models", "dyad", "--scale", "nan"], "--scale is a number above 0"),
         (["--models", "dyad", "--compile", "dyad,llama"], "--compile names llama, which is not among --models"),
         (["--models", "dyad", "--budget", "tokens=9e400"], "a number above 0"),
+        (
+            ["--models", "llama", "--length", "90000"],
+            r"fewer than a training text of 90000; give more text, or a smaller --length",
+        ),
+        (["--models", "llama", "--parameters", "1e29"], "parameters; ask for fewer"),
     ],
 )
 def test_wrong_requests_are_one_sentence(text, tmp_path, capsys, arguments, message):

@@ -302,14 +302,109 @@ def test_a_damaged_cell_and_another_study_are_refused(tmp_path, ran):
         ({"families": ("dyad", "lama")}, "the nearest is llama"),
         ({"families": ("linformer",)}, "linformer is not compared"),
         ({"sweep": 0.0}, "--sweep"),
-        ({"seeds": 0}, "at least one seed"),
-        ({"rates": (0.0,)}, "rate above 0"),
-        ({"rates": (float("inf"),)}, "rate above 0"),
+        ({"seeds": 0}, "1 to 1000 seeds"),
+        ({"seeds": 10**8}, "1 to 1000 seeds"),
+        ({"rates": (0.0,)}, "rates above 0"),
+        ({"rates": (1e300,)}, "up to 1,000,000"),
+        ({"rates": (8e-3, 8.0000001e-3)}, "given twice"),
     ],
 )
 def test_studies_that_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         study(**fields)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("curve",), None),
+        (("curve",), []),
+        (("curve", 0), "x"),
+        (("curve", 0, "seconds"), 1e400),
+        (("curve", 0, "tokens"), 10**400),
+        (("carried",), "yes"),
+        (("peak_mebibytes",), None),
+        (("lengths",), {}),
+        (("lengths", 0, "multiple"), "1"),
+        (("lengths", 0, "nats"), []),
+        (("scores", "carried"), 2.0),
+        (("cell", "rate"), 10**400),
+    ],
+)
+def test_a_trained_cell_with_other_figures_than_its_page_shows_is_refused(tmp_path, ran, place, value):
+    asked = study(families=("llama",), seeds=1)
+    (final,) = run_study(asked, tmp_path, 1)["llama"]
+    refuses_a_change(asked, tmp_path, final, place, value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("decoding_ends",), None),
+        (("decoding", 0, "milliseconds"), "1"),
+        (("decoding", 0), 1),
+        (("faults",), [1]),
+        (("flops_per_token",), -1),
+        (("parameters",), True),
+    ],
+)
+def test_a_measured_cost_of_another_kind_is_refused(tmp_path, ran, place, value):
+    asked = study(families=("llama",), seeds=1)
+    run_study(asked, tmp_path, 1)
+    refuses_a_change(asked, tmp_path, Cell("llama"), place, value)
+
+
+def refuses_a_change(asked, folder, cell, place, value):
+    file = folder / "cells" / f"{cell.file_name}.json"
+    content = json.loads(file.read_text())
+    part = content
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{cell.file_name}.json is no cell of this study"):
+        run_study(asked, folder, 1)
+
+
+def test_files_nested_too_deeply_are_damaged(tmp_path, ran):
+    run_study(study(), tmp_path, 1)
+    (tmp_path / "cells" / f"{Cell('llama').file_name}.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"is damaged .*recursion"):
+        run_study(study(), tmp_path, 1)
+
+
+def test_results_hold_no_value_that_json_has_not(tmp_path, ran):
+    asked = study(families=("llama",), seeds=1)
+    (final,) = run_study(asked, tmp_path, 1)["llama"]
+    file = tmp_path / "cells" / f"{final.file_name}.json"
+    content = json.loads(file.read_text())
+    content["lengths"][1]["nats"] = float("nan")  # as earlier versions wrote it
+    file.write_text(json.dumps(content))
+    found = summary(asked, tmp_path, run_study(asked, tmp_path, 1))
+    write_arena(found, tmp_path, "dyadlm compare")
+    told = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert told["families"]["llama"]["seeds"][0]["lengths"][1]["nats"] is None
+
+
+def test_a_page_without_any_training_that_converged(tmp_path, monkeypatch):
+    def run(recipe, wanted, jobs, engine, address, unfinished):
+        while cells := wanted():
+            yield Done(cells[0], lost(recipe, cells[0]) if cells[0].final else made(recipe, cells[0])[0], b"")
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    found = summary(study(), tmp_path, run_study(study(), tmp_path, 1))
+    page = write_arena(found, tmp_path, "dyadlm compare").read_text()
+    assert "Training diverged: dyad with seed 0, 1; llama with seed 0, 1." in page
+    assert "<svg" not in page
+
+
+def test_a_page_of_a_file_with_any_name(tmp_path, ran):
+    """Also of one that is no UTF-8, as the command line gives it."""
+    name = "<script>alert(1)</script>" + b"\xff".decode("utf-8", "surrogateescape")
+    asked = replace(study(), recipe=replace(RECIPE, data=(name,)))
+    page = write_arena(summary(asked, tmp_path, run_study(asked, tmp_path, 1)), tmp_path, f"--data {name}").read_text()
+    assert "<script" not in page
+    assert page.count(r"&lt;script&gt;alert(1)&lt;/script&gt;\xff") == 2
 
 
 def test_results_say_what_is_next(tmp_path, ran):

@@ -28,7 +28,7 @@ def compare(
         str,
         typer.Option(help="Of each training: tokens=5M, seconds=300 (of one core) or flops=1e15."),
     ] = "tokens=1M",
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds at the best rate.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds at the best rate.")] = 1,
     sweep: Annotated[
         float, typer.Option(metavar="PART", help="The part of the budget that each rate of the sweep gets.")
     ] = 0.2,
@@ -130,7 +130,7 @@ def _sizes(text: str) -> tuple[int | str, ...]:
     from dyadlm.errors import UserError
 
     found: list[int | str] = []
-    for part in filter(None, text.split(",")):
+    for part in _names(text):
         if part != "word" and not (part.isdecimal() and 1 <= int(part) <= 16):
             raise UserError(f"--ngrams takes sizes from 1 to 16 and `word`, such as 2,3,4, not {part!r}.")
         found.append(part if part == "word" else int(part))
@@ -152,6 +152,11 @@ def _prepare(recipe: "Recipe") -> str:
         resolved = resolve_data(list(recipe.data), byte_tokenizer(), progress=progress)
     if not any(len(stream) for stream in resolved.validation):
         raise UserError("The text leaves nothing to validate on; give more text.")
+    if short := next((stream for stream, _ in resolved.train if len(stream) < recipe.length), None):
+        raise UserError(
+            f"{short.name} has {len(short)} tokens, fewer than a training text of {recipe.length}; "
+            "give more text, or a smaller --length."
+        )
     return resolved.identity
 
 

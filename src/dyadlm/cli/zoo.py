@@ -1,6 +1,8 @@
 """`dyadlm zoo`: the families of models that can be compared, and whether each is sound."""
 
 import json as json_format
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -65,13 +67,14 @@ def check(
     Exit code 1 if a family is not sound.
     """
     from dyadlm.zoo.check import check as check_family
-    from dyadlm.zoo.plugins import load_plugins
+    from dyadlm.zoo.plugins import blaming, load_plugins
 
     load_plugins(plugin or ())
     silence_transformers()
     found = []
     for name in names:
-        one = check_family(name, parameters)
+        with blaming(name), redirect_stdout(sys.stderr):  # standard output is for the verdicts
+            one = check_family(name, parameters)
         found.append(one)
         if not json:
             typer.echo(

@@ -37,7 +37,7 @@ from dyadlm.train.training_data import TrainingData
 from dyadlm.zoo import build, count_parameters, find_family
 from dyadlm.zoo.check import check
 from dyadlm.zoo.floors import FLOORS
-from dyadlm.zoo.plugins import load_plugins
+from dyadlm.zoo.plugins import blaming, load_plugins
 from dyadlm.zoo.positions import MULTIPLES, length_losses
 
 OWN_TABLES = {family.name for family in FLOORS}  # families that n-gram tables are not added to
@@ -132,11 +132,17 @@ def run_cell(recipe: Recipe, cell: Cell, unfinished: Path | None = None) -> tupl
     stays there. None: a stopped training begins again.
 
     Raises:
-        UserError: data or a family that there is not, or another text or code than the study's.
+        UserError: data or a family that there is not, another text or code than the study's, or what the code of a
+            user's own family raises.
         RunFailed: a checkpoint cannot be written or read.
     """
     if load_plugins(recipe.plugins) != recipe.code:
         raise UserError(f"{', '.join(recipe.plugins)} is other code here than where the study began; copy it anew.")
+    with blaming(cell.family):
+        return _run(recipe, cell, unfinished)
+
+
+def _run(recipe: Recipe, cell: Cell, unfinished: Path | None) -> tuple[dict[str, Any], bytes]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -199,7 +205,7 @@ def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedDat
 
     carried: whether a state was handed on through the stream. The others read it in overlapping windows, of the trained
     length or of 1,024 tokens: the length that suits the model better. lengths: the loss of equal tokens after pasts of
-    some multiples of the trained length; None where the model has no positions for so many.
+    some multiples of the trained length; None where the model has no positions for so many, or the loss is no number.
     """
     prefix, streams = prefix_token(data.tokenizer), data.validation
     if not cell.final:
@@ -221,7 +227,9 @@ def _lengths(recipe: Recipe, model: PreTrainedModel, data: ResolvedData) -> list
     tokens = torch.from_numpy(stream.tokens(0, len(stream)).astype(np.int64))
     windows = max(1, round(LENGTH_WINDOWS * recipe.scale))
     found = length_losses(model, tokens, recipe.length, multiples=multiples, windows=windows)
-    return [{"multiple": one.multiple, "nats": one.loss} for one in found]
+    # A model may break down far beyond its trained length; JSON has no NaN.
+    kept = [one.loss if one.loss is not None and math.isfinite(one.loss) else None for one in found]
+    return [{"multiple": one.multiple, "nats": loss} for one, loss in zip(found, kept, strict=True)]
 
 
 class Curve(TrainerCallback):

@@ -1,14 +1,13 @@
 """The models that a study has kept, to be measured further."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dyadlm.compare.cell import Cell, Recipe, new_model
+from dyadlm.compare.content import read_object
 from dyadlm.compare.study import EARLIER, RECIPE
 from dyadlm.errors import UserError, first_line
 
@@ -16,9 +15,9 @@ from dyadlm.errors import UserError, first_line
 def load_recipe(folder: Path) -> Recipe:
     """What the models of a study share. Raises `UserError` where the folder holds no study."""
     try:
-        content: dict[str, Any] = EARLIER | json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        content = EARLIER | read_object(folder / RECIPE)
         fields = {name: content[name] for name in Recipe.__dataclass_fields__}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(f"{folder} holds no study ({error}); name the --output of `dyadlm compare`.") from error
     lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return Recipe(**fields | lists)
@@ -29,8 +28,8 @@ def kept_cells(folder: Path, family: str) -> list[Cell]:
     found = []
     for file in sorted((folder / "cells").glob(f"{family}_final_*.json")):
         try:
-            cell = Cell(**json.loads(file.read_text(encoding="utf-8"))["cell"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            cell = Cell(**read_object(file)["cell"])
+        except (KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); run the same comparison again without it.") from error
         if cell.family == family and cell.final:
             found.append(cell)

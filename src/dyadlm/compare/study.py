@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 from dyadlm.cluster import Engine
 from dyadlm.compare.budget import Budget
 from dyadlm.compare.cell import Cell, Done, Recipe, run_cell
+from dyadlm.compare.content import is_whole, read_object
 from dyadlm.errors import UserError
-from dyadlm.evaluate.protocols import PROTOCOLS
 from dyadlm.files import locked, make_folder, write_atomically
 from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.workers import run_tasks
 from dyadlm.zoo import Sizes, find_family, solve
 from dyadlm.zoo.family import Family
+from dyadlm.zoo.plugins import blaming
 
 RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 SMALLEST, LARGEST = 1.25e-4, 6.4e-2  # a sweep is not extended beyond
+WILDEST, SEEDS = 1e6, 1000  # the largest rate and the most seeds that can be asked for
 RECIPE = "recipe.json"
 UNFINISHED = "unfinished"  # checkpoints of trainings that have begun
 EARLIER = {
@@ -66,8 +68,10 @@ class Study:
             raise UserError("A family is named twice in --models; name each once.")
         if not 0 < self.sweep <= 1:
             raise UserError("--sweep is a part of the budget, above 0 and at most 1.")
-        if self.seeds < 1 or not all(0 < rate < math.inf for rate in self.rates):
-            raise UserError("A study has at least one seed and one rate above 0.")
+        if not 1 <= self.seeds <= SEEDS or not all(0 < rate <= WILDEST for rate in self.rates):
+            raise UserError(f"A study has 1 to {SEEDS} seeds, and rates above 0 and up to {WILDEST:,.0f}.")
+        if len({f"{rate:g}" for rate in self.rates}) < len(self.rates):  # as cells are named
+            raise UserError("A learning rate is given twice; give each once, with up to six digits.")
         for name in self.families:
             require_comparable(find_family(name), self.recipe)
 
@@ -79,9 +83,10 @@ class Study:
 
 def require_comparable(family: Family, recipe: Recipe) -> None:
     """Raise `UserError` where a family cannot be built at the size of the recipe."""
-    if family.build is None or family.missing:
-        family.make(Sizes(32, 1, 32, BYTE_VOCABULARY, recipe.length))  # raises
-    solve(family, recipe.parameters, None, BYTE_VOCABULARY, recipe.length)
+    with blaming(family.name):
+        if family.build is None or family.missing:
+            family.make(Sizes(32, 1, 32, BYTE_VOCABULARY, recipe.length))  # raises
+        solve(family, recipe.parameters, None, BYTE_VOCABULARY, recipe.length)
 
 
 class Results:
@@ -95,31 +100,21 @@ class Results:
         if not place.exists():
             write_atomically(place, json.dumps(asked, indent=1) + "\n")
         else:
-            earlier = EARLIER | self._read(place, "choose another --output")
+            earlier = EARLIER | read_object(place, "choose another --output")
             if changed := [name for name in asked if earlier.get(name) != asked[name]]:
                 raise UserError(f"{folder} holds a study with another {changed[0]}; choose another --output.")
         recipe = json.loads(json.dumps(asdict(study.recipe)))
         for file in sorted((folder / "cells").glob("*.json")):
-            content = self._read(file)
+            content = read_object(file)
             try:
                 cell = Cell(**content["cell"])
                 ours = EARLIER | content["recipe"] == recipe
                 whole = ours and file.name == f"{cell.file_name}.json" and is_whole(cell, content)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 whole = False
             if not whole:
                 raise UserError(f"{file} is no cell of this study; move it away, or choose another --output.")
             self.found[cell.name] = content
-
-    @staticmethod
-    def _read(file: Path, remedy: str = "remove it, and its cell is run again") -> dict[str, Any]:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} is damaged ({error}); {remedy}.") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} is damaged (it holds no object); {remedy}.")
-        return content
 
     def keep(self, done: Done) -> None:
         """Write what a cell found, and its weights before that."""
@@ -134,22 +129,6 @@ class Results:
         """Loss of a trained cell in fresh windows; infinite where it diverged."""
         found = self.found[cell.name]
         return math.inf if found.get("diverged") else float(found["scores"]["fresh"]["nats"])
-
-
-def is_whole(cell: Cell, content: dict[str, Any]) -> bool:
-    """Whether a cell's file has the figures that a study needs of it. Raises what a missing part raises."""
-    if content.get("diverged"):
-        return bool(cell.tokens)
-    if not cell.tokens:
-        operations = content["flops_per_token"]  # of a model that only counts, none
-        if not isinstance(operations, int | float) or not 0 <= operations < math.inf:
-            return False
-        if not isinstance(content["faults"], list) or not isinstance(content["decoding"], list):
-            return False
-        figures = [content[name] for name in ("parameters", "seconds_per_token")]
-    else:
-        figures = [content["scores"][name]["nats"] for name in (PROTOCOLS if cell.final else ["fresh"])]
-    return all(isinstance(figure, int | float) and 0 < figure < math.inf for figure in figures)
 
 
 def tokens_of(study: Study, results: Results, family: str, part: float = 1.0) -> int:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from dyadlm.diagnose.pool import STUDENT
 from dyadlm.diagnose.result import Curve
 from dyadlm.evaluate.protocols import PROTOCOLS
-from dyadlm.files import write_atomically
+from dyadlm.files import printable, write_atomically
 from dyadlm.report.comparison import Look, compact, draw_curves, looks, to_svg
 from dyadlm.report.page import render
 
@@ -43,7 +43,7 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
     page = render(
         "arena.html",
         title="Families of models on the same text",
-        facts=facts,
+        facts=[printable(fact) for fact in facts],
         warnings=_warnings(families),
         tables=[
             _losses(families, shown),
@@ -52,7 +52,7 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
             _rates(families, shown),
         ],
         pictures=_pictures(families, shown),
-        command=command,
+        command=printable(command),
     )
     write_atomically(folder / "results.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(folder / "index.html", page)
@@ -135,7 +135,9 @@ def _lengths(families: Mapping[str, Any], shown: Mapping[str, Look], length: int
             nats = [loss for loss in tried if loss is not None]
             whole = tried and len(nats) == len(tried)
             cells.append(
-                _shown(nats, lambda value: f"{value:.4f}") if whole else Shown("–", "no positions" if tried else "")
+                _shown(nats, lambda value: f"{value:.4f}")
+                if whole
+                else Shown("–", "no positions or no number" if tried else "")
             )
         rows.append((shown[name], cells))
     return [
@@ -243,6 +245,8 @@ def _pictures(families: Mapping[str, Any], shown: Mapping[str, Look]) -> list[di
                 log_x=True,
             )
             curves.append((shown[name], curve))
+        if not curves:  # all diverged
+            continue
         text = f"Loss against {label}: {', '.join(families)}"
         found.append({"svg": Markup(to_svg(draw_curves(curves), f"arena{key}", text)), "caption": f"against {label}"})
     return found

@@ -69,8 +69,9 @@ def register_family(family: Family) -> None:
 
     Each process of a comparison must register it: `dyadlm compare --plugin FILE.py` runs that file in each. With
     `run_study`, call this outside of `if __name__ == "__main__"`, and `run_study` inside.
-    Raises `UserError` where the name is taken.
+    Raises `UserError` where the name is taken or cannot be that of a file, or where a field has no such value.
     """
+    family.require_sound()
     if FAMILIES.get(family.name, family) != family:
         raise UserError(f"There is a family {family.name!r} already; choose another name.")
     FAMILIES[family.name] = family

@@ -314,6 +314,9 @@ FAMILIES: dict[str, Family] = {
 """Families by name."""
 
 
+BUILT_IN = frozenset(FAMILIES)
+
+
 def find_family(name: str) -> Family:
     """A family by its name. Raises `UserError` that names the nearest one."""
     if name not in FAMILIES:

@@ -4,17 +4,23 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
-from dyadlm.errors import UserError, first_line
+from dyadlm.errors import RunFailed, UserError, first_line, memory_missing
+from dyadlm.files import FULL
+from dyadlm.zoo.families import BUILT_IN
+
+_CODE: dict[str, list[Path]] = {}  # the files of each plugin that was run
 
 
 def load_plugins(names: Iterable[str]) -> str:
     """Run each plugin once in this process, which registers its families.
 
-    names: of Python files (`families.py`) or of modules that can be imported.
+    names: of Python files (`families.py`), or of modules or packages that can be imported.
 
     Returns:
         A hexadecimal sha256 of the code of all, empty without any.
@@ -25,10 +31,40 @@ def load_plugins(names: Iterable[str]) -> str:
     digest, found = hashlib.sha256(), False
     for name in names:
         found = True
-        module = _load(name)
-        origin = getattr(module.__spec__, "origin", None)
-        digest.update(Path(origin).read_bytes() if origin and Path(origin).is_file() else name.encode())
+        with redirect_stdout(sys.stderr):  # standard output is for what a command says
+            _CODE[name] = _files(_load(name))
+        for file in _CODE[name]:
+            digest.update(file.read_bytes())
+        if not _CODE[name]:
+            digest.update(name.encode())
     return digest.hexdigest() if found else ""
+
+
+def _files(module: ModuleType) -> list[Path]:
+    """The code of a module; of a package, that of all its modules."""
+    folders = [Path(folder) for folder in getattr(module, "__path__", [])]
+    origin = getattr(module.__spec__, "origin", None)
+    alone = [Path(origin)] if origin and Path(origin).is_file() else []
+    return [file for folder in folders for file in sorted(folder.rglob("*.py"))] or alone
+
+
+@contextmanager
+def blaming(family: str) -> Iterator[None]:
+    """Turn what the code of a user's own family raises into a `UserError` that names it. Other errors stay, and so do
+    those of a full disk and of memory."""
+    try:
+        yield
+    except (UserError, RunFailed):
+        raise
+    except (Exception, SystemExit) as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if family in BUILT_IN or full or memory_missing(error) is not None:
+            raise
+        own = {str(file) for files in _CODE.values() for file in files}
+        places = [place for place in traceback.extract_tb(error.__traceback__) if place.filename in own]
+        where = f", {Path(places[-1].filename).name}, line {places[-1].lineno}" if places else ""
+        told = f"{type(error).__name__}: {first_line(error)}{where}"
+        raise UserError(f"The family {family} failed ({told}); mend it, or leave it out.") from error
 
 
 def _load(name: str) -> ModuleType:
@@ -50,7 +86,7 @@ def _load(name: str) -> ModuleType:
     except UserError:
         sys.modules.pop(known, None)
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         sys.modules.pop(known, None)
         raise UserError(
             f"The plugin {name} failed ({type(error).__name__}: {first_line(error)}); mend it, or leave it out."

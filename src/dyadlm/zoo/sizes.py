@@ -60,6 +60,10 @@ def _solve(family: Family, parameters: int, layers: int, vocabulary: int, length
     low, high = 1, WIDEST // family.step
     if count(family, sizes(low)) > parameters * (1 + TOLERANCE):
         raise UserError(f"A {family.name} of {layers} layers has more than {parameters:,} parameters; ask for more.")
+    if count(family, sizes(high)) < parameters * (1 - TOLERANCE):
+        raise UserError(
+            f"The widest {family.name} of {layers} layers has fewer than {parameters:,} parameters; ask for fewer."
+        )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(family, sizes(middle)) <= parameters else (low, middle)
@@ -89,5 +93,7 @@ def _with_inner(family: Family, sizes: Sizes, parameters: int) -> Sizes:
         return Sizes(sizes.width, sizes.layers, inner, sizes.vocabulary, sizes.length)
 
     slope = (count(family, wider(2 * INNER_STEP)) - count(family, wider(INNER_STEP))) / INNER_STEP
+    if slope <= 0:  # a family of a user's own, whose builder does not heed it
+        return sizes
     inner = (parameters - count(family, wider(INNER_STEP))) / slope + INNER_STEP
     return wider(max(INNER_STEP, round(inner / INNER_STEP) * INNER_STEP))
