@@ -189,7 +189,9 @@ def test_a_cell_that_was_stopped_goes_on_from_its_last_checkpoint(text, tmp_path
     manifest = place / "run" / "checkpoint-14" / "checkpoint.json"
     manifest.write_text(manifest.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     monkeypatch.setattr(LanguageModelTrainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(RunFailed, match=r"could not be written \(No space left\).*Make room"):
+    with pytest.raises(
+        RunFailed, match=r"could not be written \(No space left\).*Make room and give the same command again"
+    ):
         run_cell(recipe, cell, tmp_path)
     assert not manifest.exists()
 
@@ -345,6 +347,7 @@ def test_the_size_of_a_state_counts_what_is_shared_once():
         (["--models", "dyad", "--parameters", "10"], "more than 10 parameters"),
         (["--models", "dyad", "--address", "auto"], "--engine ray"),
         (["--models", "dyad", "--data", "none.txt"], "There is no file"),
+        (["--models", "llama", "--data", "-:2"], "standard input only once; give a file"),
         (["--models", "dyad", "--scale", "nan"], "--scale is a number above 0"),
         (["--models", "dyad", "--compile", "dyad,llama"], "--compile names llama, which is not among --models"),
         (["--models", "dyad", "--budget", "tokens=9e400"], "a number above 0"),

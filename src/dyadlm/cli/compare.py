@@ -146,8 +146,11 @@ def _prepare(recipe: "Recipe") -> str:
     little of it."""
     from dyadlm.data import byte_tokenizer, resolve_data
     from dyadlm.data.progress import preparation_progress
+    from dyadlm.data.resolve import parse_weight
     from dyadlm.errors import UserError
 
+    if any(parse_weight(source)[0] == "-" for source in recipe.data):
+        raise UserError("Several processes read the text of a comparison, and standard input only once; give a file.")
     with preparation_progress(errors) as progress:
         resolved = resolve_data(list(recipe.data), byte_tokenizer(), progress=progress)
     if not any(len(stream) for stream in resolved.validation):

@@ -24,7 +24,7 @@ from dyadlm.compare.cost import circumstances, decoding_cost, training_cost
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
-from dyadlm.errors import Diverged, UserError
+from dyadlm.errors import Diverged, RunFailed, UserError
 from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
 from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
@@ -177,6 +177,8 @@ def _run(recipe: Recipe, cell: Cell, unfinished: Path | None) -> tuple[dict[str,
         scores = scored(recipe, cell, model, data)
     except Diverged as error:  # a result, too: a sweep is there to find it out
         return found | {"diverged": error.reason}, b""
+    except RunFailed as error:  # its remedy is that of `dyadlm train`
+        raise RunFailed(str(error).replace("go on with --resume", "give the same command again")) from error
     found |= {
         "parameters": count_parameters(model),
         "curve": curve,
