@@ -9,8 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
+from torch.nn.utils.parametrize import register_parametrization
 
 from dyadlm.zoo.mixer import Mixer, MixerConfig
+
+
+class AsComplex(nn.Module):
+    """Complex numbers kept as two real ones each, which every optimizer can train."""
+
+    def forward(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        return torch.complex(real, imaginary)
+
+    def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return value.real.clone(), value.imag.clone()  # each in memory of its own, to be saved
 
 
 class SimplifiedStateSpace(Mixer):
@@ -23,6 +34,10 @@ class SimplifiedStateSpace(Mixer):
         from s5 import S5
 
         self.size, self.layer = state, S5(self.width, state)
+        space: Any = self.layer.seq
+        for name in ("Lambda", "C"):
+            register_parametrization(space, name, AsComplex())
+        space.B._no_weight_decay = True  # as its authors train it
         self.out = nn.Linear(self.width, self.width, bias=False)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
