@@ -27,13 +27,15 @@ def gated_delta(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def mamba(model: PreTrainedModel) -> None:
-    """Mamba and Mamba-2: the linear maps into a block as torch begins them, and a smaller embedding. Decays of the
-    state are trained without weight decay."""
+    """Mamba and Mamba-2: the linear maps into a block as torch begins them, those out of it divided by √L, and a small
+    embedding. Decays of the state are trained without weight decay."""
     embedding: Any = model.get_input_embeddings()
     embedding.weight.normal_(std=EMBEDDING)
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d) and name.endswith((".in_proj", ".x_proj", ".conv1d")):
             part.reset_parameters()
+        elif name.endswith(".out_proj"):  # transformers, asked for it, would divide what it loads, too
+            part.weight /= math.sqrt(model.config.num_hidden_layers)
     for name, weight in model.named_parameters():
         if name.endswith(".A_log"):
             weight._no_weight_decay = True  # type: ignore[attr-defined]
@@ -41,11 +43,8 @@ def mamba(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def rwkv(model: PreTrainedModel) -> None:
-    """RWKV-4 (Peng et al. 2023, arXiv 2305.13048, appendix): the weight of the token itself by a zigzag over the width,
-    and maps that begin at zero. Vectors that mix two tokens are trained without weight decay."""
-    for name, part in model.named_modules():
-        if name.endswith((".attention.key", ".attention.output", ".feed_forward.value", ".receptance")):
-            nn.init.zeros_(part.weight)  # type: ignore[arg-type]
+    """RWKV-4 (Peng et al. 2023, arXiv 2305.13048, appendix): the weight of the token itself, by a zigzag over the
+    width, where transformers begins with 1. Vectors that mix two tokens are trained without weight decay."""
     for name, weight in model.named_parameters():
         if name.endswith(".time_first"):
             zigzag = (torch.arange(len(weight), device=weight.device) + 1) % 3 - 1
@@ -59,11 +58,18 @@ def xlstm(model: PreTrainedModel) -> None:
     """xLSTM: the gates of feed-forward parts, which transformers takes for those of the state and sets to zero."""
     for name, part in model.named_modules():
         if name.endswith(".proj_up_gate"):
-            nn.init.normal_(part.weight, std=math.sqrt(2 / (5 * part.in_features)))  # type: ignore[arg-type, operator]
+            nn.init.normal_(part.weight, std=math.sqrt(2 / (5 * part.in_features)))
+
+
+def experts(model: PreTrainedModel) -> None:
+    """Experts, whose matrices stand in stacks: Muon is to train each of them, as it trains those of other families."""
+    for name, weight in model.named_parameters():
+        if ".experts." in name:
+            weight._stacks_matrices = True  # type: ignore[attr-defined]
 
 
 def dynamic_positions(model: PreTrainedModel) -> None:
-    """Dynamic NTK: the base is that of the text that is being read. transformers keeps the base of a longer one that was
+    """Dynamic NTK: the base is that of the text that is being read. transformers keeps the base of a longer one that it
     read before, unless the next is shorter than the trained length."""
     for part in model.modules():
         if getattr(part, "rope_type", None) == "dynamic":

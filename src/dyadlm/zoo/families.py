@@ -217,15 +217,15 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mamba", "state space with gates of the token", "P7", "Gu and Dao 2023, arXiv 2312.00752",
             standard(
-                "mamba", beginnings.mamba, use_mambapy=True, rescale_prenorm_residual=True, state_size=16, time_step_rank=lambda sizes: max(1, sizes.width // 16),
-                intermediate_size=lambda sizes: 2 * sizes.width,
+                "mamba", beginnings.mamba, use_mambapy=True, state_size=16,
+                time_step_rank=lambda sizes: max(1, sizes.width // 16), intermediate_size=lambda sizes: 2 * sizes.width,
             ),
             layers=8, step=4, has_inner=False, packages=("mambapy",), decodes="state",
         ),
         Family(
             "mamba2", "the same with one decay for each head", "P7", "Dao and Gu 2024, arXiv 2405.21060",
             standard(
-                "mamba2", beginnings.mamba, rescale_prenorm_residual=True, state_size=64, num_heads=HEADS, n_groups=1, chunk_size=64,
+                "mamba2", beginnings.mamba, state_size=64, num_heads=HEADS, n_groups=1, chunk_size=64,
                 head_dim=lambda sizes: 2 * sizes.width // HEADS, expand=2,
             ),
             layers=9, step=4, has_inner=False, decodes="state",
@@ -248,7 +248,9 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "moe", "a mixture of 4 experts, 2 for each token", "P10", "Jiang et al. 2024, arXiv 2401.04088",
-            standard("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+            standard(
+                "mixtral", beginnings.experts, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+            ),
         ),
         Family(
             "switch", "experts with a capacity", "P10", "Fedus et al. 2022, arXiv 2101.03961; GShard, GLaM",
@@ -286,8 +288,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             "xlstm", "an LSTM with a matrix as its state", "today", "Beck et al. 2024, arXiv 2405.04517",
             standard(
-                "xlstm", beginnings.xlstm, num_heads=HEADS, qk_dim_factor=1.0, num_blocks=lambda sizes: sizes.layers, chunk_size=64,
-                embedding_dim=lambda sizes: sizes.width, ffn_round_up_to_multiple_of=8,
+                "xlstm", beginnings.xlstm, num_heads=HEADS, qk_dim_factor=1.0, num_blocks=lambda sizes: sizes.layers,
+                chunk_size=64, embedding_dim=lambda sizes: sizes.width, ffn_round_up_to_multiple_of=8,
                 ffn_proj_factor=lambda sizes: sizes.inner / sizes.width, autocast_kernel_dtype="float32",
             ),
             step=64, decodes="state",  # its cache fits widths that are multiples of 64 alone
@@ -297,14 +299,16 @@ FAMILIES: dict[str, Family] = {
             standard(
                 "recurrent_gemma", lru_width=lambda sizes: sizes.width, attention_window_size=64,
                 intermediate_size=lambda sizes: 2 * sizes.inner, head_dim=lambda sizes: sizes.width // HEADS,
+                num_key_value_heads=1,  # as in the paper, section 2.3
             ),
             layers=6, decodes="nothing",
         ),
         Family(
             "gated-delta", "Gated DeltaNet", "today", "Yang et al. 2024, arXiv 2412.06464",
             standard(
-                "qwen3_next", beginnings.gated_delta, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=_half,
-                linear_value_head_dim=_half, layer_types=lambda sizes: ["linear_attention"] * sizes.layers,
+                "qwen3_next", beginnings.gated_delta, linear_num_key_heads=2, linear_num_value_heads=2,
+                linear_key_head_dim=_half, linear_value_head_dim=_half,
+                layer_types=lambda sizes: ["linear_attention"] * sizes.layers,
                 mlp_only_layers=lambda sizes: list(range(sizes.layers)), head_dim=lambda sizes: sizes.width // HEADS,
             ),
             decodes="state",

@@ -33,8 +33,9 @@ def count(family: Family, sizes: Sizes) -> int:
 
 
 def solve(family: Family, parameters: int, layers: int | None, vocabulary: int, length: int) -> Sizes:
-    """Sizes with the wanted number of parameters, to within 2 %: the width by bisection, then the feed-forward width. Of two
-    widths, the one whose feed-forward parts are nearer to the usual shape is taken.
+    """Sizes with the wanted number of parameters, to within 2 %: the width by bisection, then the feed-forward width.
+
+    Of two widths, the one whose feed-forward parts are nearer to the usual shape is taken.
 
     layers: None takes those of the family, or one or two more or less where the width alone comes too coarse. A family
     that is not sized has the one size that it has.
@@ -84,7 +85,7 @@ def _away(family: Family, sizes: Sizes, parameters: int) -> float:
 
 
 def _misshapen(sizes: Sizes) -> int:
-    """How far the width of the feed-forward parts is from the usual one, in quarters of its logarithm: 0 within 13 %."""
+    """How far the width of the feed-forward parts is from the usual one, in quarters of a logarithm: 0 within 13 %."""
     return round(4 * abs(math.log(sizes.inner / default_inner(sizes.width))))
 
 
