@@ -357,6 +357,12 @@ def test_wrong_requests_are_one_sentence(text, tmp_path, capsys, arguments, mess
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("field", ["optimizer", "dtype"])
+def test_a_recipe_names_what_there_is(field):
+    with pytest.raises(UserError, match=f"--{field} is .* or .*, not 'other'"):
+        Recipe(data=("notes.txt",), **{field: "other"})
+
+
 def test_a_plan_trains_nothing(text, tmp_path, capsys):
     request = ["--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "seconds=120", "--dry-run"]
     assert call("compare", *request, "--jobs", "2") == 0
