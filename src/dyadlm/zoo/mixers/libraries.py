@@ -43,7 +43,8 @@ class SimplifiedStateSpace(Mixer):
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if state is None:
             state = x.new_zeros(len(x), self.size, dtype=torch.complex64)
-        mixed, state = self.layer(x, state=state, return_state=True)
+        with torch.autocast(x.device.type, enabled=False):  # the library's scan takes no bfloat16
+            mixed, state = self.layer(x.float(), state=state, return_state=True)
         return self.out(gelu(mixed)), state
 
 
@@ -60,5 +61,7 @@ class Retention(Mixer):
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         begin, before = (0, None) if state is None else (int(state[1][0]), state[0])
-        mixed, after = self.layer.forward_chunkwise(x, x, x, start_idx=begin, prev_state=before)
+        x = x.float()
+        with torch.autocast(x.device.type, enabled=False):  # slow decays are 1 in bfloat16
+            mixed, after = self.layer.forward_chunkwise(x, x, x, start_idx=begin, prev_state=before)
         return mixed, (after, torch.full((len(x),), begin + x.shape[1], device=x.device))

@@ -39,7 +39,10 @@ class MinGru(Mixer):
 
 
 def recurrence(gate: Tensor, candidate: Tensor, before: Tensor | None) -> Tensor:
-    """h (B, T, I). gate, candidate: (B, T, I) before their activations. before: h (B, I) of the token before."""
+    """h (B, T, I), float32 or float64. gate, candidate: (B, T, I) before their activations. before: h (B, I) of the
+    token before."""
+    if gate.dtype == torch.bfloat16:  # too coarse for sums of logarithms
+        gate, candidate = gate.float(), candidate.float()
     keep, take = -softplus(gate), -softplus(-gate)  # logarithms of 1 - z and z
     # g(c) = c + 0.5 where c > 0, else sigmoid(c): positive, so that sums can be taken in logarithms.
     value = torch.where(candidate > 0, torch.log(candidate.clamp(min=0) + 0.5), -softplus(-candidate))
