@@ -58,7 +58,7 @@ def one_after_another(recipe, wanted, jobs, engine, address, unfinished):
 
 
 def tables(name: str) -> int:
-    """Numbers of two n-gram tables of a family: a model of ours has maps from them in each place, too."""
+    """Numbers of two n-gram tables, and of their map into the embedding."""
     plain = Recipe(data=("x",), parameters=100_000, length=32)
     both = [count_parameters(new_model(one, Cell(name))) for one in (replace(plain, ngrams=(2, 3)), plain)]
     return both[0] - both[1]

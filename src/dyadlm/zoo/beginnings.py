@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 FIRST_STEPS = 0.001, 0.1  # between which a time step begins, alike on the scale of logarithms
-EMBEDDING = 0.02  # standard deviation, of Mamba
 
 
 @torch.no_grad()
@@ -27,10 +26,8 @@ def gated_delta(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def mamba(model: PreTrainedModel) -> None:
-    """Mamba and Mamba-2: the linear maps into a block as torch begins them, those out of it divided by √L, and a small
-    embedding. Decays of the state are trained without weight decay."""
-    embedding: Any = model.get_input_embeddings()
-    embedding.weight.normal_(std=EMBEDDING)
+    """Mamba and Mamba-2: the linear maps into a block as torch begins them, those out of it divided by √L. Decays of the
+    state are trained without weight decay."""
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d) and name.endswith((".in_proj", ".x_proj", ".conv1d")):
             part.reset_parameters()

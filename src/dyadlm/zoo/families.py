@@ -217,7 +217,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mamba", "state space with gates of the token", "P7", "Gu and Dao 2023, arXiv 2312.00752",
             standard(
-                "mamba", beginnings.mamba, use_mambapy=True, state_size=16,
+                "mamba", beginnings.mamba, initializer_range=0.02, use_mambapy=True, state_size=16,
                 time_step_rank=lambda sizes: max(1, sizes.width // 16), intermediate_size=lambda sizes: 2 * sizes.width,
             ),
             layers=8, step=4, has_inner=False, packages=("mambapy",), decodes="state",
@@ -225,8 +225,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mamba2", "the same with one decay for each head", "P7", "Dao and Gu 2024, arXiv 2405.21060",
             standard(
-                "mamba2", beginnings.mamba, state_size=64, num_heads=HEADS, n_groups=1, chunk_size=64,
-                head_dim=lambda sizes: 2 * sizes.width // HEADS, expand=2,
+                "mamba2", beginnings.mamba, initializer_range=0.02, state_size=64, num_heads=HEADS, n_groups=1,
+                chunk_size=64, head_dim=lambda sizes: 2 * sizes.width // HEADS, expand=2,
             ),
             layers=9, step=4, has_inner=False, decodes="state",
         ),
