@@ -1,6 +1,6 @@
-"""What the authors of a family begin with, where transformers begins with other weights or has none of their settings.
+"""What the authors of a family begin with, where transformers begins otherwise, and what its models lack to be trained alike.
 
-The functions change a new model in place. Dimension letters: D width, H heads, L layers.
+The functions change a new model in place. Dimension letter: L layers.
 """
 
 import math
@@ -26,8 +26,8 @@ def gated_delta(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def mamba(model: PreTrainedModel) -> None:
-    """Mamba and Mamba-2: the linear maps into a block as torch begins them, those out of it divided by √L. Decays of the
-    state are trained without weight decay."""
+    """Mamba and Mamba-2: linear maps into a block as torch begins them, and those out of it divided by √L. Decays of
+    the state are trained without weight decay."""
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear | nn.Conv1d) and name.endswith((".in_proj", ".x_proj", ".conv1d")):
             part.reset_parameters()
