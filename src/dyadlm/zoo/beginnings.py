@@ -1,4 +1,4 @@
-"""What the authors of a family begin with, where transformers begins otherwise, and what its models lack to be trained alike.
+"""How the authors of a family begin, where transformers begins otherwise, and what its models lack to be trained alike.
 
 The functions change a new model in place. Dimension letter: L layers.
 """
