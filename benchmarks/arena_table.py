@@ -5,6 +5,7 @@ python benchmarks/arena_table.py [--write]
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def table(results: dict[str, Any]) -> str:
     """One line for each family that has been trained, the least loss in fresh windows first."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     families = [(name, family) for name, family in results["families"].items() if family["seeds"]]
-    for name, family in sorted(families, key=lambda item: item[1]["seeds"][0]["scores"]["fresh"]["nats"]):
+    for name, family in sorted(families, key=lambda item: _mean_nats(item[1], "fresh")):
         lines.append("| " + " | ".join(_row(name, family)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -35,7 +36,7 @@ def table(results: dict[str, Any]) -> str:
 def _row(name: str, family: dict[str, Any]) -> list[str]:
     seed = family["seeds"][0]
     losses = [
-        f"{seed['scores'][protocol]['nats']:.3f}"
+        f"{_mean_nats(family, protocol):.3f}"
         + ("" if seed["carried"] or protocol not in ("carried", "remembered") else " w")
         for protocol in PROTOCOLS
     ]
@@ -49,6 +50,10 @@ def _row(name: str, family: dict[str, Any]) -> list[str]:
         f"{family['seconds_per_token'] * 1e6:.0f}",
         f"{states[0] / 1000:,.{0 if states[0] >= 10_000 else 1}f}" if states and states[0] else "–",
     ]
+
+
+def _mean_nats(family: dict[str, Any], protocol: str) -> float:
+    return statistics.fmean(seed["scores"][protocol]["nats"] for seed in family["seeds"])
 
 
 def page_with(text: str, made: str) -> str:

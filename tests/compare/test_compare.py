@@ -58,7 +58,7 @@ def one_after_another(recipe, wanted, jobs, engine, address, unfinished):
 
 
 def tables(name: str) -> int:
-    """Numbers of two n-gram tables of a family: a model of ours has maps from them in each place, too."""
+    """Numbers of two n-gram tables, and of their map into the embedding."""
     plain = Recipe(data=("x",), parameters=100_000, length=32)
     both = [count_parameters(new_model(one, Cell(name))) for one in (replace(plain, ngrams=(2, 3)), plain)]
     return both[0] - both[1]
@@ -363,6 +363,12 @@ def test_wrong_requests_are_one_sentence(text, tmp_path, capsys, arguments, mess
     assert call("compare", *arguments, *given, "--output", "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["optimizer", "dtype"])
+def test_a_recipe_names_what_there_is(field):
+    with pytest.raises(UserError, match=f"--{field} is .* or .*, not 'other'"):
+        Recipe(data=("notes.txt",), **{field: "other"})
 
 
 def test_a_plan_trains_nothing(text, tmp_path, capsys):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from dyadlm import DyadConfig, DyadForCausalLM, UserError
+from dyadlm import DyadConfig, DyadForCausalLM, UserError, zoo
 from dyadlm.diagnose.callback import ProbeCallback
 from dyadlm.diagnose.material import Material
 from dyadlm.train import dry_run, train
@@ -64,6 +64,40 @@ def test_one_optimizer_steps_like_the_two_that_it_holds():
     assert_equal(model.state_dict(), twin.state_dict())
     kinds = {frozenset(state) for state in one.state.values()}
     assert kinds == {frozenset({"momentum_buffer"}), frozenset({"step", "exp_avg", "exp_avg_sq"})}
+
+
+def test_stacked_matrices_are_trained_one_by_one():
+    """The experts of a mixture stand in one parameter; each is a matrix of its own to Muon."""
+    torch.manual_seed(0)
+    stack, single = torch.nn.Parameter(torch.randn(3, 8, 4)), [torch.nn.Parameter(torch.empty(8, 4)) for _ in range(3)]
+    for one, part in zip(single, stack.detach(), strict=True):
+        one.data.copy_(part)
+    others = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    together, apart = (MuonWithAdamW(w, others, weight_decay=0.1, adamw={"lr": 0.1}) for w in ([stack], single))
+    for _ in range(3):
+        stack.grad = torch.randn_like(stack)
+        for one, part in zip(single, stack.grad, strict=True):
+            one.grad = part.clone()
+        together.step()
+        apart.step()
+    assert torch.equal(stack, torch.stack(list(single)))
+    stack.grad = None
+    before = stack.detach().clone()
+    together.step()
+    assert torch.equal(stack, before)
+
+
+def test_experts_of_a_mixture_are_matrices():
+    model = zoo.build("moe", length=16, width=32, layers=1)
+    stacks = {name: weight for name, weight in model.named_parameters() if weight.ndim == 3}
+    assert len(stacks) == 2
+    assert set(stacks) <= set(matrix_parameters(model))
+    optimizer = muon_optimizer(model, TrainingArguments(output_dir="unused", use_cpu=True, learning_rate=1e-2))
+    ids = torch.arange(16)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    before = {name: weight.detach().clone() for name, weight in stacks.items()}
+    optimizer.step()
+    assert all((weight != before[name]).any(-1).any(-1).all() for name, weight in stacks.items())
 
 
 def test_its_state_goes_through_a_file(tmp_path):

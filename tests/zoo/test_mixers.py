@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import elu
 from transformers import AutoModelForCausalLM
 
 from dyadlm.errors import UserError
 from dyadlm.zoo import Mixer, MixerConfig, MixerForCausalLM, register_mixer
 from dyadlm.zoo.mixer import MIXERS, find_mixer
 from dyadlm.zoo.mixers.linear_attention import PerformerAttention, linear_attention
+from dyadlm.zoo.mixers.min_gru import recurrence as min_gru
 from dyadlm.zoo.mixers.patterns import PATTERNS, pattern
 from dyadlm.zoo.mixers.rwkv7 import recurrence
 
@@ -78,6 +80,20 @@ def test_gradients_reach_every_weight_and_no_earlier_token(name):
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in layer.parameters())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_training_in_bfloat16_computes_the_same(name):
+    """But for rounding, and at the end of a text as at its beginning."""
+    model = made(name)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5 if weight.ndim == 2 and weight.std() < 0.03 else 1)
+    ids = torch.randint(0, 256, (2, 256), generator=torch.Generator().manual_seed(2))
+    whole = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids).logits.float()
+    assert (rounded - whole)[:, -32:].square().mean().sqrt() < 0.05 * whole.std()
+
+
 def turned(x, position):
     """(..., E), number i and number i + E / 2 as a complex number that turns with the position."""
     half = x.shape[-1] // 2
@@ -103,9 +119,22 @@ def test_random_features_are_near_the_softmax_kernel():
     torch.manual_seed(0)
     layer = PerformerAttention(config("performer"), features=4096)
     x, y = 0.5 * torch.randn(2, 1, 2, 6, 16)
-    near = layer.features(x) @ layer.features(y).transpose(-1, -2)
+    queries, keys = layer.features(x, y)
+    near = queries @ keys.transpose(-1, -2)
     exact = torch.exp(x @ y.transpose(-1, -2) / math.sqrt(16))
-    assert ((near / exact).log().abs() < 0.25).all()
+    shares = near / near.sum(-1, keepdim=True), exact / exact.sum(-1, keepdim=True)
+    assert ((shares[0] / shares[1]).log().abs() < 0.25).all()
+    assert mixer_of("performer").projection.shape == (2, 44, 16)  # 16 log 16
+
+
+def test_a_large_query_still_chooses_among_keys():
+    """Its features would all be less than the least one, and it would read all tokens alike."""
+    torch.manual_seed(0)
+    layer = PerformerAttention(config("performer"), features=4096)
+    x, y = 12 * torch.randn(1, 2, 6, 16), 0.5 * torch.randn(1, 2, 6, 16)
+    queries, keys = layer.features(x, y)
+    near = queries @ keys.transpose(-1, -2)
+    assert (near.amax(-1) / near.amin(-1)).min() > 2
 
 
 def test_attention_free_is_its_definition():
@@ -145,13 +174,21 @@ def test_attention_free_forgets_the_nearest_tokens_without_losing_the_others():
 
 def test_min_gru_is_its_recurrence():
     layer, x = mixer_of("mingru"), torch.randn(2, 11, 32)
-    found, state = layer(x)
-    hidden = torch.zeros(2, 32)
+    found, (last, state) = layer(x)
+    hidden, weights = torch.zeros(2, 32), layer.near.weight[:, 0]
     for time in range(11):
-        gate, candidate = torch.sigmoid(layer.gate(x[:, time])), layer.candidate(x[:, time])
+        near = layer.near.bias + sum(x[:, time - back] * weights[:, 3 - back] for back in range(min(time, 3) + 1))
+        gate, candidate = torch.sigmoid(layer.gate(near)), layer.candidate(near)
         hidden = (1 - gate) * hidden + gate * torch.where(candidate > 0, candidate + 0.5, torch.sigmoid(candidate))
         torch.testing.assert_close(found[:, time], layer.out(hidden), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state, hidden)
+    assert torch.equal(last, x[:, -3:])
+
+
+def test_min_gru_loses_no_digits_in_a_long_text():
+    gate, candidate = torch.full((1, 4096, 1), 9.0), torch.randn(1, 4096, 1)
+    exact = min_gru(gate.double(), candidate.double(), None)
+    torch.testing.assert_close(min_gru(gate, candidate, None).double(), exact, atol=0, rtol=1e-3)
 
 
 def test_a_diagonal_state_space_is_its_recurrence():
@@ -207,17 +244,20 @@ def test_hyena_is_a_sum_over_distances():
 
 def test_a_band_is_attention_to_the_last_tokens():
     layer = made("fmm", options={"band": 3}).layers[0].mixer
+    with torch.no_grad():
+        layer.near_weight.fill_(0.4)
+        layer.far_weight.fill_(-0.3)
     x = torch.randn(1, 9, 32)
     query, key, value = (layer.split(part(x)) for part in (layer.query, layer.key, layer.value))
+    far, _ = linear_attention(elu(query) + 1, elu(key) + 1, value, None)
     query, key = (torch.stack([turned(one[:, :, t], t) for t in range(9)], 2) for one in (query, key))
-    far, _ = layer.far(x)
+    near_weight, far_weight = (1 / (1 + math.exp(-weight)) for weight in (0.4, -0.3))
     for time in range(9):
         near = slice(max(0, time - 2), time + 1)
         scores = (query[:, :, time, None] * key[:, :, near]).sum(-1) / math.sqrt(16)
-        mean = (scores.softmax(-1)[..., None] * value[:, :, near]).sum(2) * layer.weight.sigmoid()[:, None]
-        torch.testing.assert_close(
-            layer(x)[0][:, time], layer.near(mean.flatten(1)) + far[:, time], atol=1e-5, rtol=1e-4
-        )
+        mean = (scores.softmax(-1)[..., None] * value[:, :, near]).sum(2)
+        mixed = near_weight * mean + far_weight * far[:, :, time]
+        torch.testing.assert_close(layer(x)[0][:, time], layer.out(mixed.flatten(1)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -57,7 +57,7 @@ class Recipe:
     (`dyadlm.zoo.plugins`); code: the checksum of their code, which a worker's must have.
 
     Raises:
-        UserError: a scale that is no number above 0.
+        UserError: a scale that is no number above 0, or an optimizer or a type of numbers that there is not.
     """
 
     data: tuple[str, ...]
@@ -77,6 +77,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
             raise UserError(f"--scale is a number above 0, not {self.scale}.")
+        for field, known in (("optimizer", ("adamw", "muon")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, field) not in known:
+                raise UserError(f"--{field} is {' or '.join(known)}, not {getattr(self, field)!r}.")
 
 
 class Done(NamedTuple):

@@ -22,8 +22,9 @@ ADJUSTMENT = "match_rms_adamw"
 class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` over groups of their own, which stand in one list, with one state.
 
-    matrices: (rows, columns) each. others: groups of AdamW, each with its `weight_decay`. adamw: options of AdamW, the
-    learning rate `lr` among them, which both begin with.
+    matrices: (rows, columns) each, or stacks of them, (N, rows, columns), which are updated one by one. others: groups
+    of AdamW, each with its `weight_decay`. adamw: options of AdamW, the learning rate `lr` among them, which both begin
+    with.
     """
 
     def __init__(
@@ -34,8 +35,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float,
         adamw: Mapping[str, Any],
     ):
+        # A matrix of a stack is a parameter of its own here, over the same memory.
+        self._stacks = [(stack, [nn.Parameter(one) for one in stack.detach()]) for stack in matrices if stack.ndim > 2]
+        single = [matrix for matrix in matrices if matrix.ndim == 2] + [one for _, ones in self._stacks for one in ones]
         muon = torch.optim.Muon(
-            [{"params": list(matrices)}], lr=adamw["lr"], weight_decay=weight_decay, adjust_lr_fn=ADJUSTMENT
+            [{"params": single}], lr=adamw["lr"], weight_decay=weight_decay, adjust_lr_fn=ADJUSTMENT
         )
         self._parts = (muon, torch.optim.AdamW(list(others), **adamw))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
@@ -47,6 +51,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for stack, ones in self._stacks:
+            for number, one in enumerate(ones):
+                one.grad = None if stack.grad is None else stack.grad[number]
         for number, part in enumerate(self._parts):
             # Loading and sharding put other groups and another state in the place of those that were there.
             part.param_groups = self.param_groups[:1] if number == 0 else self.param_groups[1:]

@@ -30,10 +30,11 @@ def decayed_parameters(model: nn.Module) -> list[str]:
 
 
 def matrix_parameters(model: nn.Module) -> list[str]:
-    """Names of the weights of linear maps, but for those to the vocabulary and for embeddings."""
+    """Names of the weights of linear maps, but for those to the vocabulary and for embeddings. Stacks of them are among
+    them where a model marks them with `_stacks_matrices`: (N, rows, columns)."""
     embeddings = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    found = []
+    found = [name for name, value in model.named_parameters() if getattr(value, "_stacks_matrices", False)]
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module.weight.ndim != 2 or id(module.weight) in embeddings:
             continue

@@ -12,7 +12,6 @@ from dyadlm.zoo.family import Family
 from dyadlm.zoo.sizes import count_parameters
 
 LENGTH = 256
-SMALL = {"width": 32, "layers": 2}
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def check(name: str, parameters: int = 1_000_000) -> Verdict:
 
 
 def smallest(family: Family) -> dict[str, int]:
-    """Sizes of a small model; some families alternate between kinds of layers."""
-    return SMALL | ({"layers": 3} if family.name == "griffin" else {})
+    """Sizes of a small model; some families alternate between kinds of layers, or fit wide steps alone."""
+    return {"width": max(32, family.step), "layers": 3 if family.name == "griffin" else 2}
 
 
 def matters(family: Family, check: str) -> bool:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dyadlm.errors import UserError
 from dyadlm.model.configuration import BYTE_VOCABULARY
 from dyadlm.values import nearest
+from dyadlm.zoo import beginnings
 from dyadlm.zoo.family import Family, Sizes
 from dyadlm.zoo.floors import FLOORS
 from dyadlm.zoo.mixer import MixerConfig, MixerForCausalLM
@@ -25,8 +26,11 @@ def reach(sizes: Sizes) -> int:
     return max(REACH * sizes.length, LEAST_REACH)
 
 
-def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
-    """A model of transformers by its type. fields: of its configuration; values may be functions of the sizes."""
+def standard(
+    kind: str, begin: Callable[[PreTrainedModel], None] | None = None, **fields: Any
+) -> Callable[[Sizes], PreTrainedModel]:
+    """A model of transformers by its type. begin: changes its new weights (`dyadlm.zoo.beginnings`). fields: of its
+    configuration; values may be functions of the sizes."""
 
     def build(sizes: Sizes) -> PreTrainedModel:
         asked = {
@@ -48,9 +52,8 @@ def standard(kind: str, **fields: Any) -> Callable[[Sizes], PreTrainedModel]:
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, **given), trust_remote_code=False
         )
-        for name, weight in made.named_parameters():
-            if name.endswith("A_log"):  # of Mamba, as its authors train it
-                weight._no_weight_decay = True  # type: ignore[attr-defined]
+        if begin is not None:
+            begin(made)
         return made
 
     return build
@@ -100,6 +103,7 @@ def scaled(**rope: Any) -> Callable[[Sizes], PreTrainedModel]:
     """A Llama whose rotary positions are stretched, so that it can read several times its trained length."""
     return standard(
         "llama",
+        beginnings.dynamic_positions,
         rope_parameters=lambda sizes: {
             "rope_theta": 10_000.0,
             **({"original_max_position_embeddings": sizes.length} if rope["rope_type"] == "yarn" else {}),
@@ -213,16 +217,16 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mamba", "state space with gates of the token", "P7", "Gu and Dao 2023, arXiv 2312.00752",
             standard(
-                "mamba", use_mambapy=True, state_size=16, time_step_rank=lambda sizes: max(1, sizes.width // 16),
-                intermediate_size=lambda sizes: 2 * sizes.width,
+                "mamba", beginnings.mamba, initializer_range=0.02, use_mambapy=True, state_size=16,
+                time_step_rank=lambda sizes: max(1, sizes.width // 16), intermediate_size=lambda sizes: 2 * sizes.width,
             ),
             layers=8, step=4, has_inner=False, packages=("mambapy",), decodes="state",
         ),
         Family(
             "mamba2", "the same with one decay for each head", "P7", "Dao and Gu 2024, arXiv 2405.21060",
             standard(
-                "mamba2", state_size=64, num_heads=HEADS, n_groups=1, chunk_size=64,
-                head_dim=lambda sizes: 2 * sizes.width // HEADS, expand=2,
+                "mamba2", beginnings.mamba, initializer_range=0.02, state_size=64, num_heads=HEADS, n_groups=1,
+                chunk_size=64, head_dim=lambda sizes: 2 * sizes.width // HEADS, expand=2,
             ),
             layers=9, step=4, has_inner=False, decodes="state",
         ),
@@ -237,13 +241,16 @@ FAMILIES: dict[str, Family] = {
         Family(
             "rwkv", "RWKV-4", "P9", "Peng et al. 2023, arXiv 2305.13048",
             standard(
-                "rwkv", attention_hidden_size=lambda sizes: sizes.width, context_length=reach
+                "rwkv", beginnings.rwkv, attention_hidden_size=lambda sizes: sizes.width, context_length=reach,
+                rescale_every=0,  # which is for 16-bit weights
             ),
             decodes="state",
         ),
         Family(
             "moe", "a mixture of 4 experts, 2 for each token", "P10", "Jiang et al. 2024, arXiv 2401.04088",
-            standard("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+            standard(
+                "mixtral", beginnings.experts, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+            ),
         ),
         Family(
             "switch", "experts with a capacity", "P10", "Fedus et al. 2022, arXiv 2101.03961; GShard, GLaM",
@@ -281,25 +288,27 @@ FAMILIES: dict[str, Family] = {
         Family(
             "xlstm", "an LSTM with a matrix as its state", "today", "Beck et al. 2024, arXiv 2405.04517",
             standard(
-                "xlstm", num_heads=HEADS, qk_dim_factor=1.0, num_blocks=lambda sizes: sizes.layers, chunk_size=64,
-                embedding_dim=lambda sizes: sizes.width, ffn_round_up_to_multiple_of=8,
+                "xlstm", beginnings.xlstm, num_heads=HEADS, qk_dim_factor=1.0, num_blocks=lambda sizes: sizes.layers,
+                chunk_size=64, embedding_dim=lambda sizes: sizes.width, ffn_round_up_to_multiple_of=8,
                 ffn_proj_factor=lambda sizes: sizes.inner / sizes.width, autocast_kernel_dtype="float32",
             ),
-            decodes="nothing",  # its cache fits widths that are multiples of 64 alone
+            step=64, decodes="state",  # its cache fits widths that are multiples of 64 alone
         ),
         Family(
             "griffin", "a gated recurrence and local attention", "today", "De et al. 2024, arXiv 2402.19427",
             standard(
                 "recurrent_gemma", lru_width=lambda sizes: sizes.width, attention_window_size=64,
                 intermediate_size=lambda sizes: 2 * sizes.inner, head_dim=lambda sizes: sizes.width // HEADS,
+                num_key_value_heads=1,  # as in the paper, section 2.3
             ),
             layers=6, decodes="nothing",
         ),
         Family(
             "gated-delta", "Gated DeltaNet", "today", "Yang et al. 2024, arXiv 2412.06464",
             standard(
-                "qwen3_next", linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=_half,
-                linear_value_head_dim=_half, layer_types=lambda sizes: ["linear_attention"] * sizes.layers,
+                "qwen3_next", beginnings.gated_delta, linear_num_key_heads=2, linear_num_value_heads=2,
+                linear_key_head_dim=_half, linear_value_head_dim=_half,
+                layer_types=lambda sizes: ["linear_attention"] * sizes.layers,
                 mlp_only_layers=lambda sizes: list(range(sizes.layers)), head_dim=lambda sizes: sizes.width // HEADS,
             ),
             decodes="state",

@@ -1,5 +1,6 @@
 """Sizes of a model with a wanted number of parameters. Models are counted without memory for their weights."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -33,6 +34,8 @@ def count(family: Family, sizes: Sizes) -> int:
 
 def solve(family: Family, parameters: int, layers: int | None, vocabulary: int, length: int) -> Sizes:
     """Sizes with the wanted number of parameters, to within 2 %: the width by bisection, then the feed-forward width.
+
+    Of two widths, the one whose feed-forward parts are nearer to the usual shape is taken.
 
     layers: None takes those of the family, or one or two more or less where the width alone comes too coarse. A family
     that is not sized has the one size that it has.
@@ -70,10 +73,9 @@ def _solve(family: Family, parameters: int, layers: int, vocabulary: int, length
     near = [sizes(low), sizes(high)]
     found = min(near, key=lambda one: _away(family, one, parameters))
     if family.has_inner:
-        # Of those that are near enough, the one whose feed-forward parts have most nearly the usual width.
         fitting = [_with_inner(family, one, parameters) for one in near]
-        close = [one for one in fitting if _away(family, one, parameters) <= TOLERANCE / 4]
-        found = min(close or fitting, key=lambda one: abs(one.inner / default_inner(one.width) - 1))
+        close = [one for one in fitting if _away(family, one, parameters) <= TOLERANCE]
+        found = min(close or fitting, key=lambda one: (_misshapen(one), _away(family, one, parameters)))
     if _away(family, found, parameters) > TOLERANCE:
         raise UserError(
             f"No {family.name} of {layers} layers comes within 2 % of {parameters:,} parameters "
@@ -84,6 +86,11 @@ def _solve(family: Family, parameters: int, layers: int, vocabulary: int, length
 
 def _away(family: Family, sizes: Sizes, parameters: int) -> float:
     return abs(count(family, sizes) / parameters - 1)
+
+
+def _misshapen(sizes: Sizes) -> int:
+    """How far the width of the feed-forward parts is from the usual one, in quarters of a logarithm: 0 within 13 %."""
+    return round(4 * abs(math.log(sizes.inner / default_inner(sizes.width))))
 
 
 def _with_inner(family: Family, sizes: Sizes, parameters: int) -> Sizes:

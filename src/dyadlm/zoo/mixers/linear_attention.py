@@ -21,6 +21,14 @@ from dyadlm.zoo.mixers.rotary import rotated
 State = tuple[Tensor, Tensor, Tensor]  # sums of turned keys times values (B, H, F, E), of keys (B, H, F); tokens (B,)
 
 
+LEAST = 1e-4  # of a random feature
+
+
+def elu_features(x: Tensor) -> Tensor:
+    """elu + 1, which is positive."""
+    return elu(x) + 1
+
+
 class LinearAttention(Mixer):
     """Features of queries and keys: elu + 1, which are positive."""
 
@@ -33,25 +41,26 @@ class LinearAttention(Mixer):
         self.value = nn.Linear(self.width, self.width, bias=False)
         self.out = nn.Linear(self.width, self.width, bias=False)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(B, H, T, E) as positive features (B, H, T, F)."""
-        return elu(x) + 1
+    def features(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T, E) each, as positive features (B, H, T, F)."""
+        return elu_features(queries), elu_features(keys)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        queries, keys = (self.features(self.split(part(x))) for part in (self.query, self.key))
-        values = self.split(self.value(x))
-        read, state = linear_attention(queries, keys, values, state)
+        queries, keys, values = (self.split(part(x)) for part in (self.query, self.key, self.value))
+        read, state = linear_attention(*self.features(queries, keys), values, state)
         return self.out(read.transpose(1, 2).flatten(2)), state
 
 
 class PerformerAttention(LinearAttention):
-    """Positive random features of the softmax kernel; they are drawn once and kept with the weights."""
+    """Positive random features of the softmax kernel; they are drawn once and kept with the weights. features: F; 0
+    takes E log E, as in the paper (theorem 4)."""
 
     projection: Tensor
 
-    def __init__(self, config: MixerConfig, features: int = 32, **options: Any):
+    def __init__(self, config: MixerConfig, features: int = 0, **options: Any):
         super().__init__(config, **options)
-        self.register_buffer("projection", torch.empty(self.heads, features, self.width // self.heads))
+        size = self.width // self.heads
+        self.register_buffer("projection", torch.empty(self.heads, features or round(size * math.log(size)), size))
         self.reset()
 
     def reset(self) -> None:
@@ -65,11 +74,17 @@ class PerformerAttention(LinearAttention):
                     rows * torch.randn(len(rows), size, device=head.device).norm(dim=1)[:, None]
                 )
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        # The largest of a query is taken off, which divides out. Of the keys it would have to be that of a whole text,
+        # and later tokens would change earlier ones.
+        scores = self.scores(queries)
+        of_queries = torch.exp(scores - scores.amax(-1, keepdim=True)) + LEAST
+        return of_queries, torch.exp(self.scores(keys).clamp(max=30)) + LEAST
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Logarithms of features."""
         x = x * x.shape[-1] ** -0.25
-        scores = x @ self.projection.transpose(-1, -2) - (x**2).sum(-1, keepdim=True) / 2
-        # No maximum is taken off: that of a whole text would let later tokens change earlier ones.
-        return torch.exp(scores.clamp(max=30)) / math.sqrt(self.projection.shape[-2]) + 1e-4
+        return x @ self.projection.transpose(-1, -2) - (x**2).sum(-1, keepdim=True) / 2
 
 
 def linear_attention(queries: Tensor, keys: Tensor, values: Tensor, state: State | None) -> tuple[Tensor, State]:

@@ -87,10 +87,12 @@ class TimeMixing(Mixer):
         decay = -DECAY * torch.sigmoid(self.decay(mixed["w"]))
         a = torch.sigmoid(self.rate(mixed["a"]))
         gate = self.gate(mixed["g"])
-        c = normalize(self.split(k * self.key_scales[0]), dim=-1)
+        c = normalize(self.split((k * self.key_scales[0]).float()), dim=-1)
         k = k * (1 + (a - 1) * self.key_scales[1])
         split = self.split
-        read, matrix = recurrence(split(decay), split(r), split(k), split(v), c, split(a), matrix)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for products of many decays
+            of_keys = split(decay.float()), split(r.float()), split(k.float()), split(v.float())
+            read, matrix = recurrence(*of_keys, c, split(a.float()), matrix)
         flat = self.norm(read.transpose(1, 2).flatten(2).flatten(0, 1)).view_as(x)
         own = split(r * k * self.key_scales[2]).sum(-1, keepdim=True) * split(v)
         return self.out((flat + own.transpose(1, 2).flatten(2)) * gate), (x[:, -1:], matrix)
