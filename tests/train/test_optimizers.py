@@ -81,7 +81,7 @@ def test_stacked_matrices_are_trained_one_by_one():
         together.step()
         apart.step()
     assert torch.equal(stack, torch.stack(list(single)))
-    stack.grad = None
+    together.zero_grad()
     before = stack.detach().clone()
     together.step()
     assert torch.equal(stack, before)

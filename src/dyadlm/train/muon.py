@@ -61,6 +61,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those of stacks, too, which are in no group themselves."""
+        super().zero_grad(set_to_none)
+        for stack, _ in self._stacks:
+            stack.grad = None
+
 
 def muon_over(model: nn.Module, *, weight_decay: float, adamw: Mapping[str, Any]) -> MuonWithAdamW:
     """The optimizer of the parameters of a model that are trained; its matrices decay, as with AdamW. adamw: options of
