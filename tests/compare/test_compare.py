@@ -222,6 +222,17 @@ def test_costs_are_those_of_the_dtype():
     assert set(seen) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_training_refuses_is_found_when_costs_are_measured(optimizer):
+    """The optimizer of training takes no complex weights."""
+    model = new_model(Recipe(data=("x",), parameters=200_000), Cell("llama"))
+    norm = model.model.norm
+    norm.register_parameter("turn", torch.nn.Parameter(torch.ones(1, dtype=torch.complex64)))
+    norm.register_forward_hook(lambda module, given, output: output * module.turn.real)
+    with pytest.raises(RuntimeError, match="fused"):
+        training_cost(model, 1, 16, optimizer)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lost", [None, 1])
 def test_few_rows_of_a_compiled_gradient_that_are_lost_are_found(dtype, lost):
