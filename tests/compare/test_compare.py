@@ -385,7 +385,7 @@ def test_a_recipe_names_what_there_is(field):
 def test_a_plan_trains_nothing(text, tmp_path, capsys):
     request = ["--models", "dyad,llama", "--data", text, "--output", "out", "--budget", "seconds=120", "--dry-run"]
     assert call("compare", *request, "--jobs", "2") == 0
-    assert "about 3.2 minutes" in capsys.readouterr().out
+    assert "about 5.2 minutes" in capsys.readouterr().out
     assert call("compare", *request, "--jobs", "2", "--learning-rates", "4e-3") == 0
     assert "about 2.0 minutes" in capsys.readouterr().out  # one rate is no sweep
     assert not (tmp_path / "out").exists()

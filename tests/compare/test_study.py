@@ -17,7 +17,7 @@ BEST = {"dyad": 16e-3, "llama": 4e-3}
 FAULTS: dict[str, list[str]] = {}
 
 
-def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
+def made(recipe: Recipe, cell: Cell, best: dict[str, float] = BEST) -> tuple[dict, bytes]:
     """A cell whose loss is least at the rate in `BEST`."""
     found = {"cell": vars(cell) | {}, "recipe": json.loads(json.dumps(asdict(recipe))), "parameters": 300_000}
     if not cell.tokens:
@@ -29,7 +29,7 @@ def made(recipe: Recipe, cell: Cell) -> tuple[dict, bytes]:
             "decoding": [{"context": 0, "milliseconds": 1.0, "state_bytes": 8}],
             "decoding_ends": "",
         }, b""
-    nats = 2.0 + abs(cell.rate / BEST[cell.family] - 1) + cell.seed / 100
+    nats = 2.0 + abs(cell.rate / best[cell.family] - 1) + cell.seed / 100
     point = {"tokens": cell.tokens, "seconds": 1.0, "nats": nats}
     return found | {
         "curve": [point] if cell.final else [],
@@ -99,6 +99,31 @@ def test_sweeps_go_on_at_their_ends_and_seeds_follow_the_best(tmp_path, ran):
     found = summary(study(), tmp_path / "out", finals)
     assert not any(family["rate_at_the_edge"] for family in found["families"].values())
     assert [seed["cell"]["seed"] for seed in found["families"]["dyad"]["seeds"]] == [0, 1]
+
+
+def test_the_rate_is_settled_on_the_whole_budget(tmp_path, monkeypatch):
+    """It is halved as long as that is better, and the other seeds wait for it."""
+    cells: list[Cell] = []
+
+    def run(recipe, wanted, jobs, engine, address, unfinished):
+        while waiting := wanted():
+            cells.append(waiting[0])
+            yield Done(cells[-1], *made(recipe, cells[-1], {"dyad": 4e-3} if cells[-1].final else BEST))
+
+    monkeypatch.setattr("dyadlm.compare.study.run_cells", run)
+    asked = study(families=("dyad",))
+    finals = run_study(asked, tmp_path / "out", 1)
+    assert [(cell.rate, cell.seed) for cell in finals["dyad"]] == [(4e-3, 0), (4e-3, 1)]
+    tried = [(cell.rate, cell.seed) for cell in cells if cell.final]
+    assert tried == [(0.016, 0), (0.008, 0), (0.004, 0), (0.002, 0), (0.004, 1)]
+    found = summary(asked, tmp_path / "out", finals)
+    assert list(found["families"]["dyad"]["settling"]) == [0.016, 0.008, 0.004, 0.002]
+    assert not found["families"]["dyad"]["rate_at_the_edge"]
+    page = write_arena(found, tmp_path / "out", "dyadlm compare").read_text()
+    assert "Learning rates on the whole budget" in page
+    for number, other in enumerate(({"sweep": 1.0}, {"rates": (0.016,)})):  # nothing to settle
+        asked, folder = study(families=("dyad",), seeds=1, **other), tmp_path / str(number)
+        assert not summary(asked, folder, run_study(asked, folder, 1))["families"]["dyad"]["settling"]
 
 
 def test_a_study_goes_on_and_more_seeds_are_added(tmp_path, ran):
@@ -185,7 +210,7 @@ def test_a_seed_that_diverged_is_left_out_and_told(tmp_path, ran, monkeypatch):
     assert len(found["families"]["llama"]["seeds"]) == 1
     page = write_arena(found, tmp_path, "dyadlm compare").read_text()
     assert "Training diverged: llama with seed 1; dyad with seed 0, 1." in page
-    assert page.count('<span class="value">diverged</span>') == 4
+    assert page.count('<span class="value">diverged</span>') == 4 + len(found["families"]["dyad"]["settling"])
 
 
 def test_longer_texts_than_trained_have_a_table(tmp_path, ran):

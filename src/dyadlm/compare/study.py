@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +44,8 @@ class Study:
     """What is asked for.
 
     sweep: the part of the budget that each rate of the sweep gets. rates: where it begins; it is extended by factors of
-    two while the best is at an end; empty takes those of the optimizer. force: families that the audit finds fault with
-    are compared all the same.
+    two while the best is at an end; empty takes those of the optimizer. The rate is then settled on the whole budget
+    (`settled`). force: families that the audit finds fault with are compared all the same.
 
     Raises:
         UserError: a family, a sweep or a number that cannot be compared.
@@ -140,7 +140,8 @@ def tokens_of(study: Study, results: Results, family: str, part: float = 1.0) ->
 
 
 class Sweep(NamedTuple):
-    """cells: of all rates that are tried so far. missing: those still to be run. best: the best rate, once none is."""
+    """Trainings that differ in their rate. cells: of all rates that are tried so far. missing: those still to be run.
+    best: the best rate, once none is missing."""
 
     cells: list[Cell]
     missing: list[Cell]
@@ -155,13 +156,39 @@ def swept(study: Study, results: Results, family: str) -> Sweep:
     rates = sorted(study.rates)
     while True:
         cells = [Cell(family, tokens, rate) for rate in rates]
-        if missing := [cell for cell in cells if cell.name not in results.found]:
+        if missing := _missing(cells, results):
             return Sweep(cells, missing, None)
         best = min(cells, key=results.nats).rate
         further = best / 2 if best == rates[0] else best * 2 if best == rates[-1] else None
         if further is None or not SMALLEST <= further <= LARGEST:
             return Sweep(cells, [], best)
         rates = sorted([*rates, further])
+
+
+def settled(study: Study, results: Results, family: str) -> Sweep:
+    """The rate that the seeds are trained at: the best of the sweep, or a half of it (a quarter, ...), as long as that
+    is better on the whole budget with the first seed. Long trainings want lower rates than the short ones of a sweep.
+
+    There is nothing to settle where one rate was asked for, or where each rate of the sweep got the whole budget.
+    """
+    sweep = swept(study, results, family)
+    if sweep.best is None or not sweep.cells or study.sweep == 1:
+        return Sweep([], sweep.missing, sweep.best)
+    tokens = tokens_of(study, results, family)
+    cells = [Cell(family, tokens, sweep.best, final=True)]
+    while cells[-1].rate / 2 >= SMALLEST:
+        cells.append(replace(cells[-1], rate=cells[-1].rate / 2))
+        if missing := _missing(cells, results):
+            return Sweep(cells, missing, None)
+        twice, half = (results.nats(cell) for cell in cells[-2:])
+        if math.isfinite(twice) and twice <= half:
+            return Sweep(cells, [], cells[-2].rate)
+    missing = _missing(cells, results)
+    return Sweep(cells, missing, None if missing else cells[-1].rate)
+
+
+def _missing(cells: Iterable[Cell], results: Results) -> list[Cell]:
+    return [cell for cell in cells if cell.name not in results.found]
 
 
 def final_cells(study: Study, results: Results, family: str, rate: float) -> list[Cell]:
@@ -171,16 +198,16 @@ def final_cells(study: Study, results: Results, family: str, rate: float) -> lis
 
 
 def next_cells(study: Study, results: Results) -> list[Cell]:
-    """What can be run now: the cost of each family, then sweeps, then seeds, of each kind the longest first."""
-    if costs := [Cell(family) for family in study.families if Cell(family).name not in results.found]:
+    """What can be run now: the cost of each family, then sweeps, then whole budgets, of each kind the longest first."""
+    if costs := _missing(map(Cell, study.families), results):
         return costs[:1]  # one by one: they are timed
     cells: list[Cell] = []
     for family in study.families:
         if (faults := results.found[Cell(family).name]["faults"]) and not study.force:
             raise UserError(f"{family} is not sound ({faults[0]}); leave it out of --models, or give --force.")
-        _, missing, best = swept(study, results, family)
+        _, missing, best = settled(study, results, family)
         if best is not None:
-            missing = [one for one in final_cells(study, results, family, best) if one.name not in results.found]
+            missing = _missing(final_cells(study, results, family, best), results)
         cells += missing
     seconds = {name: results.found[Cell(name).name]["seconds_per_token"] for name in study.families}
     # Seeds wait until all sweeps have begun: a sweep that begins late is what all would wait for.
@@ -233,7 +260,7 @@ def run_study(
 
 
 def _best(study: Study, results: Results, family: str) -> float:
-    rate = swept(study, results, family).best
+    rate = settled(study, results, family).best
     assert rate is not None
     return rate
 
@@ -244,7 +271,10 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
     families: dict[str, Any] = {}
     for name, cells in finals.items():
         family, cost = find_family(name), results.found[Cell(name).name]
-        sweep = {cell.rate: results.nats(cell) for cell in swept(study, results, name).cells}
+        sweep, settling = (
+            {cell.rate: results.nats(cell) for cell in trainings(study, results, name).cells}
+            for trainings in (swept, settled)
+        )
         seeds = [results.found[cell.name] for cell in cells]
         families[name] = {
             "title": family.title,
@@ -254,9 +284,10 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
             "flops_per_token": cost["flops_per_token"],
             "seconds_per_token": cost["seconds_per_token"],
             "faults": cost["faults"],
-            "sweep": {rate: nats if math.isfinite(nats) else None for rate, nats in sweep.items()},  # None: diverged
+            "sweep": _finite(sweep),
+            "settling": _finite(settling),
             "rate": cells[0].rate,
-            "rate_at_the_edge": len(sweep) > 1 and cells[0].rate in (min(sweep), max(sweep)),
+            "rate_at_the_edge": len(sweep) > 1 and cells[0].rate in (min(settling or sweep), max(sweep)),
             "tokens": cells[0].tokens,
             "decoding": cost["decoding"],
             "decoding_ends": cost["decoding_ends"],
@@ -264,3 +295,8 @@ def summary(study: Study, folder: Path, finals: dict[str, list[Cell]]) -> dict[s
             "diverged": [seed["cell"]["seed"] for seed in seeds if seed.get("diverged")],
         }
     return {"recipe": study.to_dict(), "seeds": study.seeds, "families": families}
+
+
+def _finite(losses: dict[float, float]) -> dict[float, float | None]:
+    """None: diverged."""
+    return {rate: nats if math.isfinite(nats) else None for rate, nats in losses.items()}

@@ -49,7 +49,7 @@ def write_arena(summary: Mapping[str, Any], folder: Path, command: str) -> Path:
             _losses(families, shown),
             *_lengths(families, shown, recipe["length"]),
             _costs(families, shown),
-            _rates(families, shown),
+            *_rates(families, shown),
         ],
         pictures=_pictures(families, shown),
         command=printable(command),
@@ -202,22 +202,42 @@ def _costs(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, 
     }
 
 
-def _rates(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str, Any]:
-    rates = sorted({float(rate) for one in families.values() for rate in one["sweep"]})
-    rows = []
-    for name, one in families.items():
-        own = {float(rate): nats for rate, nats in one["sweep"].items()}
-        told = {rate: "diverged" if nats is None else f"{nats:.4f}" for rate, nats in own.items()}
-        cells = [Shown(told.get(rate, "–"), best=rate == one["rate"]) for rate in rates]
-        rows.append((shown[name], cells))
-    return {
-        "id": "rates",
-        "title": "Sweep of learning rates",
-        "text": "Loss in fresh windows after a part of the budget. Marked: the rate that the seeds were trained at.",
-        "marked": "taken",
-        "columns": [f"{rate:g}" for rate in rates],
-        "rows": rows,
-    }
+def _rates(families: Mapping[str, Any], shown: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """Of the sweep, and of the whole budget where the rate was settled on that."""
+    found = []
+    for key, title, text in (
+        ("sweep", "Sweep of learning rates", "Loss in fresh windows after a part of the budget."),
+        (
+            "settling",
+            "Learning rates on the whole budget",
+            "Loss in fresh windows with the first seed. The rate of the sweep is halved as long as that is better.",
+        ),
+    ):
+        losses = {
+            name: {float(rate): nats for rate, nats in one.get(key, {}).items()} for name, one in families.items()
+        }
+        if rates := sorted({rate for own in losses.values() for rate in own}):
+            found.append(
+                {
+                    "id": key,
+                    "title": title,
+                    "text": f"{text} Marked: the rate that the seeds were trained at.",
+                    "marked": "taken",
+                    "columns": [f"{rate:g}" for rate in rates],
+                    "rows": [
+                        (shown[name], [_at_rate(own, rate, families[name]["rate"]) for rate in rates])
+                        for name, own in losses.items()
+                    ],
+                }
+            )
+    return found
+
+
+def _at_rate(losses: Mapping[float, float | None], rate: float, taken: float) -> Shown:
+    if rate not in losses:
+        return Shown("–")
+    nats = losses[rate]
+    return Shown("diverged" if nats is None else f"{nats:.4f}", best=rate == taken)
 
 
 def _pictures(families: Mapping[str, Any], shown: Mapping[str, Look]) -> list[dict[str, Any]]:
