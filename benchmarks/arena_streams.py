@@ -14,7 +14,7 @@ import torch
 
 from common import Cells, arguments
 from dyadlm.causal_lm import continues
-from dyadlm.compare.kept import kept_cells, load_model, load_recipe
+from dyadlm.compare.kept import load_model, load_recipe, taken_cells
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.diagnose.pool import STUDENT
@@ -38,13 +38,13 @@ def main() -> None:
     wanted = {
         f"{family}, seed {cell.seed}, {part}": (family, cell.seed, *parts[part])
         for family in asked.families
-        for cell in kept_cells(asked.folder, family)
+        for cell in taken_cells(asked.folder, family)
         for part in parts
     }
     wanted |= {
         f"{family}, seed 0, all, {ALL}": (family, 0, data.validation, ALL)
         for family in asked.families
-        if any(cell.seed == 0 for cell in kept_cells(asked.folder, family))
+        if any(cell.seed == 0 for cell in taken_cells(asked.folder, family))
     }
     cells = Cells(asked.output)
     for name in cells.missing(list(wanted)):

@@ -45,11 +45,18 @@ def _row(name: str, family: dict[str, Any]) -> list[str]:
         f"`{name}`" + (" (audit: " + "; ".join(family["faults"]) + ")" if family["faults"] else ""),
         FAMILIES[name].paper,
         *losses,
-        f"{family['rate']:g}" + (" (at an end)" if family["rate_at_the_edge"] else ""),
+        f"{family['rate']:g}" + _doubt(family),
         f"{family['flops_per_token'] / 1e6:.1f}",
         f"{family['seconds_per_token'] * 1e6:.0f}",
         f"{states[0] / 1000:,.{0 if states[0] >= 10_000 else 1}f}" if states and states[0] else "–",
     ]
+
+
+def _doubt(family: dict[str, Any]) -> str:
+    """What a better rate might be missed for."""
+    if family["rate_at_the_edge"]:
+        return " (at an end)"
+    return "" if family.get("settling") else " (of the sweep)"
 
 
 def _mean_nats(family: dict[str, Any], protocol: str) -> float:

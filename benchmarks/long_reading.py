@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from common import Cells, arguments, require_green
-from dyadlm.compare.kept import kept_cells, load_model, load_recipe
+from dyadlm.compare.kept import load_model, load_recipe, taken_cells
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.diagnose.pool import STUDENT
@@ -79,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     require_green()
     arms = [arm for arm in ARMS if arm == "fresh" or arm in (asked.arm or ARMS)]
-    seeds = sorted({cell.seed for cell in kept_cells(asked.folder, "dyad")})
+    seeds = sorted({cell.seed for cell in taken_cells(asked.folder, "dyad")})
     cells = Cells(asked.output)
     for name in cells.missing([f"{arm} / {seed}" for seed in seeds for arm in arms]):
         arm, seed = name.split(" / ")

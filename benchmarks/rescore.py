@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from common import circumstances, require_green
-from dyadlm.compare import load_model
 from dyadlm.compare.cell import scored
-from dyadlm.compare.kept import kept_cells, load_recipe
+from dyadlm.compare.kept import kept_cells, load_cell, load_recipe
 from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.files import write_atomically
 from dyadlm.zoo import FAMILIES
@@ -41,7 +40,7 @@ def main() -> None:
             if found.get("diverged") or ("scored_at" in found and not options.again):
                 continue
             before = {name: score["nats"] for name, score in found["scores"].items()}
-            found |= {**scored(recipe, cell, load_model(folder, family, cell.seed), data), "scored_at": commit}
+            found |= {**scored(recipe, cell, load_cell(folder, cell), data), "scored_at": commit}
             write_atomically(file, json.dumps(found, indent=1) + "\n")
             after = {name: score["nats"] for name, score in found["scores"].items()}
             changes = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in after)

@@ -20,11 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from dyadlm.causal_lm import state_bytes
 from dyadlm.cli import main
 from dyadlm.compare import Budget, load_model
-from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, trained
+from dyadlm.compare import cell as cell_module
+from dyadlm.compare.cell import Cell, Done, Recipe, new_model, run_cell, scored, trained
 from dyadlm.compare.cost import backward, grouped_products, require_equal_gradients, training_cost
 from dyadlm.compare.study import Results, Study, run_cells
 from dyadlm.data import TokenStream, byte_tokenizer, resolve_data
 from dyadlm.errors import RunFailed, UserError
+from dyadlm.evaluate import protocols
 from dyadlm.evaluate.protocols import after_context, carried, fresh, measure, overlapping, three_protocols
 from dyadlm.train.optimizer import decayed_parameters
 from dyadlm.train.prepared_run import prepare_run
@@ -96,7 +98,7 @@ def test_a_page_comes_of_one_command(text, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_weights_of_a_cell_are_the_model(text):
-    """Losses are measured in float32, from a state that is carried, also where training computed in bfloat16."""
+    """Losses are measured in float32, also where training computed in bfloat16."""
     sizes = {"parameters": 200_000, "length": 32, "batch": 2, "ngrams": (2,), "scale": 0.02}
     recipe = Recipe(data=(text,), dtype="bfloat16", **sizes)
     cell = Cell("mingru", 256, 4e-3, 1, final=True)
@@ -105,8 +107,7 @@ def test_weights_of_a_cell_are_the_model(text):
     Results(Path("kept"), study).keep(Done(cell, found, weights))
     model = load_model(Path("kept"), "mingru", seed=1)
     data = resolve_data([text], byte_tokenizer())
-    scores = three_protocols(model, data.validation, 32, byte_tokenizer().bos_token_id, True, 0.02)
-    assert found["carried"]
+    scores = three_protocols(model, data.validation, 32, byte_tokenizer().bos_token_id, found["carried"], 0.02)
     assert {name: score.nats for name, score in scores.items()} == {
         name: pytest.approx(found["scores"][name]["nats"], abs=1e-6) for name in scores
     }
@@ -220,6 +221,26 @@ def test_costs_are_those_of_the_dtype():
     model.model.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     training_cost(model, 1, 16, "adamw", "bfloat16")
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worse", [0.0, 9.0])
+def test_a_state_that_does_worse_than_windows_is_not_carried(text, monkeypatch, worse):
+    """Also for the same predictions with a memory."""
+    recipe = Recipe(data=(text,), parameters=200_000, length=16, scale=0.01)
+    cell, data = Cell("dyad", 64, 4e-3, final=True), resolve_data([text], byte_tokenizer())
+    model = new_model(recipe, cell)
+    read = protocols.carried_scores
+
+    def made_worse(model, streams, length, prefix, carry, *rest):
+        found = read(model, streams, length, prefix, carry, *rest)
+        return {name: one._replace(nats=one.nats + (worse if carry else 1.0)) for name, one in found.items()}
+
+    for module in (protocols, cell_module):
+        monkeypatch.setattr(module, "carried_scores", made_worse)
+    found = scored(recipe, cell, model, data)
+    assert found["carried"] is (worse == 0.0)
+    assert all(found["scores"][name]["nats"] < 8 for name in ("carried", "remembered"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -7,6 +7,7 @@ import pytest
 
 from dyadlm.compare import Budget, Cell, Recipe, Study, run_study
 from dyadlm.compare.cell import Done
+from dyadlm.compare.kept import taken_cells
 from dyadlm.compare.study import Results, final_cells, next_cells, summary, swept, tokens_of
 from dyadlm.errors import UserError
 from dyadlm.evaluate.protocols import PROTOCOLS
@@ -114,6 +115,7 @@ def test_the_rate_is_settled_on_the_whole_budget(tmp_path, monkeypatch):
     asked = study(families=("dyad",))
     finals = run_study(asked, tmp_path / "out", 1)
     assert [(cell.rate, cell.seed) for cell in finals["dyad"]] == [(4e-3, 0), (4e-3, 1)]
+    assert taken_cells(tmp_path / "out", "dyad") == finals["dyad"]
     tried = [(cell.rate, cell.seed) for cell in cells if cell.final]
     assert tried == [(0.016, 0), (0.008, 0), (0.004, 0), (0.002, 0), (0.004, 1)]
     found = summary(asked, tmp_path / "out", finals)

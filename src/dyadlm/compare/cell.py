@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from dyadlm.data import byte_tokenizer, resolve_data
 from dyadlm.data.encoding import prefix_token
 from dyadlm.data.resolve import ResolvedData
 from dyadlm.errors import Diverged, RunFailed, UserError
-from dyadlm.evaluate.protocols import TARGETS, fresh, measure, three_protocols
+from dyadlm.evaluate.protocols import CARRIED, TARGETS, carried_scores, fresh, measure, three_protocols
 from dyadlm.memory import MemoryOptions
 from dyadlm.model import DyadForCausalLM
 from dyadlm.peer_ngrams import add_ngrams
@@ -208,9 +209,10 @@ def _compiling(compiles: bool) -> contextlib.AbstractContextManager[None]:
 def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedData) -> dict[str, Any]:
     """The loss in each protocol, of a cell of a sweep in fresh windows alone.
 
-    carried: whether a state was handed on through the stream. The others read it in overlapping windows, of the trained
-    length or of 1,024 tokens: the length that suits the model better. lengths: the loss of equal tokens after pasts of
-    some multiples of the trained length; None where the model has no positions for so many, or the loss is no number.
+    carried: whether a state was handed on through the stream. A model without a state, and one whose state does worse,
+    reads it in overlapping windows, of the trained length or of 1,024 tokens: whichever suits the model better.
+    lengths: the loss of equal tokens after pasts of some multiples of the trained length; None where the model has no
+    positions for so many, or the loss is no number.
     """
     prefix, streams = prefix_token(data.tokenizer), data.validation
     if not cell.final:
@@ -219,6 +221,10 @@ def scored(recipe: Recipe, cell: Cell, model: PreTrainedModel, data: ResolvedDat
     carry = find_family(cell.family).decodes == "state" and continues(model) != "from the beginning"
     memory = MemoryOptions.of_vocabulary(len(data.tokenizer))
     scores = three_protocols(model, streams, recipe.length, prefix, carry, recipe.scale, memory)
+    if carry:
+        read = partial(carried_scores, model, streams, recipe.length, prefix, False, int(CARRIED * recipe.scale))
+        if read()["carried"].nats < scores["carried"].nats:
+            scores, carry = scores | read(memory), False
     found = {"carried": carry, "scores": {name: score._asdict() for name, score in scores.items()}}
     return found | {"lengths": _lengths(recipe, model, data)}
 

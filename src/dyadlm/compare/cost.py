@@ -37,7 +37,10 @@ def training_cost(
     """
     model.train()
     ids = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(0))
-    adamw: dict[str, Any] = {"lr": 0.0, "fused": True}  # as training has it: what it refuses shows here, before hours of training
+    adamw: dict[str, Any] = {
+        "lr": 0.0,
+        "fused": True,
+    }  # as training has it: what it refuses shows here, before hours of training
     optimizing = (
         muon_over(model, weight_decay=0.0, adamw=adamw)
         if optimizer == "muon"

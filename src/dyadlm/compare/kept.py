@@ -1,5 +1,7 @@
 """The models that a study has kept, to be measured further."""
 
+import math
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dyadlm.compare.cell import Cell, Recipe, new_model
-from dyadlm.compare.content import read_object
+from dyadlm.compare.content import is_whole, read_object
 from dyadlm.compare.study import EARLIER, RECIPE
 from dyadlm.errors import UserError, first_line
 
@@ -36,19 +38,40 @@ def kept_cells(folder: Path, family: str) -> list[Cell]:
     return sorted(found, key=lambda cell: (cell.seed, cell.tokens, cell.rate))
 
 
+def taken_cells(folder: Path, family: str) -> list[Cell]:
+    """Those of the kept cells that a study's figures are of, by seed: of the largest budget, at the rate that was best
+    with the first seed."""
+    cells = kept_cells(folder, family)
+    largest = [cell for cell in cells if cell.tokens == max(one.tokens for one in cells)]
+    first = [cell for cell in largest if cell.seed == largest[0].seed]
+    rate = min(first, key=partial(_loss, folder)).rate if first else None
+    return [cell for cell in largest if cell.rate == rate]
+
+
+def _loss(folder: Path, cell: Cell) -> float:
+    content = read_object(folder / "cells" / f"{cell.file_name}.json")
+    if not is_whole(cell, content):
+        raise UserError(f"{cell} in {folder} is damaged; run the same comparison again without it.")
+    return math.inf if content.get("diverged") else float(content["scores"]["fresh"]["nats"])
+
+
 def load_model(folder: Path, family: str, seed: int = 0) -> PreTrainedModel:
     """The model of a family that a comparison in this folder has trained on the whole budget, in evaluation mode.
 
     Raises:
         UserError: no study, no such model, or weights that are not its own.
     """
-    recipe = load_recipe(folder)
-    cells = [cell for cell in kept_cells(folder, family) if cell.seed == seed]
+    load_recipe(folder)  # raises
+    cells = [cell for cell in taken_cells(folder, family) if cell.seed == seed]
     if not cells:
         raise UserError(f"{folder} has no trained {family} with seed {seed}; train it with `dyadlm compare`.")
-    cell = cells[-1]
+    return load_cell(folder, cells[0])
+
+
+def load_cell(folder: Path, cell: Cell) -> PreTrainedModel:
+    """The model of one of the kept cells, as `load_model`."""
     file = folder / "cells" / f"{cell.file_name}.safetensors"
-    model = new_model(recipe, cell)
+    model = new_model(load_recipe(folder), cell)
     try:
         missing, unexpected = model.load_state_dict(load_file(file), strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
