@@ -112,9 +112,9 @@ def _losses(families: Mapping[str, Any], shown: Mapping[str, Look]) -> dict[str,
         "were chosen, too; less is better: in fresh windows, at the same places after a long context, and in a text "
         "that is read once from its beginning. Models with a state of constant size carry it through that text. The "
         "others, and those that do worse with their state, read overlapping windows (“windows”) of the trained length "
-        "or of 1,024 tokens, whichever suits them better. The last column mixes into the same predictions what followed each short context of the text so "
-        "far: a memory of bounded size, the same for all, as in “dyadlm evaluate --memory”. Marked: the best, where "
-        "its interval overlaps no other.",
+        "or of 1,024 tokens, whichever suits them better. The last column mixes into the same predictions what "
+        "followed each short context of the text so far: a memory of bounded size, the same for all, as in “dyadlm "
+        "evaluate --memory”. Marked: the best, where its interval overlaps no other.",
         "marked": "best",
         "columns": ["audit", *PROTOCOLS.values()],
         "rows": [(shown[name], cells[name]) for name in families],
