@@ -56,7 +56,7 @@ def _doubt(family: dict[str, Any]) -> str:
     """What a better rate might be missed for."""
     if family["rate_at_the_edge"]:
         return " (at an end)"
-    return "" if family.get("settling") else " (of the sweep)"
+    return "" if family.get("settling") else " (not settled)"
 
 
 def _mean_nats(family: dict[str, Any], protocol: str) -> float:

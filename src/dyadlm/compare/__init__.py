@@ -1,8 +1,8 @@
-"""Families of models on the same text, by the same trainer, in one command: the sizes, tokens and rates are equal.
+"""Families of models on the same text, by the same trainer, in one command: sizes, tokens and sweeps are equal.
 
-A cell is one model that is trained and scored (`cell`). A study is a sweep of rates for each family, and then the seeds
-at the best rate (`study`); its cells run on the cores of a machine or on a cluster (`dyadlm.workers`). Trained models
-are kept, to be measured further (`kept`).
+A cell is one model that is trained and scored (`cell`). A study is a sweep of rates for each family, whose best is
+settled on the whole budget, and then the seeds at that rate (`study`); its cells run on the cores of a machine or on
+a cluster (`dyadlm.workers`). Trained models are kept, to be measured further (`kept`).
 """
 
 from dyadlm.compare.budget import Budget
